@@ -1,0 +1,144 @@
+"""The rules that a target's parser obeys, checked on the graph before anything is built.
+
+PLATFORMS' traps in one place: what TensorRT drops without a word, reads in another sense, or rejects only after minutes.
+Every finding names its rule and node.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from engines.errors import InputError
+from engines.targets import TARGETS
+
+from .ops import DOMAIN, NAME, OPSET
+
+Finding = tuple[str, str, str]  # rule, node, detail
+HEAD_DIMS = (16, 32, 64, 80, 128, 256)  # what TensorRT for RTX fuses
+TOP_K_MAX = 3840
+DATA_FILE = "model.onnx.data"
+LISTED = 10
+
+
+def check_graph(source: ir.Model | Path, *, target: str | None = None) -> None:
+    """Raise InputError when `source` breaks a rule that holds everywhere, or one of `target`'s; listed with rule and node."""
+    model = source if isinstance(source, ir.Model) else _load(Path(source))
+    findings = [finding for rule in _RULES for finding in rule(model)]
+    if target is not None:
+        findings += _target_findings(model, target)
+    if findings:
+        shown = "; ".join(f"[{rule}] {node}: {detail}" for rule, node, detail in findings[:LISTED])
+        more = f"; and {len(findings) - LISTED} more" if len(findings) > LISTED else ""
+        raise InputError(f"This graph breaks {len(findings)} rule(s) of the parsers it is meant for",
+                         where=f"{source if isinstance(source, Path) else model.graph.name}: {shown}{more}",
+                         fix="export the component again; a graph made elsewhere must follow the named rules")
+
+
+def _load(path: Path) -> ir.Model:
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
+        raise InputError("This is not an ONNX file", where=f"{path}: expected a model, got {type(error).__name__}: {error}",
+                         fix="export the component again") from None
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def _attribute(node: ir.Node, name: str, default):
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.value
+
+
+def _opsets(model: ir.Model) -> Iterator[Finding]:
+    for domain, version in model.opset_imports.items():
+        if (domain, version) not in (("", OPSET), (DOMAIN, 1)):
+            yield "opset", "graph", f"expected opset {OPSET} and {DOMAIN} 1, got {domain or 'ai.onnx'} {version}"
+
+
+def _domains(model: ir.Model) -> Iterator[Finding]:
+    for node in _nodes(model):
+        if node.domain and (node.domain, node.op_type) != (DOMAIN, NAME):
+            yield "operator-domain", str(node.name), f"{node.domain}::{node.op_type} is no operator of this recipe"
+        elif not node.domain and not onnx.defs.has(node.op_type, max_inclusive_version=OPSET, domain=""):
+            yield "operator", str(node.name), f"{node.op_type} is not in opset {OPSET}"
+    if any(n.op_type == NAME for n in model.graph) and (DOMAIN, NAME, "") not in model.functions:
+        yield "function-body", "graph", f"{DOMAIN}::{NAME} is called and has no body"
+
+
+def _attention(model: ir.Model) -> Iterator[Finding]:
+    for node in _nodes(model):
+        if node.op_type != "Attention":
+            continue
+        if len(node.inputs) > 6 and node.inputs[6] is not None:
+            yield "nonpad-kv-seqlen", str(node.name), "TensorRT drops nonpad_kv_seqlen without a word; use an explicit mask"
+        if _attribute(node, "is_causal", 0):
+            yield "is-causal", str(node.name), "TensorRT reads is_causal as upper-left, wrong for decode; use an explicit mask"
+        if len([o for o in node.outputs if o.name]) > 1:
+            yield "attention-outputs", str(node.name), f"expected one output, got {len(node.outputs)}"
+    for function in model.functions.values():
+        for node in function:
+            if node.op_type == "Attention" and (len(node.inputs) < 4 or node.inputs[3] is None):
+                yield "attention-mask", str(node.name), "attention over a cache needs its mask as an input"
+
+
+def _caches(model: ir.Model) -> Iterator[Finding]:
+    for node in _nodes(model):
+        if node.op_type == "TensorScatter":
+            if _attribute(node, "mode", "linear") != "linear":
+                yield "scatter-mode", str(node.name), f"expected linear, got {_attribute(node, 'mode', 'linear')}"
+            if _attribute(node, "axis", -2) != -2:
+                yield "scatter-axis", str(node.name), f"expected -2, got {_attribute(node, 'axis', -2)}"
+    for node in model.graph:
+        if node.op_type != NAME:
+            continue
+        for value in node.inputs[3:5]:
+            if value is None or not value.is_graph_input():
+                yield "cache-input", str(node.name), "a cache must be a graph input itself, to be updated in place"
+        for value in node.outputs[1:3]:
+            if not value.is_graph_output():
+                yield "cache-output", str(node.name), "an updated cache must be a graph output itself, to be updated in place"
+
+
+def _top_k(model: ir.Model) -> Iterator[Finding]:
+    for node in _nodes(model):
+        if node.op_type == "TopK":
+            k = node.inputs[1].const_value if node.inputs[1] is not None else None
+            if k is None:
+                yield "top-k-constant", str(node.name), "K must be a constant"
+            elif int(k.numpy().reshape(-1)[0]) > TOP_K_MAX:
+                yield "top-k-limit", str(node.name), f"expected K <= {TOP_K_MAX}, got {int(k.numpy().reshape(-1)[0])}"
+
+
+def _weights(model: ir.Model) -> Iterator[Finding]:
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != DATA_FILE:
+            yield "external-data", name, f"expected weights in {DATA_FILE}, got {str(tensor.location)!r}"
+    for node in _nodes(model):
+        if "sparse_value" in node.attributes:
+            yield "sparse-initializer", str(node.name), "sparse tensors are not read by TensorRT"
+
+
+_RULES = (_opsets, _domains, _attention, _caches, _top_k, _weights)
+
+
+def _target_findings(model: ir.Model, name: str) -> Iterator[Finding]:
+    target = TARGETS[name]
+    for node in model.graph:
+        if node.op_type not in (NAME, "Attention") or target.builder != "tensorrt_rtx":
+            continue
+        query = node.inputs[0]
+        if query.dtype == ir.DataType.FLOAT:
+            yield "attention-type", str(node.name), f"{name} fuses attention in 16 bits only; export with --precision bf16"
+        if query.dtype == ir.DataType.BFLOAT16 and target.compute_capability < (8, 0):
+            yield "bf16", str(node.name), f"{name} has no bf16; export with --precision fp16"
+        head_dim = query.shape[-1] if query.shape is not None else None
+        if isinstance(head_dim, int) and head_dim not in HEAD_DIMS:
+            yield "head-dim", str(node.name), f"expected one of {HEAD_DIMS}, got {head_dim}"

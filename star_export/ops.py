@@ -1,0 +1,69 @@
+"""`star::KVCacheAttention`: our one operation, as a torch custom op that runs, and as an ONNX local function.
+
+The same op is executed in eager mode and translated to one ONNX node, so the traced module *is* the reference. The function's body
+is standard opset 24, so an executor that knows no plugin of this name inlines it.
+"""
+from __future__ import annotations
+
+import functools
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import defs, helper
+
+from reference.decoder import kv_cache_attention as reference_attention
+
+DOMAIN, NAME, VERSION, OPSET = "star", "KVCacheAttention", 1, 24
+_INPUTS = ("query", "key", "value", "past_key", "past_value", "write_indices", "mask")
+_OUTPUTS = ("output", "present_key", "present_value")
+
+
+@torch.library.custom_op(f"{DOMAIN}::kv_cache_attention", mutates_args=())
+def kv_cache_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past_key: torch.Tensor,
+                       past_value: torch.Tensor, write_indices: torch.Tensor,
+                       mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Write `key` and `value` at `write_indices`, then attend under `mask`.
+
+    query [B,h,S,D], key and value [B,KV,S,D], past_key and past_value [B,KV,C,D], write_indices [B], mask bool [B,1,S,C]
+    -> output [B,h,S,D], present_key and present_value [B,KV,C,D]. Functional: the past is left as it was.
+    """
+    return reference_attention(query, key, value, past_key.clone(), past_value.clone(), write_indices, mask)
+
+
+@kv_cache_attention.register_fake
+def _(query, key, value, past_key, past_value, write_indices, mask):
+    return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """ONNX `RotaryEmbedding` (opset 23), rotate-half: x [B,h,S,D], cos and sin [B,S,D/2]."""
+    return torch.onnx.ops.rotary_embedding(x, cos, sin)
+
+
+@functools.cache
+def translation_table() -> dict:
+    """For `torch.onnx.export(custom_translation_table=...)`; registers the ONNX schema of the op once in this process."""
+    from onnxscript import values
+
+    formal = defs.OpSchema.FormalParameter
+    types = dict.fromkeys(_INPUTS, "T") | {"write_indices": "tensor(int64)", "mask": "tensor(bool)"}
+    defs.register_schema(defs.OpSchema(
+        NAME, DOMAIN, VERSION, inputs=[formal(n, types[n]) for n in _INPUTS], outputs=[formal(n, "T") for n in _OUTPUTS],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "compute type")]))
+    opset = values.Opset(DOMAIN, VERSION)
+
+    def translate(query, key, value, past_key, past_value, write_indices, mask):
+        return opset.KVCacheAttention(query, key, value, past_key, past_value, write_indices, mask)
+
+    return {torch.ops.star.kv_cache_attention.default: translate}
+
+
+def function_body() -> ir.Function:
+    """The local function: `TensorScatter` (linear, axis -2) into both caches, then `Attention` under the explicit mask."""
+    nodes = [helper.make_node("TensorScatter", [past, new, "write_indices"], [present], name=f"write_{new}", axis=-2, mode="linear")
+             for past, new, present in (("past_key", "key", "present_key"), ("past_value", "value", "present_value"))]
+    nodes.append(helper.make_node("Attention", ["query", "present_key", "present_value", "mask"], ["output"], name="attend"))
+    return ir.serde.deserialize_function(helper.make_function(
+        DOMAIN, NAME, list(_INPUTS), list(_OUTPUTS), nodes, [helper.make_opsetid("", OPSET)],
+        doc_string="Write new keys and values into the caches in place, then attend over what the mask shows."))
