@@ -1,0 +1,131 @@
+"""The gate: is `candidate` what `reference` is, tensor by tensor, within limits.
+
+Knows nothing of models, files or sessions. Written positively (`passed = value <= limit`), so NaN fails; shapes and types must be
+equal, so nothing broadcasts; metrics are float64. A reference that cannot prove anything (empty, constant, all zero) is refused
+instead of passed. The gate is itself tested with planted faults (tests/star_export/test_parity.py).
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.errors import InputError, ParityError
+
+
+@dataclass(frozen=True)
+class Result:
+    """One tensor. `value` is what `limit` bounds: the largest absolute difference in units of the reference's standard deviation,
+    or for integers the share of elements that differ. Where the two could not be compared, `fault` says why and `value` is NaN.
+
+    `max_abs` in the tensor's own unit, `rel_rms` = rms(difference) / rms(reference), `psnr_db` against the reference's largest
+    magnitude; these three and `cosine` are reported, not bounded (NaN for integers).
+    """
+
+    tensor: str
+    value: float
+    limit: float
+    fault: str = ""
+    max_abs: float = math.nan
+    rel_rms: float = math.nan
+    cosine: float = math.nan
+    psnr_db: float = math.nan
+
+    @property
+    def passed(self) -> bool:
+        return not self.fault and self.value <= self.limit
+
+
+def compare(candidate: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], *,
+            limits: Mapping[str, float]) -> list[Result]:
+    """One result per name of either side, in the reference's order.
+
+    `limits` by tensor name; the tensors of a family `present.0.key`, `present.0.value`, ... share the limit of `present`. Raises
+    InputError when a reference is empty or constant: agreement with it would prove nothing.
+    """
+    results = [_compare_one(name, candidate.get(name), array, limit=limit_of(name, limits)) for name, array in reference.items()]
+    extra = [name for name in candidate if name not in reference]
+    return results + [Result(name, math.nan, 0.0, f"expected no such tensor, got {_kind(candidate[name])}") for name in extra]
+
+
+def limit_of(name: str, limits: Mapping[str, float]) -> float:
+    """The limit of tensor `name`: its own, or that of its family (the part before the first dot)."""
+    return limits[name] if name in limits else limits[name.partition(".")[0]]
+
+
+def check(results: list[Result], *, where: str) -> None:
+    """Raise ParityError for the failing result that is furthest beyond its limit; `where` names the component and case."""
+    failing = [r for r in results if not r.passed]
+    if not failing:
+        return
+    worst = max(failing, key=excess)
+    more = f" ({len(failing) - 1} more of {len(results)} tensors failed)" if len(failing) > 1 else ""
+    raise ParityError("What runs is not what the reference computes", where=f"{where}: {verdict(worst)}{more}",
+                      fix="compare with another precision or backend; a graph or plan that fails must not be used")
+
+
+def excess(result: Result) -> float:
+    """How many times its limit a result is; infinite where nothing could be compared."""
+    if result.fault or not math.isfinite(result.value):
+        return math.inf
+    return result.value / result.limit if result.limit > 0 else (math.inf if result.value > 0 else 0.0)
+
+
+def verdict(result: Result) -> str:
+    """`tensor: expected ..., got ...` of one result."""
+    return f"{result.tensor}: " + (result.fault or f"expected at most {result.limit:.3g}, got {result.value:.3g}")
+
+
+def check_not_vacuous(name: str, reference: np.ndarray, *, where: str = "reference") -> None:
+    """Raise InputError when `reference` is empty, all zero or constant (a single id other than 0 is no constant)."""
+    if reference.size == 0:
+        got = "no element"
+    elif not reference.any():
+        got = "only zeros"
+    elif reference.min() == reference.max() and (_is_float(reference) or reference.size > 2):
+        got = f"only {reference.flat[0]}"
+    else:
+        return
+    raise InputError("The reference cannot prove anything", where=f"{where}: {name}: expected values that differ, got {got}",
+                     fix="record the reference again, with inputs that give different outputs")
+
+
+def _compare_one(name: str, candidate: np.ndarray | None, reference: np.ndarray, *, limit: float) -> Result:
+    if fault := _fault(candidate, reference):
+        return Result(name, math.nan, limit, fault)
+    check_not_vacuous(name, reference)
+    if not _is_float(reference):
+        return Result(name, float(np.mean(candidate != reference)), limit)
+    wanted = reference.astype(np.float64)
+    difference = candidate.astype(np.float64) - wanted
+    max_abs, rms, scale = np.abs(difference).max(), _rms(difference), _rms(wanted)
+    norms = _rms(candidate.astype(np.float64)) * scale
+    return Result(name, float(max_abs / wanted.std()), limit, max_abs=float(max_abs), rel_rms=float(rms / scale),
+                  cosine=float(np.mean(candidate.astype(np.float64) * wanted) / norms) if norms > 0 else math.nan,
+                  psnr_db=float(20 * np.log10(np.abs(wanted).max() / rms)) if rms > 0 else math.inf)
+
+
+def _fault(candidate: np.ndarray | None, reference: np.ndarray) -> str:
+    """Why the two cannot be compared, or nothing. NaN and infinities are faults on either side, at the same place too."""
+    if candidate is None:
+        return f"expected {_kind(reference)}, got nothing"
+    if candidate.shape != reference.shape or candidate.dtype != reference.dtype:
+        return f"expected {_kind(reference)}, got {_kind(candidate)}"
+    for side, array in (("the candidate", candidate), ("the reference", reference)):
+        if count := array.size - int(np.isfinite(array).sum()):
+            return f"expected finite numbers, got {count} NaN or Inf in {side}"
+    return ""
+
+
+def _is_float(array: np.ndarray) -> bool:
+    return np.issubdtype(array.dtype, np.floating)
+
+
+def _kind(array: np.ndarray) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _rms(array: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(array))))
