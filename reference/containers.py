@@ -1,0 +1,190 @@
+"""The two files that hold tensors: safetensors, and the release's `.pt`. Both become names -> tensors not yet read.
+
+Everything cheap is checked before a library sees the file: what kind of file it is, that it is whole, and for safetensors that
+the header describes each byte exactly once. A `.pt` is a pickle: torch reads it with `weights_only=True`, which builds tensors
+and nothing else, and there is no second attempt without.
+
+Sources: the safetensors format (github.com/huggingface/safetensors, "Format"); torch.serialization.
+"""
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .strict_json import object_from_bytes
+
+MAX_HEADER_BYTES = 16 << 20  # 825 tensors need 0.1 MiB
+DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+          "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+AGAIN = "download the file again"
+ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file: numbers are read by `load`, which gives them this shape and dtype. `name` is the file's."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: Path
+    read: Callable[[], Tensor]
+
+    def load(self) -> Tensor:
+        """The tensor, memory-mapped unless the file has another dtype. Raises CheckpointError when a number is NaN or infinite."""
+        tensor = self.read().reshape(self.shape).to(self.dtype)
+        low, high = tensor.aminmax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            count = int((~tensor.isfinite()).sum())
+            raise CheckpointError("weights that are not finite", fix=AGAIN + "; if it stays so, the checkpoint is broken",
+                                  where=f"{self.source}: {self.name}: {count} of {tensor.numel()} numbers are NaN or infinite")
+        return tensor
+
+
+def check_weights_file(path: Path) -> int:
+    """Size in bytes of a file that could hold weights. Raises CheckpointError for what people find in its place."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+        size = path.stat().st_size
+    except OSError as error:
+        raise CheckpointError("cannot read a weights file", where=f"{path}: {error.strerror}", fix="check the path") from None
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError("this is a Git LFS pointer, not weights", where=f"{path}: {size} bytes of text",
+                              fix="run `git lfs pull` in its folder")
+    if size < 16:
+        raise CheckpointError("not a whole weights file", where=f"{path}: got {size} bytes", fix=AGAIN)
+    return size
+
+
+def tensors_from_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Tensors of one safetensors file. Raises CheckpointError for any file that is not exactly one."""
+    size = check_weights_file(path)
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start[:4] == b"PK\x03\x04" or (start[0] == 0x80 and start[1] in range(2, 6)):
+            raise CheckpointError("pickle is not read", where=f"{path}: expected safetensors, got a pickle",
+                                  fix="convert it with safetensors.torch.save_file, or use the release's safetensors")
+        header_bytes = int.from_bytes(start, "little")
+        if header_bytes > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError("not a whole safetensors file", fix=AGAIN,
+                                  where=f"{path}: the header claims {header_bytes} bytes, the file has {size}")
+        header = object_from_bytes(file.read(header_bytes), where=f"{path}, header")
+    header.pop("__metadata__", None)
+    entries = {name: safetensors_entry(path, name, entry) for name, entry in header.items()}
+    check_layout(path, {name: span for name, (_, _, span) in entries.items()}, data_bytes=size - 8 - header_bytes)
+    reader = SafetensorsReader(path)
+    return {name: LazyTensor(name, shape, dtype, path, lambda name=name: reader.tensor(name))
+            for name, (shape, dtype, _) in entries.items()}
+
+
+def safetensors_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...], torch.dtype, tuple[int, int]]:
+    """One header entry -> shape, dtype, byte span; checked in itself."""
+    def refuse(got: str) -> CheckpointError:
+        return CheckpointError("bad safetensors header", where=f"{path}: {name[:120]}: {got}", fix=AGAIN)
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse("expected dtype, shape and data_offsets")
+    dtype, shape, span = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None, entry["shape"], entry["data_offsets"]
+    if dtype is None:
+        raise refuse(f"unknown dtype {json.dumps(entry['dtype'])[:80]}")
+    for numbers in (shape, span):
+        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+            raise refuse("shape and data_offsets must be lists of natural numbers")
+    expected = math.prod(shape) * dtype.itemsize
+    if len(span) != 2 or span[1] - span[0] != expected:
+        raise refuse(f"shape {shape} of {entry['dtype']} is {expected} bytes, data_offsets are {span}")
+    return tuple(shape), dtype, (span[0], span[1])
+
+
+def check_layout(path: Path, spans: dict[str, tuple[int, int]], *, data_bytes: int) -> None:
+    """The tensors must cover the data one after the other: no overlap, no hole, nothing behind."""
+    end = 0
+    for name, (first, last) in sorted(spans.items(), key=lambda item: item[1]):
+        if first != end:
+            raise CheckpointError("bad safetensors header", fix=AGAIN,
+                                  where=f"{path}: {name[:120]}: starts at byte {first}, the one before ends at {end}")
+        end = last
+    if end != data_bytes:
+        raise CheckpointError("not a whole safetensors file", fix=AGAIN,
+                              where=f"{path}: expected {end} bytes of tensors, got {data_bytes}")
+
+
+class SafetensorsReader:
+    """Opens the file when the first tensor is read, and keeps it open: each tensor maps only its own bytes."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, None
+
+    def tensor(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+        try:
+            self.file = self.file or safe_open(self.path, framework="pt", device="cpu")
+            return self.file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError("cannot read a tensor", where=f"{self.path}: {name}: {error}", fix=AGAIN) from None
+
+
+def tensors_from_pt(path: Path) -> dict[str, LazyTensor]:
+    """Tensors of a release's `.pt`: under the key `state_dict`, or the dictionary itself.
+
+    Raises CheckpointError when the file is damaged, holds anything but tensors, or is a pickle without torch's zip container.
+    """
+    check_torch_zip(path, check_weights_file(path))
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError("the pickle holds more than tensors; it was not run", fix="use the release's own file",
+                              where=f"{path}: {first_line(error)}") from None
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError("damaged .pt file", where=f"{path}: {first_line(error)}", fix=AGAIN) from None
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict):
+        raise CheckpointError("no dictionary of tensors", where=f"{path}: expected a dictionary, got {type(tensors).__name__}",
+                              fix="use the release's own file")
+    return dict(lazy_from_state_dict(path, tensors))
+
+
+def lazy_from_state_dict(path: Path, tensors: dict) -> Iterator[tuple[str, LazyTensor]]:
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise CheckpointError("an entry that is not a plain tensor", fix="use the release's own file",
+                                  where=f"{path}: {str(name)[:120]}: expected a tensor, got {type(tensor).__name__}")
+        yield name, LazyTensor(name, tuple(tensor.shape), tensor.dtype, path, lambda tensor=tensor: tensor.detach())
+
+
+def check_torch_zip(path: Path, size: int) -> None:
+    """A `.pt` must be a whole zip, nothing compressed: then no byte of it can expand, and all of it can be mapped."""
+    with path.open("rb") as file:
+        start = file.read(4)
+        file.seek(max(0, size - (1 << 16)))
+        tail = file.read()
+    if start != b"PK\x03\x04":
+        raise CheckpointError("not a .pt file of the release", where=f"{path}: expected torch's zip container, got {start!r}",
+                              fix="use the release's own file; another pickle is not read")
+    found = tail.rfind(ZIP_END)
+    expected = size - len(tail) + found + ZIP_END_BYTES
+    if found < 0 or expected != size:
+        known = f"expected {expected} bytes, got {size}" if 0 <= found and expected < size else f"it has no end within its {size} bytes"
+        raise CheckpointError("not a whole .pt file", where=f"{path}: {known}", fix=AGAIN)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        raise CheckpointError("damaged .pt file", where=f"{path}: {first_line(error)}", fix=AGAIN) from None
+    if packed:
+        raise CheckpointError("not a .pt file of the release", where=f"{path}: {packed[0][:120]} is compressed",
+                              fix="use the release's own file")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,63 @@
+"""STAR: the components and how they hang together. What is done with them is `tasks.py`.
+
+Source: STAR.md 1; MM-MVR/STAR, star/models/model.py.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .config import StarConfig
+from .decoder import Decoder, kv_cache_attention
+from .layers import rotate_half
+from .vision import VisionEncoder
+from .vq import VQDecoder, VQEncoder
+
+
+class Star(nn.Module):
+    """One attribute per component, under the component's name.
+
+    `attention` and `rotate` are the two operations that a compiler may want as its own
+    (signatures: `decoder.kv_cache_attention`, `layers.rotate_half`). `rope_bf16` rounds the rotary frequencies as the
+    release does (STAR.md 0.2). Build it under `torch.device("meta")` and let `weights.load_star` bring the numbers.
+    """
+
+    def __init__(self, config: StarConfig, *, rope_bf16: bool = True, attention: Callable = kv_cache_attention,
+                 rotate: Callable = rotate_half):
+        super().__init__()
+        hidden_size, vq = config.base_ar.hidden_size, config.vq
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, hidden_size)
+        self.vision_encoder = VisionEncoder(config.vision, rope_bf16=rope_bf16, rotate=rotate)
+        self.codebook = nn.Embedding(vq.codebook_size, vq.codebook_dim)
+        self.vq_encoder = VQEncoder(vq, self.codebook)
+        self.vq_decoder = VQDecoder(vq, self.codebook)
+        self.pixel_adapter = pixel_adapter(vq.codebook_dim, hidden_size, depth=config.adapter_depth)
+        self.base_ar = Decoder(config.base_ar, rope_bf16=rope_bf16, attention=attention, rotate=rotate)
+        self.stacked_ar = Decoder(config.stacked_ar, rope_bf16=rope_bf16, attention=attention, rotate=rotate)
+        self.text_head = nn.Linear(hidden_size, config.vocab_size, bias=False)
+        self.image_head = nn.Linear(hidden_size, vq.codebook_size)
+        self.tie_text_head()
+
+    def tie_text_head(self) -> None:
+        """One parameter for token embedding and text head where the configuration says so (again after assigning weights)."""
+        if self.config.tie_word_embeddings:
+            self.text_head.weight = self.token_embedding.weight
+
+    def image_embedding(self, image_ids: Tensor) -> Tensor:
+        """image_ids [...] -> what the decoders are fed for them, [..., H] (STAR.md 1.3)."""
+        return self.pixel_adapter(self.codebook(image_ids))
+
+    def constants(self) -> dict[str, Tensor]:
+        """Values of the buffers that no checkpoint stores, by buffer name, on the CPU even for a model on the meta device."""
+        return {f"{name}.rotary.{key}": value for name, decoder in (("base_ar", self.base_ar), ("stacked_ar", self.stacked_ar))
+                for key, value in decoder.rotary.constants().items()}
+
+
+def pixel_adapter(codebook_dim: int, hidden_size: int, *, depth: int) -> nn.Sequential:
+    """`depth` linear layers with exact GELU between them. [..., codebook_dim] -> [..., H]."""
+    layers: list[nn.Module] = [nn.Linear(codebook_dim, hidden_size)]
+    for _ in range(depth - 1):
+        layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,158 @@
+"""JSON objects read strictly: what Python's parser lets pass (duplicate keys, NaN, infinities, `true` for 1) is refused.
+
+Every refusal names the file and the path of the key. A `Section` hands out typed values and at the end refuses what nobody
+asked for, so an unknown key cannot be silently ignored.
+"""
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+MAX_BYTES = 64 << 20  # a config is a few KiB, the index of a sharded model some hundred
+FIX = "use the unmodified file of the release"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError for anything else."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise CheckpointError(f"{path.name} is too large for a JSON file of a checkpoint",
+                                  where=f"{path}: expected at most {MAX_BYTES} bytes, got {size}", fix=FIX)
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path.name}", where=f"{path}: {error.strerror}", fix="check the path") from None
+    return object_from_bytes(data, where=str(path))
+
+
+def object_from_bytes(data: bytes, *, where: str) -> dict[str, Any]:
+    """The JSON object in UTF-8 bytes; `where` names them in errors."""
+    def refuse(got: str) -> CheckpointError:
+        return CheckpointError("not a strict JSON object", where=f"{where}: {got}", fix=FIX)
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise refuse(f"key {key[:80]!r} is given twice")
+            found[key] = value
+        return found
+
+    def number(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise refuse(f"expected a finite number, got {text[:80]}")
+        return value
+
+    def integer(text: str) -> int:
+        if len(text) > 20:
+            raise refuse(f"expected a 64-bit integer, got {len(text)} digits")
+        return int(text)
+
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise refuse("starts with a UTF-8 byte order mark")
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=checked, parse_float=number, parse_int=integer,
+                           parse_constant=number)
+    except UnicodeDecodeError as error:
+        raise refuse(f"not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise refuse(f"line {error.lineno} column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise refuse("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise refuse(f"expected an object at the top, got {kind(value)}")
+    return value
+
+
+def kind(value: Any) -> str:
+    """A JSON value as a reader would name it, short enough for a message."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class Section:
+    """One JSON object, read key by key. Values are taken with `integer`, `number`, `text`, `flag`, `integers`, `section`;
+    `finish` then refuses the keys that nobody took. All raise CheckpointError with the key's path."""
+
+    def __init__(self, values: dict[str, Any], *, source: Path, path: str = ""):
+        self.values, self.source, self.path = values, source, path
+        self.taken: set[str] = set()
+
+    def refuse(self, key: str, expected: str, got: str) -> CheckpointError:
+        return CheckpointError(f"bad value in {self.source.name}",
+                               where=f"{self.source}: {self.key_path(key)}: expected {expected}, got {got}", fix=FIX)
+
+    def key_path(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def take(self, key: str, expected: str) -> Any:
+        self.taken.add(key)
+        if key not in self.values:
+            raise self.refuse(key, expected, "no such key")
+        return self.values[key]
+
+    def integer(self, key: str, *, low: int = 1, high: int, default: int | None = None) -> int:
+        """An integer within [low, high]; `default` where the key may be absent."""
+        if default is not None and key not in self.values:
+            return default
+        return self.check_integer(key, self.take(key, f"an integer from {low} to {high}"), low=low, high=high)
+
+    def check_integer(self, key: str, value: Any, *, low: int, high: int) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise self.refuse(key, f"an integer from {low} to {high}", kind(value))
+        return value
+
+    def number(self, key: str, *, low: float, high: float) -> float:
+        """A number within [low, high]."""
+        expected = f"a number from {low:g} to {high:g}"
+        value = self.take(key, expected)
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise self.refuse(key, expected, kind(value))
+        return float(value)
+
+    def text(self, key: str, *, choices: tuple[str, ...] = ()) -> str:
+        """A string, one of `choices` where given."""
+        expected = " or ".join(json.dumps(choice) for choice in choices) or "a string"
+        value = self.take(key, expected)
+        if type(value) is not str or (choices and value not in choices):
+            raise self.refuse(key, expected, kind(value))
+        return value
+
+    def flag(self, key: str, *, default: bool | None = None) -> bool:
+        """`true` or `false`; `default` where the key may be absent."""
+        if default is not None and key not in self.values:
+            return default
+        value = self.take(key, "true or false")
+        if type(value) is not bool:
+            raise self.refuse(key, "true or false", kind(value))
+        return value
+
+    def integers(self, key: str, *, low: int, high: int, length: int | None = None) -> tuple[int, ...]:
+        """A list of integers within [low, high], not empty, of `length` where given."""
+        expected = f"a list of {length or 'one or more'} integers from {low} to {high}"
+        value = self.take(key, expected)
+        if type(value) is not list or not value or len(value) > 1024 or (length and len(value) != length):
+            raise self.refuse(key, expected, f"a list of {len(value)}" if type(value) is list else kind(value))
+        return tuple(self.check_integer(f"{key}[{i}]", item, low=low, high=high) for i, item in enumerate(value))
+
+    def section(self, key: str) -> Section:
+        """A nested object."""
+        value = self.take(key, "an object")
+        if type(value) is not dict:
+            raise self.refuse(key, "an object", kind(value))
+        return Section(value, source=self.source, path=self.key_path(key))
+
+    def finish(self, *, unused: frozenset[str] = frozenset()) -> None:
+        """Refuse every key that was neither taken nor is known and `unused` here."""
+        for key in sorted(self.values.keys() - self.taken - unused):
+            known = ", ".join(sorted(self.taken))
+            raise self.refuse(key[:80], f"no key of this name (known: {known})", "an unknown key")

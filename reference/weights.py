@@ -1,0 +1,178 @@
+"""Release files -> the model: find them, compare what they hold with what the configuration asks for, map them into memory.
+
+Nothing is read before every name, shape and dtype of every file has been compared; all differences are told at once.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .config import StarConfig, config_from_files
+from .containers import LazyTensor, tensors_from_pt, tensors_from_safetensors
+from .errors import CheckpointError
+from .model import Star
+from .names import SET_ASIDE, aliases, expected_tensors, release_name
+from .strict_json import Section, read_object
+
+LOADED_DTYPES = {torch.float64: torch.float32, torch.float32: torch.float32,  # stored -> loaded
+                 torch.bfloat16: torch.bfloat16, torch.float16: torch.float16}
+TOLD = 10  # differences named in one error
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Where the four parts of a checkpoint lie."""
+
+    config_json: Path
+    star_pt: Path
+    qwen_folder: Path
+    vq_pt: Path
+
+
+def resolve_checkpoint(source: str | Path, *, checkpoint: str | Path | None = None, base: str | Path | None = None,
+                       vq: str | Path | None = None) -> CheckpointFiles:
+    """The files of a checkpoint.
+
+    `source` is a folder in the release layout, the release's config JSON, or a hub id (`owner/name`, downloaded to the hub's
+    cache). `checkpoint` (STAR-*.pt), `base` (Qwen's folder or hub id) and `vq` (VQ-Model.pt) replace what is found beside the
+    JSON or under the paths it states. Raises CheckpointError naming what was not found and where it was looked for.
+    """
+    place = local(source)
+    config_json = place if place.is_file() else only(place, "STAR*.json", "a config JSON", flag="the JSON file itself")
+    star_pt = local(checkpoint) if checkpoint else only(config_json.parent, "STAR*.pt", "trained weights", flag="--checkpoint")
+    values = Section(read_object(config_json), source=config_json)
+    qwen = local(base) if base else stated(values.section("language_model"), flag="--base")
+    vq_pt = local(vq) if vq else stated(values.section("pixel_encoder"), flag="--vq")
+    return CheckpointFiles(config_json=config_json, star_pt=star_pt, qwen_folder=qwen, vq_pt=vq_pt)
+
+
+def local(source: str | Path) -> Path:
+    """A path as it is; a hub id as the folder of its snapshot."""
+    path, text = Path(source), str(source)
+    if path.exists():
+        return path
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise CheckpointError("no such file or folder", where=str(source), fix="check the path")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.txt", "*.jinja", "*.pt", "*.safetensors"]))
+    except Exception as error:  # the hub's errors share no class with its HTTP library's
+        raise CheckpointError("neither a path here nor a repository that the hub gave",
+                              where=f"{source}: {str(error).strip().splitlines()[0][:200]}",
+                              fix="check the spelling and the network, or download it and give the folder") from None
+
+
+def only(folder: Path, pattern: str, meaning: str, *, flag: str) -> Path:
+    """The one file that matches."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise CheckpointError(f"cannot tell which file is {meaning}", where=f"{folder}: expected one {pattern}, got {names}",
+                              fix=f"give {flag}")
+    return found[0]
+
+
+def stated(section: Section, *, flag: str) -> Path:
+    """The file or folder that `model_path` means: beside the JSON under its last name, or under the stated path from there or
+    from up to two folders above, as in a clone of the release's repository."""
+    stated_path, folder = Path(section.text("model_path")), section.source.resolve().parent
+    candidates = [folder / stated_path.name]
+    if not stated_path.is_absolute() and ".." not in stated_path.parts:
+        candidates += [parent / stated_path for parent in [folder, *folder.parents[:2]]]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise CheckpointError(f"{section.key_path('model_path')} leads nowhere", fix=f"put it there, or give {flag}",
+                          where=f"{section.source}: looked for " + ", ".join(dict.fromkeys(map(str, candidates))))
+
+
+def load_star(files: CheckpointFiles, *, rope_bf16: bool = True, device: str | torch.device = "cpu",
+              dtype: torch.dtype = torch.float32) -> Star:
+    """The model with its weights, in evaluation mode and without gradients.
+
+    Weights already stored in `dtype` stay memory-mapped on the CPU. Raises CheckpointError, see `named_tensors`.
+    """
+    config = config_from_files(files.config_json, files.qwen_folder)
+    tensors = named_tensors(files, config)
+    with torch.device("meta"):
+        star = Star(config, rope_bf16=rope_bf16)
+    star.load_state_dict({name: lazy.load().to(device, dtype) for name, lazy in tensors.items()}, strict=True, assign=True)
+    star.tie_text_head()
+    for name, value in star.constants().items():
+        module, _, key = name.rpartition(".")
+        setattr(star.get_submodule(module), key, value.to(device))
+    return star.eval().requires_grad_(False)
+
+
+def named_tensors(files: CheckpointFiles, config: StarConfig) -> dict[str, LazyTensor]:
+    """Every name of `Star(config).state_dict()` -> its tensor, not read yet, in the model's shape and of 32 bits at most.
+
+    Names that share one tensor (the codebook, tied embeddings) all appear. Raises one CheckpointError that lists all tensors
+    that are missing, unexpected, of another shape or not floats.
+    """
+    stored = {"base": tensors_from_folder(files.qwen_folder), "trained": tensors_from_pt(files.star_pt),
+              "vq": tensors_from_pt(files.vq_pt)}
+    places = {"base": files.qwen_folder, "trained": files.star_pt, "vq": files.vq_pt}
+    found: dict[str, LazyTensor] = {}
+    differences: list[str] = []
+    for part, expected in expected_tensors(config).items():
+        named: dict[str, LazyTensor] = {}
+        for name, lazy in stored[part].items():
+            if name.startswith(SET_ASIDE):
+                continue
+            if (release := release_name(name)) in named:
+                differences.append(f"{places[part].name}: {name[:120]}: also present as {named[release].name}")
+            named[release] = lazy
+        differences += [f"{places[part].name}: {difference}" for difference in compare(named, expected)]
+        found |= {ours: replace(lazy, shape=shape, dtype=LOADED_DTYPES.get(lazy.dtype, lazy.dtype))
+                  for release, (ours, _, shape) in expected.items() if (lazy := named.get(release))}
+    if differences:
+        more = f"; and {len(differences) - TOLD} more" if len(differences) > TOLD else ""
+        raise CheckpointError(f"the checkpoint does not fit its configuration: {len(differences)} tensors differ",
+                              where="; ".join(differences[:TOLD]) + more,
+                              fix=f"use weights and configuration of one release ({files.config_json.name} describes {config.name})")
+    return found | {alias: found[name] for alias, name in aliases(config).items()}
+
+
+def compare(named: dict[str, LazyTensor], expected: dict) -> list[str]:
+    """Differences between what a part holds and what it must hold, by release name."""
+    differences = [f"{name}: missing" for name in expected if name not in named]
+    for name, lazy in named.items():
+        if name not in expected:
+            differences.append(f"{name[:120]}: unexpected")
+        elif lazy.shape != expected[name][1]:
+            differences.append(f"{name}: expected shape {list(expected[name][1])}, got {list(lazy.shape)}")
+        elif lazy.dtype not in LOADED_DTYPES:
+            differences.append(f"{name}: expected a float of 16, 32 or 64 bits, got {str(lazy.dtype).removeprefix('torch.')}")
+    return differences
+
+
+def tensors_from_folder(folder: Path) -> dict[str, LazyTensor]:
+    """Tensors of a base model: its index's shards, or a single model.safetensors."""
+    index_json, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index_json.exists():
+        if not single.exists() and (pickles := sorted(folder.glob("*.bin"))):
+            raise CheckpointError("pickle is not read", where=f"{pickles[0]}: expected model.safetensors or its index",
+                                  fix="use the safetensors of the release, or convert with safetensors.torch.save_file")
+        return tensors_from_safetensors(single)
+    index = Section(read_object(index_json), source=index_json)
+    weight_map = index.section("weight_map")
+    index.finish(unused=frozenset({"metadata"}))
+    shard_of = {name: weight_map.text(name) for name in weight_map.values}
+    tensors: dict[str, LazyTensor] = {}
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError("bad shard name", where=f"{index_json}: expected a .safetensors beside the index, got {shard[:120]!r}",
+                                  fix="use the unmodified index of the release")
+        for name, lazy in tensors_from_safetensors(folder / shard).items():
+            if shard_of.get(name) != shard:
+                raise CheckpointError("index and shards disagree", fix="download index and shards of one revision",
+                                      where=f"{folder / shard}: {name[:120]}: the index says {shard_of.get(name, 'nothing')}")
+            tensors[name] = lazy
+    for name, shard in shard_of.items():
+        if name not in tensors:
+            raise CheckpointError("index and shards disagree", fix="download index and shards of one revision",
+                                  where=f"{index_json}: {name[:120]}: not in {shard}")
+    return tensors
