@@ -15,6 +15,10 @@ import numpy as np
 from engines.errors import InputError, ParityError
 
 
+class VacuousError(InputError):
+    """A reference that cannot prove anything."""
+
+
 @dataclass(frozen=True)
 class Result:
     """One tensor. `value` is what `limit` bounds: the largest absolute difference in units of the reference's standard deviation,
@@ -43,7 +47,7 @@ def compare(candidate: Mapping[str, np.ndarray], reference: Mapping[str, np.ndar
     """One result per name of either side, in the reference's order.
 
     `limits` by tensor name; the tensors of a family `present.0.key`, `present.0.value`, ... share the limit of `present`. Raises
-    InputError when a reference is empty or constant: agreement with it would prove nothing.
+    VacuousError when a reference is empty or constant: agreement with it would prove nothing.
     """
     results = [_compare_one(name, candidate.get(name), array, limit=limit_of(name, limits)) for name, array in reference.items()]
     extra = [name for name in candidate if name not in reference]
@@ -79,7 +83,7 @@ def verdict(result: Result) -> str:
 
 
 def check_not_vacuous(name: str, reference: np.ndarray, *, where: str = "reference") -> None:
-    """Raise InputError when `reference` is empty, all zero or constant (a single id other than 0 is no constant)."""
+    """Raise VacuousError when `reference` is empty, all zero or constant (a single id other than 0 is no constant)."""
     if reference.size == 0:
         got = "no element"
     elif not reference.any():
@@ -88,8 +92,8 @@ def check_not_vacuous(name: str, reference: np.ndarray, *, where: str = "referen
         got = f"only {reference.flat[0]}"
     else:
         return
-    raise InputError("The reference cannot prove anything", where=f"{where}: {name}: expected values that differ, got {got}",
-                     fix="record the reference again, with inputs that give different outputs")
+    raise VacuousError("The reference cannot prove anything", where=f"{where}: {name}: expected values that differ, got {got}",
+                       fix="record the reference again, with inputs that give different outputs")
 
 
 def _compare_one(name: str, candidate: np.ndarray | None, reference: np.ndarray, *, limit: float) -> Result:

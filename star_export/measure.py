@@ -1,0 +1,100 @@
+"""One call of a session against a recorded case: outputs within limits, caches right where written and untouched elsewhere.
+
+Knows nothing of bundles or reports. A session is anything with `spec`, `buffer(shape, dtype)` and `bind(buffers) -> step`.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from engines.sessions.binding import PRESENT, bound_tensors, present_name
+
+from .golden_cases import Case, Tensors
+from .parity import Result, compare
+
+POISON = 1e4  # in cache slots that may not be read; finite, because an executor may multiply it by a weight of 0
+
+
+def run_case(session, case: Case, *, limits: Mapping[str, float], capacity_tokens: int | None = None) -> list[Result]:
+    """Run `case` once and compare every output. `capacity_tokens`: the fixed capacity of a plan, to which caches are extended by
+    poison. Written cache slots are held to the limits; all others must keep their bits."""
+    feeds = {name: extended(array, capacity_tokens) if present_name(name) else array for name, array in case.inputs.items()}
+    buffers = {}
+    for tensor in bound_tensors(session.spec):
+        source = feeds[tensor.name] if tensor.name in feeds else case.outputs[tensor.name]
+        buffers[tensor.name] = session.buffer(source.shape, tensor.dtype)
+    for name, array in feeds.items():
+        buffers[name].write(array.astype(array_dtype(buffers[name].dtype)))
+    before = read_caches(buffers)
+    session.bind(buffers)()
+    outputs = {name: array for name, array in case.outputs.items() if not name.startswith(PRESENT)}
+    results = compare({name: buffers[name].read() for name in outputs}, outputs, limits=limits)
+    if before:
+        wanted = {name: array for name, array in case.outputs.items() if name not in outputs}
+        results += compare_caches(read_caches(buffers), wanted, before=before, limits=limits,
+                                  write_indices=feeds["write_indices"], tokens=feeds["inputs_embeds"].shape[1])
+    return results
+
+
+def read_caches(buffers: Mapping[str, object]) -> Tensors:
+    """Copies of all caches in `buffers`, under their `present.` names."""
+    return {present: np.array(buffer.read()) for name, buffer in buffers.items() if (present := present_name(name))}
+
+
+def compare_caches(after: Tensors, reference: Tensors, *, before: Tensors, write_indices: np.ndarray, tokens: int,
+                   limits: Mapping[str, float]) -> list[Result]:
+    """Caches [B,KV,C,D] after a step of `tokens` positions at `write_indices` [B]: the written slots against those of `reference`
+    (of any capacity) within the limits, all other slots against `before`, bit by bit."""
+    written = compare({name: written_slots(cache, write_indices, tokens) for name, cache in after.items()},
+                      {name: written_slots(cache, write_indices, tokens) for name, cache in reference.items()}, limits=limits)
+    return written + [untouched(name, cache, before=before[name], write_indices=write_indices, tokens=tokens)
+                      for name, cache in after.items()]
+
+
+def written_slots(cache: np.ndarray, write_indices: np.ndarray, tokens: int) -> np.ndarray:
+    """The slots that a step wrote, in float32: [B,KV,C,D] -> [B,tokens,KV,D]."""
+    rows, slots = np.arange(len(write_indices))[:, None], write_indices[:, None] + np.arange(tokens)
+    return cache[rows, :, slots].astype(np.float32)
+
+
+def untouched(name: str, after: np.ndarray, *, before: np.ndarray, write_indices: np.ndarray, tokens: int) -> Result:
+    """The share of elements outside the written slots whose bits changed; none may."""
+    slots = np.arange(after.shape[2])
+    outside = (slots < write_indices[:, None]) | (slots >= write_indices[:, None] + tokens)  # [B,C]
+    changed = bits(after) != bits(before)  # [B,KV,C,D]
+    changed &= outside[:, None, :, None]
+    where = f" (first at row {(first := np.argwhere(changed)[0])[0]}, slot {first[2]})" if changed.any() else ""
+    return Result(f"{name}: slots that must not change{where}", float(changed.mean()), 0.0)
+
+
+def extended(cache: np.ndarray, capacity_tokens: int | None) -> np.ndarray:
+    """`cache` [B,KV,C,D] with poisoned slots appended up to `capacity_tokens`."""
+    if capacity_tokens is None or capacity_tokens == cache.shape[2]:
+        return cache
+    pad = capacity_tokens - cache.shape[2]
+    return np.pad(cache, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=POISON)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The array's bit patterns as unsigned integers: equal where the memory is, NaN included."""
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def array_dtype(name: str) -> np.dtype:
+    """The numpy type that a buffer of type `name` is written and read in."""
+    return np.dtype(name)
+
+
+def worst(results: list[Result]) -> Result:
+    """The result furthest beyond (or nearest to) its limit."""
+    from .parity import excess
+
+    return max(results, key=lambda r: (excess(r), r.value if math.isfinite(r.value) else math.inf))
+
+
+def prefixed(prefix: str, results: list[Result]) -> list[Result]:
+    """The same results, their tensors named after a place: `step 3: hidden_states`."""
+    return [replace(result, tensor=f"{prefix}: {result.tensor}") for result in results]
