@@ -1,15 +1,13 @@
 """A released checkpoint -> a bundle: the one function behind `star-export export`."""
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
-from engines.errors import InputError, UsageError
+from engines.errors import UsageError
 from engines.manifest import ComponentSpec
 from reference.config import StarConfig, config_from_files
 from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
@@ -19,7 +17,7 @@ from .components import COMPONENTS
 from .model_spec import model_spec_from_checkpoint, tokenizer_files
 from .publish import check_out, staged, write_manifest
 from .quantize import PRECISIONS, Precision, attach_weights, rounded, set_precision, twin_from_graph
-from .trace import graph_from_component, meta_star
+from .trace import graph_from_config
 from .wrappers import TABLE, FoldedStar
 
 INLINE_BYTES = 1024  # smaller tensors stay in model.onnx: they are shapes and scalars
@@ -43,12 +41,12 @@ def export(source: str, *, out: str | Path, precision: str = "fp32", checkpoint:
     files = resolve_checkpoint(source, checkpoint=checkpoint, base=base, vq=vq)
     config = config_from_files(files.config_json, files.qwen_folder)
     tensors = dict(named_tensors(files, config)) | {TABLE: _Table(files, config)}
-    star = meta_star(config, rope_bf16=rope_bf16)
     step = _counter(progress, len(names) + 2)
     with staged(out) as stage:
         for name in names:
             step(f"export {name}")
-            write_component(name, star, tensors, PRECISIONS[precision], stage / name)
+            model = graph_from_config(name, config, rope_bf16=rope_bf16)
+            write_component(model, tensors, PRECISIONS[precision], stage / name)
         step("record golden tensors")
         oracle = rounded_star(config, tensors, PRECISIONS[precision], rope_bf16=rope_bf16)
         for name in names:
@@ -63,10 +61,9 @@ def export(source: str, *, out: str | Path, precision: str = "fp32", checkpoint:
     return out
 
 
-def write_component(name: str, star: FoldedStar, tensors: Mapping[str, object], precision: Precision, folder: Path) -> None:
-    """Trace, set the precision, lint, and stream the weights into `folder/model.onnx.data`; then the twin."""
+def write_component(model: ir.Model, tensors: Mapping[str, object], precision: Precision, folder: Path) -> None:
+    """Set a traced graph's precision, lint it, and stream the weights into `folder/model.onnx.data`; then the twin."""
     folder.mkdir()
-    model = graph_from_component(name, star)
     set_precision(model, precision.compute)
     attach_weights(model, tensors, precision)
     lint.check_graph(model)

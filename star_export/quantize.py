@@ -84,7 +84,7 @@ def set_precision(model: ir.Model, compute: ir.DataType) -> None:
         return
     for value in _values(model):
         if value.dtype == ir.DataType.BFLOAT16:
-            value.dtype = compute
+            value.type = ir.TensorType(compute)  # a new type: the clone of a graph shares the old one
             if value.const_value is not None:
                 value.const_value = ir.tensor(value.const_value.numpy().astype(compute.numpy()), name=value.name)
     for node in list(model.graph):
@@ -174,7 +174,7 @@ def twin_from_graph(model: ir.Model) -> ir.Model:
     stored = set(model.graph.initializers.values())
     for value in _values(model):
         if value.dtype == compute and value not in stored:
-            value.dtype = ir.DataType.FLOAT
+            value.type = ir.TensorType(ir.DataType.FLOAT)
     for node in model.graph:
         if node.op_type == "Cast" and node.attributes["to"].value == compute:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)

@@ -6,6 +6,7 @@ parameter in `reference.model.Star`, and is stored [in, out] where a linear laye
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -27,6 +28,16 @@ from .quantize import TRANSPOSED
 EXAMPLE = {"B": 2, "S": 5, "C": 24, "N": 3, "P": 24}  # sizes while tracing; every one of these axes stays dynamic
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "bfloat16": torch.bfloat16}
 EXACT = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # constants that no compute type rounds
+
+
+@functools.lru_cache(maxsize=2 * len(COMPONENTS))
+def _traced(name: str, config: StarConfig, rope_bf16: bool) -> ir.Model:
+    return graph_from_component(name, meta_star(config, rope_bf16=rope_bf16))
+
+
+def graph_from_config(name: str, config: StarConfig, *, rope_bf16: bool) -> ir.Model:
+    """A graph of component `name` that may be changed. Traced once per process: every precision starts from the same graph."""
+    return _traced(name, config, rope_bf16).clone()
 
 
 def meta_star(config: StarConfig, *, rope_bf16: bool) -> wrappers.FoldedStar:
@@ -170,6 +181,9 @@ def _strip(name: str, model: ir.Model) -> None:
     model.graph.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        for key in [key for key in value.metadata_props if key != TRANSPOSED]:
+            del value.metadata_props[key]
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
