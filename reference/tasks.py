@@ -1,0 +1,208 @@
+"""What is done with the model: answer, generate, edit. Slow, obvious loops: the oracle of every fast path.
+
+All of it works on ids, positions and tensors. Prompts, tokenising and pictures from files belong to the caller; implicit
+reasoning is `answer`, then `generate` on the answer's ids in the prompt's place (STAR.md 3.5).
+
+Source: STAR.md 3; MM-MVR/STAR, star/models/model.py; transformers 4.51.0, generation/logits_process.py.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .decoder import Cache, Decoder
+from .model import Star
+
+VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, FIM_PAD = 151_652, 151_653, 151_654, 151_655, 151_662
+
+
+@dataclass(frozen=True)
+class Generated:
+    """N pictures, and what was computed on the way. Rows are conditional, unconditional, conditional, ..."""
+
+    image_ids: Tensor  # [N, T] int64
+    image: Tensor | None  # [N, 3, R, R], about [-1, 1] and not clipped; None when fewer ids than a picture has were asked for
+    prefill_embeds: Tensor  # [2N, L, H]
+    base_hidden: Tensor  # [2N, L, H] base_ar after its final norm, prefill
+    head_in: Tensor  # [T, 2N, H] stacked_ar after its final norm, last position, per step
+    cfg_logits: Tensor  # [T, N, K] after guidance, per step
+
+
+@torch.no_grad()
+def generate(star: Star, input_ids: Tensor, *, guidance: float, top_k: int, top_p: float, uniforms: Tensor | None,
+             image_tokens: int | None = None, inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None) -> Generated:
+    """Draw N pictures from 2N prompt rows (`guidance_rows`).
+
+    input_ids [2N, L]; `inputs_embeds` [2N, L, H] replaces their embeddings (editing: `edit_embeds`). position_ids
+    [3, 1 or 2N, at least L + T - 1] replaces the slot numbers on all three axes. uniforms [T, N] in [0, 1) decide the draws;
+    without them the arg-max after guidance is taken. `image_tokens` stops early.
+    """
+    count = image_tokens or star.config.vq.image_tokens
+    embeds = star.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
+    rows, length, _ = embeds.shape
+    if position_ids is None:
+        position_ids = torch.arange(length + count, device=embeds.device).expand(3, 1, -1)
+    caches = new_caches(star, rows, capacity_tokens=length + count - 1)
+    prefill_embeds, first, image_ids, head_in, cfg_logits = embeds, 0, [], [], []
+    for step in range(count):
+        positions = position_ids[:, :, first:first + embeds.shape[1]].expand(-1, rows, -1)
+        base_hidden, hidden = both_decoders(star, embeds, positions, first, caches)
+        first += embeds.shape[1]
+        if step == 0:
+            prefill_hidden = base_hidden
+        head_in.append(hidden[:, -1])
+        cfg_logits.append(guide(star.image_head(hidden[:, -1:]).squeeze(1).float(), guidance))  # [N, K]
+        if uniforms is None:
+            image_ids.append(cfg_logits[-1].argmax(-1))
+        else:
+            image_ids.append(sample(cfg_logits[-1], top_k=top_k, top_p=top_p, uniform=uniforms[step]))
+        embeds = star.image_embedding(image_ids[-1]).repeat_interleave(2, dim=0).unsqueeze(1)  # [2N, 1, H]
+    drawn = torch.stack(image_ids, dim=1)
+    image = star.vq_decoder(drawn) if count == star.config.vq.image_tokens else None
+    return Generated(drawn, image, prefill_embeds, prefill_hidden, torch.stack(head_in), torch.stack(cfg_logits))
+
+
+@torch.no_grad()
+def answer(star: Star, input_ids: Tensor, position_ids: Tensor, image_embeds: Tensor | None, *, max_new_tokens: int) -> Tensor:
+    """Answer in text by the base model alone, greedily, with the checkpoint's repetition penalty on prompt and answer.
+
+    input_ids [1, L], position_ids [3, 1, L] (`mrope_position_ids`), image_embeds [P/4, H] for the `<|image_pad|>` places
+    -> new ids [n] int64, n <= max_new_tokens, the one that ended the answer included.
+    """
+    config = star.config
+    embeds = prompt_embeds(star, input_ids, {} if image_embeds is None else {IMAGE_PAD: image_embeds})
+    cache = star.base_ar.new_cache(1, capacity_tokens=input_ids.shape[1] + max_new_tokens)
+    seen, positions, first = input_ids[0], position_ids, 0
+    for _ in range(max_new_tokens):
+        hidden = decode(star.base_ar, embeds, positions, first, cache)
+        first, positions = first + embeds.shape[1], positions.max() + torch.ones_like(positions[:, :, :1])
+        logits = star.text_head(hidden[:, -1:])[0, 0].float()
+        token = penalise_repetition(logits, seen, config.repetition_penalty).argmax()
+        seen = torch.cat([seen, token[None]])
+        if int(token) in config.eos_token_ids:
+            break
+        embeds = star.token_embedding(token.view(1, 1))
+    return seen[input_ids.shape[1]:]
+
+
+def new_caches(star: Star, rows: int, *, capacity_tokens: int) -> tuple[Cache, Cache]:
+    """Empty caches for the two decoders."""
+    return (star.base_ar.new_cache(rows, capacity_tokens=capacity_tokens),
+            star.stacked_ar.new_cache(rows, capacity_tokens=capacity_tokens))
+
+
+def both_decoders(star: Star, embeds: Tensor, positions: Tensor, first: int, caches: tuple[Cache, Cache]) -> tuple[Tensor, Tensor]:
+    """One step through base and stack: embeds [B, S, H], positions [3, B, S] -> hidden states of each, [B, S, H]."""
+    base_hidden = decode(star.base_ar, embeds, positions, first, caches[0])
+    return base_hidden, decode(star.stacked_ar, base_hidden, positions, first, caches[1])
+
+
+def decode(decoder: Decoder, embeds: Tensor, positions: Tensor, first: int, cache: Cache) -> Tensor:
+    """One step of one decoder; `first` is the cache slot of the first new token in every row."""
+    write_indices = torch.full(embeds.shape[:1], first, dtype=torch.int64, device=embeds.device)
+    return decoder(embeds, positions, write_indices, cache)[0]
+
+
+def guide(logits: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance u + w (c - u). logits [2N, V], rows c, u, c, u, ... -> [N, V]."""
+    conditional, unconditional = logits[0::2], logits[1::2]
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def sample(logits: Tensor, *, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draw from the filtered distribution, most probable first. logits [N, V], uniform [N] in [0, 1) -> ids [N].
+
+    The drawn rank is the number of cumulative sums not above uniform times their total, at most the last one kept.
+    """
+    probabilities, order = ranked_probabilities(logits, top_k=top_k, top_p=top_p)
+    sums = probabilities.cumsum(-1)  # [N, V]
+    rank = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1)
+    rank = rank.minimum((probabilities > 0).sum(-1) - 1)
+    return order.gather(-1, rank[:, None]).squeeze(-1)
+
+
+def filtered_probabilities(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Softmax after the release's top-k and top-p filters. [N, V] -> [N, V]."""
+    probabilities, order = ranked_probabilities(logits, top_k=top_k, top_p=top_p)
+    return torch.zeros_like(probabilities).scatter(-1, order, probabilities)
+
+
+def ranked_probabilities(logits: Tensor, *, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Filtered probabilities in descending order, ties by lower id, and the ids in that order: two of [N, V].
+
+    top-k keeps what ties with the k-th (0: keeps all); then top-p, only below 1, keeps up to the first whose cumulative
+    probability exceeds it (STAR.md 3.4).
+    """
+    ranked, order = logits.float().sort(dim=-1, descending=True, stable=True)
+    if top_k > 0:
+        threshold = ranked[:, min(top_k, ranked.shape[-1]) - 1, None]
+        ranked = ranked.masked_fill(ranked < threshold, -torch.inf)
+    if top_p < 1:
+        beyond = ranked.softmax(-1).cumsum(-1) > top_p
+        beyond = torch.cat([torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], dim=-1)  # the first beyond top_p stays
+        ranked = ranked.masked_fill(beyond, -torch.inf)
+    return ranked.softmax(-1), order
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits of ids that occurred. logits [V], seen [n] -> [V]."""
+    old = logits[seen]
+    return logits.scatter(0, seen, torch.where(old < 0, old * penalty, old / penalty))
+
+
+def prompt_embeds(star: Star, input_ids: Tensor, replaced: dict[int, Tensor]) -> Tensor:
+    """Token embeddings, those of the placeholder ids replaced in order. input_ids [B, L], id -> [n, H] -> [B, L, H]."""
+    embeds = star.token_embedding(input_ids)
+    for placeholder, values in replaced.items():
+        embeds[input_ids == placeholder] = values.to(embeds.dtype).repeat(input_ids.shape[0], 1)
+    return embeds
+
+
+def edit_embeds(star: Star, input_ids: Tensor, *, image_ids: Tensor, image_embeds: Tensor) -> Tensor:
+    """Prompt of an edit. input_ids [2, L] (`edit_ids`), image_ids [T] of the picture, image_embeds [P/4, H] -> [2, L, H]."""
+    return prompt_embeds(star, input_ids, {VISION_PAD: star.image_embedding(image_ids), IMAGE_PAD: image_embeds})
+
+
+def guidance_rows(input_ids: Tensor) -> Tensor:
+    """Each prompt and its unconditional twin, whose ids between the first and the last four are `<|fim_pad|>`.
+
+    input_ids [N, L] ending in `<|vision_start|>` -> [2N, L] (STAR.md 3.3; editing masks before the picture is put in).
+    """
+    unconditional = input_ids.clone()
+    unconditional[:, 1:-4] = FIM_PAD
+    return torch.stack([input_ids, unconditional], dim=1).flatten(0, 1)
+
+
+def edit_ids(rows: Tensor, *, insert_at: int, newline: int, image_tokens: int, merged_patches: int) -> Tensor:
+    """Prompt rows with the picture's places put in: its image ids as `<|vision_pad|>`, its patches as `<|image_pad|>`.
+
+    rows [2, L0], `insert_at` after "<|im_start|>user\\n" -> [2, L] (STAR.md 3.6).
+    """
+    picture = [VISION_START, *[VISION_PAD] * image_tokens, VISION_END, VISION_START, *[IMAGE_PAD] * merged_patches, VISION_END, newline]
+    inserted = torch.tensor(picture, device=rows.device).expand(rows.shape[0], -1)
+    return torch.cat([rows[:, :insert_at], inserted, rows[:, insert_at:]], dim=1)
+
+
+def mrope_position_ids(input_ids: Tensor, grids: Sequence[tuple[int, int]], *, trailing: int = 0) -> Tensor:
+    """Positions on the three axes. input_ids [L], merged rows and columns of each picture -> [3, 1, L + trailing] int64.
+
+    Text advances all axes by one. A picture is what follows `<|vision_start|>` as `<|image_pad|>`: one place in time, its rows
+    and columns on the other axes; text goes on behind the larger of the two. `trailing` continues for ids yet to come.
+    """
+    columns: list[Tensor] = []  # each [3, n]
+    start, done, remaining = 0, 0, list(grids)
+    ids = input_ids.tolist()
+    while done < len(ids):
+        if ids[done] == IMAGE_PAD and done and ids[done - 1] == VISION_START:
+            grid_h, grid_w = remaining.pop(0)
+            rows = torch.arange(grid_h).repeat_interleave(grid_w)
+            columns.append(start + torch.stack([torch.zeros_like(rows), rows, torch.arange(grid_w).repeat(grid_h)]))
+            start, done = start + max(grid_h, grid_w), done + grid_h * grid_w
+        else:
+            columns.append(torch.full((3, 1), start))
+            start, done = start + 1, done + 1
+    columns.append((start + torch.arange(trailing)).expand(3, -1))
+    return torch.cat(columns, dim=1).unsqueeze(1).to(input_ids.device)
