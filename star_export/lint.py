@@ -57,6 +57,8 @@ def _attribute(node: ir.Node, name: str, default):
 
 
 def _opsets(model: ir.Model) -> Iterator[Finding]:
+    if "" not in model.opset_imports or not len(model.graph):
+        yield "opset", "graph", f"expected nodes of opset {OPSET}, got an empty model"
     for domain, version in model.opset_imports.items():
         if (domain, version) not in (("", OPSET), (DOMAIN, 1)):
             yield "opset", "graph", f"expected opset {OPSET} and {DOMAIN} 1, got {domain or 'ai.onnx'} {version}"
