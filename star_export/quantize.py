@@ -5,8 +5,8 @@ initializer a lazy tensor that is read, transposed, rounded or quantised only wh
 `rounded` is the same rounding as float32 numbers, for the reference that golden tensors are recorded with.
 
 int8 and int4 are weight-only: symmetric blocks along the input features, round to nearest, scales in the compute type, no zero point (ONNX
-`DequantizeLinear` with `block_size`). int4 has blocks of 128, 64 or 32; int8 one block over all input features, because TensorRT for RTX
-fuses no smaller one: it writes the whole weight out as bf16 at every step.
+`DequantizeLinear`). int4 has blocks of 128, 64 or 32; int8 one block over all input features, so one scale per output channel, because
+TensorRT for RTX fuses no smaller one: it writes the whole weight out as bf16 at every step.
 """
 from __future__ import annotations
 
@@ -124,15 +124,16 @@ def _insert_dequantize(model: ir.Model, weight: ir.Value, tensor, precision: Pre
     """Replace `weight` [K,N] by `weight.codes`, `weight.scales` and a DequantizeLinear in front of its consumers."""
     bits, (k, n) = precision.bits, weight.shape
     kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+    layout, shape = ({"axis": 1}, [n]) if bits == 8 else ({"axis": 0, "block_size": block}, [k // block, n])
 
     def blocks():
         return blocks_from_weight(tensor.load().T, bits=bits, block=block, dtype=precision.torch_dtype)
 
     codes = ir.Value(name=f"{weight.name}.codes", type=ir.TensorType(kind), shape=ir.Shape([k, n]))
     codes.const_value = _lazy(codes.name, kind, codes.shape, lambda: blocks()[0])
-    scales = ir.Value(name=f"{weight.name}.scales", type=ir.TensorType(precision.compute), shape=ir.Shape([k // block, n]))
-    scales.const_value = _lazy(scales.name, precision.compute, scales.shape, lambda: blocks()[1])
-    node = ir.node("DequantizeLinear", [codes, scales], {"axis": 0, "block_size": block}, name=f"{weight.name}.dequantize")
+    scales = ir.Value(name=f"{weight.name}.scales", type=ir.TensorType(precision.compute), shape=ir.Shape(shape))
+    scales.const_value = _lazy(scales.name, precision.compute, scales.shape, lambda: blocks()[1].reshape(shape))
+    node = ir.node("DequantizeLinear", [codes, scales], layout, name=f"{weight.name}.dequantize")
     node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"{weight.name}.dense", precision.compute, weight.shape
     first = next(iter(weight.uses())).node
     model.graph.insert_before(first, node)
