@@ -35,12 +35,34 @@ def check_binding(spec: ComponentSpec, tensors: Mapping[str, object]) -> dict[st
     symbols: dict[str, tuple[int, str]] = {}
     for name, tensor in expected.items():
         if name in tensors:
-            wrong += _disagreements(tensor, tensors[name], symbols)
+            wrong += disagreements(tensor, tensors[name], symbols)
     if wrong:
         more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise InputError("These tensors do not fit this component", where=f"{spec.graph}: " + "; ".join(wrong[:_LISTED]) + more,
                          fix="give each input and output once, with these dtypes and shapes (a cache under its past name only)")
     return {symbol: size for symbol, (size, _) in symbols.items()}
+
+
+def disagreements(expected: TensorSpec, got: object, symbols: dict[str, tuple[int, str]]) -> list[str]:
+    """What is wrong with one tensor. Enters the symbols' sizes, with the tensor that said so, into `symbols`."""
+    name, shape = expected.name, tuple(got.shape)
+    if dtype_name(got.dtype) != expected.dtype or len(shape) != len(expected.shape):
+        return [f"{name}: expected {_signature(expected)}, got {dtype_name(got.dtype)}[{','.join(map(str, shape))}]"]
+    wrong = []
+    for axis, size in zip(expected.shape, shape):
+        if isinstance(axis, int):
+            if size != axis:
+                wrong.append(f"{name}: expected {_signature(expected)}, got size {size} for {axis}")
+            continue
+        factor, symbol, divisor = axis_parts(axis)
+        value, rest = divmod(size * divisor, factor)
+        if rest or size < 1:
+            wrong.append(f"{name}: expected {_signature(expected)}, got size {size} for {axis}")
+            continue
+        said, by = symbols.setdefault(symbol, (value, name))
+        if value != said:
+            wrong.append(f"{name}: expected {symbol}={said} as in {by}, got {symbol}={value}")
+    return wrong
 
 
 def bound_tensors(spec: ComponentSpec) -> list[TensorSpec]:
@@ -70,37 +92,32 @@ def axis_parts(axis: str) -> tuple[int, str, int]:
 
 def dtype_name(dtype: object) -> str:
     """`float32` for the string, the numpy type or the numpy dtype. Foreign byte order is part of the name."""
-    if isinstance(dtype, str) and dtype == "bfloat16":  # numpy has no such type
-        return dtype
-    dtype = np.dtype(dtype)
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:  # numpy has no bfloat16
+        return str(dtype)
     return dtype.name if dtype.isnative else f"{dtype.name} in foreign byte order"
+
+
+def check_array(array: object, *, shape: tuple[int, ...], dtype: str) -> None:
+    """Refuse an array that cannot be written into a buffer of `shape` and `dtype` as it stands: another type, shape, byte order or
+    layout is never converted silently. Raises InputError with expected and got."""
+    expected = f"a contiguous {dtype}[{','.join(map(str, shape))}]"
+    if not isinstance(array, np.ndarray):
+        got = type(array).__name__
+    elif array.shape != tuple(shape) or dtype_name(array.dtype) != dtype:
+        got = f"{dtype_name(array.dtype)}[{','.join(map(str, array.shape))}]"
+    elif not array.flags.c_contiguous:
+        got = "one that is not contiguous"
+    else:
+        return
+    raise InputError("This array does not fit its buffer", where=f"buffer: expected {expected}, got {got}",
+                     fix="convert it with numpy: ascontiguousarray(array, dtype)")
 
 
 def _size(axis: str, symbols: Mapping[str, int]) -> int:
     factor, symbol, divisor = axis_parts(axis)
     return factor * symbols[symbol] // divisor
-
-
-def _disagreements(expected: TensorSpec, got: object, symbols: dict[str, tuple[int, str]]) -> list[str]:
-    """What is wrong with one tensor. Enters the symbols' sizes, with the tensor that said so, into `symbols`."""
-    name, shape = expected.name, tuple(got.shape)
-    if dtype_name(got.dtype) != expected.dtype or len(shape) != len(expected.shape):
-        return [f"{name}: expected {_signature(expected)}, got {dtype_name(got.dtype)}[{','.join(map(str, shape))}]"]
-    wrong = []
-    for axis, size in zip(expected.shape, shape):
-        if isinstance(axis, int):
-            if size != axis:
-                wrong.append(f"{name}: expected {_signature(expected)}, got size {size} for {axis}")
-            continue
-        factor, symbol, divisor = axis_parts(axis)
-        value, rest = divmod(size * divisor, factor)
-        if rest or size < 1:
-            wrong.append(f"{name}: expected {_signature(expected)}, got size {size} for {axis}")
-            continue
-        said, by = symbols.setdefault(symbol, (value, name))
-        if value != said:
-            wrong.append(f"{name}: expected {symbol}={said} as in {by}, got {symbol}={value}")
-    return wrong
 
 
 def _signature(tensor: TensorSpec) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from engines.errors import InputError
 from engines.manifest import ComponentSpec, TensorSpec
-from engines.sessions.binding import bound_tensors, check_binding, dtype_name, present_name, shape_from_symbols, symbols_of
+from engines.sessions.binding import bound_tensors, check_array, check_binding, dtype_name, present_name, shape_from_symbols, symbols_of
 
 
 def spec(inputs, outputs):
@@ -84,3 +84,15 @@ def test_axes_are_arithmetic_on_symbols():
 
 def test_dtypes_have_one_name():
     assert [dtype_name(d) for d in ("bfloat16", np.float32, np.dtype("int64"), "bool")] == ["bfloat16", "float32", "int64", "bool"]
+
+
+@pytest.mark.parametrize("array, got", [
+    (np.zeros((2, 3), "float64"), "float64[2,3]"), (np.zeros((2, 3), ">f4"), "float32 in foreign byte order[2,3]"),
+    (np.zeros((3, 2), "float32"), "float32[3,2]"), (np.zeros((1, 2, 3), "float32"), "float32[1,2,3]"), (np.float32(1), "float32"),
+    (np.zeros((3, 2), "float32").T, "not contiguous"), (np.zeros((2, 6), "float32")[:, ::2], "not contiguous"), ([[1.0]], "list"),
+    (np.zeros((2, 3), object), "object[2,3]")])
+def test_an_array_that_would_need_converting_is_refused(array, got):
+    check_array(np.zeros((2, 3), "float32"), shape=(2, 3), dtype="float32")
+    with pytest.raises(InputError) as error:
+        check_array(array, shape=(2, 3), dtype="float32")
+    assert "expected a contiguous float32[2,3]" in error.value.where and got in error.value.where
