@@ -23,18 +23,19 @@ ROPE_THETA = 10_000.0
 
 @dataclass(frozen=True)
 class VisionInputs:
-    """Inputs of `vision_encoder`: pixel_values [P, 1176], rotary_angles [P, head_dim/2], window_ids [P]. `grid_h` and `grid_w`
-    count merged patches: the encoder returns grid_h * grid_w embeddings, row by row."""
+    """Inputs of `vision_encoder`: pixel_values [P, 1176], rotary_cos and rotary_sin [P, head_dim/2], window_ids [P]. `grid_h` and
+    `grid_w` count merged patches: the encoder returns grid_h * grid_w embeddings, row by row."""
 
     pixel_values: np.ndarray
-    rotary_angles: np.ndarray
+    rotary_cos: np.ndarray
+    rotary_sin: np.ndarray
     window_ids: np.ndarray
     grid_h: int
     grid_w: int
 
     def feeds(self) -> dict[str, np.ndarray]:
-        """The three arrays by input name."""
-        return {"pixel_values": self.pixel_values, "rotary_angles": self.rotary_angles, "window_ids": self.window_ids}
+        """The four arrays by input name."""
+        return {name: getattr(self, name) for name in ("pixel_values", "rotary_cos", "rotary_sin", "window_ids")}
 
 
 def ask_inputs(picture: np.ndarray, model: ModelSpec, *, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> VisionInputs:
@@ -66,7 +67,7 @@ def vision_inputs(picture: np.ndarray, model: ModelSpec, *, min_pixels: int, max
     rows, columns = patch_coordinates(vision, grid_h=height // vision.patch_size, grid_w=width // vision.patch_size)
     side = vision.window_size // vision.patch_size  # in patches
     windows = rows // side * -(-width // vision.patch_size // side) + columns // side
-    return VisionInputs(pixels, rotary_angles(vision, rows, columns, rope_bf16=model.rope_bf16), windows,
+    return VisionInputs(pixels, *rotary_cos_sin(vision, rows, columns, rope_bf16=model.rope_bf16), windows,
                         grid_h=height // _factor(vision), grid_w=width // _factor(vision))
 
 
@@ -115,6 +116,13 @@ def rotary_angles(vision: VisionSpec, rows: np.ndarray, columns: np.ndarray, *, 
     rounded = bf16_rounded if rope_bf16 else np.asarray
     angles = [rounded(rounded(axis.astype(np.float32))[:, None] * rounded(frequencies)) for axis in (rows, columns)]
     return np.concatenate(angles, axis=1, dtype=np.float32)
+
+
+def rotary_cos_sin(vision: VisionSpec, rows: np.ndarray, columns: np.ndarray, *, rope_bf16: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of `rotary_angles`, two of float32 [P, head_dim/2]; `rope_bf16` rounds them through bfloat16 too."""
+    angles = rotary_angles(vision, rows, columns, rope_bf16=rope_bf16).astype(np.float64)
+    cos, sin = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
+    return (bf16_rounded(cos), bf16_rounded(sin)) if rope_bf16 else (cos, sin)
 
 
 def bf16_rounded(x: np.ndarray) -> np.ndarray:

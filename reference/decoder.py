@@ -55,7 +55,7 @@ class RotaryAngles(nn.Module):
         return self
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        positions = position_ids.float()[self.axis_of_dim]  # [D/2, B, S]
+        positions = position_ids.float().index_select(0, self.axis_of_dim)  # [D/2, B, S]
         angles = positions.permute(1, 2, 0) * self.inv_freq  # [B, S, D/2]
         return angles.cos(), angles.sin()
 

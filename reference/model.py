@@ -29,7 +29,7 @@ class Star(nn.Module):
         hidden_size, vq = config.base_ar.hidden_size, config.vq
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, hidden_size)
-        self.vision_encoder = VisionEncoder(config.vision, rope_bf16=rope_bf16, rotate=rotate)
+        self.vision_encoder = VisionEncoder(config.vision, rotate=rotate)
         self.codebook = nn.Embedding(vq.codebook_size, vq.codebook_dim)
         self.vq_encoder = VQEncoder(vq, self.codebook)
         self.vq_decoder = VQDecoder(vq, self.codebook)

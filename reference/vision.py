@@ -31,14 +31,23 @@ def patch_coordinates(config: VisionConfig, *, grid_h: int, grid_w: int) -> tupl
 def rotary_angles(config: VisionConfig, *, grid_h: int, grid_w: int, rope_bf16: bool = True) -> Tensor:
     """Rotary angles of every patch, float32 [P, head_dim/2]: head_dim/4 of its row, then head_dim/4 of its column.
 
-    `rope_bf16` rounds frequencies, positions and their product through bfloat16, as the release does (STAR.md 1.1); the
-    encoder then rounds the cosines and sines of these angles the same way.
+    `rope_bf16` rounds frequencies, positions and their product through bfloat16, as the release does (STAR.md 1.1).
     """
     dims = config.hidden_size // config.num_heads // 2
     dtype = torch.bfloat16 if rope_bf16 else torch.float32
     frequencies = (1.0 / ROPE_THETA ** (torch.arange(0, dims, 2).float() / dims)).to(dtype)  # [head_dim/4]
     rows, columns = patch_coordinates(config, grid_h=grid_h, grid_w=grid_w)
     return torch.cat([axis[:, None].to(dtype) * frequencies for axis in (rows, columns)], dim=-1).float()
+
+
+def rotary_cos_sin(config: VisionConfig, *, grid_h: int, grid_w: int, rope_bf16: bool = True) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `rotary_angles`, two of float32 [P, head_dim/2].
+
+    `rope_bf16` rounds them through bfloat16 too: in the release they are bfloat16 before they are applied in float32.
+    """
+    angles = rotary_angles(config, grid_h=grid_h, grid_w=grid_w, rope_bf16=rope_bf16)
+    cos, sin = angles.cos(), angles.sin()
+    return (cos.to(torch.bfloat16).float(), sin.to(torch.bfloat16).float()) if rope_bf16 else (cos, sin)
 
 
 def window_ids(config: VisionConfig, *, grid_h: int, grid_w: int) -> Tensor:
@@ -95,24 +104,19 @@ class PatchMerger(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Patches of one image -> embeddings for the decoder.
+    """Patches of one image -> embeddings for the decoder."""
 
-    `rope_bf16` rounds cosines and sines through bfloat16: in the release they are bfloat16 before they are applied in float32.
-    """
-
-    def __init__(self, config: VisionConfig, *, rope_bf16: bool = True, rotate: Callable = rotate_half):
+    def __init__(self, config: VisionConfig, *, rotate: Callable = rotate_half):
         super().__init__()
-        self.config, self.rope_bf16 = config, rope_bf16
+        self.config = config
         patch_values = 3 * config.temporal_patch_size * config.patch_size**2
         self.patch_embed = nn.Linear(patch_values, config.hidden_size, bias=False)  # the release's Conv3d, flattened
         self.blocks = nn.ModuleList(VisionBlock(config, rotate=rotate) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
-    def forward(self, pixel_values: Tensor, rotary_angles: Tensor, window_ids: Tensor) -> Tensor:
-        """pixel_values [P, 1176], rotary_angles [P, head_dim/2] float32, window_ids [P] int64 -> [P/4, H]."""
-        cos, sin = rotary_angles.cos().unsqueeze(0), rotary_angles.sin().unsqueeze(0)  # [1, P, head_dim/2]
-        if self.rope_bf16:
-            cos, sin = cos.to(torch.bfloat16).float(), sin.to(torch.bfloat16).float()
+    def forward(self, pixel_values: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, window_ids: Tensor) -> Tensor:
+        """pixel_values [P, 1176], rotary_cos and rotary_sin [P, head_dim/2] float32, window_ids [P] int64 -> [P/4, H]."""
+        cos, sin = rotary_cos.unsqueeze(0), rotary_sin.unsqueeze(0)  # [1, P, head_dim/2]
         windows = window_ids[:, None] == window_ids[None, :]  # [P, P]
         x = self.patch_embed(pixel_values)
         for index, block in enumerate(self.blocks):

@@ -40,8 +40,9 @@ def _token_embedding(config: StarConfig, compute: str):
 
 def _vision_encoder(config: StarConfig, compute: str):
     v = config.vision
+    angles = v.hidden_size // v.num_heads // 2
     pixels = 3 * v.temporal_patch_size * v.patch_size**2
-    return ((f32("pixel_values", "P", pixels), f32("rotary_angles", "P", v.hidden_size // v.num_heads // 2), i64("window_ids", "P")),
+    return ((f32("pixel_values", "P", pixels), f32("rotary_cos", "P", angles), f32("rotary_sin", "P", angles), i64("window_ids", "P")),
             (f32("image_embeds", "P/4", v.out_hidden_size),))
 
 

@@ -75,10 +75,12 @@ def _token_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case
 
 def _vision_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]:
     pixels = 3 * config.vision.temporal_patch_size * config.vision.patch_size**2
-    return {f"{h}x{w}": {"pixel_values": _normal(rng, h * w, pixels),
-                         "rotary_angles": vision.rotary_angles(config.vision, grid_h=h, grid_w=w).numpy(),
-                         "window_ids": vision.window_ids(config.vision, grid_h=h, grid_w=w).numpy()}
-            for h, w in ((2, 2), (4, 10), (14, 6), (18, 20))}
+    cases = {}
+    for h, w in ((2, 2), (4, 10), (14, 6), (18, 20)):
+        cos, sin = vision.rotary_cos_sin(config.vision, grid_h=h, grid_w=w)
+        cases[f"{h}x{w}"] = {"pixel_values": _normal(rng, h * w, pixels), "rotary_cos": cos.numpy(), "rotary_sin": sin.numpy(),
+                             "window_ids": vision.window_ids(config.vision, grid_h=h, grid_w=w).numpy()}
+    return cases
 
 
 def _picture_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]:

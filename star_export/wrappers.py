@@ -43,9 +43,9 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.encoder = star.vision_encoder
 
-    def forward(self, pixel_values, rotary_angles, window_ids):  # [P,1176], [P,D/2], [P] -> [P/4,H]
+    def forward(self, pixel_values, rotary_cos, rotary_sin, window_ids):  # [P,1176], [P,D/2], [P,D/2], [P] -> [P/4,H]
         dtype = next(self.encoder.parameters()).dtype
-        return self.encoder(pixel_values.to(dtype), rotary_angles, window_ids).float()
+        return self.encoder(pixel_values.to(dtype), rotary_cos, rotary_sin, window_ids).float()
 
 
 class VQEncoder(nn.Module):

@@ -6,7 +6,7 @@ from tiny_bundle import MODEL, VISION
 
 from engines.errors import InputError, ParityError, UsageError
 from engines.image import (ask_inputs, bf16_rounded, check_pixel_limits, edit_inputs, patch_coordinates, pictures_from_decoded,
-                           rotary_angles, smart_size, vision_inputs)
+                           rotary_angles, rotary_cos_sin, smart_size, vision_inputs)
 from reference import vision as reference
 from reference.config import VisionConfig
 
@@ -48,11 +48,14 @@ def test_angles_and_windows_are_the_references(head_dim, rope_bf16, grid):
     rows, columns = patch_coordinates(vision, grid_h=grid[0], grid_w=grid[1])
     expected = reference.rotary_angles(config, grid_h=grid[0], grid_w=grid[1], rope_bf16=rope_bf16).numpy()
     np.testing.assert_allclose(rotary_angles(vision, rows, columns, rope_bf16=rope_bf16), expected, rtol=0 if rope_bf16 else 3e-7)
+    both = reference.rotary_cos_sin(config, grid_h=grid[0], grid_w=grid[1], rope_bf16=rope_bf16)
+    for got, expected in zip(rotary_cos_sin(vision, rows, columns, rope_bf16=rope_bf16), both):
+        np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=0 if rope_bf16 else 3e-5)
     picture = np.zeros((grid[0] * 14, grid[1] * 14, 3), np.uint8)
     if max(grid) < 200:
         got = vision_inputs(picture, replace(MODEL, vision=vision), min_pixels=784, max_pixels=28 * 28 * 4096)
         np.testing.assert_array_equal(got.window_ids, reference.window_ids(config, grid_h=grid[0], grid_w=grid[1]).numpy())
-        assert got.feeds().keys() == {"pixel_values", "rotary_angles", "window_ids"} and got.window_ids.dtype == np.int64
+        assert got.feeds().keys() == {"pixel_values", "rotary_cos", "rotary_sin", "window_ids"} and got.window_ids.dtype == np.int64
 
 
 def test_bf16_rounding_is_torchs():
