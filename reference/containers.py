@@ -53,6 +53,8 @@ class LazyTensor:
 def check_weights_file(path: Path) -> int:
     """Size in bytes of a file that could hold weights. Raises CheckpointError for what people find in its place."""
     try:
+        if not path.is_file():  # a pipe would never end
+            raise CheckpointError("no weights file", where=f"{path}: not a file", fix="check the path")
         with path.open("rb") as file:
             start = file.read(64)
         size = path.stat().st_size
@@ -145,7 +147,7 @@ def tensors_from_pt(path: Path) -> dict[str, LazyTensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError("the pickle holds more than tensors; it was not run", fix="use the release's own file",
                               where=f"{path}: {first_line(error)}") from None
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError("damaged .pt file", where=f"{path}: {first_line(error)}", fix=AGAIN) from None
     tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict):

@@ -12,7 +12,12 @@ class CheckpointError(Exception):
 
     def __init__(self, what: str, *, where: str, fix: str):
         super().__init__(what)
-        self.what, self.where, self.fix = what, where, fix
+        self.what, self.where, self.fix = printable(what), printable(where), printable(fix)
 
     def __str__(self) -> str:
         return f"{self.what}\n  where: {self.where}\n  fix: {self.fix}"
+
+
+def printable(text: str) -> str:
+    """Text from a file, safe to show on one line: control characters and line ends are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

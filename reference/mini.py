@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -251,3 +252,9 @@ def star_json() -> dict:
         "stacked_ar": {"num_layers": STACKED_LAYERS},
         "pixel_output_head": {"image_token_embed": 4096, "image_token_size": CODEBOOK_SIZE, "n_embed": HIDDEN},
         "torch_dtype": "float32"}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m reference.mini FOLDER")
+    write_checkpoint(Path(sys.argv[1]))

@@ -12,13 +12,15 @@ from typing import Any
 
 from .errors import CheckpointError
 
-MAX_BYTES = 64 << 20  # a config is a few KiB, the index of a sharded model some hundred
+MAX_BYTES = 16 << 20  # a config is a few KiB, the index of a sharded model some hundred
 FIX = "use the unmodified file of the release"
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError for anything else."""
     try:
+        if not path.is_file():  # a pipe would never end
+            raise CheckpointError(f"no {path.name}", where=f"{path}: not a file", fix="check the path")
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise CheckpointError(f"{path.name} is too large for a JSON file of a checkpoint",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .config import StarConfig, config_from_files
-from .containers import LazyTensor, tensors_from_pt, tensors_from_safetensors
+from .containers import LazyTensor, first_line, tensors_from_pt, tensors_from_safetensors
 from .errors import CheckpointError
 from .model import Star
 from .names import SET_ASIDE, aliases, expected_tensors, release_name
@@ -36,16 +36,16 @@ def resolve_checkpoint(source: str | Path, *, checkpoint: str | Path | None = No
     """The files of a checkpoint.
 
     `source` is a folder in the release layout, the release's config JSON, or a hub id (`owner/name`, downloaded to the hub's
-    cache). `checkpoint` (STAR-*.pt), `base` (Qwen's folder or hub id) and `vq` (VQ-Model.pt) replace what is found beside the
-    JSON or under the paths it states. Raises CheckpointError naming what was not found and where it was looked for.
+    cache). `checkpoint` (STAR-*.pt), `base` (Qwen's folder) and `vq` (VQ-Model.pt), each a path or a hub id, replace what is
+    found beside the JSON or under the paths it states. Raises CheckpointError naming what was not found and where it was looked for.
     """
-    place = local(source)
-    config_json = place if place.is_file() else only(place, "STAR*.json", "a config JSON", flag="the JSON file itself")
-    star_pt = local(checkpoint) if checkpoint else only(config_json.parent, "STAR*.pt", "trained weights", flag="--checkpoint")
+    config_json = file_in(local(source), "STAR*.json", fix="give the JSON of the release's repository, and --checkpoint")
+    star_pt = file_in(local(checkpoint) if checkpoint else config_json.parent, "STAR*.pt", fix="give the file with --checkpoint")
     values = Section(read_object(config_json), source=config_json)
     qwen = local(base) if base else stated(values.section("language_model"), flag="--base")
-    vq_pt = local(vq) if vq else stated(values.section("pixel_encoder"), flag="--vq")
-    return CheckpointFiles(config_json=config_json, star_pt=star_pt, qwen_folder=qwen, vq_pt=vq_pt)
+    vq_place = local(vq) if vq else stated(values.section("pixel_encoder"), flag="--vq")
+    return CheckpointFiles(config_json=config_json, star_pt=star_pt, qwen_folder=qwen,
+                           vq_pt=file_in(vq_place, "VQ*.pt", fix="give the file with --vq"))
 
 
 def local(source: str | Path) -> Path:
@@ -60,31 +60,33 @@ def local(source: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=["*.json", "*.txt", "*.jinja", "*.pt", "*.safetensors"]))
     except Exception as error:  # the hub's errors share no class with its HTTP library's
         raise CheckpointError("neither a path here nor a repository that the hub gave",
-                              where=f"{source}: {str(error).strip().splitlines()[0][:200]}",
+                              where=f"{source}: {first_line(error)}",
                               fix="check the spelling and the network, or download it and give the folder") from None
 
 
-def only(folder: Path, pattern: str, meaning: str, *, flag: str) -> Path:
-    """The one file that matches."""
-    found = sorted(folder.glob(pattern))
+def file_in(place: Path, pattern: str, *, fix: str) -> Path:
+    """The file itself, or the one file of a folder that matches."""
+    if not place.is_dir():
+        return place
+    found = sorted(place.glob(pattern))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise CheckpointError(f"cannot tell which file is {meaning}", where=f"{folder}: expected one {pattern}, got {names}",
-                              fix=f"give {flag}")
+        raise CheckpointError("cannot tell which file of the folder is meant", where=f"{place}: expected one {pattern}, got {names}",
+                              fix=fix)
     return found[0]
 
 
 def stated(section: Section, *, flag: str) -> Path:
     """The file or folder that `model_path` means: beside the JSON under its last name, or under the stated path from there or
     from up to two folders above, as in a clone of the release's repository."""
-    stated_path, folder = Path(section.text("model_path")), section.source.resolve().parent
+    stated_path, folder = Path(section.text("model_path")), section.source.absolute().parent
     candidates = [folder / stated_path.name]
     if not stated_path.is_absolute() and ".." not in stated_path.parts:
         candidates += [parent / stated_path for parent in [folder, *folder.parents[:2]]]
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    raise CheckpointError(f"{section.key_path('model_path')} leads nowhere", fix=f"put it there, or give {flag}",
+    raise CheckpointError(f"{section.key_path('model_path')} leads nowhere", fix=f"put it there, or give a path or hub id with {flag}",
                           where=f"{section.source}: looked for " + ", ".join(dict.fromkeys(map(str, candidates))))
 
 
