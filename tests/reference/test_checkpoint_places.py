@@ -1,0 +1,102 @@
+"""Where a checkpoint's files are looked for: a folder, its JSON, a clone of the release, the hub's cache, or as told."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reference.weights import CheckpointFiles, resolve_checkpoint
+from refusals import refused
+
+
+def test_a_folder_and_its_json_mean_the_same(mini_checkpoint: Path) -> None:
+    expected = CheckpointFiles(mini_checkpoint / "STAR-mini.json", mini_checkpoint / "STAR-mini.pt",
+                               mini_checkpoint / "Qwen2.5-VL-mini", mini_checkpoint / "VQ-Model.pt")
+    assert resolve_checkpoint(mini_checkpoint) == expected
+    assert resolve_checkpoint(str(mini_checkpoint / "STAR-mini.json")) == expected
+
+
+def test_parts_can_be_replaced(mini_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "STAR-mini.json").symlink_to(mini_checkpoint / "STAR-mini.json")
+    qwen = tmp_path / "elsewhere"
+    qwen.mkdir()
+    files = resolve_checkpoint(tmp_path, checkpoint=mini_checkpoint / "STAR-mini.pt", base=qwen, vq=str(mini_checkpoint / "VQ-Model.pt"))
+    assert files == CheckpointFiles(tmp_path / "STAR-mini.json", mini_checkpoint / "STAR-mini.pt", qwen, mini_checkpoint / "VQ-Model.pt")
+    assert resolve_checkpoint(tmp_path, checkpoint=mini_checkpoint, base=qwen, vq=mini_checkpoint) == files  # folders that hold one
+
+
+def test_a_clone_of_the_release_with_its_checkpoints_folder(tmp_path: Path) -> None:
+    configs, weights = tmp_path / "star" / "configs", tmp_path / "checkpoints"
+    configs.mkdir(parents=True)
+    (weights / "Qwen2.5-VL-3B-Instruct").mkdir(parents=True)
+    for name in ("STAR-3B.pt", "VQ-Model.pt"):
+        (weights / name).touch()
+    source = configs / "STAR_Qwen2.5-VL-3B.json"
+    source.write_text(json.dumps({"language_model": {"model_path": "checkpoints/Qwen2.5-VL-3B-Instruct"},
+                                  "pixel_encoder": {"model_path": "checkpoints/VQ-Model.pt"}}))
+    files = resolve_checkpoint(source, checkpoint=weights / "STAR-3B.pt")
+    assert files == CheckpointFiles(source, weights / "STAR-3B.pt", weights / "Qwen2.5-VL-3B-Instruct", weights / "VQ-Model.pt")
+
+
+def test_what_is_absent_is_named(mini_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    with refused("no such file or folder", str(tmp_path / "absent")):
+        resolve_checkpoint(tmp_path / "absent")
+    with refused("no such file or folder", "absent.pt"):
+        resolve_checkpoint(mini_checkpoint, vq="absent.pt")
+    with refused(f"{tmp_path}: expected one STAR*.json, got none", "--checkpoint"):
+        resolve_checkpoint(tmp_path)
+    (folder / "VQ-Model.pt").unlink()
+    with refused("pixel_encoder.model_path leads nowhere", str(folder / "VQ-Model.pt"), "--vq"):
+        resolve_checkpoint(folder)
+    (folder / "STAR-other.pt").symlink_to(mini_checkpoint / "STAR-mini.pt")
+    with refused("expected one STAR*.pt, got STAR-mini.pt, STAR-other.pt", "--checkpoint"):
+        resolve_checkpoint(folder)
+
+
+@pytest.mark.parametrize("stated", ["../outside/VQ-Model2.pt", "/etc/hostname2"])
+def test_stated_paths_do_not_leave_the_release(folder: Path, stated: str) -> None:
+    document = json.loads((folder / "STAR-mini.json").read_text())
+    document["pixel_encoder"]["model_path"] = stated
+    (folder / "STAR-mini.json").unlink()
+    (folder / "STAR-mini.json").write_text(json.dumps(document))
+    (folder.parent / "outside").mkdir()
+    (folder.parent / "outside" / "VQ-Model2.pt").touch()
+    with refused("pixel_encoder.model_path leads nowhere"):
+        resolve_checkpoint(folder)
+
+
+@pytest.fixture
+def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache and no network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def cached(hub: Path, repository: str, files: list[Path]) -> Path:
+    """A snapshot in the hub's cache, made of links."""
+    home = hub / ("models--" + repository.replace("/", "--"))
+    snapshot = home / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    for file in files:
+        (snapshot / file.name).symlink_to(file)
+    return snapshot
+
+
+def test_hub_ids_are_read_from_the_cache(mini_checkpoint: Path, offline_hub: Path) -> None:
+    star = cached(offline_hub, "MM-MVR/STAR-mini", [mini_checkpoint / "STAR-mini.json", mini_checkpoint / "STAR-mini.pt"])
+    qwen = cached(offline_hub, "Qwen/Qwen2.5-VL-mini", sorted((mini_checkpoint / "Qwen2.5-VL-mini").iterdir()))
+    vq = cached(offline_hub, "MM-MVR/STAR-VQ", [mini_checkpoint / "VQ-Model.pt"])
+    files = resolve_checkpoint("MM-MVR/STAR-mini", base="Qwen/Qwen2.5-VL-mini", vq="MM-MVR/STAR-VQ")
+    assert files == CheckpointFiles(star / "STAR-mini.json", star / "STAR-mini.pt", qwen, vq / "VQ-Model.pt")
+    with refused("language_model.model_path leads nowhere", "hub id with --base"):
+        resolve_checkpoint("MM-MVR/STAR-mini")
+
+
+def test_an_unknown_hub_id_is_refused(offline_hub: Path) -> None:
+    with refused("neither a path here nor a repository that the hub gave", "MM-MVR/STAR-9B"):
+        resolve_checkpoint("MM-MVR/STAR-9B")
