@@ -16,14 +16,16 @@ from pathlib import Path
 from .errors import CheckpointError
 from .strict_json import FIX, Section, read_object
 
-MAX_LAYERS, MAX_SIZE, MAX_ROWS = 512, 1 << 17, 1 << 22  # of anything that multiplies memory; the largest release: 36, 18944, 152064
+# Bounds of what multiplies memory; the largest release has 36, 18944 and 152064.
+MAX_LAYERS, MAX_SIZE, MAX_ROWS = 512, 1 << 17, 1 << 22
 
 # Known keys that change nothing in what is computed here.
 STAR_UNUSED = frozenset({"model_type", "torch_dtype", "dtype", "pixel_decoder"})
 OUTPUT_HEAD_UNUSED = frozenset({"image_token_embed"})
 LIBRARY_UNUSED = frozenset({
     "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "output_hidden_states", "output_attentions",
-    "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "_attn_implementation_autoset"})
+    "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type",
+    "_attn_implementation_autoset"})
 TEXT_UNUSED = LIBRARY_UNUSED | {
     "model_type", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_window_layers",
     "sliding_window", "layer_types", "use_cache", "image_token_id", "video_token_id", "vision_start_token_id",
@@ -190,7 +192,8 @@ def base_from_json(path: Path) -> tuple[DecoderConfig, VisionConfig, int, bool]:
     text.finish(unused=TEXT_UNUSED)
     top.finish(unused=TEXT_UNUSED)
     if vision.out_hidden_size != decoder.hidden_size:
-        raise vision_section.refuse("out_hidden_size", f"{decoder.hidden_size} (the decoder's hidden_size)", str(vision.out_hidden_size))
+        raise vision_section.refuse("out_hidden_size", f"{decoder.hidden_size} (the decoder's hidden_size)",
+                                    str(vision.out_hidden_size))
     return decoder, vision, vocab_size, tied
 
 
@@ -234,7 +237,8 @@ def rope_from_section(text: Section, *, head_dim: int) -> tuple[float, tuple[int
     sections = rope.integers("mrope_section", low=0, high=head_dim, length=3)
     rope.finish()
     if 2 * sum(sections) != head_dim:
-        raise rope.refuse("mrope_section", f"a sum of {head_dim / 2:g} (half of the head dimension {head_dim})", str(sum(sections)))
+        raise rope.refuse("mrope_section", f"a sum of {head_dim / 2:g} (half of the head dimension {head_dim})",
+                          str(sum(sections)))
     return theta, sections
 
 
@@ -243,16 +247,18 @@ def vision_from_section(section: Section) -> VisionConfig:
         depth=section.integer("depth", high=MAX_LAYERS), hidden_size=section.integer("hidden_size", high=MAX_SIZE),
         intermediate_size=section.integer("intermediate_size", high=MAX_SIZE), num_heads=section.integer("num_heads", high=1024),
         patch_size=section.integer("patch_size", high=256), temporal_patch_size=section.integer("temporal_patch_size", high=16),
-        spatial_merge_size=section.integer("spatial_merge_size", high=16), window_size=section.integer("window_size", high=1 << 16),
+        spatial_merge_size=section.integer("spatial_merge_size", high=16),
+        window_size=section.integer("window_size", high=1 << 16),
         full_attention_blocks=section.integers("fullatt_block_indexes", low=0, high=MAX_LAYERS),
         out_hidden_size=section.integer("out_hidden_size", high=MAX_SIZE))
     section.text("hidden_act", choices=("silu",))
     section.finish(unused=VISION_UNUSED)
-    expect_divides(section, "num_heads", 4 * vision.num_heads, vision.hidden_size, "hidden_size, with 4 rotary quarters per head,")
+    expect_divides(section, "num_heads", 4 * vision.num_heads, vision.hidden_size, "hidden_size, with 4 quarters per head,")
     merged_patch = vision.patch_size * vision.spatial_merge_size
     expect_divides(section, "patch_size", merged_patch, vision.window_size, "window_size, times spatial_merge_size,")
     if max(vision.full_attention_blocks) >= vision.depth:
-        raise section.refuse("fullatt_block_indexes", f"indices below depth {vision.depth}", str(max(vision.full_attention_blocks)))
+        raise section.refuse("fullatt_block_indexes", f"indices below depth {vision.depth}",
+                             str(max(vision.full_attention_blocks)))
     return vision
 
 

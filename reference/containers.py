@@ -40,7 +40,7 @@ class LazyTensor:
     read: Callable[[], Tensor]
 
     def load(self) -> Tensor:
-        """The tensor, memory-mapped unless the file has another dtype. Raises CheckpointError when a number is NaN or infinite."""
+        """The tensor, memory-mapped unless the file has another dtype. Raises CheckpointError for a NaN or infinite number."""
         tensor = self.read().reshape(self.shape).to(self.dtype)
         low, high = tensor.aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -96,8 +96,8 @@ def safetensors_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, 
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("expected dtype, shape and data_offsets")
-    dtype, shape, span = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None, entry["shape"], entry["data_offsets"]
-    if dtype is None:
+    shape, span = entry["shape"], entry["data_offsets"]
+    if not isinstance(entry["dtype"], str) or (dtype := DTYPES.get(entry["dtype"])) is None:
         raise refuse(f"unknown dtype {json.dumps(entry['dtype'])[:80]}")
     for numbers in (shape, span):
         if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
@@ -158,7 +158,8 @@ def tensors_from_pt(path: Path) -> dict[str, LazyTensor]:
 
 def lazy_from_state_dict(path: Path, tensors: dict) -> Iterator[tuple[str, LazyTensor]]:
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not isinstance(name, str) or not plain:
             raise CheckpointError("an entry that is not a plain tensor", fix="use the release's own file",
                                   where=f"{path}: {str(name)[:120]}: expected a tensor, got {type(tensor).__name__}")
         yield name, LazyTensor(name, tuple(tensor.shape), tensor.dtype, path, lambda tensor=tensor: tensor.detach())
@@ -175,9 +176,10 @@ def check_torch_zip(path: Path, size: int) -> None:
                               fix="use the release's own file; another pickle is not read")
     found = tail.rfind(ZIP_END)
     expected = size - len(tail) + found + ZIP_END_BYTES
-    if found < 0 or expected != size:
-        known = f"expected {expected} bytes, got {size}" if 0 <= found and expected < size else f"it has no end within its {size} bytes"
-        raise CheckpointError("not a whole .pt file", where=f"{path}: {known}", fix=AGAIN)
+    if found < 0 or expected > size:
+        raise CheckpointError("not a whole .pt file", where=f"{path}: it has no end within its {size} bytes", fix=AGAIN)
+    if expected < size:
+        raise CheckpointError("not a whole .pt file", where=f"{path}: expected {expected} bytes, got {size}", fix=AGAIN)
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]

@@ -52,8 +52,8 @@ def write_checkpoint(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as staged:
         write_files(Path(staged))
-        order = sorted((path for path in Path(staged).rglob("*") if path.is_file()), key=lambda path: path.name == "STAR-mini.json")
-        for path in order:
+        written = [path for path in Path(staged).rglob("*") if path.is_file()]
+        for path in sorted(written, key=lambda path: path.name == "STAR-mini.json"):
             final = root / path.relative_to(staged)
             final.parent.mkdir(exist_ok=True)
             os.replace(path, final)

@@ -33,7 +33,8 @@ class Generated:
 
 @torch.no_grad()
 def generate(star: Star, input_ids: Tensor, *, guidance: float, top_k: int, top_p: float, uniforms: Tensor | None,
-             image_tokens: int | None = None, inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None) -> Generated:
+             image_tokens: int | None = None, inputs_embeds: Tensor | None = None,
+             position_ids: Tensor | None = None) -> Generated:
     """Draw N pictures from 2N prompt rows (`guidance_rows`).
 
     input_ids [2N, L]; `inputs_embeds` [2N, L, H] replaces their embeddings (editing: `edit_embeds`). position_ids
@@ -94,7 +95,8 @@ def new_caches(star: Star, rows: int, *, capacity_tokens: int) -> tuple[Cache, C
             star.stacked_ar.new_cache(rows, capacity_tokens=capacity_tokens))
 
 
-def both_decoders(star: Star, embeds: Tensor, positions: Tensor, first: int, caches: tuple[Cache, Cache]) -> tuple[Tensor, Tensor]:
+def both_decoders(star: Star, embeds: Tensor, positions: Tensor, first: int,
+                  caches: tuple[Cache, Cache]) -> tuple[Tensor, Tensor]:
     """One step through base and stack: embeds [B, S, H], positions [3, B, S] -> hidden states of each, [B, S, H]."""
     base_hidden = decode(star.base_ar, embeds, positions, first, caches[0])
     return base_hidden, decode(star.stacked_ar, base_hidden, positions, first, caches[1])
@@ -181,7 +183,8 @@ def edit_ids(rows: Tensor, *, insert_at: int, newline: int, image_tokens: int, m
 
     rows [2, L0], `insert_at` after "<|im_start|>user\\n" -> [2, L] (STAR.md 3.6).
     """
-    picture = [VISION_START, *[VISION_PAD] * image_tokens, VISION_END, VISION_START, *[IMAGE_PAD] * merged_patches, VISION_END, newline]
+    picture = [VISION_START, *[VISION_PAD] * image_tokens, VISION_END,
+               VISION_START, *[IMAGE_PAD] * merged_patches, VISION_END, newline]
     inserted = torch.tensor(picture, device=rows.device).expand(rows.shape[0], -1)
     return torch.cat([rows[:, :insert_at], inserted, rows[:, insert_at:]], dim=1)
 

@@ -105,7 +105,9 @@ class Level(nn.Module):
 
 
 def middle(channels: int, num_heads: int) -> nn.Sequential:
-    return nn.Sequential(ResBlock(channels, channels), AttentionBlock(channels, num_heads=num_heads), ResBlock(channels, channels))
+    """The blocks at the lowest resolution, between encoder or decoder levels and the latent."""
+    return nn.Sequential(ResBlock(channels, channels), AttentionBlock(channels, num_heads=num_heads),
+                         ResBlock(channels, channels))
 
 
 class VQEncoder(nn.Module):

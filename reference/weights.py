@@ -37,7 +37,7 @@ def resolve_checkpoint(source: str | Path, *, checkpoint: str | Path | None = No
 
     `source` is a folder in the release layout, the release's config JSON, or a hub id (`owner/name`, downloaded to the hub's
     cache). `checkpoint` (STAR-*.pt), `base` (Qwen's folder) and `vq` (VQ-Model.pt), each a path or a hub id, replace what is
-    found beside the JSON or under the paths it states. Raises CheckpointError naming what was not found and where it was looked for.
+    found beside the JSON or under the paths it states. Raises CheckpointError naming what was not found, and where.
     """
     config_json = file_in(local(source), "STAR*.json", fix="give the JSON of the release's repository, and --checkpoint")
     star_pt = file_in(local(checkpoint) if checkpoint else config_json.parent, "STAR*.pt", fix="give the file with --checkpoint")
@@ -71,8 +71,8 @@ def file_in(place: Path, pattern: str, *, fix: str) -> Path:
     found = sorted(place.glob(pattern))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise CheckpointError("cannot tell which file of the folder is meant", where=f"{place}: expected one {pattern}, got {names}",
-                              fix=fix)
+        raise CheckpointError("cannot tell which file of the folder is meant", fix=fix,
+                              where=f"{place}: expected one {pattern}, got {names}")
     return found[0]
 
 
@@ -86,7 +86,8 @@ def stated(section: Section, *, flag: str) -> Path:
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    raise CheckpointError(f"{section.key_path('model_path')} leads nowhere", fix=f"put it there, or give a path or hub id with {flag}",
+    raise CheckpointError(f"{section.key_path('model_path')} leads nowhere",
+                          fix=f"put it there, or give a path or hub id with {flag}",
                           where=f"{section.source}: looked for " + ", ".join(dict.fromkeys(map(str, candidates))))
 
 
@@ -134,7 +135,8 @@ def named_tensors(files: CheckpointFiles, config: StarConfig) -> dict[str, LazyT
         more = f"; and {len(differences) - TOLD} more" if len(differences) > TOLD else ""
         raise CheckpointError(f"the checkpoint does not fit its configuration: {len(differences)} tensors differ",
                               where="; ".join(differences[:TOLD]) + more,
-                              fix=f"use weights and configuration of one release ({files.config_json.name} describes {config.name})")
+                              fix="use weights and configuration of one release: "
+                                  f"{files.config_json.name} describes {config.name}")
     return found | {alias: found[name] for alias, name in aliases(config).items()}
 
 
@@ -166,8 +168,8 @@ def tensors_from_folder(folder: Path) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError("bad shard name", where=f"{index_json}: expected a .safetensors beside the index, got {shard[:120]!r}",
-                                  fix="use the unmodified index of the release")
+            raise CheckpointError("bad shard name", fix="use the unmodified index of the release",
+                                  where=f"{index_json}: expected a .safetensors beside the index, got {shard[:120]!r}")
         for name, lazy in tensors_from_safetensors(folder / shard).items():
             if shard_of.get(name) != shard:
                 raise CheckpointError("index and shards disagree", fix="download index and shards of one revision",

@@ -23,7 +23,8 @@ def star_json(size: str) -> dict:
         "language_model": {"model_name": "Qwen2.5-VL", "model_path": f"checkpoints/Qwen2.5-VL-{size}-Instruct"},
         "pixel_encoder": {"model_name": "VQ_Model", "model_path": "checkpoints/VQ-Model.pt", "image_token_size": 65536,
                           "n_embed": 512, "num_tokens": 576, "num_heads": 8},
-        "pixel_adapter": {"model_name": "MLP_GELU", "depth": facts["adapter_depth"], "input_dim": 512, "n_embed": facts["hidden"]},
+        "pixel_adapter": {"model_name": "MLP_GELU", "depth": facts["adapter_depth"], "input_dim": 512,
+                          "n_embed": facts["hidden"]},
         "stacked_ar": {"num_layers": facts["stacked"]},
         "pixel_output_head": {"image_token_embed": 4096, "image_token_size": 65536, "n_embed": facts["hidden"]},
         "pixel_decoder": {"model_name": "LUMINA2", "model_path": "checkpoints/lumina-image2"},
@@ -53,7 +54,8 @@ def nested_qwen_json(flat: dict) -> dict:
     """The same as transformers 5.x lays it out."""
     top_keys = {"architectures", "model_type", "vision_config", "image_token_id", "video_token_id", "vision_start_token_id",
                 "vision_end_token_id", "tie_word_embeddings", "transformers_version"}
-    text = {key: value for key, value in flat.items() if key not in top_keys | {"rope_scaling", "rope_theta", "torch_dtype", "vision_token_id"}}
+    elsewhere = top_keys | {"rope_scaling", "rope_theta", "torch_dtype", "vision_token_id"}
+    text = {key: value for key, value in flat.items() if key not in elsewhere}
     text |= {"model_type": "qwen2_5_vl_text", "dtype": "bfloat16", "layer_types": ["full_attention"] * flat["num_hidden_layers"],
              "rope_parameters": {"rope_type": "default", "rope_theta": flat["rope_theta"],
                                  "mrope_section": flat["rope_scaling"]["mrope_section"]}}

@@ -21,9 +21,11 @@ def test_parts_can_be_replaced(mini_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "STAR-mini.json").symlink_to(mini_checkpoint / "STAR-mini.json")
     qwen = tmp_path / "elsewhere"
     qwen.mkdir()
-    files = resolve_checkpoint(tmp_path, checkpoint=mini_checkpoint / "STAR-mini.pt", base=qwen, vq=str(mini_checkpoint / "VQ-Model.pt"))
-    assert files == CheckpointFiles(tmp_path / "STAR-mini.json", mini_checkpoint / "STAR-mini.pt", qwen, mini_checkpoint / "VQ-Model.pt")
-    assert resolve_checkpoint(tmp_path, checkpoint=mini_checkpoint, base=qwen, vq=mini_checkpoint) == files  # folders that hold one
+    star_pt, vq_pt = mini_checkpoint / "STAR-mini.pt", mini_checkpoint / "VQ-Model.pt"
+    files = resolve_checkpoint(tmp_path, checkpoint=star_pt, base=qwen, vq=str(vq_pt))
+    assert files == CheckpointFiles(tmp_path / "STAR-mini.json", star_pt, qwen, vq_pt)
+    in_folders = resolve_checkpoint(tmp_path, checkpoint=mini_checkpoint, base=qwen, vq=mini_checkpoint)
+    assert in_folders == files
 
 
 def test_a_clone_of_the_release_with_its_checkpoints_folder(tmp_path: Path) -> None:

@@ -47,12 +47,14 @@ VALUES = [
     ("STAR.json", "stacked_ar.num_layers", -1), ("STAR.json", "stacked_ar.num_layers", 2.0),
     ("STAR.json", "stacked_ar.num_layers", None), ("STAR.json", "stacked_ar", 16), ("STAR.json", "stacked_ar", []),
     ("STAR.json", "pixel_encoder.num_heads", 7), ("STAR.json", "pixel_encoder.num_tokens", 575),
-    ("STAR.json", "pixel_encoder.ch", 100), ("STAR.json", "pixel_encoder.ch_mult", []), ("STAR.json", "pixel_encoder.ch_mult", [1, "2"]),
+    ("STAR.json", "pixel_encoder.ch", 100), ("STAR.json", "pixel_encoder.ch_mult", []),
+    ("STAR.json", "pixel_encoder.ch_mult", [1, "2"]),
     ("STAR.json", "pixel_encoder.ch_mult", [1] * 9), ("STAR.json", "pixel_encoder.model_name", "VQ_Model2"),
     ("STAR.json", "pixel_adapter.n_embed", 3584), ("STAR.json", "pixel_adapter.input_dim", 8),
     ("STAR.json", "pixel_output_head.image_token_size", 4096), ("STAR.json", "pixel_output_head.n_embed", 1),
     ("STAR.json", "language_model.model_name", "Llama"), ("STAR.json", "pixel_adapter.depth", 10**9),
-    ("config.json", "num_hidden_layers", 0), ("config.json", "num_hidden_layers", 10**9), ("config.json", "num_hidden_layers", "36"),
+    ("config.json", "num_hidden_layers", 0), ("config.json", "num_hidden_layers", 10**9),
+    ("config.json", "num_hidden_layers", "36"),
     ("config.json", "num_attention_heads", 15), ("config.json", "num_key_value_heads", 3), ("config.json", "hidden_size", True),
     ("config.json", "rms_norm_eps", "1e-6"), ("config.json", "rms_norm_eps", 0), ("config.json", "rope_theta", False),
     ("config.json", "tie_word_embeddings", 1), ("config.json", "use_sliding_window", True), ("config.json", "hidden_act", "gelu"),
@@ -99,7 +101,8 @@ def test_unknown_keys(tmp_path: Path, file: str, path: str) -> None:
 
 @pytest.mark.parametrize("path, value", [
     ("text_config.num_hidden_layers", 0), ("text_config.extra", 1), ("extra", 1), ("text_config", 3), ("hidden_size", 4096),
-    ("text_config.rope_parameters.rope_theta", "1e6"), ("text_config.rope_parameters.rope_type", "yarn"), ("vision_config.extra", 1)])
+    ("text_config.rope_parameters.rope_theta", "1e6"), ("text_config.rope_parameters.rope_type", "yarn"),
+    ("vision_config.extra", 1)])
 def test_the_nested_layout_is_as_strict(tmp_path: Path, path: str, value: Any) -> None:
     with refused("config.json", path):
         read_with(tmp_path, "config.json", changed(nested_qwen_json(GOOD["config.json"]), path, value))
@@ -109,7 +112,8 @@ def test_the_nested_layout_is_as_strict(tmp_path: Path, path: str, value: Any) -
 @pytest.mark.parametrize("text, told", [
     (b"", "line 1"), (b"{", "line 1"), (b"[]", "got a list"), (b"7", "got 7"), (b'"text"', "got"), (b"null", "null"),
     (b"\xef\xbb\xbf{}", "byte order mark"), (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
-    (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "-Infinity"), (b'{"a": 1e999}', "1e999"), (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits"),
+    (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "-Infinity"), (b'{"a": 1e999}', "1e999"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits"),
     (b'{"a": 1, "a": 1}', "'a' is given twice"), (b'{"x": {"a": 1, "a": 2}}', "'a' is given twice"),
     (b'{"a": ' * 200_000 + b"1" + b"}" * 200_000, "nested too deeply"), (b"[" * 200_000, "nested too deeply"),
     (b"{} {}", "Extra data"), (b'{"a": 1,}', "line 1")], ids=lambda v: repr(v)[:24])

@@ -13,7 +13,8 @@ CAPACITY, LENGTH, LIMIT = 24, 17, 1e-5
 
 
 def poisoned(decoder: Decoder, rows: int, *, capacity_tokens: int = CAPACITY) -> Cache:
-    return [(key.fill_(torch.nan), value.fill_(torch.nan)) for key, value in decoder.new_cache(rows, capacity_tokens=capacity_tokens)]
+    cache = decoder.new_cache(rows, capacity_tokens=capacity_tokens)
+    return [(key.fill_(torch.nan), value.fill_(torch.nan)) for key, value in cache]
 
 
 def inputs(rows: int, length: int = LENGTH) -> tuple[Tensor, Tensor]:

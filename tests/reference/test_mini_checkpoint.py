@@ -41,8 +41,8 @@ def test_files_hold_these_tensors(mini_checkpoint: Path) -> None:
 def test_the_tokenizer_has_the_release_ids(mini_checkpoint: Path) -> None:
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(str(mini_checkpoint / "Qwen2.5-VL-mini" / "tokenizer.json"))
-    ids = {token: tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|fim_pad|>")}
-    assert list(ids.values()) == [151643, 151644, 151645, 151655, 151662]
+    tokens = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|fim_pad|>")
+    assert [tokenizer.token_to_id(token) for token in tokens] == [151643, 151644, 151645, 151655, 151662]
     assert tokenizer.decode(tokenizer.encode("a blue star, ünïcode").ids) == "a blue star, ünïcode"
 
 

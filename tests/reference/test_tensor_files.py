@@ -118,12 +118,13 @@ def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8))
     ({"t": entry(dtype=None)}, "t: unknown dtype null"), ({"t": entry(offsets=[8, 0])}, "t: shape [2] of F32 is 8 bytes"),
     ({"t": entry(offsets=[0, 8, 8])}, "t: shape"), ({"t": entry(offsets=[1, 9])}, "t: starts at byte 1"),
     ({"t": {"dtype": "F32"}}, "t: expected dtype, shape and data_offsets"), ({"t": entry() | {"more": 1}}, "t: expected dtype"),
-    ({"t": 3}, "t: expected dtype"), ([], "expected an object"), (b"not json", "line 1"), ({}, "expected 0 bytes of tensors, got 8"),
+    ({"t": 3}, "t: expected dtype"), ([], "expected an object"), (b"not json", "line 1"),
+    ({}, "expected 0 bytes of tensors, got 8"),
     ({"t": entry(), "u": entry()}, "u: starts at byte 0, the one before ends at 8"),
     ({"t": entry(), "u": entry(offsets=[12, 20])}, "u: starts at byte 12, the one before ends at 8"),
     ({"t": entry(shape=[1], offsets=[0, 4])}, "expected 4 bytes of tensors, got 8"),
-    (b'{"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
-     "key 't' is given twice")], ids=lambda v: str(v)[:40])
+    (b'{"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+     b' "t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "key 't' is given twice")], ids=lambda v: str(v)[:40])
 def test_headers_that_do_not_describe_the_file(read: Callable, header: object, told: str) -> None:
     with refused("t.safetensors", told):
         read("t.safetensors", safetensors_bytes(header, bytes(8)))
@@ -158,7 +159,8 @@ def test_a_base_model_of_pickles_is_refused(folder: Path, put: Put, tmp_path: Pa
 @pytest.mark.parametrize("content, told", [
     ([1, 2], "expected a dictionary, got list"), (torch.ones(3), "expected a dictionary, got Tensor"),
     ({"a": 3}, "a: expected a tensor, got int"), ({3: torch.ones(2)}, "3: expected a tensor"),
-    ({"state_dict": {"a": [torch.ones(2)]}}, "a: expected a tensor, got list"), ({"state_dict": 7}, "expected a dictionary, got int"),
+    ({"state_dict": {"a": [torch.ones(2)]}}, "a: expected a tensor, got list"),
+    ({"state_dict": 7}, "expected a dictionary, got int"),
     ({"a": torch.ones(3).to_sparse()}, "a: expected a tensor"), ({"a": torch.empty(2, device="meta")}, "a: expected a tensor")],
     ids=lambda v: str(v)[:30])
 def test_what_a_pt_may_not_hold(read: Callable, content: object, told: str) -> None:
@@ -168,8 +170,8 @@ def test_what_a_pt_may_not_hold(read: Callable, content: object, told: str) -> N
 
 def test_a_compressed_pt_is_refused(read: Callable) -> None:
     """Nothing may expand: 1 KiB on disk is at most 1 KiB in memory."""
-    packed = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(torch_bytes(TENSORS))) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+    stored, packed = io.BytesIO(torch_bytes(TENSORS)), io.BytesIO()
+    with zipfile.ZipFile(stored) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
         for info in source.infolist():
             target.writestr(info.filename, source.read(info))
     with refused("t.pt", "is compressed"):

@@ -53,5 +53,6 @@ def test_text_logits(star: Star, qwen, grid: tuple[int, int] | None) -> None:
         embeds = {tasks.IMAGE_PAD: image_embeds(star, *grid)}
     expected = qwen(input_ids=ids[None], attention_mask=torch.ones(1, len(ids), dtype=torch.int64), **extra).logits
     cache = star.base_ar.new_cache(1, capacity_tokens=len(ids))
-    hidden = tasks.decode(star.base_ar, tasks.prompt_embeds(star, ids[None], embeds), tasks.mrope_position_ids(ids, merged), 0, cache)
+    mixed, positions = tasks.prompt_embeds(star, ids[None], embeds), tasks.mrope_position_ids(ids, merged)
+    hidden = tasks.decode(star.base_ar, mixed, positions, 0, cache)
     assert error(star.text_head(hidden), expected) <= LIMIT
