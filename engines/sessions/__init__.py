@@ -1,0 +1,56 @@
+"""Sessions: components loaded into an executor. One protocol, whatever the executor.
+
+A session has `spec` (the ComponentSpec it obeys), `capacity_tokens` and `prefill_tokens` (what is fixed when it was built: cache slots
+and most new positions of a step; None is any), and
+
+    buffer(shape, dtype) -> buffer   memory where the session computes, with `shape`, `dtype`, `write(array)` and `read() -> array`
+    bind(tensors) -> step            `step()` runs once on the buffers in `tensors` (name -> buffer), reading and writing in place
+    close()
+
+A buffer may be bound to several sessions of one backend, as output of one and input of the next: nothing is copied. A cache is bound
+once, under its past name, and is updated in place.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..errors import UsageError
+from .binding import check_binding, present_name, shape_from_symbols
+
+BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt:TARGET")
+
+
+def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"):
+    """Load `component` of `bundle`. Backends: `onnxruntime` (CPU), `onnxruntime-cuda`, `tensorrt:<target>`.
+
+    Raises UsageError for another name, MissingError where the executor or device is absent, InputError for a bad file.
+    """
+    check_backend(backend)
+    if backend.startswith("tensorrt:"):
+        from .tensorrt import open_session as open_tensorrt
+        return open_tensorrt(bundle, component, target=backend.removeprefix("tensorrt:"))
+    from .onnxruntime import OnnxRuntimeSession
+    return OnnxRuntimeSession(bundle, component, device="cuda" if backend.endswith("-cuda") else "cpu")
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a name that is no backend. Raises UsageError listing them."""
+    if backend not in BACKENDS[:2] and not (backend.startswith("tensorrt:") and backend != "tensorrt:"):
+        raise UsageError("No such backend", where=f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}",
+                         fix="use onnxruntime, or a target that the bundle was built for: tensorrt:TARGET")
+
+
+def run(session, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One call of a component without caches: all inputs by name -> all outputs by name. Raises InputError for feeds that do not fit."""
+    symbols = check_binding(replace(session.spec, outputs=()), feeds)
+    buffers = {t.name: session.buffer(feeds[t.name].shape, t.dtype) for t in session.spec.inputs}
+    for name, buffer in buffers.items():
+        buffer.write(feeds[name])
+    outputs = {t.name: session.buffer(shape_from_symbols(t.shape, symbols), t.dtype) for t in session.spec.outputs
+               if t.name not in {present_name(name) for name in feeds}}
+    session.bind(buffers | outputs)()
+    return {name: buffer.read() for name, buffer in outputs.items()}
