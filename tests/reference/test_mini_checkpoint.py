@@ -63,3 +63,16 @@ def test_an_interrupted_write_leaves_no_file_under_a_final_name(tmp_path: Path, 
     with pytest.raises(ZeroDivisionError):
         mini.write_checkpoint(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_configuration_gets_its_name_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a folder is no checkpoint, so an interrupted move is noticed."""
+    def write_files(root: Path) -> None:
+        for name in ("A.pt", "STAR-mini.json", "VQ-Model.pt", "Qwen/config.json"):
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).touch()
+    moved: list[str] = []
+    monkeypatch.setattr(mini, "write_files", write_files)
+    monkeypatch.setattr(mini.os, "replace", lambda source, target: moved.append(target.name))
+    mini.write_checkpoint(tmp_path / "new")
+    assert len(moved) == 4 and moved[-1] == "STAR-mini.json"

@@ -25,6 +25,11 @@ def test_uniform_one_draws_the_last_kept() -> None:
 def test_ties_go_to_the_lower_id() -> None:
     assert [draw([1.0, 2.0, 2.0, 2.0], u) for u in (0.0, 0.35, 0.69)] == [1, 2, 3]
     assert draw([1.0, 2.0, 2.0], 0.0, top_k=1) == 1
+    assert draw([0.0] * 1000, 0.6172) == 617  # many ties, where an unstable sort would show
+
+
+def test_a_uniform_on_a_cumulative_sum_draws_the_next() -> None:
+    assert [draw([0.0, 0.0], u) for u in (0.0, 0.5)] == [0, 1]
 
 
 def test_top_k_keeps_what_ties_with_the_kth() -> None:
