@@ -12,7 +12,7 @@ from golden import CASES, TEMPLATE, error, golden, names
 from reference import tasks, vision
 from reference.model import Star
 
-LIMIT = 1e-3  # of the standard deviation; measured: 5e-6 on hidden states and logits, 2e-5 on pictures
+LIMIT = 1e-3  # of the standard deviation; measured: 1.1e-5 on hidden states and logits, 2.2e-5 on pictures
 BOTH = pytest.mark.parametrize("rope_bf16", [False, True], ids=["exact_rope", "bf16_rope"])
 
 
