@@ -1,7 +1,7 @@
 """The device table: what a plan is built for, by whom, in which dialect, and what the device can hold and read per second.
 
-Everything that differs between targets is a row here. Memory and bandwidth are the vendors' nominal figures. The precisions of SM 8.6,
-8.9 and 12.0 were built with TensorRT for RTX 1.7.1; the others' are in NVIDIA's support matrices.
+Everything that differs between targets is a row here. Memory and bandwidth are the vendors' nominal figures. The precisions of
+SM 7.5, 8.6, 8.9 and 12.0 were built with TensorRT for RTX 1.7.1; the others' are in NVIDIA's support matrices.
 """
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _PROCESSORS = {"amd64": "x86_64", "arm64": "aarch64"}
 class Target:
     """One device. A plan belongs to its `compute_capability`, its TensorRT and its platform.
 
-    `builder` is the module that builds and runs its plans: `tensorrt_rtx` builds on any CPU of `platforms`, `tensorrt` only on the
-    device. `tensorrt` is the oldest version of that module that will do. `precisions` are the bundle precisions it takes.
+    `builder` is the module that builds and runs its plans: `tensorrt_rtx` builds on any CPU of `platforms`, `tensorrt` only on
+    the device. `tensorrt` is the oldest version of that module that will do. `precisions` are the bundle precisions it takes.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Target:
 
 
 def _rtx(name, device, capability, precisions, memory_gb, bandwidth_gb, platforms=RTX_PLATFORMS) -> Target:
-    return Target(name=name, device=device, compute_capability=capability, builder="tensorrt_rtx", tensorrt="1.7", dialect="modern",
-                  precisions=precisions, platforms=platforms, memory_bytes=memory_gb * 10**9,
+    return Target(name=name, device=device, compute_capability=capability, builder="tensorrt_rtx", tensorrt="1.7",
+                  dialect="modern", precisions=precisions, platforms=platforms, memory_bytes=memory_gb * 10**9,
                   bandwidth_bytes_per_s=round(bandwidth_gb * 10**9))
 
 
