@@ -4,6 +4,7 @@ Knows nothing of where tensors live: anything with `.shape` and `.dtype` can be 
 """
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -90,6 +91,7 @@ def axis_parts(axis: str) -> tuple[int, str, int]:
     return int(match[1] or 1), match[2], int(match[3] or 1)
 
 
+@functools.cache
 def dtype_name(dtype: object) -> str:
     """`float32` for the string, the numpy type or the numpy dtype. Foreign byte order is part of the name."""
     try:
@@ -102,7 +104,6 @@ def dtype_name(dtype: object) -> str:
 def check_array(array: object, *, shape: tuple[int, ...], dtype: str) -> None:
     """Refuse an array that cannot be written into a buffer of `shape` and `dtype` as it stands: another type, shape, byte order or
     layout is never converted silently. Raises InputError with expected and got."""
-    expected = f"a contiguous {dtype}[{','.join(map(str, shape))}]"
     if not isinstance(array, np.ndarray):
         got = type(array).__name__
     elif array.shape != tuple(shape) or dtype_name(array.dtype) != dtype:
@@ -111,8 +112,8 @@ def check_array(array: object, *, shape: tuple[int, ...], dtype: str) -> None:
         got = "one that is not contiguous"
     else:
         return
-    raise InputError("This array does not fit its buffer", where=f"buffer: expected {expected}, got {got}",
-                     fix="convert it with numpy: ascontiguousarray(array, dtype)")
+    raise InputError("This array does not fit its buffer", fix="convert it with numpy: ascontiguousarray(array, dtype)",
+                     where=f"buffer: expected a contiguous {dtype}[{','.join(map(str, shape))}], got {got}")
 
 
 def _size(axis: str, symbols: Mapping[str, int]) -> int:

@@ -181,6 +181,8 @@ def _options(runtime):
     options.log_severity_level = LOG_SEVERITY
     # Left alone, ONNX Runtime multiplies int4 and int8 weights in int8 arithmetic (level 4), 2 % off; 1 is float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # Sessions take turns in the decode loop: idle threads of one that spin would hold the cores of the next (2 to 3 times slower).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 

@@ -1,0 +1,96 @@
+"""What this machine has, and what it can build and run: facts, for the command line to print."""
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .build import check_buildable
+from .device import Gpu, driver_version, gpus
+from .errors import MissingError, StarError
+from .targets import TARGETS, Target, host_platform
+from .trt import check_runnable
+
+PACKAGES = ("numpy", "pillow", "tokenizers", "jinja2", "tqdm", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt",
+            "cuda-python", "torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "transformers")
+ORT = ("onnxruntime", "onnxruntime-gpu")
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """Whether plans of a target can be built and run here; else the reason, one line."""
+
+    name: str
+    device: str
+    no_build: str | None
+    no_run: str | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that `doctor` knows. `packages` maps names to versions, None for what is not installed; `driver` is the newest CUDA
+    that the driver supports; `no_gpu` says why `gpus` is empty; `advice` is what to do."""
+
+    python: str
+    platform: str
+    system: str
+    packages: dict[str, str | None]
+    driver: str | None
+    gpus: tuple[Gpu, ...]
+    no_gpu: str | None
+    targets: tuple[TargetFacts, ...]
+    advice: tuple[str, ...]
+
+
+def facts() -> Facts:
+    """Look at this machine. Imports executors, loads no model, raises nothing for what is missing."""
+    packages = {name: installed_version(name) for name in PACKAGES}
+    devices, no_gpu, driver = (), None, None
+    try:
+        driver = driver_version()
+        devices = gpus()
+    except MissingError as error:
+        no_gpu = one_line(error)
+    targets = tuple(TargetFacts(t.name, t.device, no_build=refusal(check_buildable, t), no_run=refusal(check_runnable, t))
+                    for t in TARGETS.values())
+    return Facts(python=platform.python_version(), platform=host_platform(), system=platform.platform(), packages=packages,
+                 driver=driver, gpus=devices, no_gpu=no_gpu, targets=targets,
+                 advice=advice(packages, targets, has_gpu=bool(devices)))
+
+
+def installed_version(name: str) -> str | None:
+    """Version of an installed distribution."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def refusal(check: Callable[[Target], None], target: Target) -> str | None:
+    """What `check` has against `target`, on one line; None when it passes."""
+    try:
+        check(target)
+    except StarError as error:
+        return one_line(error)
+    return None
+
+
+def one_line(error: StarError) -> str:
+    return f"{error.what} ({error.where})"
+
+
+def advice(packages: dict[str, str | None], targets: tuple[TargetFacts, ...], *, has_gpu: bool) -> tuple[str, ...]:
+    """What to install or remove so that something runs here."""
+    lines = []
+    if all(packages[name] for name in ORT):
+        lines.append("onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, then install one")
+    runs_plans = any(target.no_run is None for target in targets)
+    if not any(packages[name] for name in ORT) and not runs_plans:
+        lines.append("nothing here runs a bundle: pip install 'star-export[cpu]' (or [cuda], [rtx], [tensorrt])")
+    if not packages["tensorrt-rtx-cu13"] and sys.platform != "darwin":
+        lines.append("to build plans for RTX GPUs on any machine: pip install 'star-export[rtx]'")
+    if has_gpu and not runs_plans:
+        lines.append("the GPU here runs no plans: install the TensorRT of its target (RTX: [rtx]; Jetson, server: [tensorrt])")
+    return tuple(lines)

@@ -1,0 +1,213 @@
+"""Sessions on TensorRT engines: device memory, one stream, steps bound once and run many times.
+
+A step only enqueues; nothing waits for the host until a buffer is read. Each optimisation profile has one execution context, and
+the contexts of a session share one block of working memory, because the stream runs one of them at a time. A cache is updated in
+place: `past_key_values.*` and `present.*` are bound to one address.
+"""
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import device
+from ..bundle import Bundle
+from ..errors import InputError
+from ..manifest import ComponentSpec
+from ..plan import read_plan
+from ..recipe import CAPACITY, Profile, fits, largest
+from ..targets import target_from_name
+from ..trt import log_of, tensorrt_of, words
+from .binding import check_array, check_binding, present_name, shape_from_symbols
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+
+
+class DeviceBuffer:
+    """A tensor in device memory, zero at first. Its memory goes back with the object."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str):
+        self.shape, self.dtype = tuple(shape), dtype
+        self.size_bytes = math.prod(self.shape) * _ITEM_BYTES[dtype]
+        self.address = device.allocate(max(self.size_bytes, 1))
+        self._free = weakref.finalize(self, device.release, self.address)
+
+    def write(self, array: np.ndarray) -> None:
+        """Enqueue a copy of `array`, which has this shape and dtype and is contiguous. Raises InputError."""
+        check_array(array, shape=self.shape, dtype=self.dtype)
+        device.copy_to_device(self.address, array)
+
+    def read(self) -> np.ndarray:
+        """The contents after all work enqueued so far. bfloat16, which numpy has not, comes as the same numbers in float32."""
+        if self.dtype != "bfloat16":
+            array = np.empty(self.shape, self.dtype)
+            device.copy_to_host(array, self.address)
+            return array
+        halves = np.empty(self.shape, np.uint16)  # a bfloat16 is the upper half of a float32
+        device.copy_to_host(halves, self.address)
+        return (halves.astype(np.uint32) << 16).view(np.float32)
+
+    def close(self) -> None:
+        """Give the memory back now."""
+        self._free()
+
+
+def open_session(bundle: Bundle, component: str, *, target: str) -> TensorRTSession:
+    """The session of a component's plan for `target`. Raises UsageError, InputError for a plan that may not be used here, and
+    MissingError without TensorRT, driver or GPU."""
+    row = target_from_name(target)
+    plan, data = read_plan(bundle, row, component)
+    trt = tensorrt_of(row)
+    with log_of(trt).collect() as errors:
+        runtime = trt.Runtime(log_of(trt))
+        engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise InputError("TensorRT cannot load this plan", where=f"{component} for {target}: {words(errors)}",
+                         fix=f"rebuild: star-export build {bundle.path} --target {target}")
+    return TensorRTSession(trt, engine, bundle.component(component), plan.profiles, keep=runtime)
+
+
+class TensorRTSession:
+    """One engine. `capacity_tokens` is the size of its caches, fixed in the plan (None without caches), `prefill_tokens` the most
+    new positions of a step (None where that is no axis)."""
+
+    def __init__(self, trt, engine, spec: ComponentSpec, profiles: tuple[Profile, ...], *, keep: object = None):
+        check_engine(engine, spec, profiles)
+        self.spec = spec
+        self.capacity_tokens, self.prefill_tokens = (largest(profiles, spec, axis=axis) for axis in (CAPACITY, "S"))
+        self._trt, self._engine, self._profiles, self._keep = trt, engine, profiles, keep
+        self._workspace = DeviceBuffer((max(engine.device_memory_size_v2, 256),), "bool")
+        self._contexts: dict[int, _Context] = {}
+        self._lock = threading.Lock()
+        self.closed = False
+
+    def buffer(self, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
+        """New device memory, zero at first."""
+        return DeviceBuffer(shape, dtype)
+
+    def bind(self, tensors: Mapping[str, DeviceBuffer]) -> Callable[[], None]:
+        """Check `tensors` against the spec and the plan's profiles, and return the step that computes on them.
+
+        A cache is given once, under its `past_key_values.` name. Raises InputError with expected and got.
+        """
+        self._check_open()
+        symbols = check_binding(self.spec, tensors)
+        foreign = [name for name, buffer in tensors.items() if not isinstance(buffer, DeviceBuffer)]
+        if foreign:
+            got = type(tensors[foreign[0]]).__name__
+            raise InputError("These buffers are another backend's", fix="make them with this session's buffer()",
+                             where=f"{self.spec.graph}: {foreign[0]}: expected device memory, got {got}")
+        shapes = {t.name: tensors[t.name].shape for t in self.spec.inputs}
+        index = choose_profile(self._profiles, shapes, where=self.spec.graph)
+        if index not in self._contexts:
+            self._contexts[index] = _Context(self._trt, self._engine, index, self._workspace)
+        context = self._contexts[index]
+        addresses = {name: buffer.address for name, buffer in tensors.items()}
+        addresses |= {present: addresses[name] for name in tensors if (present := present_name(name))}
+        outputs = {t.name: shape_from_symbols(t.shape, symbols) for t in self.spec.outputs}
+        binding = _Binding(shapes, addresses, outputs, tuple(tensors.values()))
+        context.apply(binding, where=self.spec.graph)
+        return self._step(context, binding)
+
+    def close(self) -> None:
+        """Wait for the work under way, then give engine and working memory back. Buffers stay."""
+        if not self.closed:
+            self.closed = True
+            device.synchronize()
+            for context in self._contexts.values():
+                context.trt_context = context.bound = None  # steps still refer to the context
+            self._contexts.clear()
+            self._engine = self._keep = None
+            self._workspace.close()
+
+    def _step(self, context: _Context, binding: _Binding) -> Callable[[], None]:
+        stream, lock, where = device.stream(), self._lock, self.spec.graph
+
+        def step() -> None:
+            if not lock.acquire(blocking=False):
+                raise InputError("This session is in use by another thread", where=f"{where}: expected one thread at a time",
+                                 fix="open one session per thread")
+            try:
+                self._check_open()
+                if context.bound is not binding:
+                    context.apply(binding, where=where)
+                if not context.trt_context.execute_async_v3(stream):
+                    raise RuntimeError(f"{where}: TensorRT could not enqueue this step")
+            finally:
+                lock.release()
+
+        return step
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise InputError("This session is closed", where=f"{self.spec.graph}: expected an open session", fix="open it again")
+
+
+@dataclass(frozen=True, eq=False)
+class _Binding:
+    """Shapes of the inputs, addresses of all tensors, shapes that the outputs must get, and the buffers, which it keeps alive."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    addresses: Mapping[str, int]
+    outputs: Mapping[str, tuple[int, ...]]
+    buffers: tuple[DeviceBuffer, ...]
+
+
+class _Context:
+    """The execution context of one profile, and the binding that it has now."""
+
+    def __init__(self, trt, engine, index: int, workspace: DeviceBuffer):
+        self.trt_context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self.bound: _Binding | None = None
+        _check(self.trt_context is not None, "create_execution_context")
+        self.trt_context.set_device_memory(workspace.address, workspace.size_bytes)
+        _check(self.trt_context.set_optimization_profile_async(index, device.stream()), f"set_optimization_profile_async {index}")
+
+    def apply(self, binding: _Binding, *, where: str) -> None:
+        """Bind shapes and addresses. Raises InputError when TensorRT infers other output shapes."""
+        context, self.bound = self.trt_context, None
+        for name, shape in binding.shapes.items():
+            _check(context.set_input_shape(name, shape), f"set_input_shape({name}, {shape})")
+        for name, address in binding.addresses.items():
+            _check(context.set_tensor_address(name, address), f"set_tensor_address({name})")
+        for name, shape in binding.outputs.items():
+            if (got := tuple(context.get_tensor_shape(name))) != shape:
+                raise InputError("This plan computes another shape", where=f"{where}: {name}: expected {shape}, got {got}",
+                                 fix="build the plan again")
+        self.bound = binding
+
+
+def choose_profile(profiles: tuple[Profile, ...], shapes: Mapping[str, tuple[int, ...]], *, where: str) -> int:
+    """Index of the narrowest profile that `shapes` (of all inputs) fit. Raises InputError naming the input that fits none."""
+    fitting = [i for i, profile in enumerate(profiles) if fits(profile, shapes)]
+    if fitting:
+        return min(fitting, key=lambda i: sum(math.prod(r.max) for r in profiles[i].inputs.values()))
+    name = next((n for n, shape in shapes.items() if not any(_fits_one(p, n, shape) for p in profiles)), next(iter(shapes)))
+    ranges = " or ".join(f"{p.inputs[name].min} to {p.inputs[name].max} ({p.name})" for p in profiles)
+    raise InputError("This plan was not built for such shapes", where=f"{where}: {name}: expected {ranges}, got {shapes[name]}",
+                     fix="use smaller inputs and the plan's capacity, or build with other --rows or capacity")
+
+
+def check_engine(engine, spec: ComponentSpec, profiles: tuple[Profile, ...]) -> None:
+    """The deserialised engine must have the manifest's inputs and outputs and the recorded number of profiles, or InputError."""
+    names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+    expected = {t.name for t in spec.inputs + spec.outputs}
+    if names != expected or engine.num_optimization_profiles != len(profiles):
+        differ = ", ".join(sorted(names ^ expected)) or "none"
+        raise InputError("This plan is not what its record says", fix="build the plan again",
+                         where=f"{spec.graph}: expected its inputs and outputs and {len(profiles)} profiles, got differences in: "
+                               f"{differ}; {engine.num_optimization_profiles} profiles")
+
+
+def _fits_one(profile: Profile, name: str, shape: tuple[int, ...]) -> bool:
+    r = profile.inputs[name]
+    return all(low <= size <= high for low, size, high in zip(r.min, shape, r.max))
+
+
+def _check(done: bool, what: str) -> None:
+    if not done:
+        raise RuntimeError(f"TensorRT refused {what}")
