@@ -1,7 +1,7 @@
 """Golden tensors as cases: read and checked here, recorded in `golden.py`.
 
-Knows nothing of sessions; needs neither torch nor safetensors. A set that cannot prove anything is refused: no case, wrong names or types, numbers
-that are not finite, outputs that are constant.
+Knows nothing of sessions; needs neither torch nor safetensors. A set that cannot prove anything is refused: no case, wrong names
+or types, numbers that are not finite, outputs that are constant.
 """
 from __future__ import annotations
 

@@ -4,12 +4,12 @@ Knows nothing of bundles or reports. A session is anything with `spec`, `buffer(
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
+from engines.errors import MissingError
 from engines.sessions.binding import PRESENT, bound_tensors, present_name
 
 from .golden_cases import Case, Tensors
@@ -67,7 +67,7 @@ def untouched(name: str, after: np.ndarray, *, before: np.ndarray, write_indices
     changed = bits(after) != bits(before)  # [B,KV,C,D]
     changed &= outside[:, None, :, None]
     where = f" (first at row {(first := np.argwhere(changed)[0])[0]}, slot {first[2]})" if changed.any() else ""
-    return Result(f"{name}: slots that must not change{where}", float(changed.mean()), 0.0)
+    return Result(name, float(changed.mean()), 0.0, place=f"slots that must not change{where}")
 
 
 def extended(cache: np.ndarray, capacity_tokens: int | None) -> np.ndarray:
@@ -84,17 +84,17 @@ def bits(array: np.ndarray) -> np.ndarray:
 
 
 def array_dtype(name: str) -> np.dtype:
-    """The numpy type that a buffer of type `name` is written and read in."""
-    return np.dtype(name)
+    """The numpy type that a buffer of type `name` is written in. numpy has no bfloat16 of its own: MissingError without ml_dtypes."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise MissingError("ml_dtypes is not installed", where=f"bfloat16 caches: expected ml_dtypes, got {error}",
+                           fix="pip install ml_dtypes") from None
+    return np.dtype(ml_dtypes.bfloat16)
 
 
-def worst(results: list[Result]) -> Result:
-    """The result furthest beyond (or nearest to) its limit."""
-    from .parity import excess
-
-    return max(results, key=lambda r: (excess(r), r.value if math.isfinite(r.value) else math.inf))
-
-
-def prefixed(prefix: str, results: list[Result]) -> list[Result]:
-    """The same results, their tensors named after a place: `step 3: hidden_states`."""
-    return [replace(result, tensor=f"{prefix}: {result.tensor}") for result in results]
+def placed(place: str, results: list[Result]) -> list[Result]:
+    """The same results, seen at `place`: `step 3`."""
+    return [replace(result, place=f"{place}: {result.place}".removesuffix(": ")) for result in results]

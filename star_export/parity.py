@@ -23,6 +23,7 @@ class VacuousError(InputError):
 class Result:
     """One tensor. `value` is what `limit` bounds: the largest absolute difference in units of the reference's standard deviation,
     or for integers the share of elements that differ. Where the two could not be compared, `fault` says why and `value` is NaN.
+    `place` is where within a check the tensor was seen: a step, a set of slots.
 
     `max_abs` in the tensor's own unit, `rel_rms` = rms(difference) / rms(reference), `psnr_db` against the reference's largest
     magnitude; these three and `cosine` are reported, not bounded (NaN for integers).
@@ -36,6 +37,7 @@ class Result:
     rel_rms: float = math.nan
     cosine: float = math.nan
     psnr_db: float = math.nan
+    place: str = ""
 
     @property
     def passed(self) -> bool:
@@ -78,8 +80,8 @@ def excess(result: Result) -> float:
 
 
 def verdict(result: Result) -> str:
-    """`tensor: expected ..., got ...` of one result."""
-    return f"{result.tensor}: " + (result.fault or f"expected at most {result.limit:.3g}, got {result.value:.3g}")
+    """`place: tensor: expected ..., got ...` of one result."""
+    return f"{result.place}: {result.tensor}: ".removeprefix(": ") + (result.fault or f"expected at most {result.limit:.3g}, got {result.value:.3g}")
 
 
 def check_not_vacuous(name: str, reference: np.ndarray, *, where: str = "reference") -> None:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from engines.kv_cache import cache_buffers
 from engines.manifest import ComponentSpec
-from engines.sessions.binding import bound_tensors, present_name
+from engines.sessions.binding import bound_tensors
 
 from .golden_cases import Tensors
-from .measure import POISON, array_dtype, compare_caches, prefixed, read_caches
+from .measure import POISON, array_dtype, compare_caches, placed, read_caches
 from .parity import Result, VacuousError, compare
 
 Tick = Callable[[], None]
@@ -24,12 +25,10 @@ class Decoder:
     """A decoder session with caches of its own: [rows,KV,capacity,D] each, filled with `poison`."""
 
     def __init__(self, session, *, rows: int, capacity_tokens: int, poison: float):
-        self.session, self.rows, self.buffers, self.steps = session, rows, {}, {}
-        for tensor in session.spec.inputs:
-            if present_name(tensor.name):
-                shape = (rows, tensor.shape[1], capacity_tokens, tensor.shape[3])
-                self.buffers[tensor.name] = session.buffer(shape, tensor.dtype)
-                self.buffers[tensor.name].write(np.full(shape, poison, array_dtype(tensor.dtype)))
+        self.session, self.rows, self.steps = session, rows, {}
+        self.buffers = cache_buffers(session, rows=rows, capacity_tokens=capacity_tokens)
+        for buffer in self.buffers.values():
+            buffer.write(np.full(buffer.shape, poison, array_dtype(buffer.dtype)))
 
     def run(self, inputs_embeds: np.ndarray, write_indices: np.ndarray) -> np.ndarray:
         """Write and attend at `write_indices` [B]: inputs_embeds [B,S,H] -> hidden states [B,S,H] float32."""
@@ -53,8 +52,9 @@ class Decoder:
 
 def check_decoder(session, *, tokens: int, capacity_tokens: int, limits: Mapping[str, float], seed: int,
                   tick: Tick = lambda: None) -> dict[str, list[Result]]:
-    """All of this module on one decoder session, by check. `tokens` is at most the prefill limit and the capacity; `tick` is called
-    after each step (2 * `tokens` in all). A prefill that writes nothing proves nothing: here that is the candidate's fault."""
+    """All of this module on one decoder session, by check. `tokens` is at most the prefill limit and the capacity; `tick` is
+    called after each step (2 * `tokens` in all). A prefill that writes nothing proves nothing: here that is the candidate's fault.
+    """
     common = {"tokens": tokens, "capacity_tokens": capacity_tokens, "limits": limits, "seed": seed}
     checks = {"two rows against one": lambda: check_rows(session, **common),
               "steps against prefill, B=1": lambda: check_rollout(session, rows=1, tick=tick, **common),
@@ -81,15 +81,16 @@ def check_rollout(session, *, rows: int, tokens: int, capacity_tokens: int, limi
     results, before = [], stepped.caches()
     for i in range(tokens):
         at = np.full(rows, i)
-        results += prefixed(f"step {i}", compare({"hidden_states": stepped.run(embeds[:, i:i + 1], at)},
+        results += placed(f"step {i}", compare({"hidden_states": stepped.run(embeds[:, i:i + 1], at)},
                                                  {"hidden_states": hidden[:, i:i + 1]}, limits=limits))
         after = stepped.caches()
         written = compare_caches(after, caches, before=before, write_indices=at, tokens=1, limits=limits)
-        results += prefixed(f"step {i}", written)
+        results += placed(f"step {i}", written)
         before = after
         tick()
-    results += prefixed("rewind", _rewind(stepped, whole, embeds, seed=seed, limits=limits))
-    return results + prefixed("last slot", _last_slot(session, capacity_tokens, rows=rows, chunk=tokens, seed=seed, limits=limits))
+    results += placed("rewind", _rewind(stepped, whole, embeds, seed=seed, limits=limits))
+    last = _last_slot(session, capacity_tokens, rows=rows, chunk=tokens, seed=seed, limits=limits)
+    return results + placed("last slot", last)
 
 
 def check_rows(session, *, tokens: int, capacity_tokens: int, limits: Mapping[str, float], seed: int) -> list[Result]:

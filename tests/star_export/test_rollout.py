@@ -31,8 +31,8 @@ def test_each_planted_fault_is_caught(fault, capacity_tokens):
 
 
 def test_a_fault_is_named_by_step_and_layer():
-    failing = [r.tensor for r in all_results(FakeDecoder("position off at step 5")) if not r.passed]
-    assert failing[0] == "step 5: hidden_states" and "step 5: present.0.key" in failing
+    failing = [(r.place, r.tensor) for r in all_results(FakeDecoder("position off at step 5")) if not r.passed]
+    assert failing[0] == ("step 5", "hidden_states") and ("step 5", "present.0.key") in failing
 
 
 def recorded(session, *, capacity_tokens=10):
@@ -55,7 +55,7 @@ def recorded(session, *, capacity_tokens=10):
 def test_a_recorded_case_passes_in_a_cache_of_any_capacity_and_type(capacity_tokens, cache):
     limits = LIMITS if cache == "float32" else dict.fromkeys(LIMITS, 5e-3)
     results = run_case(FakeDecoder(cache=cache), recorded(FakeDecoder()), limits=limits, capacity_tokens=capacity_tokens)
-    assert [r.tensor.split(":")[0] for r in results] == ["hidden_states"] + 2 * ["present.0.key", "present.0.value"]
+    assert [r.tensor for r in results] == ["hidden_states"] + 2 * ["present.0.key", "present.0.value"]
     assert all(r.passed for r in results)
 
 
@@ -68,4 +68,4 @@ def test_a_recorded_case_catches_faults(fault):
 
 def test_a_poisoned_slot_that_changed_is_named():
     results = run_case(FakeDecoder("one slot too many is written"), recorded(FakeDecoder()), limits=LIMITS)
-    assert any("slots that must not change (first at row 0, slot 7)" in r.tensor for r in results if not r.passed)
+    assert any("slots that must not change (first at row 0, slot 7)" in r.place for r in results if not r.passed)
