@@ -35,6 +35,33 @@ def kv_cache_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, pa
     return weights / weights.sum(-1, keepdims=True) @ values, present_key, present_value
 
 
+def codes_from_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of an int8 cache: x [..., D] float -> codes int8 [..., D] and one scale per row, float32 [...]; all in float32.
+
+    scale = max |x| / 127, code = x / scale rounded half to even; a row of zeros has scale 0.
+    """
+    x = x.astype(np.float32)
+    scales = np.abs(x).max(-1) / np.float32(127)
+    return np.rint(x / np.where(scales > 0, scales, 1)[..., None]).astype(np.int8), scales
+
+
+def int8_cache_from_rows(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """codes [B, KV, C, D] and scales [B, KV, C] -> the cache as the plugin keeps it, int8 [B, KV, C, D + 4].
+
+    Only its size has this shape: each [B, KV] is a plane of C * D codes followed by the C scales, so that both stay aligned.
+    """
+    (rows, heads, capacity, size) = codes.shape
+    planes = codes.reshape(rows, heads, -1), np.ascontiguousarray(scales, np.float32).view(np.int8).reshape(rows, heads, -1)
+    return np.concatenate(planes, -1).reshape(rows, heads, capacity, size + 4)
+
+
+def rows_from_int8_cache(cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `int8_cache_from_rows`: (codes, scales). A row means codes * scale, rounded to the compute type."""
+    rows, heads, capacity, wide = cache.shape
+    planes, split = cache.reshape(rows, heads, -1), capacity * (wide - 4)
+    return planes[..., :split].reshape(rows, heads, capacity, wide - 4), np.ascontiguousarray(planes[..., split:]).view(np.float32)
+
+
 def cache_buffers(session, *, rows: int, capacity_tokens: int) -> dict[str, object]:
     """Buffers for all caches of a decoder `session`, by their `past_key_values.` names, filled with zeros."""
     symbols, buffers = {"B": rows, "C": capacity_tokens}, {}

@@ -1,0 +1,294 @@
+// Attention over a KV cache, one block's work: tiles of keys stream through shared memory, scores and weighted values are
+// tensor-core products, and the softmax runs along with a maximum and a total per query row (Dao, FlashAttention-2, 2023).
+//
+// A block has one row of the batch, one key head and a tile of the query rows that share it (grouped queries are packed).
+// K and V have one buffer each: V of a tile arrives while its scores are computed, the next K while V is used.
+#pragma once
+
+#include "warp.cuh"
+
+namespace star {
+
+constexpr float kInfinity = __builtin_huge_valf();
+
+// Element index of 16-byte chunk `chunk` of row `row` in a tile of kChunks chunks a row. The exclusive or spreads eight rows
+// of one column over all banks.
+template <int kChunks>
+STAR_DEVICE int swizzled(int row, int chunk) { return (row * kChunks + (chunk ^ (row & 7))) * 8; }
+
+// First new slot of batch row `b`, or -1 where the new positions do not fit.
+STAR_DEVICE int first_slot(Call const& call, int b)
+{
+    int64_t const first = call.write_indices[b];
+    return first < 0 || first > call.shape.capacity - call.shape.new_tokens ? -1 : int(first);
+}
+
+// Start of the plane of (b, kv) in a cache, in bytes.
+template <int kDim, bool kInt8>
+STAR_DEVICE size_t plane(Shape const& shape, int b, int kv)
+{
+    return size_t(b * shape.kv_heads + kv) * shape.capacity * (kInt8 ? kDim + kScaleBytes : 2 * kDim);
+}
+
+template <Element kElement, int kDim, bool kInt8, int kIndex>
+struct Attend {
+    static constexpr Config kConfig = kConfigs[kIndex];
+    static constexpr int kWarpsM = kConfig.warps_m, kWarpsN = kConfig.warps_n, kFragments = kConfig.fragments;
+    static constexpr int kKeys = kConfig.keys;
+    static constexpr int kResident = kConfig.resident;
+    static constexpr int kTileRows = kConfig.tile_rows(), kThreads = kConfig.threads(), kChunks = kDim / 8;
+    static constexpr int kWarpKeys = kKeys / kWarpsN;  // keys of a tile that one warp takes
+    static constexpr int kQuery = 0, kKey = kTileRows * kDim, kValue = kKey + kKeys * kDim;  // in elements of shared memory
+    static constexpr int kSharedBytes = 2 * (kValue + kKeys * kDim);
+    static_assert(kWarpsN == 1 || (kWarpsM == 1 && kFragments == 1), "warps share either rows or keys");
+    static_assert(4 * kWarpsN * 16 * kDim <= 4 * kKeys * kDim && kWarpsN * 2 * 16 * 4 <= 2 * kKey, "the warps' results fit");
+
+    Call const& call;
+    int const b, kv, group, split, m_tile, first, begin, end;  // tiles [begin, end) of keys are this block's
+    int const warp_m, warp_n, lane;
+    float scores[kFragments][kWarpKeys / 8][4], sums[kFragments][kDim / 8][4];
+    float top[kFragments][2], total[kFragments][2];
+
+    // Blocks of the last query rows, which see most keys, start first.
+    STAR_DEVICE Attend(Call const& c, int m_tiles)
+        : call(c), b(block_z()), kv(block_y()), group(c.shape.group()), split(block_x() % c.splits),
+          m_tile(m_tiles - 1 - block_x() / c.splits), first(first_slot(c, b)), begin(split * tiles_per_split()),
+          end(least(begin + tiles_per_split(), tiles())), warp_m(thread() / 32 % kWarpsM), warp_n(thread() / 32 / kWarpsM),
+          lane(thread() % 32)
+    {
+        STAR_UNROLL for (int f = 0; f < kFragments; ++f)
+            STAR_UNROLL for (int h = 0; h < 2; ++h) {
+                top[f][h] = -kInfinity;
+                total[f][h] = 0;
+                STAR_UNROLL for (int n = 0; n < kDim / 8; ++n) sums[f][n][2 * h] = sums[f][n][2 * h + 1] = 0;
+            }
+    }
+
+    STAR_DEVICE static int least(int a, int b) { return a < b ? a : b; }
+    STAR_DEVICE int row_of(int f, int h) const { return m_tile * kTileRows + (warp_m * kFragments + f) * 16 + h * 8 + lane / 4; }
+
+    // Tiles of keys that the block's last query row may see; none where the new positions do not fit, so that 0 / 0 comes out.
+    STAR_DEVICE int tiles() const
+    {
+        int const last = least(call.shape.packed(), (m_tile + 1) * kTileRows) - 1;
+        return first < 0 ? 0 : (first + last / group) / kKeys + 1;
+    }
+    STAR_DEVICE int tiles_per_split() const { return (tiles() + call.splits - 1) / call.splits; }
+
+    STAR_DEVICE size_t query_offset(int row) const  // of packed row `row`, in elements
+    {
+        Shape const& s = call.shape;
+        return (size_t(b * s.heads + kv * group + row % group) * s.new_tokens + row / group) * kDim;
+    }
+
+    STAR_DEVICE void load_query() const
+    {
+        auto const* query = static_cast<uint16_t const*>(call.query);
+        for (int i = thread(); i < kTileRows * kChunks; i += kThreads) {
+            int const row = i / kChunks, chunk = i % kChunks, packed = m_tile * kTileRows + row;
+            bool const valid = packed < call.shape.packed();
+            auto const* from = query + (valid ? query_offset(packed) + chunk * 8 : 0);
+            copy_async(shared() + kQuery + swizzled<kChunks>(row, chunk), from, valid);
+        }
+    }
+
+    // Tile `t` of a cache into shared memory at `to`. Slots from first + new_tokens on are zeros and never read.
+    STAR_DEVICE void load_tile(void const* cache, int t, int to) const
+    {
+        auto const* from = static_cast<uint8_t const*>(cache) + plane<kDim, kInt8>(call.shape, b, kv);
+        int const used = first + call.shape.new_tokens;
+        if constexpr (kInt8) {
+            load_codes(from, t, to, used);
+        } else {
+            for (int i = thread(); i < kKeys * kChunks; i += kThreads) {
+                int const row = i / kChunks, chunk = i % kChunks, slot = t * kKeys + row;
+                bool const valid = slot < used;
+                size_t const offset = valid ? size_t(slot) * kDim + chunk * 8 : 0;
+                copy_async(shared() + to + swizzled<kChunks>(row, chunk), from + 2 * offset, valid);
+            }
+        }
+    }
+
+    // An int8 slot means round(code * scale) in the element type.
+    STAR_DEVICE void load_codes(uint8_t const* from, int t, int to, int used) const
+    {
+        auto const* scales = reinterpret_cast<float const*>(from + size_t(call.shape.capacity) * kDim);
+        for (int i = thread(); i < kKeys * kChunks / 2; i += kThreads) {
+            int const row = i / (kChunks / 2), pair = i % (kChunks / 2), slot = t * kKeys + row;
+            uint32_t codes[4] = {0, 0, 0, 0}, packed[8];
+            float scale = 0;
+            if (slot < used) {
+                scale = scales[slot];
+                auto const words = reinterpret_cast<uint4 const*>(from + size_t(slot) * kDim)[pair];
+                codes[0] = words.x, codes[1] = words.y, codes[2] = words.z, codes[3] = words.w;
+            }
+            STAR_UNROLL for (int j = 0; j < 8; ++j) {
+                uint32_t const two = codes[j / 2] >> (j % 2 * 16);
+                packed[j] = packed_from_floats<kElement>(float(int8_t(two)) * scale, float(int8_t(two >> 8)) * scale);
+            }
+            STAR_UNROLL for (int half = 0; half < 2; ++half) {
+                auto* at = reinterpret_cast<uint4*>(shared() + to + swizzled<kChunks>(row, 2 * pair + half));
+                *at = uint4{packed[4 * half], packed[4 * half + 1], packed[4 * half + 2], packed[4 * half + 3]};
+            }
+        }
+    }
+
+    STAR_DEVICE static void run(Call const& call, int m_tiles) { Attend(call, m_tiles).attend(); }
+
+    STAR_DEVICE void attend()
+    {
+        load_query();
+        if (begin < end) load_tile(call.key_cache, begin, kKey);
+        for (int t = begin; t < end; ++t) {
+            wait_copies();
+            sync();  // K of this tile is there, and no warp reads the last V any more
+            load_tile(call.value_cache, t, kValue);
+            score();
+            wait_copies();
+            sync();  // V is there, and no warp reads K any more
+            if (t + 1 < end) load_tile(call.key_cache, t + 1, kKey);
+            if ((t + 1) * kKeys - 1 > first + m_tile * kTileRows / group) mask(t);
+            soften();
+            accumulate();
+        }
+        wait_copies();  // the query's, where there was no tile
+        STAR_UNROLL for (int f = 0; f < kFragments; ++f)
+            STAR_UNROLL for (int h = 0; h < 2; ++h) {
+                total[f][h] += shuffle_xor(total[f][h], 1);
+                total[f][h] += shuffle_xor(total[f][h], 2);
+            }
+        if constexpr (kWarpsN > 1) merge_warps();
+        else store_fragments();
+    }
+
+    // scores [16 rows, kWarpKeys] = query key^T
+    STAR_DEVICE void score()
+    {
+        STAR_UNROLL for (int f = 0; f < kFragments; ++f)
+            STAR_UNROLL for (int n = 0; n < kWarpKeys / 8; ++n)
+                STAR_UNROLL for (int e = 0; e < 4; ++e) scores[f][n][e] = 0;
+        STAR_UNROLL for (int k = 0; k < kDim / 16; ++k) {
+            uint32_t a[kFragments][4], keys[4];
+            STAR_UNROLL for (int f = 0; f < kFragments; ++f) {
+                int const row = (warp_m * kFragments + f) * 16 + lane % 16;
+                load_matrices(a[f], shared() + kQuery + swizzled<kChunks>(row, 2 * k + lane / 16));
+            }
+            STAR_UNROLL for (int n = 0; n < kWarpKeys / 16; ++n) {
+                int const row = warp_n * kWarpKeys + n * 16 + lane % 8 + lane / 16 * 8;
+                load_matrices(keys, shared() + kKey + swizzled<kChunks>(row, 2 * k + lane / 8 % 2));
+                STAR_UNROLL for (int f = 0; f < kFragments; ++f) {
+                    multiply_add<kElement>(scores[f][2 * n], a[f], keys[0], keys[1]);
+                    multiply_add<kElement>(scores[f][2 * n + 1], a[f], keys[2], keys[3]);
+                }
+            }
+        }
+    }
+
+    // Key j is visible to token i iff j <= first + i.
+    STAR_DEVICE void mask(int t)
+    {
+        STAR_UNROLL for (int f = 0; f < kFragments; ++f)
+            STAR_UNROLL for (int h = 0; h < 2; ++h) {
+                int const last = first + row_of(f, h) / group - (t * kKeys + warp_n * kWarpKeys + lane % 4 * 2);
+                STAR_UNROLL for (int n = 0; n < kWarpKeys / 8; ++n)
+                    STAR_UNROLL for (int e = 0; e < 2; ++e)
+                        if (n * 8 + e > last) scores[f][n][2 * h + e] = -kInfinity;
+            }
+    }
+
+    // scores become exp(score - top), and what was summed so far follows the new top.
+    STAR_DEVICE void soften()
+    {
+        STAR_UNROLL for (int f = 0; f < kFragments; ++f)
+            STAR_UNROLL for (int h = 0; h < 2; ++h) {
+                float highest = top[f][h], added = 0;
+                STAR_UNROLL for (int n = 0; n < kWarpKeys / 8; ++n)
+                    highest = fmaxf(highest, fmaxf(scores[f][n][2 * h], scores[f][n][2 * h + 1]));
+                highest = fmaxf(highest, shuffle_xor(highest, 1));
+                highest = fmaxf(highest, shuffle_xor(highest, 2));
+                float const base = highest == -kInfinity ? 0 : highest * call.scale_log2;  // a row that sees no key yet
+                float const kept = exp2_of(top[f][h] * call.scale_log2 - base);
+                STAR_UNROLL for (int n = 0; n < kWarpKeys / 8; ++n)
+                    STAR_UNROLL for (int e = 2 * h; e < 2 * h + 2; ++e)
+                        added += scores[f][n][e] = exp2_of(scores[f][n][e] * call.scale_log2 - base);
+                STAR_UNROLL for (int n = 0; n < kDim / 8; ++n) sums[f][n][2 * h] *= kept, sums[f][n][2 * h + 1] *= kept;
+                total[f][h] = total[f][h] * kept + added;
+                top[f][h] = highest;
+            }
+    }
+
+    // sums [16 rows, kDim] += weights value: the scores' fragments are, packed, the left operand's.
+    STAR_DEVICE void accumulate()
+    {
+        STAR_UNROLL for (int k = 0; k < kWarpKeys / 16; ++k) {
+            uint32_t a[kFragments][4], values[4];
+            STAR_UNROLL for (int f = 0; f < kFragments; ++f)
+                STAR_UNROLL for (int i = 0; i < 4; ++i) {
+                    float const* two = scores[f][2 * k + i / 2] + i % 2 * 2;
+                    a[f][i] = packed_from_floats<kElement>(two[0], two[1]);
+                }
+            STAR_UNROLL for (int n = 0; n < kDim / 16; ++n) {
+                int const row = warp_n * kWarpKeys + k * 16 + lane % 16;
+                load_transposed(values, shared() + kValue + swizzled<kChunks>(row, 2 * n + lane / 16));
+                STAR_UNROLL for (int f = 0; f < kFragments; ++f) {
+                    multiply_add<kElement>(sums[f][2 * n], a[f], values[0], values[1]);
+                    multiply_add<kElement>(sums[f][2 * n + 1], a[f], values[2], values[3]);
+                }
+            }
+        }
+    }
+
+    // One packed row's columns `column` and `column + 1`: the result itself, or this split's share of it.
+    STAR_DEVICE void store(int row, int column, float x, float y, float row_top, float row_total) const
+    {
+        if (row >= call.shape.packed()) return;
+        if (call.splits == 1) {
+            auto* at = static_cast<uint16_t*>(call.output) + query_offset(row) + column;
+            *reinterpret_cast<uint32_t*>(at) = packed_from_floats<kElement>(x / row_total, y / row_total);
+            return;
+        }
+        Shape const& s = call.shape;
+        size_t const index = (size_t(split) * s.rows * s.kv_heads + b * s.kv_heads + kv) * s.packed() + row;
+        *reinterpret_cast<float2*>(call.partial + index * kDim + column) = float2{x, y};
+        if (column == 0) *reinterpret_cast<float2*>(call.stats + 2 * index) = float2{row_top * call.scale_log2, row_total};
+    }
+
+    STAR_DEVICE void store_fragments() const
+    {
+        STAR_UNROLL for (int f = 0; f < kFragments; ++f)
+            STAR_UNROLL for (int h = 0; h < 2; ++h)
+                STAR_UNROLL for (int n = 0; n < kDim / 8; ++n)
+                    store(row_of(f, h), n * 8 + lane % 4 * 2, sums[f][n][2 * h], sums[f][n][2 * h + 1], top[f][h], total[f][h]);
+    }
+
+    // The warps saw different keys of the same 16 query rows: their results meet in shared memory.
+    STAR_DEVICE void merge_warps()
+    {
+        auto* tops = reinterpret_cast<float*>(shared() + kQuery);           // [kWarpsN, 16]
+        auto* totals = tops + kWarpsN * 16;                                 // [kWarpsN, 16]
+        auto* parts = reinterpret_cast<float*>(shared() + kKey);            // [kWarpsN, 16, kDim]
+        sync();  // no warp reads a tile any more
+        STAR_UNROLL for (int h = 0; h < 2; ++h) {
+            int const row = warp_n * 16 + h * 8 + lane / 4;
+            if (lane % 4 == 0) tops[row] = top[0][h], totals[row] = total[0][h];
+            auto* part = reinterpret_cast<float2*>(parts + row * kDim);
+            STAR_UNROLL for (int n = 0; n < kDim / 8; ++n)
+                part[n * 4 + lane % 4] = float2{sums[0][n][2 * h], sums[0][n][2 * h + 1]};
+        }
+        sync();
+        for (int i = thread(); i < 16 * kDim / 2; i += kThreads) {
+            int const row = i / (kDim / 2), column = i % (kDim / 2) * 2;
+            float highest = -kInfinity, sum = 0, x = 0, y = 0;
+            for (int w = 0; w < kWarpsN; ++w) highest = fmaxf(highest, tops[w * 16 + row]);
+            for (int w = 0; w < kWarpsN; ++w) {
+                float const top_w = tops[w * 16 + row];
+                float const weight = top_w == -kInfinity ? 0 : exp2_of((top_w - highest) * call.scale_log2);
+                float2 const part = *reinterpret_cast<float2 const*>(parts + (w * 16 + row) * kDim + column);
+                sum += weight * totals[w * 16 + row], x += weight * part.x, y += weight * part.y;
+            }
+            store(m_tile * kTileRows + row, column, x, y, highest, sum);
+        }
+    }
+};
+
+}  // namespace star

@@ -1,0 +1,46 @@
+// From run-time values to the kernels compiled for them. `Runner` starts one: on a GPU kv_attention.cu's; the tests' is an
+// emulator.
+#pragma once
+
+#include "kv_rows.cuh"
+
+namespace star {
+
+struct Grid {
+    int x, y, z;
+};
+
+// Write, attend and, where the keys were split, merge; returns the first status that is not 0.
+template <Element kElement, int kDim, bool kInt8, class Runner>
+int run_kernels(Runner& runner, Call const& call, Plan const& plan)
+{
+    Shape const& s = call.shape;
+    int const y = s.kv_heads, z = s.rows;
+    Grid const attend{plan.m_tiles * plan.splits, y, z};
+    int status = runner.template run<Write<kElement, kDim, kInt8>>(Grid{divided_up(2 * s.new_tokens, kRowsPerBlock), y, z});
+    if (status == 0 && plan.config == kDecode) status = runner.template run<Attend<kElement, kDim, kInt8, kDecode>>(attend);
+    if (status == 0 && plan.config == kShort) status = runner.template run<Attend<kElement, kDim, kInt8, kShort>>(attend);
+    if (status == 0 && plan.config == kLong) status = runner.template run<Attend<kElement, kDim, kInt8, kLong>>(attend);
+    if (status == 0 && plan.splits > 1)
+        status = runner.template run<Merge<kElement, kDim>>(Grid{divided_up(s.packed(), kRowsPerBlock), y, z});
+    return status;
+}
+
+template <Element kElement, class Runner>
+int run_element(Runner& runner, Call const& call, Plan const& plan, Cache cache)
+{
+    bool const int8 = cache == Cache::kInt8;
+    if (call.shape.dim == 64)
+        return int8 ? run_kernels<kElement, 64, true>(runner, call, plan) : run_kernels<kElement, 64, false>(runner, call, plan);
+    return int8 ? run_kernels<kElement, 128, true>(runner, call, plan) : run_kernels<kElement, 128, false>(runner, call, plan);
+}
+
+// The caller has asked `refusal` first.
+template <class Runner>
+int run_call(Runner& runner, Call const& call, Plan const& plan, Element element, Cache cache)
+{
+    return element == Element::kHalf ? run_element<Element::kHalf>(runner, call, plan, cache)
+                                     : run_element<Element::kBfloat16>(runner, call, plan, cache);
+}
+
+}  // namespace star

@@ -1,0 +1,135 @@
+"""The kernels on emulated GPU blocks: builds `host_driver.cpp` with the machine's C++ compiler and calls it on numpy arrays."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+from engines.kv_cache import codes_from_rows, int8_cache_from_rows, kv_cache_attention, rows_from_int8_cache
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "engines" / "plugins"
+ELEMENTS = (np.float16, bfloat16)
+UNIT = {np.float16: 2.0**-11, bfloat16: 2.0**-8}  # half a unit in the last place of 1
+GUARD = 64  # elements before and after every array; they must stay as they are
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `first` are the write indices; `processors` and `seed` are what the emulator pretends."""
+
+    rows: int
+    heads: int
+    kv_heads: int
+    new: int
+    capacity: int
+    dim: int
+    first: tuple[int, ...]
+    element: int = 1
+    int8: bool = False
+    processors: int = 16
+    seed: int = 0
+
+
+def compiler() -> str:
+    """The C++ compiler's path; the test is skipped where there is none."""
+    found = shutil.which("g++") or shutil.which("c++")
+    if not found:
+        pytest.skip("no C++ compiler (g++) on this machine")
+    return found
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled driver, once per process."""
+    folder = tempfile.mkdtemp(prefix="star-emulated-")
+    out = Path(folder) / "libemulated.so"
+    subprocess.run([compiler(), "-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-DSTAR_EMULATED",
+                    f"-I{HERE}", f"-I{SOURCES}", str(HERE / "host_driver.cpp"), "-o", str(out)], check=True)
+    loaded = ctypes.CDLL(str(out))
+    shutil.rmtree(folder)
+    loaded.star_emulate.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_float, ctypes.c_int, ctypes.c_uint]
+    return loaded
+
+
+def guarded(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of `array` with GUARD elements on both sides, and the view without them."""
+    whole = np.full(array.size + 2 * GUARD, 77, array.dtype)
+    inner = whole[GUARD:-GUARD].reshape(array.shape)
+    inner[...] = array
+    return whole, inner
+
+
+def arrays(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
+    """query, key, value, past key, past value. Slots that are not written before the call are NaN in the caches."""
+    kind, (b, h, kv, s, c, d) = ELEMENTS[case.element], (case.rows, case.heads, case.kv_heads, case.new, case.capacity, case.dim)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, np.float32).astype(kind)
+
+    caches = [normal(b, kv, c, d), normal(b, kv, c, d)]
+    for cache in caches:
+        for row, first in enumerate(case.first):
+            cache[row, :, max(first, 0):] = np.nan
+    return [normal(b, h, s, d) * kind(1.5), normal(b, kv, s, d), normal(b, kv, s, d), *caches]
+
+
+def int8_cache(rows: np.ndarray, first: tuple[int, ...]) -> np.ndarray:
+    """The int8 cache of `rows`; in slots from `first` on codes are -128 and scales NaN."""
+    codes, scales = codes_from_rows(np.nan_to_num(rows.astype(np.float32)))
+    for row, index in enumerate(first):
+        codes[row, :, max(index, 0):], scales[row, :, max(index, 0):] = -128, np.nan
+    return int8_cache_from_rows(codes, scales)
+
+
+def emulate(case: Case, inputs: list[np.ndarray], scale: float) -> tuple[list[np.ndarray], int, bool]:
+    """(output, key cache, value cache), the plan's number and whether the flag was raised, after a check of the guards."""
+    query, key, value, *caches = inputs
+    whole = [guarded(x) for x in (query, key, value, *caches, np.array(case.first, np.int64), np.zeros_like(query))]
+    sizes = np.array([case.rows, case.heads, case.kv_heads, case.new, case.capacity, case.dim], np.int32)
+    pointers = (ctypes.c_void_p * 7)(*(inner.ctypes.data for _, inner in whole))
+    result = library().star_emulate(sizes.ctypes.data, ctypes.addressof(pointers), case.element, int(case.int8), scale, case.processors, case.seed)
+    assert result != -1, "the shape was refused"
+    for outer, _ in whole:
+        sides = np.concatenate([outer[:GUARD], outer[-GUARD:]])
+        assert (sides.astype(np.float32) == 77).all(), "something outside an array was written"
+    for (_, after), before in zip(whole, (query, key, value)):
+        assert after.tobytes() == before.tobytes(), "an input was written"
+    return [whole[6][1], whole[3][1], whole[4][1]], result & ~(1 << 30), bool(result >> 30 & 1)
+
+
+def expected(case: Case, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """What engines/kv_cache.py defines, in float64: (output, key cache, value cache) and how far the output may be off."""
+    query, key, value, past_key, past_value = inputs
+    kind, first = ELEMENTS[case.element], np.array(case.first)
+    if case.int8:
+        (key, kept_key), (value, kept_value) = ((_meaning(*codes_from_rows(x), kind), codes_from_rows(x)) for x in (key, value))
+        pasts = [rows_from_int8_cache(x) for x in (past_key, past_value)]
+        past_key, past_value = (_meaning(*x, kind) for x in pasts)
+    wide = [x.astype(np.float64) for x in (query, key, value, past_key, past_value)]
+    output, present_key, present_value = kv_cache_attention(*wide, first)
+    magnitude = kv_cache_attention(*wide[:2], np.abs(wide[2]), wide[3], np.abs(wide[4]), first)[0]
+    caches = [present_key.astype(kind), present_value.astype(kind)]
+    if case.int8:
+        caches = [_written(past, kept, case) for past, kept in zip(pasts, (kept_key, kept_value))]
+    # the result is rounded once, and so is every weight of the sum; then float32 sums, and fp16's smallest steps
+    return [output, *caches], 1.1 * UNIT[kind] * (np.abs(output) + magnitude) + 2e-6 * magnitude + 2.0**-22
+
+
+def _meaning(codes: np.ndarray, scales: np.ndarray, kind) -> np.ndarray:
+    return (codes.astype(np.float32) * scales[..., None]).astype(kind)
+
+
+def _written(past, kept, case: Case) -> np.ndarray:
+    codes, scales = (x.copy() for x in past)
+    for row, first in enumerate(case.first):
+        codes[row, :, first:first + case.new], scales[row, :, first:first + case.new] = kept[0][row], kept[1][row]
+    return int8_cache_from_rows(codes, scales)

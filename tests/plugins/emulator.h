@@ -1,0 +1,269 @@
+// A block of GPU threads on a CPU: the device half of warp.cuh, for tests.
+//
+// Every thread is a fiber with its own stack and runs the kernel's own code. Operations of a warp (shuffle, ldmatrix, mma) wait
+// until all 32 lanes have come and are then computed from the lanes' registers in the layouts of the PTX ISA. Asynchronous copies
+// happen at their wait and not before; shared memory is full of NaN at first; the order in which warps run is shuffled by a seed.
+// So a missing wait, a missing barrier, an access outside shared memory and a wrong fragment all show as wrong numbers or aborts.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "numbers.h"
+
+#define STAR_DEVICE inline
+#define STAR_UNROLL
+
+struct float2 {
+    float x, y;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+
+namespace star {
+
+struct Block;
+inline thread_local Block* block = nullptr;
+
+struct Fiber {
+    ucontext_t context{};
+    jmp_buf place{};
+    std::unique_ptr<char[]> stack;
+    bool started = false, done = false;
+    void const* gives = nullptr;  // a lane's operands of the warp operation under way
+    void* takes = nullptr;
+    struct Copy {
+        void* to;
+        void const* from;
+        bool valid;
+    };
+    std::vector<Copy> copies;
+};
+
+struct Warp {
+    int arrived = 0;
+    long generation = 0;
+};
+
+struct Block {
+    static constexpr size_t kStack = 64 << 10;
+
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::vector<uint16_t> memory;
+    std::function<void()> work;
+    jmp_buf scheduler{};
+    int current = 0, arrived = 0, x = 0, y = 0, z = 0;
+    long generation = 0;
+    std::mt19937 random;
+
+    Block(int threads, size_t shared_bytes, unsigned seed)
+        : fibers(threads), warps(threads / 32), memory(shared_bytes / 2 + 8), random(seed)
+    {
+        for (Fiber& fiber : fibers) fiber.stack.reset(new char[kStack]);
+    }
+
+    static void fail(char const* what)
+    {
+        std::fprintf(stderr, "emulator: %s\n", what);
+        std::abort();
+    }
+
+    static void enter()
+    {
+        block->work();
+        block->fibers[block->current].done = true;
+        _longjmp(block->scheduler, 1);
+    }
+
+    void resume(int index)
+    {
+        current = index;
+        Fiber& fiber = fibers[index];
+        if (_setjmp(scheduler) != 0) return;
+        if (fiber.started) _longjmp(fiber.place, 1);
+        fiber.started = true;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStack;
+        makecontext(&fiber.context, enter, 0);
+        setcontext(&fiber.context);
+    }
+
+    void yield()
+    {
+        if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+    }
+
+    // Run one block to its end.
+    void run(int block_x, int block_y, int block_z, std::function<void()> body)
+    {
+        x = block_x, y = block_y, z = block_z, work = std::move(body), block = this;
+        std::fill(memory.begin(), memory.end(), uint16_t(0x7fff));  // NaN as fp16 and bf16
+        for (Fiber& fiber : fibers) fiber.started = fiber.done = false, fiber.copies.clear();
+        std::vector<int> order(warps.size());
+        std::iota(order.begin(), order.end(), 0);
+        for (size_t left = fibers.size(), idle = 0; left > 0;) {
+            std::shuffle(order.begin(), order.end(), random);
+            size_t const before = left;
+            long const moved = progress();
+            for (int warp : order)
+                for (int lane = 0; lane < 32; ++lane) {
+                    Fiber& fiber = fibers[warp * 32 + lane];
+                    if (fiber.done) continue;
+                    resume(warp * 32 + lane);
+                    left -= fiber.done;
+                }
+            idle = left == before && moved == progress() ? idle + 1 : 0;
+            if (idle > 4) fail("deadlock: threads wait for others that do not come");
+        }
+        for (Fiber& fiber : fibers)
+            if (!fiber.copies.empty()) fail("a thread ends with a copy under way");
+    }
+
+    long progress() const
+    {
+        long sum = generation + arrived;
+        for (Warp const& warp : warps) sum += warp.generation + warp.arrived;
+        return sum;
+    }
+
+    void barrier()
+    {
+        long const now = generation;
+        if (++arrived == int(fibers.size())) arrived = 0, ++generation;
+        while (generation == now) yield();
+    }
+
+    // All lanes of a warp meet; the last one computes `operation(lanes)` for all.
+    template <class Operation>
+    void together(void const* gives, void* takes, Operation operation)
+    {
+        int const index = current;
+        Warp& warp = warps[index / 32];
+        Fiber* lanes = &fibers[index / 32 * 32];
+        fibers[index].gives = gives, fibers[index].takes = takes;
+        long const now = warp.generation;
+        if (++warp.arrived == 32) {
+            operation(lanes);
+            warp.arrived = 0, ++warp.generation;
+        }
+        while (warp.generation == now) yield();
+    }
+
+    void check_shared(void const* at) const
+    {
+        auto const* p = static_cast<char const*>(at);
+        auto const* base = reinterpret_cast<char const*>(aligned());
+        bool const inside = p >= base && p + 16 <= base + (memory.size() - 8) * 2;
+        if (!inside || (p - base) % 16 != 0) fail("an address outside shared memory, or not on 16 bytes");
+    }
+
+    uint16_t* aligned() const { return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16); }
+};
+
+inline int thread() { return block->current; }
+inline int block_x() { return block->x; }
+inline int block_y() { return block->y; }
+inline int block_z() { return block->z; }
+inline void sync() { block->barrier(); }
+inline uint16_t* shared() { return block->aligned(); }
+inline void raise_flag(int* flag) { *flag = 1; }
+inline float exp2_of(float x) { return exp2f(x); }
+
+inline float shuffle_xor(float x, int mask)
+{
+    float y;
+    block->together(&x, &y, [mask](Fiber* lanes) {
+        for (int i = 0; i < 32; ++i) *static_cast<float*>(lanes[i].takes) = *static_cast<float const*>(lanes[i ^ mask].gives);
+    });
+    return y;
+}
+
+inline void copy_async(void* to, void const* from, bool valid)
+{
+    block->check_shared(to);
+    block->fibers[block->current].copies.push_back({to, from, valid});
+}
+
+inline void wait_copies()
+{
+    for (auto const& copy : block->fibers[block->current].copies) {
+        if (copy.valid) std::memcpy(copy.to, copy.from, 16);
+        else std::memset(copy.to, 0, 16);
+    }
+    block->fibers[block->current].copies.clear();
+}
+
+// Lane i gets elements (i / 4, 2 * (i % 4)) and the next of each matrix; transposed: (2 * (i % 4), i / 4) and the one below.
+inline void gather_matrices(uint32_t (&r)[4], void const* row, bool transposed)
+{
+    block->check_shared(row);
+    block->together(row, r, [transposed](Fiber* lanes) {
+        for (int i = 0; i < 32; ++i)
+            for (int m = 0; m < 4; ++m) {
+                auto const element = [&](int row_index, int column) {
+                    return uint32_t(static_cast<uint16_t const*>(lanes[m * 8 + row_index].gives)[column]);
+                };
+                int const a = i / 4, b = i % 4 * 2;
+                uint32_t const low = transposed ? element(b, a) : element(a, b);
+                uint32_t const high = transposed ? element(b + 1, a) : element(a, b + 1);
+                static_cast<uint32_t*>(lanes[i].takes)[m] = low | high << 16;
+            }
+    });
+}
+
+inline void load_matrices(uint32_t (&r)[4], void const* row) { gather_matrices(r, row, false); }
+inline void load_transposed(uint32_t (&r)[4], void const* row) { gather_matrices(r, row, true); }
+
+template <Element kElement>
+float float_from_bits(uint16_t bits) { return kElement == Element::kHalf ? float_from_half(bits) : float_from_bfloat16(bits); }
+
+template <Element kElement>
+uint32_t packed_from_floats(float low, float high)
+{
+    auto const bits = kElement == Element::kHalf ? half_from_float : bfloat16_from_float;
+    return bits(low) | uint32_t(bits(high)) << 16;
+}
+
+// mma.m16n8k16: a[i] of lane l holds row l / 4 + i % 2 * 8, columns l % 4 * 2 + i / 2 * 8 and the next; b0 and b1 hold rows
+// l % 4 * 2 (+ 8) and the next of column l / 4; d[i] is row l / 4 + i / 2 * 8, column l % 4 * 2 + i % 2.
+template <Element kElement>
+void multiply_add(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
+{
+    struct Operands {
+        uint32_t a[4], b[2];
+    } const operands{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    block->together(&operands, d, [](Fiber* lanes) {
+        float left[16][16], right[16][8];
+        for (int l = 0; l < 32; ++l) {
+            auto const& o = *static_cast<Operands const*>(lanes[l].gives);
+            for (int half = 0; half < 2; ++half) {
+                for (int i = 0; i < 4; ++i)
+                    left[l / 4 + i % 2 * 8][l % 4 * 2 + i / 2 * 8 + half] = float_from_bits<kElement>(uint16_t(o.a[i] >> 16 * half));
+                for (int i = 0; i < 2; ++i)
+                    right[l % 4 * 2 + i * 8 + half][l / 4] = float_from_bits<kElement>(uint16_t(o.b[i] >> 16 * half));
+            }
+        }
+        float product[16][8] = {};
+        for (int m = 0; m < 16; ++m)
+            for (int k = 0; k < 16; ++k)
+                for (int n = 0; n < 8; ++n) product[m][n] += left[m][k] * right[k][n];
+        for (int l = 0; l < 32; ++l)
+            for (int i = 0; i < 4; ++i) static_cast<float*>(lanes[l].takes)[i] += product[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+    });
+}
+
+}  // namespace star
