@@ -47,17 +47,24 @@ def compiler() -> str:
     return found
 
 
+FLAGS = ("-std=c++17", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-DSTAR_EMULATED", f"-I{HERE}")
+
+
+def built(sources: Path, *more: str) -> ctypes.CDLL:
+    """The driver compiled with the kernels in `sources` and loaded."""
+    with tempfile.TemporaryDirectory(prefix="star-emulated-") as folder:
+        out = Path(folder) / "libemulated.so"
+        subprocess.run([compiler(), *FLAGS, f"-I{sources}", *more, str(HERE / "host_driver.cpp"), "-o", str(out)], check=True)
+        loaded = ctypes.CDLL(str(out))
+    number = ctypes.c_int
+    loaded.star_emulate.argtypes = [ctypes.c_void_p, ctypes.c_void_p, number, number, ctypes.c_float, number, ctypes.c_uint]
+    return loaded
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled driver, once per process."""
-    folder = tempfile.mkdtemp(prefix="star-emulated-")
-    out = Path(folder) / "libemulated.so"
-    subprocess.run([compiler(), "-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-DSTAR_EMULATED",
-                    f"-I{HERE}", f"-I{SOURCES}", str(HERE / "host_driver.cpp"), "-o", str(out)], check=True)
-    loaded = ctypes.CDLL(str(out))
-    shutil.rmtree(folder)
-    loaded.star_emulate.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_float, ctypes.c_int, ctypes.c_uint]
-    return loaded
+    """The driver with the kernels as they are, once per process."""
+    return built(SOURCES, "-O2")
 
 
 def guarded(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,6 +89,12 @@ def arrays(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
     return [normal(b, h, s, d) * kind(1.5), normal(b, kv, s, d), normal(b, kv, s, d), *caches]
 
 
+def inputs_of(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
+    """`arrays`, with int8 caches where the case has them."""
+    query, key, value, *caches = arrays(case, rng)
+    return [query, key, value, *(int8_cache(x, case.first) if case.int8 else x for x in caches)]
+
+
 def int8_cache(rows: np.ndarray, first: tuple[int, ...]) -> np.ndarray:
     """The int8 cache of `rows`; in slots from `first` on codes are -128 and scales NaN."""
     codes, scales = codes_from_rows(np.nan_to_num(rows.astype(np.float32)))
@@ -90,20 +103,22 @@ def int8_cache(rows: np.ndarray, first: tuple[int, ...]) -> np.ndarray:
     return int8_cache_from_rows(codes, scales)
 
 
-def emulate(case: Case, inputs: list[np.ndarray], scale: float) -> tuple[list[np.ndarray], int, bool]:
-    """(output, key cache, value cache), the plan's number and whether the flag was raised, after a check of the guards."""
+def emulate(case: Case, inputs: list[np.ndarray], *, driver: ctypes.CDLL | None = None) -> tuple[list[np.ndarray], tuple[int, int], bool]:
+    """(output, key cache, value cache), (configuration, splits) and whether the flag was raised, after a check of the guards."""
     query, key, value, *caches = inputs
     whole = [guarded(x) for x in (query, key, value, *caches, np.array(case.first, np.int64), np.zeros_like(query))]
     sizes = np.array([case.rows, case.heads, case.kv_heads, case.new, case.capacity, case.dim], np.int32)
     pointers = (ctypes.c_void_p * 7)(*(inner.ctypes.data for _, inner in whole))
-    result = library().star_emulate(sizes.ctypes.data, ctypes.addressof(pointers), case.element, int(case.int8), scale, case.processors, case.seed)
+    run = (driver or library()).star_emulate
+    result = run(sizes.ctypes.data, ctypes.addressof(pointers), case.element, case.int8, case.dim**-0.5, case.processors, case.seed)
     assert result != -1, "the shape was refused"
     for outer, _ in whole:
         sides = np.concatenate([outer[:GUARD], outer[-GUARD:]])
         assert (sides.astype(np.float32) == 77).all(), "something outside an array was written"
     for (_, after), before in zip(whole, (query, key, value)):
         assert after.tobytes() == before.tobytes(), "an input was written"
-    return [whole[6][1], whole[3][1], whole[4][1]], result & ~(1 << 30), bool(result >> 30 & 1)
+    plan = result & ~(1 << 30)
+    return [whole[6][1], whole[3][1], whole[4][1]], (plan % 4, plan // 4), bool(result >> 30 & 1)
 
 
 def expected(case: Case, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -133,3 +148,15 @@ def _written(past, kept, case: Case) -> np.ndarray:
     for row, first in enumerate(case.first):
         codes[row, :, first:first + case.new], scales[row, :, first:first + case.new] = kept[0][row], kept[1][row]
     return int8_cache_from_rows(codes, scales)
+
+
+def check(case: Case, rng: np.random.Generator, *, driver: ctypes.CDLL | None = None) -> tuple[int, int]:
+    """Compare one call with the definition: caches bit by bit, the output within its bound; the plan it ran with."""
+    inputs = inputs_of(case, rng)
+    (output, *caches), plan, raised = emulate(case, inputs, driver=driver)
+    (wanted, *wanted_caches), bound = expected(case, inputs)
+    assert not raised, case
+    assert [x.tobytes() for x in caches] == [x.tobytes() for x in wanted_caches], f"{case}: another cache"
+    error = np.abs(output.astype(np.float64) - wanted)
+    assert (error <= bound).all(), f"{case}: error {(error / bound).max():.3g} times the bound"
+    return plan

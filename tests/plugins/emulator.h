@@ -2,8 +2,8 @@
 //
 // Every thread is a fiber with its own stack and runs the kernel's own code. Operations of a warp (shuffle, ldmatrix, mma) wait
 // until all 32 lanes have come and are then computed from the lanes' registers in the layouts of the PTX ISA. Asynchronous copies
-// happen at their wait and not before; shared memory is full of NaN at first; the order in which warps run is shuffled by a seed.
-// So a missing wait, a missing barrier, an access outside shared memory and a wrong fragment all show as wrong numbers or aborts.
+// happen at their wait and not before; shared memory is full of NaN at first; for random whiles, by a seed, only some warps run. So
+// a missing wait, a missing barrier, an access outside shared memory and a wrong fragment show as wrong numbers or an abort.
 #pragma once
 
 #include <setjmp.h>
@@ -50,6 +50,10 @@ struct Fiber {
         bool valid;
     };
     std::vector<Copy> copies;
+    long const* waits_for = nullptr;
+    long waits_at = 0;
+
+    bool runnable() const { return !done && (waits_for == nullptr || *waits_for != waits_at); }
 };
 
 struct Warp {
@@ -102,8 +106,10 @@ struct Block {
         setcontext(&fiber.context);
     }
 
-    void yield()
+    // Let others run until `generation` is another than `now`.
+    void wait(long const& generation, long now)
     {
+        fibers[current].waits_for = &generation, fibers[current].waits_at = now;
         if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
     }
 
@@ -112,25 +118,29 @@ struct Block {
     {
         x = block_x, y = block_y, z = block_z, work = std::move(body), block = this;
         std::fill(memory.begin(), memory.end(), uint16_t(0x7fff));  // NaN as fp16 and bf16
-        for (Fiber& fiber : fibers) fiber.started = fiber.done = false, fiber.copies.clear();
-        std::vector<int> order(warps.size());
-        std::iota(order.begin(), order.end(), 0);
-        for (size_t left = fibers.size(), idle = 0; left > 0;) {
-            std::shuffle(order.begin(), order.end(), random);
+        for (Fiber& fiber : fibers) fiber.started = fiber.done = false, fiber.waits_for = nullptr, fiber.copies.clear();
+        size_t left = fibers.size();
+        for (int idle = 0, passes = 0, active = -1; left > 0; --passes) {
+            if (passes <= 0) passes = 1 + random() % 64, active = int(random());  // for a while only some warps run
+            if (idle > 0) active = -1;
+            if (idle > 4) fail("deadlock: threads wait for others that do not come");
             size_t const before = left;
             long const moved = progress();
-            for (int warp : order)
-                for (int lane = 0; lane < 32; ++lane) {
-                    Fiber& fiber = fibers[warp * 32 + lane];
-                    if (fiber.done) continue;
-                    resume(warp * 32 + lane);
-                    left -= fiber.done;
-                }
+            for (size_t warp = 0; warp < warps.size(); ++warp)
+                if (active >> warp & 1) left -= resume_warp(int(warp));
             idle = left == before && moved == progress() ? idle + 1 : 0;
-            if (idle > 4) fail("deadlock: threads wait for others that do not come");
         }
         for (Fiber& fiber : fibers)
             if (!fiber.copies.empty()) fail("a thread ends with a copy under way");
+    }
+
+    // Every lane runs up to its next wait; how many came to their end.
+    int resume_warp(int warp)
+    {
+        int ended = 0;
+        for (int i = warp * 32; i < warp * 32 + 32; ++i)
+            if (fibers[i].runnable()) resume(i), ended += fibers[i].done;
+        return ended;
     }
 
     long progress() const
@@ -144,7 +154,7 @@ struct Block {
     {
         long const now = generation;
         if (++arrived == int(fibers.size())) arrived = 0, ++generation;
-        while (generation == now) yield();
+        if (generation == now) wait(generation, now);
     }
 
     // All lanes of a warp meet; the last one computes `operation(lanes)` for all.
@@ -160,7 +170,7 @@ struct Block {
             operation(lanes);
             warp.arrived = 0, ++warp.generation;
         }
-        while (warp.generation == now) yield();
+        if (warp.generation == now) wait(warp.generation, now);
     }
 
     void check_shared(void const* at) const
@@ -251,10 +261,9 @@ void multiply_add(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b
         for (int l = 0; l < 32; ++l) {
             auto const& o = *static_cast<Operands const*>(lanes[l].gives);
             for (int half = 0; half < 2; ++half) {
-                for (int i = 0; i < 4; ++i)
-                    left[l / 4 + i % 2 * 8][l % 4 * 2 + i / 2 * 8 + half] = float_from_bits<kElement>(uint16_t(o.a[i] >> 16 * half));
-                for (int i = 0; i < 2; ++i)
-                    right[l % 4 * 2 + i * 8 + half][l / 4] = float_from_bits<kElement>(uint16_t(o.b[i] >> 16 * half));
+                auto const number = [half](uint32_t two) { return float_from_bits<kElement>(uint16_t(two >> 16 * half)); };
+                for (int i = 0; i < 4; ++i) left[l / 4 + i % 2 * 8][l % 4 * 2 + i / 2 * 8 + half] = number(o.a[i]);
+                for (int i = 0; i < 2; ++i) right[l % 4 * 2 + i * 8 + half][l / 4] = number(o.b[i]);
             }
         }
         float product[16][8] = {};

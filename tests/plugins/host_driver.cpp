@@ -53,7 +53,8 @@ int overflow_flag(int** host, int** device)
 // sizes: rows, heads, kv_heads, new, capacity, dim. pointers: query, key, value, key cache, value cache, write indices, output.
 // Returns -1 for a shape that is refused, or the plan: config + 4 * splits; bit 30: a write did not fit. Workspace and flag are
 // made here; NaN fills the workspace first.
-extern "C" int star_emulate(int const* sizes, void* const* pointers, int element, int cache, float scale, int processors, unsigned seed)
+extern "C" int star_emulate(int const* sizes, void* const* pointers, int element, int cache, float scale, int processors,
+                            unsigned seed)
 {
     using namespace star;
     Shape const shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
