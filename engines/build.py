@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from . import plugins
 from .bundle import Bundle
 from .device import call
 from .errors import InputError, MissingError, UsageError
@@ -74,9 +75,6 @@ def build_plans(bundle: Bundle, targets: list[str], *, components: list[str] | N
 def check_buildable(target: Target) -> None:
     """This machine can build for `target`: system, module, dialect, and the device where the builder needs it, or StarError."""
     check_platform(target)
-    if target.dialect != "modern":
-        raise InputError(f"{target.name} has no KV-cache layers", fix="use a target with TensorRT 10.15, or ONNX Runtime",
-                         where=f"TensorRT {target.tensorrt}, JetPack {target.jetpack}: expected the classic dialect, got modern")
     tensorrt_of(target)
     if target.builder == "tensorrt":
         check_gpu(target)
@@ -93,20 +91,22 @@ def check_precision(bundle: Bundle, target: Target) -> None:
 
 def build_plan(bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...]) -> Result:
     """Build one plan and enter it into `build.json`, or find that it is there already."""
-    graph = bundle.graph(component)
-    header = build_header(target, tensorrt_of(target).__version__)
+    graph = bundle.graph(component, dialect=target.dialect)
+    version = tensorrt_of(target).__version__
+    header, plugin = build_header(target, version), plugin_of(bundle, target, component, recipe, version)
     path = bundle.path / plan_name(target.name, component)
     known = _present(bundle, header).components.get(component)
-    if known is not None and _is_current(bundle, target, component, recipe, known):
+    if known is not None and known.plugin == plugin and _is_current(bundle, target, component, recipe, known):
         return Result(target.name, component, path, True, known)
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with atomic_file(path) as file:
         updates, plan = _built(bundle, target, component, graph, recipe, file)
-        bundle.graph(component)  # the files parsed are still the ones listed
+        bundle.graph(component, dialect=target.dialect)  # the files parsed are still the ones listed
     spec = bundle.component(component)
-    made = PlanSpec(onnx=onnx_hashes(bundle, component), profiles=recipe, plan=plan, inputs=spec.inputs, outputs=spec.outputs,
-                    kv_cache_updates=updates, seconds=round(time.monotonic() - started, 3))
+    onnx = onnx_hashes(bundle, component, dialect=target.dialect)
+    made = PlanSpec(onnx=onnx, profiles=recipe, plan=plan, inputs=spec.inputs, outputs=spec.outputs,
+                    kv_cache_updates=updates, seconds=round(time.monotonic() - started, 3), plugin=plugin)
     build = _present(bundle, header)  # read again: another process may have added to it
     build = replace(build, components=build.components | {component: made})
     write_atomic(path.parent / BUILD, json_from_manifest(build).encode())
@@ -132,7 +132,7 @@ def _present(bundle: Bundle, header: Build) -> Build:
 def _is_current(bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], known: PlanSpec) -> bool:
     """Whether the plan on disk is the recorded one, and was built from the present files by this recipe."""
     spec = bundle.component(component)
-    wanted = (onnx_hashes(bundle, component), recipe, spec.inputs, spec.outputs)
+    wanted = (onnx_hashes(bundle, component, dialect=target.dialect), recipe, spec.inputs, spec.outputs)
     if (known.onnx, known.profiles, known.inputs, known.outputs) != wanted:
         return False
     return plan_state(bundle.path, plan_name(target.name, component), known.plan) == "ok"
@@ -151,13 +151,36 @@ def _built(bundle: Bundle, target: Target, component: str, graph: Path, recipe: 
         config = _config(trt, builder, target, recipe)
         writer = _stream_writer(trt, file)
         with _interruptible(trt, config):
-            done = builder.build_serialized_network_to_stream(network, config, writer)
+            done = _serialized(builder, network, config, writer)
         del parser  # owns what the network refers to
     if writer.error is not None:
         raise writer.error
     if not done or not writer.size:
         raise _failure(target, graph, errors)
     return updates, FileSpec(writer.size, writer.hash.hexdigest())
+
+
+def plugin_of(bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], version: str) -> str | None:
+    """SHA-256 of the KV-cache plugin's library that the plan needs, which is loaded; None where the target has such layers.
+
+    Raises InputError for a decoder beyond the plugin's limits, MissingError when there is no library for this TensorRT.
+    """
+    spec = bundle.component(component)
+    if not plugins.needs_plugin(target, spec):
+        return None
+    rows, capacity = largest(recipe, spec, axis="B"), largest(recipe, spec, axis=CAPACITY)
+    plugins.check_limits(bundle.manifest, component, rows=rows, capacity_tokens=capacity)
+    library = plugins.library_for(target, spec, tensorrt=version)
+    plugins.load(library)
+    return library.sha256
+
+
+def _serialized(builder, network, config, writer) -> bool:
+    """Build, and hand the plan to `writer`; an older TensorRT has no streams: the plan is whole in memory first."""
+    if hasattr(builder, "build_serialized_network_to_stream"):
+        return builder.build_serialized_network_to_stream(network, config, writer)
+    plan = builder.build_serialized_network(network, config)
+    return plan is not None and writer.write(plan) > 0
 
 
 def _config(trt, builder, target: Target, recipe: tuple[Profile, ...]):
@@ -177,9 +200,11 @@ def _config(trt, builder, target: Target, recipe: tuple[Profile, ...]):
 def _stream_writer(trt, file: BinaryIO):
     """Writes and hashes what TensorRT hands over. TensorRT does not notice when that fails, so `error` keeps it."""
 
-    class Writer(trt.IStreamWriter):
+    base = getattr(trt, "IStreamWriter", object)  # an older TensorRT has none
+
+    class Writer(base):
         def __init__(self):
-            trt.IStreamWriter.__init__(self)
+            base.__init__(self)
             self.size, self.hash, self.error = 0, hashlib.sha256(), None
 
         def write(self, data: bytes) -> int:
@@ -189,8 +214,9 @@ def _stream_writer(trt, file: BinaryIO):
                 self.error = error
                 return 0
             self.hash.update(data)
-            self.size += len(data)
-            return len(data)
+            size = memoryview(data).nbytes
+            self.size += size
+            return size
 
     return Writer()
 

@@ -98,13 +98,22 @@ class Bundle:
                              fix="use one of these names")
         return spec
 
-    def graph(self, name: str, *, twin: bool = False) -> Path:
+    def graph(self, name: str, *, twin: bool = False, dialect: str = "modern") -> Path:
         """Path of the component's ONNX file (`twin`: its fp32 twin, where it has one), it and its weights verified."""
         spec = self.component(name)
-        relative = spec.twin if twin and spec.twin else spec.graph
+        relative = spec.twin if twin and spec.twin else self.graph_name(name, dialect=dialect)
         for weights in self.weights(name):
             self.file(weights)
         return self.file(relative)
+
+    def graph_name(self, name: str, *, dialect: str) -> str:
+        """The component's ONNX file in `dialect`, as the manifest lists it. Raises InputError when the bundle has no such graph."""
+        spec = self.component(name)
+        relative = spec.classic if dialect == "classic" else spec.graph
+        if relative is None:
+            raise InputError("This bundle has no classic graphs", fix="export it again with this version of star-export",
+                             where=f"{self.path}: {name}: expected a graph for TensorRT before 10.15, got none")
+        return relative
 
     def weights(self, name: str) -> list[str]:
         """The component's external weight files, as listed names."""
@@ -120,7 +129,7 @@ class Bundle:
 def check_components(manifest: Manifest, *, where: str) -> None:
     """Every file that a component names must be listed. Raises InputError."""
     for name, spec in manifest.components.items():
-        for field in ("graph", "twin", "golden"):
+        for field in ("graph", "twin", "golden", "classic"):
             relative = getattr(spec, field)
             if relative is not None and relative not in manifest.files:
                 raise InputError("A component names a file that is not listed", fix="export the bundle again",

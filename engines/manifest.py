@@ -28,13 +28,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ComponentSpec:
-    """Files and boundary of one component. `twin` is the fp32 twin of a 16-bit graph, for executors without bf16."""
+    """Files and boundary of one component. `twin` is the fp32 twin of a 16-bit graph, for executors without bf16; `classic` the
+    same graph for TensorRT before 10.15, and `plugin_abi` the ABI of the KV-cache plugin that it calls (None: it calls none)."""
 
     graph: str
     twin: str | None
     golden: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    classic: str | None = None
+    plugin_abi: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from .trt import log_of, words
 
 GRAPH_LIMIT_BYTES = 1 << 30  # a graph without its weights; 36 layers take 0.3 MB
 CAPACITY = "C"
+PLUGIN_SIDES = (7, 3)  # inputs and outputs of KVCacheAttention
 _LISTED = 10
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 
@@ -51,15 +52,15 @@ def check_network(trt, network, spec: ComponentSpec, *, capacity_tokens: int | N
     read = {tensor.name for layer in layers for tensor in map(layer.get_input, range(layer.num_inputs)) if tensor is not None}
     wrong += [f"input {tensor.name}: no layer reads it" for tensor in inputs if tensor.name not in read]
     wrong += [f"input {tensor.name}: its values would shape the network" for tensor in inputs if tensor.is_shape_tensor]
-    updates = [layer for layer in layers if layer.type == trt.LayerType.KV_CACHE_UPDATE]
-    wrong += [f"cache update {layer.name}: {fault}" for layer in updates if (fault := _update_fault(layer))]
-    if len(updates) != caches:
-        wrong.append(f"cache updates: expected {caches} (a key and a value per layer), got {len(updates)}")
+    pairs = [(layer.name, *pair) for layer in layers for pair in _updates(trt, layer)]
+    wrong += [f"cache update {name}: {fault}" for name, past, present in pairs if (fault := _update_fault(past, present))]
+    if len(pairs) != caches:
+        wrong.append(f"cache updates: expected {caches} (a key and a value per layer), got {len(pairs)}")
     if wrong:
         more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise InputError("TensorRT reads this graph otherwise than the manifest says", fix="export the bundle again",
                          where=f"{spec.graph}: " + "; ".join(wrong[:_LISTED]) + more)
-    return len(updates)
+    return len(pairs)
 
 
 def _sides(trt, kind: str, expected: tuple[TensorSpec, ...], got: list, capacity_tokens: int | None) -> list[str]:
@@ -80,9 +81,17 @@ def _sides(trt, kind: str, expected: tuple[TensorSpec, ...], got: list, capacity
     return wrong
 
 
-def _update_fault(layer) -> str | None:
-    """What keeps a KV-cache-update layer from working in place, from a network input to the output of the same cache."""
-    past, present = layer.get_input(0), layer.get_output(0)
+def _updates(trt, layer) -> list[tuple]:
+    """(past, present) of every cache that `layer` updates: one in a native layer, a key and a value in the plugin."""
+    if layer.type == getattr(trt.LayerType, "KV_CACHE_UPDATE", None):  # absent before TensorRT 10.15
+        return [(layer.get_input(0), layer.get_output(0))]
+    if layer.type == getattr(trt.LayerType, "PLUGIN_V3", None) and (layer.num_inputs, layer.num_outputs) == PLUGIN_SIDES:
+        return [(layer.get_input(3), layer.get_output(1)), (layer.get_input(4), layer.get_output(2))]
+    return []
+
+
+def _update_fault(past, present) -> str | None:
+    """What keeps a cache update from working in place, from a network input to the output of the same cache."""
     if not past.is_network_input or not present.is_network_output:
         return f"expected from an input to an output of the network, got from {past.name} to {present.name}"
     if present_name(past.name) != present.name:

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import plugins
 from .bundle import Bundle
 from .device import gpus
 from .errors import InputError
@@ -26,7 +27,8 @@ BUILD_LIMIT_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """One component's plan. `onnx` maps the files that it was built from to their SHA-256."""
+    """One component's plan. `onnx` maps the files that it was built from to their SHA-256; `plugin` is that of the KV-cache
+    plugin's library, where the plan contains it."""
 
     onnx: dict[str, str]
     profiles: tuple[Profile, ...]
@@ -35,6 +37,7 @@ class PlanSpec:
     outputs: tuple[TensorSpec, ...]
     kv_cache_updates: int
     seconds: float
+    plugin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ def plan_name(target: str, component: str) -> str:
     return f"plans/{target}/{component}.plan"
 
 
-def onnx_hashes(bundle: Bundle, component: str) -> dict[str, str]:
-    """SHA-256 of the graph and the weights of a component, as the manifest lists them."""
-    files = bundle.manifest.files
-    return {name: files[name].sha256 for name in (bundle.component(component).graph, *bundle.weights(component))}
+def onnx_hashes(bundle: Bundle, component: str, *, dialect: str = "modern") -> dict[str, str]:
+    """SHA-256 of the graph in `dialect` and the weights of a component, as the manifest lists them."""
+    files, graph = bundle.manifest.files, bundle.graph_name(component, dialect=dialect)
+    return {name: files[name].sha256 for name in (graph, *bundle.weights(component))}
 
 
 def read_build(bundle: Bundle, target: str) -> Build:
@@ -99,12 +102,16 @@ def read_plan(bundle: Bundle, target: Target, component: str) -> tuple[PlanSpec,
     """The plan of `component` and its bytes, after every check. Raises InputError, or MissingError where nothing can run it.
 
     Checked in this order: built for this machine's GPU architecture, TensorRT and system; built from the bundle's present ONNX
-    files; size and SHA-256. The bytes hashed are the bytes returned.
+    files; by the KV-cache plugin that is here, which is loaded; size and SHA-256. The bytes hashed are the bytes returned.
     """
     build, spec = plan_spec(bundle, target.name, component)
     fix = rebuild_command(bundle, target.name)
     check_environment(build, sm=gpus()[0].sm, builder=target.builder, version=tensorrt_of(target).__version__, fix=fix)
-    check_fresh(bundle, component, spec, fix=fix)
+    check_fresh(bundle, component, spec, fix=fix, dialect=target.dialect)
+    library = plugins.library_for(target, bundle.component(component), tensorrt=build.tensorrt)
+    if library is not None:
+        plugins.check_plan_library(library, spec.plugin, where=f"{component} for {target.name}", fix=fix)
+        plugins.load(library)
     return spec, plan_bytes(bundle, target.name, component, spec)
 
 
@@ -127,9 +134,9 @@ def check_environment(build: Build, *, sm: str, builder: str, version: str, fix:
                          where=f"{build.target}: built for {built}, here {here}")
 
 
-def check_fresh(bundle: Bundle, component: str, spec: PlanSpec, *, fix: str) -> None:
+def check_fresh(bundle: Bundle, component: str, spec: PlanSpec, *, fix: str, dialect: str = "modern") -> None:
     """The plan must come from the bundle's present ONNX files. Raises InputError naming the file that changed."""
-    now = onnx_hashes(bundle, component)
+    now = onnx_hashes(bundle, component, dialect=dialect)
     for name in {**now, **spec.onnx}:
         if now.get(name) != spec.onnx.get(name):
             raise InputError("This plan is stale: its ONNX file has changed since", fix=fix,

@@ -7,12 +7,14 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from engines import plugins
 from engines.errors import UsageError
 from engines.manifest import ComponentSpec
 from reference.config import StarConfig, config_from_files
 from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 
 from . import golden, lint
+from .classic import classic_from_graph
 from .components import COMPONENTS
 from .model_spec import model_spec_from_checkpoint, tokenizer_files
 from .publish import check_out, staged, write_manifest
@@ -62,12 +64,16 @@ def export(source: str, *, out: str | Path, precision: str = "fp32", checkpoint:
 
 
 def write_component(model: ir.Model, tensors: Mapping[str, object], precision: Precision, folder: Path) -> None:
-    """Set a traced graph's precision, lint it, and stream the weights into `folder/model.onnx.data`; then the twin."""
+    """Set a traced graph's precision, lint it, and stream the weights into `folder/model.onnx.data`; then the
+    classic graph and the twin, which share them."""
     folder.mkdir()
     set_precision(model, precision.compute)
     attach_weights(model, tensors, precision)
     lint.check_graph(model)
     ir.save(model, folder / "model.onnx", external_data=lint.DATA_FILE, size_threshold_bytes=INLINE_BYTES)
+    classic = classic_from_graph(ir.load(folder / "model.onnx"))
+    (folder / "classic.onnx").write_bytes(ir.to_proto(classic).SerializeToString())
+    lint.check_graph(folder / "classic.onnx", dialect="classic")
     if precision.compute != ir.DataType.FLOAT:
         twin = twin_from_graph(ir.load(folder / "model.onnx"))
         (folder / "twin.onnx").write_bytes(ir.to_proto(twin).SerializeToString())
@@ -77,7 +83,8 @@ def write_component(model: ir.Model, tensors: Mapping[str, object], precision: P
 def component_spec(name: str, config: StarConfig, precision: Precision) -> ComponentSpec:
     inputs, outputs = COMPONENTS[name].boundary(config, precision.dtype_name)
     twin = None if precision.compute == ir.DataType.FLOAT else f"{name}/twin.onnx"
-    return ComponentSpec(graph=f"{name}/model.onnx", twin=twin, golden=f"{name}/golden.safetensors", inputs=inputs, outputs=outputs)
+    return ComponentSpec(graph=f"{name}/model.onnx", twin=twin, golden=f"{name}/golden.safetensors", inputs=inputs, outputs=outputs,
+                         classic=f"{name}/classic.onnx", plugin_abi=plugins.ABI if name in ("base_ar", "stacked_ar") else None)
 
 
 def rounded_star(config: StarConfig, tensors: Mapping[str, object], precision: Precision, *, rope_bf16: bool) -> FoldedStar:

@@ -11,9 +11,11 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from engines import plugins
 from engines.errors import InputError
 from engines.targets import TARGETS
 
+from . import classic
 from .ops import DOMAIN, NAME, OPSET
 
 Finding = tuple[str, str, str]  # rule, node, detail
@@ -23,10 +25,14 @@ DATA_FILE = "model.onnx.data"
 LISTED = 10
 
 
-def check_graph(source: ir.Model | Path, *, target: str | None = None) -> None:
-    """Raise InputError when `source` breaks a rule that holds everywhere, or one of `target`'s; listed with rule and node."""
+def check_graph(source: ir.Model | Path, *, target: str | None = None, dialect: str | None = None) -> None:
+    """Raise InputError when `source` breaks a rule of its dialect (default: `target`'s, else modern), or one of `target`'s.
+
+    Findings are listed with rule and node.
+    """
     model = source if isinstance(source, ir.Model) else _load(Path(source))
-    findings = [finding for rule in _RULES for finding in rule(model)]
+    dialect = dialect or (TARGETS[target].dialect if target else "modern")
+    findings = [finding for rule in _DIALECTS[dialect] for finding in rule(model)]
     if target is not None:
         findings += _target_findings(model, target)
     if findings:
@@ -128,12 +134,44 @@ def _weights(model: ir.Model) -> Iterator[Finding]:
             yield "sparse-initializer", str(node.name), "sparse tensors are not read by TensorRT"
 
 
+def _classic(model: ir.Model) -> Iterator[Finding]:
+    """Only operators that TensorRT 10.0's parser knows, with the meaning they have there; the cache's operation is the plugin's."""
+    opset = model.opset_imports.get("", 0)
+    for domain, version in model.opset_imports.items():
+        if (domain, version) not in (("", classic.OPSET), ("", classic.OPSET_INT4), (DOMAIN, 1)):
+            yield "opset", "graph", f"expected opset {classic.OPSET} and {DOMAIN} 1, got {domain or 'ai.onnx'} {version}"
+    for function in model.functions.values():
+        yield "function-body", "graph", f"{function.domain}::{function.name} has a body, which hides the plugin of that name"
+    for node in model.graph.all_nodes():
+        if (node.domain, node.op_type) == (DOMAIN, NAME):
+            yield from _plugin_call(node)
+        elif node.domain:
+            yield "operator-domain", str(node.name), f"{node.domain}::{node.op_type} is no operator of this recipe"
+        elif node.op_type in REDEFINED or not onnx.defs.has(node.op_type, max_inclusive_version=opset, domain=""):
+            yield "operator", str(node.name), f"{node.op_type} is not in opset {opset}, or means something else there"
+
+
+def _plugin_call(node: ir.Node) -> Iterator[Finding]:
+    for name, value in (("num_heads", node.inputs[0]), ("num_kv_heads", node.inputs[3])):
+        if _attribute(node, name, None) != value.shape[1]:
+            yield "plugin-field", str(node.name), f"{name} is not that of {value.name}, got {_attribute(node, name, None)}"
+    head_dim, scale = _attribute(node, "head_dim", 0), _attribute(node, "scale", 0.0)
+    if head_dim != node.inputs[0].shape[3] or not head_dim or abs(scale * head_dim**0.5 - 1) > 1e-6:
+        yield "plugin-field", str(node.name), f"head_dim and scale are not the query's, got {head_dim} and {scale}"
+    if _attribute(node, "plugin_version", None) != str(plugins.ABI):
+        yield "plugin-version", str(node.name), f"expected version {plugins.ABI}, got {_attribute(node, 'plugin_version', None)}"
+
+
+REDEFINED = ("GroupNormalization",)  # scale and bias per group until opset 20, per channel since
 _RULES = (_opsets, _domains, _attention, _caches, _top_k, _weights)
+_DIALECTS = {"modern": _RULES, "classic": (_classic, _caches, _top_k, _weights)}
 
 
 def _target_findings(model: ir.Model, name: str) -> Iterator[Finding]:
     target = TARGETS[name]
     for node in model.graph:
+        if node.op_type == NAME and target.dialect == "classic":
+            yield from _plugin_limits(node, name)
         if node.op_type not in (NAME, "Attention") or target.builder != "tensorrt_rtx":
             continue
         query = node.inputs[0]
@@ -144,3 +182,11 @@ def _target_findings(model: ir.Model, name: str) -> Iterator[Finding]:
         head_dim = query.shape[-1] if query.shape is not None else None
         if isinstance(head_dim, int) and head_dim not in HEAD_DIMS:
             yield "head-dim", str(node.name), f"expected one of {HEAD_DIMS}, got {head_dim}"
+
+
+def _plugin_limits(node: ir.Node, target: str) -> Iterator[Finding]:
+    query = node.inputs[0]
+    if query.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        yield "attention-type", str(node.name), f"{target}'s plugin computes in 16 bits only; export with --precision bf16"
+    if query.shape[-1] not in plugins.HEAD_DIMS:
+        yield "head-dim", str(node.name), f"expected one of {plugins.HEAD_DIMS}, got {query.shape[-1]}"

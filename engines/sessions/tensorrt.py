@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import device
+from .. import device, plugins
 from ..bundle import Bundle
 from ..errors import InputError
 from ..manifest import ComponentSpec
@@ -46,9 +46,11 @@ class DeviceBuffer:
         if self.dtype != "bfloat16":
             array = np.empty(self.shape, self.dtype)
             device.copy_to_host(array, self.address)
+            plugins.check_overflow()
             return array
         halves = np.empty(self.shape, np.uint16)  # a bfloat16 is the upper half of a float32
         device.copy_to_host(halves, self.address)
+        plugins.check_overflow()
         return (halves.astype(np.uint32) << 16).view(np.float32)
 
     def close(self) -> None:

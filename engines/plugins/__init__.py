@@ -1,0 +1,140 @@
+"""The KV-cache attention plugin's library: what it can do, where it is, and the checks before it is loaded or a plan needs it.
+
+The library is native code, built on the machine it runs on (README.md in this folder). It is found at `$STAR_PLUGIN`, else where
+the documented command builds it. Before it is loaded its bytes are read: they say which ABI it has and which TensorRT it was built
+for, and a plan records their SHA-256.
+"""
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError, MissingError
+from ..files import read_regular
+from ..manifest import ComponentSpec, Manifest
+from ..targets import Target
+
+NAME, ABI = "KVCacheAttention", 1  # the ABI is the plugin's version: plugin_fields.h, STAR_ABI
+HEAD_DIMS, MAX_ROWS, MAX_CAPACITY = (64, 128), 8, 4096
+PRECISIONS = ("fp16", "bf16", "int8", "int4")
+VARIABLE = "STAR_PLUGIN"
+BUILT = Path(__file__).parent / "build" / "libstar_plugins.so"
+COMMAND = "cmake -S engines/plugins -B engines/plugins/build && cmake --build engines/plugins/build"
+_LIMIT_BYTES = 256 << 20
+_MARKER = re.compile(rb"star-plugin abi=(\d+) tensorrt=(\d+)\.(\d+);")
+
+
+@dataclass(frozen=True)
+class Library:
+    """A plugin library on disk: its ABI, the TensorRT that it was built against, and the SHA-256 of its bytes."""
+
+    path: Path
+    abi: int
+    tensorrt: tuple[int, int]
+    sha256: str
+
+
+def needs_plugin(target: Target, spec: ComponentSpec) -> bool:
+    """Whether plans of this component for `target` contain the plugin."""
+    return target.dialect == "classic" and spec.plugin_abi is not None
+
+
+def check_limits(manifest: Manifest, component: str, *, rows: int, capacity_tokens: int) -> None:
+    """The plugin computes this decoder, or InputError that names the limit."""
+    cache = manifest.model.cache[component]
+
+    def check(good: bool, what: str, expected: str, got: object, fix: str) -> None:
+        if not good:
+            raise InputError("The KV-cache plugin cannot compute this decoder", fix=fix,
+                             where=f"{component}: {what}: expected {expected}, got {got}")
+
+    other = "use a target with TensorRT 10.15 or newer, or ONNX Runtime"
+    check(cache.head_dim in HEAD_DIMS, "head_dim", " or ".join(map(str, HEAD_DIMS)), cache.head_dim, other)
+    check(manifest.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", manifest.precision, "export with --precision bf16")
+    check(1 <= rows <= MAX_ROWS, "rows", f"1 to {MAX_ROWS}", rows, "build with fewer rows")
+    check(1 <= capacity_tokens <= MAX_CAPACITY, "capacity", f"1 to {MAX_CAPACITY} tokens", capacity_tokens, "build with a smaller capacity")
+
+
+def find_library() -> Library:
+    """The library of this machine. Raises MissingError when it is not built, InputError when the file is something else."""
+    path = Path(os.environ.get(VARIABLE) or BUILT)
+    if not path.is_file():
+        raise MissingError("The KV-cache plugin is not built", fix=f"{COMMAND}; or set {VARIABLE} to its path",
+                           where=f"{path}: expected {BUILT.name}, got nothing")
+    return library_from_file(path)
+
+
+def library_from_file(path: Path) -> Library:
+    """Read the marker in the bytes of `path`, without loading it. Raises InputError when it has none."""
+    data = read_regular(path, limit_bytes=_LIMIT_BYTES, where="plugin")
+    marker = _MARKER.search(data)
+    if marker is None:
+        raise InputError("This is not the KV-cache plugin", where=f"{path}: expected its marker, got {len(data)} bytes without it",
+                         fix=f"build it: {COMMAND}")
+    abi, *version = map(int, marker.groups())
+    return Library(path, abi, tuple(version), hashlib.sha256(data).hexdigest())
+
+
+def check_library(library: Library, *, abi: int, tensorrt: str) -> None:
+    """The library has the ABI that the bundle's manifest names, and was built for the major version of this TensorRT.
+
+    Raises MissingError with both.
+    """
+    major = int(tensorrt.split(".")[0])
+    if library.abi != abi:
+        raise MissingError("The KV-cache plugin has another ABI", fix=f"build the plugin of this bundle's star-export: {COMMAND}",
+                           where=f"{library.path}: expected ABI {abi}, got {library.abi}")
+    if library.tensorrt[0] != major:
+        built = ".".join(map(str, library.tensorrt))
+        raise MissingError("The KV-cache plugin was built for another TensorRT", fix=f"build it again: {COMMAND}",
+                           where=f"{library.path}: expected TensorRT {major}, got {built}")
+
+
+def check_plan_library(library: Library, sha256: str | None, *, where: str, fix: str) -> None:
+    """The library is the one that the plan was built with, or InputError."""
+    if library.sha256 != sha256:
+        known = f"{sha256[:16]}..." if sha256 else "none"
+        raise InputError("This plan is stale: the KV-cache plugin has changed since", fix=fix,
+                         where=f"{where}: built with sha256 {known}, now {library.sha256[:16]}... ({library.path})")
+
+
+def library_for(target: Target, spec: ComponentSpec, *, tensorrt: str) -> Library | None:
+    """The checked library that a plan of this component for `target` needs; None where it needs none."""
+    if not needs_plugin(target, spec):
+        return None
+    library = find_library()
+    check_library(library, abi=spec.plugin_abi, tensorrt=tensorrt)
+    return library
+
+
+def load(library: Library) -> ctypes.CDLL:
+    """Load a checked library, once per process; loading registers the plugin. Raises MissingError when that fails."""
+    return _loaded(str(library.path.resolve()), library.sha256)
+
+
+@functools.cache
+def _loaded(path: str, sha256: str) -> ctypes.CDLL:
+    try:
+        native = ctypes.CDLL(path)
+    except OSError as error:
+        raise MissingError("The KV-cache plugin cannot be loaded", where=f"{path}: {error}", fix=f"build it again: {COMMAND}") from None
+    if not native.star_plugin_registered():
+        raise MissingError("TensorRT did not take the KV-cache plugin", fix="use one plugin library per process",
+                           where=f"{path}: expected {NAME} version {ABI} to be registered, got a refusal")
+    _LOADED.append(native)
+    return native
+
+
+_LOADED: list[ctypes.CDLL] = []
+
+
+def check_overflow() -> None:
+    """Raise InputError if a write since the last call did not fit its cache. Ask when the device's work was waited for."""
+    if any([native.star_plugin_take_overflow() for native in _LOADED]):
+        raise InputError("A write did not fit the cache", fix="shorten the prompt, or build with a larger capacity",
+                         where="cache: expected slots within the capacity, got more; nothing was written")

@@ -1,0 +1,149 @@
+"""The classic dialect: a stored graph for TensorRT 10.0 to 10.14, whose parser has no cache, attention, rotary or RMS-norm layers.
+
+The graph is rewritten, not traced again: what differs is then exactly the nodes below, weights and quantisation are the same files,
+and equality with the modern graph can be tested node for node. Norms, rotary and attention become primitives of opset 20 (21 where
+int4 blocks need it); `star::KVCacheAttention` keeps its nodes and loses its body, so that the parser looks for the plugin, and
+gets the plugin's fields.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from engines import plugins
+
+from .ops import DOMAIN, NAME
+
+OPSET, OPSET_INT4 = 20, 21
+
+
+def classic_from_graph(model: ir.Model, *, cache: str = "element") -> ir.Model:
+    """Turn a stored modern graph into its classic one, in place. `cache` is `element` (the compute type) or `int8`.
+
+    Raises AssertionError for a node that this rewrite does not know in this form.
+    """
+    for node in list(model.graph):
+        if rewrite := _REWRITES.get((node.domain, node.op_type)):
+            if node.op_type == NAME:
+                _call_plugin(node, cache)
+            else:
+                _replace(model.graph, node, rewrite)
+    model.functions.clear()
+    blocks = any(v.dtype == ir.DataType.INT4 for v in model.graph.initializers.values())
+    model.opset_imports[""] = OPSET_INT4 if blocks else OPSET
+    return model
+
+
+class _Nodes:
+    """New nodes in front of the one that they replace; names follow from its name."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node):
+        self.graph, self.node, self.count = graph, node, 0
+
+    def __call__(self, op: str, *inputs: ir.Value, outputs: int = 1, dtype: ir.DataType | None = None, **attributes):
+        name = f"{self.node.name}.{self.count}"
+        self.count += 1
+        node = ir.node(op, list(inputs), attributes, num_outputs=outputs, name=name)
+        for i, value in enumerate(node.outputs):
+            value.name, value.dtype = f"{name}.{i}", dtype or inputs[0].dtype
+        self.graph.insert_before(self.node, node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def constant(self, values, dtype: ir.DataType) -> ir.Value:
+        name = f"{self.node.name}.constant.{self.count}"
+        self.count += 1
+        array = np.asarray(values).astype(dtype.numpy())
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=ir.tensor(array, dtype=dtype, name=name))
+        self.graph.initializers.add(value)
+        return value
+
+
+def _replace(graph: ir.Graph, node: ir.Node, rewrite: Callable[[_Nodes, ir.Node], ir.Value]) -> None:
+    old, new = node.outputs[0], rewrite(_Nodes(graph, node), node)
+    new.shape, new.dtype, name = old.shape, old.dtype, old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    new.name = name
+
+
+def _value(node: ir.Node, name: str, default):
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.value
+
+
+def _expect(node: ir.Node, good: bool, what: str) -> None:
+    if not good:
+        raise AssertionError(f"{node.name} ({node.op_type}): the classic dialect expects {what}")
+
+
+def _rms_norm(make: _Nodes, node: ir.Node) -> ir.Value:
+    """x / sqrt(mean(x^2) + epsilon) * scale, in float32 as it is traced."""
+    x, scale = node.inputs
+    _expect(node, x.dtype == ir.DataType.FLOAT and _value(node, "axis", -1) == -1, "float32 over the last axis")
+    mean = make("ReduceMean", make("Mul", x, x), make.constant([-1], ir.DataType.INT64), keepdims=1)
+    root = make("Sqrt", make("Add", mean, make.constant(_value(node, "epsilon", 1e-5), ir.DataType.FLOAT)))
+    return make("Mul", make("Div", x, root), scale)
+
+
+def _group_norm(make: _Nodes, node: ir.Node) -> ir.Value:
+    """x [N, C, ...], normalised over each of `num_groups` groups of channels in float32, then scale and bias [C] per channel.
+
+    Opset 20 has scale and bias per group, which is another operation.
+    """
+    x, scale, bias = node.inputs
+    _expect(node, x.dtype == ir.DataType.FLOAT, "float32")
+    groups, spatial = make.constant([0, _value(node, "num_groups", None), -1], ir.DataType.INT64), list(range(1, len(x.shape) - 1))
+    axis, wide = make.constant([2], ir.DataType.INT64), make.constant(spatial, ir.DataType.INT64)
+    grouped = make("Reshape", x, groups)
+    centred = make("Sub", grouped, make("ReduceMean", grouped, axis, keepdims=1))
+    variance = make("ReduceMean", make("Mul", centred, centred), axis, keepdims=1)
+    root = make("Sqrt", make("Add", variance, make.constant(_value(node, "epsilon", 1e-5), ir.DataType.FLOAT)))
+    normal = make("Reshape", make("Div", centred, root), make("Shape", x, dtype=ir.DataType.INT64))
+    return make("Add", make("Mul", normal, make("Unsqueeze", scale, wide)), make("Unsqueeze", bias, wide))
+
+
+def _rotary(make: _Nodes, node: ir.Node) -> ir.Value:
+    """x [B, h, S, D] in halves (a, b), cos and sin [B, S, D/2] -> (a cos - b sin, b cos + a sin)."""
+    _expect(node, len(node.inputs) == 3 and len(node.inputs[0].shape) == 4 and not _value(node, "interleaved", 0)
+            and not _value(node, "rotary_embedding_dim", 0), "[B, h, S, D] in halves, angles per token")
+    x, heads = node.inputs[0], make.constant([1], ir.DataType.INT64)
+    cos, sin = (make("Unsqueeze", angle, heads) for angle in node.inputs[1:])
+    a, b = make("Split", x, outputs=2, axis=-1, num_outputs=2)
+    first = make("Sub", make("Mul", a, cos), make("Mul", b, sin))
+    second = make("Add", make("Mul", b, cos), make("Mul", a, sin))
+    return make("Concat", first, second, axis=-1)
+
+
+def _attention(make: _Nodes, node: ir.Node) -> ir.Value:
+    """softmax(scale query key^T, where mask) value: query, key, value [B, h, S, D], bool mask or none."""
+    query, key, value, *rest = node.inputs
+    _expect(node, len(query.shape) == 4 and query.shape[1] == key.shape[1] and len(rest) < 2 and not _value(node, "is_causal", 0)
+            and not _value(node, "softcap", 0.0), "four axes, as many key heads as heads, at most a mask")
+    scale = make.constant(_value(node, "scale", None) or query.shape[-1] ** -0.5, query.dtype)
+    scores = make("MatMul", make("Mul", query, scale), make("Transpose", key, perm=[0, 1, 3, 2]))
+    if rest and rest[0] is not None:
+        _expect(node, rest[0].dtype == ir.DataType.BOOL, "a bool mask")
+        scores = make("Where", rest[0], scores, make.constant(-np.inf, query.dtype), dtype=query.dtype)
+    return make("MatMul", make("Softmax", scores, axis=-1), value)
+
+
+def _call_plugin(node: ir.Node, cache: str) -> None:
+    """The plugin's version and fields, from the shapes of query [B, h, S, D] and past [B, KV, C, D]; the types of int8 caches."""
+    query, past = node.inputs[0], node.inputs[3]
+    fields = {"num_heads": query.shape[1], "num_kv_heads": past.shape[1], "head_dim": query.shape[3], "cache_type": int(cache == "int8")}
+    _expect(node, all(isinstance(size, int) for size in fields.values()), "heads and head_dim that are fixed")
+    for name, size in fields.items():
+        node.attributes[name] = ir.AttrInt64(name, size)
+    node.attributes["scale"] = ir.AttrFloat32("scale", fields["head_dim"] ** -0.5)
+    node.attributes["plugin_version"] = ir.AttrString("plugin_version", str(plugins.ABI))
+    node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", "")
+    if cache == "int8":
+        for value in (*node.inputs[3:5], *node.outputs[1:3]):
+            value.type = ir.TensorType(ir.DataType.INT8)
+            value.shape = ir.Shape([*list(value.shape)[:3], fields["head_dim"] + 4])
+
+
+_REWRITES = {("", "RMSNormalization"): _rms_norm, ("", "GroupNormalization"): _group_norm, ("", "RotaryEmbedding"): _rotary,
+             ("", "Attention"): _attention, (DOMAIN, NAME): _call_plugin}
