@@ -10,6 +10,7 @@ import torch
 from engines import plugins
 from engines.errors import UsageError
 from engines.manifest import ComponentSpec
+from engines.sessions.binding import present_name
 from reference.config import StarConfig, config_from_files
 from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 
@@ -64,7 +65,7 @@ def export(source: str, *, out: str | Path, precision: str = "fp32", checkpoint:
 
 
 def write_component(model: ir.Model, tensors: Mapping[str, object], precision: Precision, folder: Path) -> None:
-    """Set a traced graph's precision, lint it, and stream the weights into `folder/model.onnx.data`; then the
+    """Set a traced graph's precision, lint it, and stream the weights into `folder/model.onnx.data`; then write the
     classic graph and the twin, which share them."""
     folder.mkdir()
     set_precision(model, precision.compute)
@@ -84,7 +85,7 @@ def component_spec(name: str, config: StarConfig, precision: Precision) -> Compo
     inputs, outputs = COMPONENTS[name].boundary(config, precision.dtype_name)
     twin = None if precision.compute == ir.DataType.FLOAT else f"{name}/twin.onnx"
     return ComponentSpec(graph=f"{name}/model.onnx", twin=twin, golden=f"{name}/golden.safetensors", inputs=inputs, outputs=outputs,
-                         classic=f"{name}/classic.onnx", plugin_abi=plugins.ABI if name in ("base_ar", "stacked_ar") else None)
+                         classic=f"{name}/classic.onnx", plugin_abi=plugins.ABI if any(present_name(t.name) for t in inputs) else None)
 
 
 def rounded_star(config: StarConfig, tensors: Mapping[str, object], precision: Precision, *, rope_bf16: bool) -> FoldedStar:

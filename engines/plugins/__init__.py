@@ -1,8 +1,8 @@
 """The KV-cache attention plugin's library: what it can do, where it is, and the checks before it is loaded or a plan needs it.
 
 The library is native code, built on the machine it runs on (README.md in this folder). It is found at `$STAR_PLUGIN`, else where
-the documented command builds it. Before it is loaded its bytes are read: they say which ABI it has and which TensorRT it was built
-for, and a plan records their SHA-256.
+the documented command builds it. Before it is loaded its bytes are read: they say which ABI it has and for which TensorRT it was
+built, and a plan records their SHA-256.
 """
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ def check_limits(manifest: Manifest, component: str, *, rows: int, capacity_toke
             raise InputError("The KV-cache plugin cannot compute this decoder", fix=fix,
                              where=f"{component}: {what}: expected {expected}, got {got}")
 
-    other = "use a target with TensorRT 10.15 or newer, or ONNX Runtime"
+    other, precision = "use a target with TensorRT 10.15 or newer, or ONNX Runtime", manifest.precision
     check(cache.head_dim in HEAD_DIMS, "head_dim", " or ".join(map(str, HEAD_DIMS)), cache.head_dim, other)
-    check(manifest.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", manifest.precision, "export with --precision bf16")
+    check(precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", precision, "export with --precision bf16")
     check(1 <= rows <= MAX_ROWS, "rows", f"1 to {MAX_ROWS}", rows, "build with fewer rows")
-    check(1 <= capacity_tokens <= MAX_CAPACITY, "capacity", f"1 to {MAX_CAPACITY} tokens", capacity_tokens, "build with a smaller capacity")
+    fits = 1 <= capacity_tokens <= MAX_CAPACITY
+    check(fits, "capacity", f"1 to {MAX_CAPACITY} tokens", capacity_tokens, "build with a smaller capacity")
 
 
 def find_library() -> Library:
@@ -74,8 +75,8 @@ def library_from_file(path: Path) -> Library:
     data = read_regular(path, limit_bytes=_LIMIT_BYTES, where="plugin")
     marker = _MARKER.search(data)
     if marker is None:
-        raise InputError("This is not the KV-cache plugin", where=f"{path}: expected its marker, got {len(data)} bytes without it",
-                         fix=f"build it: {COMMAND}")
+        raise InputError("This is not the KV-cache plugin", fix=f"build it: {COMMAND}",
+                         where=f"{path}: expected its marker, got {len(data)} bytes without it")
     abi, *version = map(int, marker.groups())
     return Library(path, abi, tuple(version), hashlib.sha256(data).hexdigest())
 
@@ -122,7 +123,8 @@ def _loaded(path: str, sha256: str) -> ctypes.CDLL:
     try:
         native = ctypes.CDLL(path)
     except OSError as error:
-        raise MissingError("The KV-cache plugin cannot be loaded", where=f"{path}: {error}", fix=f"build it again: {COMMAND}") from None
+        raise MissingError("The KV-cache plugin cannot be loaded", where=f"{path}: {error}",
+                           fix=f"build it again: {COMMAND}") from None
     if not native.star_plugin_registered():
         raise MissingError("TensorRT did not take the KV-cache plugin", fix="use one plugin library per process",
                            where=f"{path}: expected {NAME} version {ABI} to be registered, got a refusal")

@@ -215,12 +215,13 @@ def test_a_missing_or_old_builder_names_version_and_extra(bundle, monkeypatch):
     assert "tensorrt 10.15 or newer" in str(error.value) and "star-export[tensorrt]" in str(error.value)
 
 
-def test_another_system_and_the_classic_dialect_are_refused(monkeypatch):
+def test_another_system_is_refused_and_a_classic_target_needs_its_tensorrt(monkeypatch):
     monkeypatch.setattr("engines.trt.host_platform", lambda: "linux-x86_64")
     with pytest.raises(UsageError, match="expected linux-aarch64, got linux-x86_64"):
         build.check_buildable(TARGETS["dgx-spark"])
     monkeypatch.setattr("engines.trt.host_platform", lambda: "linux-aarch64")
-    with pytest.raises(InputError, match="expected the classic dialect, got modern"):
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(MissingError, match="orin-agx-jp62: expected tensorrt 10.3 or newer"):
         build.check_buildable(TARGETS["orin-agx-jp62"])
 
 

@@ -46,15 +46,16 @@ extern "C" IPluginRegistry* getPluginRegistry() noexcept { return &registry; }
 extern "C" int star_drive(int const* sizes, int const* fields, float scale, int type, void* const* pointers)
 {
     auto* creator = static_cast<IPluginCreatorV3One*>(registry.taken);
-    PluginField const given[] = {{"num_heads", fields, PluginFieldType::kINT32, 1}, {"num_kv_heads", fields + 1, PluginFieldType::kINT32, 1},
-        {"head_dim", fields + 2, PluginFieldType::kINT32, 1}, {"cache_type", fields + 3, PluginFieldType::kINT32, 1},
+    PluginField const given[] = {{"num_heads", fields, PluginFieldType::kINT32, 1},
+        {"num_kv_heads", fields + 1, PluginFieldType::kINT32, 1}, {"head_dim", fields + 2, PluginFieldType::kINT32, 1}, {"cache_type", fields + 3, PluginFieldType::kINT32, 1},
         {"scale", &scale, PluginFieldType::kFLOAT32, 1}};
     PluginFieldCollection const collection{5, given};
     std::unique_ptr<IPluginV3> built(creator->createPlugin("layer", &collection, TensorRTPhase::kBUILD));
     if (!built) return 1;
     auto* build = part<IPluginV3OneBuild>(*built, PluginCapabilityType::kBUILD);
     int64_t const rows = sizes[0], tokens = sizes[3], capacity = sizes[4], wide = sizes[5] + (fields[3] ? 4 : 0);
-    std::vector<int64_t> query{rows, sizes[1], tokens, sizes[5]}, key{rows, sizes[2], tokens, sizes[5]}, past{rows, sizes[2], capacity, wide};
+    std::vector<int64_t> query{rows, sizes[1], tokens, sizes[5]}, key{rows, sizes[2], tokens, sizes[5]};
+    std::vector<int64_t> const past{rows, sizes[2], capacity, wide};
     query.resize(sizes[6], 1);
     auto const element = static_cast<DataType>(type), cache = fields[3] ? DataType::kINT8 : element;
     Tensors all;
@@ -70,15 +71,9 @@ extern "C" int star_drive(int const* sizes, int const* fields, float scale, int 
     std::vector<float> workspace(build->getWorkspaceSize(all.dynamic.data(), 7, all.dynamic.data() + 7, 3) / 4 + 1, NAN);
     auto* fields_out = part<IPluginV3OneRuntime>(*built, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
     std::unique_ptr<IPluginV3> loaded(creator->createPlugin("layer", fields_out, TensorRTPhase::kRUNTIME));
-    std::unique_ptr<IPluginV3> attached(part<IPluginV3OneRuntime>(*loaded, PluginCapabilityType::kRUNTIME)->attachToContext(nullptr));
+    auto* unattached = part<IPluginV3OneRuntime>(*loaded, PluginCapabilityType::kRUNTIME);
+    std::unique_ptr<IPluginV3> attached(unattached->attachToContext(nullptr));
     auto* runtime = part<IPluginV3OneRuntime>(*attached, PluginCapabilityType::kRUNTIME);
     if (runtime->onShapeChange(all.fixed.data(), 7, all.fixed.data() + 7, 3) != 0) return 4;
     return runtime->enqueue(all.fixed.data(), all.fixed.data() + 7, pointers, pointers + 7, workspace.data(), nullptr) == 0 ? 0 : 5;
-}
-
-// A minimal engine-build check: the workspace for a profile of up to `rows` rows and `tokens` positions, in bytes.
-extern "C" long star_workspace(int rows, int heads, int kv_heads, int tokens, int capacity, int dim, int processors)
-{
-    star::Shape const shape{rows, heads, kv_heads, tokens, capacity, dim};
-    return long(star::plan_from_shape(shape, processors).workspace_bytes());
 }
