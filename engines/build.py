@@ -26,8 +26,9 @@ from .network import CAPACITY, check_network, network_from_onnx
 from .plan import BUILD, Build, PlanSpec, build_header, onnx_hashes, plan_name, plan_state, read_build
 from .recipe import ROWS, Limits, Profile, check_recipe, largest, limits_from_options, recipe_from_limits
 from .targets import Target, target_from_name
-from .trt import check_gpu, check_platform, log_of, tensorrt_of, words
+from .trt import check_gpu, check_platform, log_of, tensorrt_of, version_tuple, words
 
+NATIVE_CACHES = (10, 15)  # from this TensorRT on, the modern dialect
 Progress = Callable[[str, int, int], None]  # what is being done, plans done, plans in all
 
 
@@ -75,7 +76,10 @@ def build_plans(bundle: Bundle, targets: list[str], *, components: list[str] | N
 def check_buildable(target: Target) -> None:
     """This machine can build for `target`: system, module, dialect, and the device where the builder needs it, or StarError."""
     check_platform(target)
-    tensorrt_of(target)
+    module = tensorrt_of(target)
+    if target.dialect == "classic" and version_tuple(module.__version__) >= NATIVE_CACHES:
+        raise InputError(f"{target.name} is for an older TensorRT", fix="use this JetPack's target: star-export targets",
+                         where=f"tensorrt: expected one before 10.15 for the classic dialect, got {module.__version__}")
     if target.builder == "tensorrt":
         check_gpu(target)
 

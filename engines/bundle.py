@@ -107,7 +107,7 @@ class Bundle:
         return self.file(relative)
 
     def graph_name(self, name: str, *, dialect: str) -> str:
-        """The component's ONNX file in `dialect`, as the manifest lists it. Raises InputError when the bundle has no such graph."""
+        """The component's ONNX file in `dialect`, as the manifest lists it. Raises InputError when the bundle has none."""
         spec = self.component(name)
         relative = spec.classic if dialect == "classic" else spec.graph
         if relative is None:

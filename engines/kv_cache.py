@@ -51,15 +51,17 @@ def int8_cache_from_rows(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     Only its size has this shape: each [B, KV] is a plane of C * D codes followed by the C scales, so that both stay aligned.
     """
     (rows, heads, capacity, size) = codes.shape
-    planes = codes.reshape(rows, heads, -1), np.ascontiguousarray(scales, np.float32).view(np.int8).reshape(rows, heads, -1)
-    return np.concatenate(planes, -1).reshape(rows, heads, capacity, size + 4)
+    scale_bytes = np.ascontiguousarray(scales, np.float32).view(np.int8)
+    planes = np.concatenate([codes.reshape(rows, heads, -1), scale_bytes.reshape(rows, heads, -1)], -1)
+    return planes.reshape(rows, heads, capacity, size + 4)
 
 
 def rows_from_int8_cache(cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The inverse of `int8_cache_from_rows`: (codes, scales). A row means codes * scale, rounded to the compute type."""
     rows, heads, capacity, wide = cache.shape
     planes, split = cache.reshape(rows, heads, -1), capacity * (wide - 4)
-    return planes[..., :split].reshape(rows, heads, capacity, wide - 4), np.ascontiguousarray(planes[..., split:]).view(np.float32)
+    codes, scales = planes[..., :split].reshape(rows, heads, capacity, wide - 4), planes[..., split:]
+    return codes, np.ascontiguousarray(scales).view(np.float32)
 
 
 def cache_buffers(session, *, rows: int, capacity_tokens: int) -> dict[str, object]:

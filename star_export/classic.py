@@ -1,7 +1,7 @@
-"""The classic dialect: a stored graph for TensorRT 10.0 to 10.14, whose parser has no cache, attention, rotary or RMS-norm layers.
+"""The classic dialect: a stored graph for TensorRT 10.0 to 10.14, whose parser has no cache, attention, rotary or RMS norm.
 
-The graph is rewritten, not traced again: what differs is then exactly the nodes below, weights and quantisation are the same files,
-and equality with the modern graph can be tested node for node. Norms, rotary and attention become primitives of opset 20 (21 where
+The graph is rewritten, not traced again: what differs is then exactly the nodes below, weights and quantisation are the same
+files, and equality with the modern graph is easily tested. Norms, rotary and attention become primitives of opset 20 (21 where
 int4 blocks need it); `star::KVCacheAttention` keeps its nodes and loses its body, so that the parser looks for the plugin, and
 gets the plugin's fields.
 """
@@ -55,7 +55,8 @@ class _Nodes:
         name = f"{self.node.name}.constant.{self.count}"
         self.count += 1
         array = np.asarray(values).astype(dtype.numpy())
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=ir.tensor(array, dtype=dtype, name=name))
+        tensor = ir.tensor(array, dtype=dtype, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
         self.graph.initializers.add(value)
         return value
 
@@ -94,7 +95,8 @@ def _group_norm(make: _Nodes, node: ir.Node) -> ir.Value:
     """
     x, scale, bias = node.inputs
     _expect(node, x.dtype == ir.DataType.FLOAT, "float32")
-    groups, spatial = make.constant([0, _value(node, "num_groups", None), -1], ir.DataType.INT64), list(range(1, len(x.shape) - 1))
+    groups = make.constant([0, _value(node, "num_groups", None), -1], ir.DataType.INT64)
+    spatial = list(range(1, len(x.shape) - 1))
     axis, wide = make.constant([2], ir.DataType.INT64), make.constant(spatial, ir.DataType.INT64)
     grouped = make("Reshape", x, groups)
     centred = make("Sub", grouped, make("ReduceMean", grouped, axis, keepdims=1))
@@ -132,7 +134,8 @@ def _attention(make: _Nodes, node: ir.Node) -> ir.Value:
 def _call_plugin(node: ir.Node, cache: str) -> None:
     """The plugin's version and fields, from the shapes of query [B, h, S, D] and past [B, KV, C, D]; the types of int8 caches."""
     query, past = node.inputs[0], node.inputs[3]
-    fields = {"num_heads": query.shape[1], "num_kv_heads": past.shape[1], "head_dim": query.shape[3], "cache_type": int(cache == "int8")}
+    fields = {"num_heads": query.shape[1], "num_kv_heads": past.shape[1], "head_dim": query.shape[3],
+              "cache_type": int(cache == "int8")}
     _expect(node, all(isinstance(size, int) for size in fields.values()), "heads and head_dim that are fixed")
     for name, size in fields.items():
         node.attributes[name] = ir.AttrInt64(name, size)

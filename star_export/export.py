@@ -84,8 +84,9 @@ def write_component(model: ir.Model, tensors: Mapping[str, object], precision: P
 def component_spec(name: str, config: StarConfig, precision: Precision) -> ComponentSpec:
     inputs, outputs = COMPONENTS[name].boundary(config, precision.dtype_name)
     twin = None if precision.compute == ir.DataType.FLOAT else f"{name}/twin.onnx"
-    return ComponentSpec(graph=f"{name}/model.onnx", twin=twin, golden=f"{name}/golden.safetensors", inputs=inputs, outputs=outputs,
-                         classic=f"{name}/classic.onnx", plugin_abi=plugins.ABI if any(present_name(t.name) for t in inputs) else None)
+    abi = plugins.ABI if any(present_name(t.name) for t in inputs) else None
+    return ComponentSpec(graph=f"{name}/model.onnx", twin=twin, golden=f"{name}/golden.safetensors", inputs=inputs,
+                         outputs=outputs, classic=f"{name}/classic.onnx", plugin_abi=abi)
 
 
 def rounded_star(config: StarConfig, tensors: Mapping[str, object], precision: Precision, *, rope_bf16: bool) -> FoldedStar:

@@ -135,7 +135,7 @@ def _weights(model: ir.Model) -> Iterator[Finding]:
 
 
 def _classic(model: ir.Model) -> Iterator[Finding]:
-    """Only operators that TensorRT 10.0's parser knows, with the meaning they have there; the cache's operation is the plugin's."""
+    """Only operators that TensorRT 10.0's parser knows, with the meaning they have there; the cache's one is the plugin's."""
     opset = model.opset_imports.get("", 0)
     for domain, version in model.opset_imports.items():
         if (domain, version) not in (("", classic.OPSET), ("", classic.OPSET_INT4), (DOMAIN, 1)):

@@ -23,8 +23,9 @@ NAME, ABI = "KVCacheAttention", 1  # the ABI is the plugin's version: plugin_fie
 HEAD_DIMS, MAX_ROWS, MAX_CAPACITY = (64, 128), 8, 4096
 PRECISIONS = ("fp16", "bf16", "int8", "int4")
 VARIABLE = "STAR_PLUGIN"
-BUILT = Path(__file__).parent / "build" / "libstar_plugins.so"
-COMMAND = "cmake -S engines/plugins -B engines/plugins/build && cmake --build engines/plugins/build"
+FOLDER = Path(__file__).parent
+BUILT = FOLDER / "build" / "libstar_plugins.so"
+COMMAND = f"cmake -S {FOLDER} -B {FOLDER / 'build'} && cmake --build {FOLDER / 'build'}"
 _LIMIT_BYTES = 256 << 20
 _MARKER = re.compile(rb"star-plugin abi=(\d+) tensorrt=(\d+)\.(\d+);")
 

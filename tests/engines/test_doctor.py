@@ -1,16 +1,19 @@
 """The doctor knows what is here, and says of every target what it lacks."""
+from types import SimpleNamespace
+
 import pytest
 
 from engines import doctor
 from engines.device import Gpu
 from engines.errors import MissingError
 from engines.targets import TARGETS
+from engines.trt import version_tuple
 
 NONE = dict.fromkeys(doctor.PACKAGES)
 RUNS, RUNS_NOT = (doctor.TargetFacts(n, n, no_build=None, no_run=why) for n, why in (("a", None), ("b", "no GPU")))
 
 
-def machine(monkeypatch, *, platform="linux-x86_64", gpus=(), modules=("tensorrt_rtx",)):
+def machine(monkeypatch, *, platform="linux-x86_64", gpus=(), modules=("tensorrt_rtx",), version="11.4"):
     """A machine of the given parts."""
     def devices():
         if not gpus:
@@ -20,6 +23,9 @@ def machine(monkeypatch, *, platform="linux-x86_64", gpus=(), modules=("tensorrt
     def tensorrt_of(target):
         if target.builder not in modules:
             raise MissingError(f"{target.builder} is not installed", where=target.name, fix="pip install")
+        if target.builder == "tensorrt" and version_tuple(version) < version_tuple(target.tensorrt):
+            raise MissingError(f"{target.builder} is too old", where=target.name, fix="pip install")
+        return SimpleNamespace(__version__=version)
 
     monkeypatch.setattr("engines.trt.host_platform", lambda: platform)
     monkeypatch.setattr("engines.device.gpus", devices)
@@ -68,6 +74,12 @@ def test_a_jetson_with_native_layers_builds_and_runs_only_its_own(monkeypatch):
     facts = machine(monkeypatch, platform="linux-aarch64", gpus=(Gpu("Orin", (8, 7), 64 * 10**9),), modules=("tensorrt",))
     assert buildable(facts) == {"orin-agx-jp72"}
     assert "classic" in next(t.no_build for t in facts.targets if t.name == "orin-agx-jp62")
+
+
+def test_a_jetson_without_native_layers_builds_the_classic_dialect(monkeypatch):
+    orin = (Gpu("Orin", (8, 7), 64 * 10**9),)
+    facts = machine(monkeypatch, platform="linux-aarch64", gpus=orin, modules=("tensorrt",), version="10.3.0")
+    assert buildable(facts) == {"orin-nano-jp62", "orin-nx-jp62", "orin-agx-jp62"}
 
 
 @pytest.mark.parametrize("packages, targets, has_gpu, words", [

@@ -26,7 +26,7 @@ def library(folder, *, abi=plugins.ABI, tensorrt="10.3", more=b""):
 
 @pytest.fixture
 def bundle(tmp_path, monkeypatch):
-    """A classic bundle with a plan, on a machine that seems to be an AGX Orin with a built plugin; `loaded` collects its loads."""
+    """A classic bundle with a plan, on what seems to be an AGX Orin with a built plugin; `loaded` collects its loads."""
     monkeypatch.setattr(plans, "gpus", lambda: (Gpu("Orin", (8, 7), 64 * 10**9),))
     monkeypatch.setattr(plans, "tensorrt_of", lambda target: SimpleNamespace(__version__=VERSION))
     monkeypatch.setattr(plans, "host_platform", lambda: "linux-aarch64")
@@ -43,7 +43,8 @@ def bundle(tmp_path, monkeypatch):
     folder = bundle.path / "plans" / TARGET.name
     folder.mkdir(parents=True)
     (folder / "base_ar.plan").write_bytes(PLAN)
-    (folder / "build.json").write_text(json_from_manifest(replace(plans.build_header(TARGET, VERSION), components={"base_ar": made})))
+    record = replace(plans.build_header(TARGET, VERSION), components={"base_ar": made})
+    (folder / "build.json").write_text(json_from_manifest(record))
     return bundle
 
 
@@ -55,7 +56,8 @@ def test_a_plan_is_read_when_its_library_is_there_and_loaded_first(bundle):
 @pytest.mark.parametrize("change, error, words", [
     ({"more": b"changed"}, InputError, ("stale", "built with sha256", "rebuild")),
     ({"abi": 2}, MissingError, ("another ABI", "expected ABI 1, got 2", "cmake")),
-    ({"tensorrt": "11.1"}, MissingError, ("another TensorRT", "expected TensorRT 10, got 11.1", "cmake"))], ids=["bytes", "ABI", "TensorRT"])
+    ({"tensorrt": "11.1"}, MissingError, ("another TensorRT", "expected TensorRT 10, got 11.1", "cmake"))],
+    ids=["bytes", "ABI", "TensorRT"])
 def test_another_library_is_refused_before_it_and_the_plan_are_loaded(bundle, tmp_path, change, error, words):
     library(tmp_path, **change)
     with pytest.raises(error) as caught:
@@ -83,19 +85,22 @@ def test_a_file_that_is_no_library_is_refused_when_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("cache, precision, rows, capacity, words", [
-    ({"head_dim": 96}, "bf16", 2, 64, "head_dim: expected 64 or 128, got 96"), ({}, "fp32", 2, 64, "precision: expected one of fp16, bf16"),
-    ({}, "bf16", 9, 64, "rows: expected 1 to 8, got 9"), ({}, "bf16", 2, 4097, "capacity: expected 1 to 4096 tokens, got 4097")])
+    ({"head_dim": 96}, "bf16", 2, 64, "head_dim: expected 64 or 128, got 96"),
+    ({}, "fp32", 2, 64, "precision: expected one of fp16, bf16"), ({}, "bf16", 9, 64, "rows: expected 1 to 8, got 9"),
+    ({}, "bf16", 2, 4097, "capacity: expected 1 to 4096 tokens, got 4097")])
 def test_a_decoder_beyond_the_plugins_limits_is_refused_with_the_limit(bundle, cache, precision, rows, capacity, words):
     model = replace(bundle.manifest.model, cache={"base_ar": replace(CacheSpec(1, 2, 64), **cache)})
     with pytest.raises(InputError) as caught:
-        plugins.check_limits(replace(bundle.manifest, model=model, precision=precision), "base_ar", rows=rows, capacity_tokens=capacity)
+        manifest = replace(bundle.manifest, model=model, precision=precision)
+        plugins.check_limits(manifest, "base_ar", rows=rows, capacity_tokens=capacity)
     assert words in str(caught.value)
 
 
 def test_a_build_for_a_classic_target_takes_the_classic_graph_and_the_librarys_hash(bundle):
     bundle.manifest.model.cache["base_ar"] = CacheSpec(1, 2, 64)
     recipe = plans.read_build(bundle, TARGET.name).components["base_ar"].profiles
-    assert build.plugin_of(bundle, TARGET, "base_ar", recipe, VERSION) == plugins.find_library().sha256 and len(bundle.loaded) == 1
+    assert build.plugin_of(bundle, TARGET, "base_ar", recipe, VERSION) == plugins.find_library().sha256
+    assert len(bundle.loaded) == 1
     assert build.plugin_of(bundle, TARGETS["rtx-4090"], "base_ar", recipe, "1.7.1") is None
     assert bundle.graph("base_ar", dialect="classic").name == "model.onnx"
     with pytest.raises(InputError, match="no classic graphs"):

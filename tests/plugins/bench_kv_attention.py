@@ -1,7 +1,8 @@
-"""Time and share of memory bandwidth of the kernels beside torch's attention: `python tests/plugins/bench_kv_attention.py` on a GPU.
+"""Time and share of memory bandwidth of the kernels beside torch's attention, on a GPU:
+`python tests/plugins/bench_kv_attention.py`.
 
-Peers: `index_copy_` into the cache and `scaled_dot_product_attention` over the used slots (the fastest of torch's backends that takes
-the call), and FlashAttention with its KV cache where the package is installed. The bandwidth is that of a device copy of 1 GiB.
+Peers: `index_copy_` into the cache and `scaled_dot_product_attention` over the used slots (torch chooses the backend), and
+FlashAttention with its KV cache where the package is installed. The bandwidth is that of a device copy of 1 GiB.
 One line of JSON per measurement, the machine first.
 """
 from __future__ import annotations
@@ -40,7 +41,9 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (milliseconds(lambda: target.copy_(source)) / 1e3)
 
 
-def measure(name: str, *, rows: int, heads: int, kv_heads: int, new: int, capacity: int, first: int, bandwidth: float, int8: bool = False) -> None:
+def measure(name: str, *, rows: int, heads: int, kv_heads: int, new: int, capacity: int, first: int, bandwidth: float,
+            int8: bool = False) -> None:
+    """Print one line for the kernels and for each peer."""
     def normal(*shape):
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
@@ -59,13 +62,12 @@ def measure(name: str, *, rows: int, heads: int, kv_heads: int, new: int, capaci
     calls = {"star": Attention(query, key, value, *ours, torch.full((rows,), first, device="cuda")), "sdpa": with_sdpa}
     if flash := _flash(query, key, value, caches, first):
         calls["flash-attn"] = flash
-    size = 132 if int8 else 256
-    moved = 2 * rows * kv_heads * used * size
     for peer, call in calls.items():
+        moved = 2 * rows * kv_heads * used * (132 if int8 and peer == "star" else 256)  # a cache row in bytes
         time = milliseconds(call)
-        share = (2 * rows * kv_heads * used * (size if peer == "star" else 256)) / (time / 1e3) / bandwidth
-        print(json.dumps({"case": name, "peer": peer, "rows": rows, "new": new, "used": used, "int8": int8, "cache_bytes": moved,
-                          "ms": round(time, 4), "share_of_copy_bandwidth": round(share, 3)}), flush=True)
+        share = round(moved / (time / 1e3) / bandwidth, 3)
+        print(json.dumps({"case": name, "peer": peer, "rows": rows, "new": new, "used": used, "cache_bytes": moved,
+                          "ms": round(time, 4), "share_of_copy_bandwidth": share}), flush=True)
 
 
 def _flash(query, key, value, caches, first):
@@ -81,8 +83,8 @@ def _flash(query, key, value, caches, first):
 
 def main() -> None:
     bandwidth = copy_bandwidth()
-    print(json.dumps({"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(), "torch": torch.__version__,
-                      "cuda": torch.version.cuda, "copy_bytes_per_s": round(bandwidth)}), flush=True)
+    print(json.dumps({"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
+                      "torch": torch.__version__, "cuda": torch.version.cuda, "copy_bytes_per_s": round(bandwidth)}), flush=True)
     for model, (heads, kv_heads) in HEADS.items():
         sizes = {"heads": heads, "kv_heads": kv_heads, "bandwidth": bandwidth}
         for used in (640, 960, 1280):

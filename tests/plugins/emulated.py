@@ -103,14 +103,16 @@ def int8_cache(rows: np.ndarray, first: tuple[int, ...]) -> np.ndarray:
     return int8_cache_from_rows(codes, scales)
 
 
-def emulate(case: Case, inputs: list[np.ndarray], *, driver: ctypes.CDLL | None = None) -> tuple[list[np.ndarray], tuple[int, int], bool]:
+def emulate(case: Case, inputs: list[np.ndarray], *,
+            driver: ctypes.CDLL | None = None) -> tuple[list[np.ndarray], tuple[int, int], bool]:
     """(output, key cache, value cache), (configuration, splits) and whether the flag was raised, after a check of the guards."""
     query, key, value, *caches = inputs
     whole = [guarded(x) for x in (query, key, value, *caches, np.array(case.first, np.int64), np.zeros_like(query))]
     sizes = np.array([case.rows, case.heads, case.kv_heads, case.new, case.capacity, case.dim], np.int32)
     pointers = (ctypes.c_void_p * 7)(*(inner.ctypes.data for _, inner in whole))
     run = (driver or library()).star_emulate
-    result = run(sizes.ctypes.data, ctypes.addressof(pointers), case.element, case.int8, case.dim**-0.5, case.processors, case.seed)
+    result = run(sizes.ctypes.data, ctypes.addressof(pointers), case.element, case.int8, case.dim**-0.5, case.processors,
+                 case.seed)
     assert result != -1, "the shape was refused"
     for outer, _ in whole:
         sides = np.concatenate([outer[:GUARD], outer[-GUARD:]])

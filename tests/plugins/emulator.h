@@ -2,8 +2,8 @@
 //
 // Every thread is a fiber with its own stack and runs the kernel's own code. Operations of a warp (shuffle, ldmatrix, mma) wait
 // until all 32 lanes have come and are then computed from the lanes' registers in the layouts of the PTX ISA. Asynchronous copies
-// happen at their wait and not before; shared memory is full of NaN at first; for random whiles, by a seed, only some warps run. So
-// a missing wait, a missing barrier, an access outside shared memory and a wrong fragment show as wrong numbers or an abort.
+// happen at their wait and not before; shared memory is full of NaN at first; for random whiles, by a seed, only some warps run.
+// So a missing wait, a missing barrier, an access outside shared memory and a wrong fragment show as wrong numbers or an abort.
 #pragma once
 
 #include <setjmp.h>

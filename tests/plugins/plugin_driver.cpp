@@ -47,7 +47,8 @@ extern "C" int star_drive(int const* sizes, int const* fields, float scale, int 
 {
     auto* creator = static_cast<IPluginCreatorV3One*>(registry.taken);
     PluginField const given[] = {{"num_heads", fields, PluginFieldType::kINT32, 1},
-        {"num_kv_heads", fields + 1, PluginFieldType::kINT32, 1}, {"head_dim", fields + 2, PluginFieldType::kINT32, 1}, {"cache_type", fields + 3, PluginFieldType::kINT32, 1},
+        {"num_kv_heads", fields + 1, PluginFieldType::kINT32, 1}, {"head_dim", fields + 2, PluginFieldType::kINT32, 1},
+        {"cache_type", fields + 3, PluginFieldType::kINT32, 1},
         {"scale", &scale, PluginFieldType::kFLOAT32, 1}};
     PluginFieldCollection const collection{5, given};
     std::unique_ptr<IPluginV3> built(creator->createPlugin("layer", &collection, TensorRTPhase::kBUILD));
@@ -75,5 +76,6 @@ extern "C" int star_drive(int const* sizes, int const* fields, float scale, int 
     std::unique_ptr<IPluginV3> attached(unattached->attachToContext(nullptr));
     auto* runtime = part<IPluginV3OneRuntime>(*attached, PluginCapabilityType::kRUNTIME);
     if (runtime->onShapeChange(all.fixed.data(), 7, all.fixed.data() + 7, 3) != 0) return 4;
-    return runtime->enqueue(all.fixed.data(), all.fixed.data() + 7, pointers, pointers + 7, workspace.data(), nullptr) == 0 ? 0 : 5;
+    auto const* descriptions = all.fixed.data();
+    return runtime->enqueue(descriptions, descriptions + 7, pointers, pointers + 7, workspace.data(), nullptr) == 0 ? 0 : 5;
 }

@@ -15,8 +15,9 @@ from test_kv_attention import RANDOM_SHAPES, random_case
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-MODELS = [Case(2, 16, 2, 1, 1280, 128, (1279, 640)), Case(2, 28, 4, 1, 640, 128, (639, 0)), Case(2, 16, 2, 64, 1280, 128, (0, 500)),
-          Case(2, 28, 4, 1250, 1280, 128, (0, 30)), Case(8, 8, 8, 1, 4096, 128, tuple(range(4088, 4096))),
+MODELS = [Case(2, 16, 2, 1, 1280, 128, (1279, 640)), Case(2, 28, 4, 1, 640, 128, (639, 0)),
+          Case(2, 16, 2, 64, 1280, 128, (0, 500)), Case(2, 28, 4, 1250, 1280, 128, (0, 30)),
+          Case(8, 8, 8, 1, 4096, 128, tuple(range(4088, 4096))),
           Case(1, 16, 2, 1280, 4096, 128, (2816,), element=0), Case(8, 16, 2, 3, 4096, 64, tuple(range(0, 4000, 500)), int8=True)]
 
 
@@ -102,8 +103,9 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     code = ("import numpy as np, test_gpu\nfrom emulated import Case\n"
             "for n, case in enumerate([Case(2, 8, 2, 1, 200, 128, (150, 3)), Case(1, 8, 1, 33, 100, 64, (60,), int8=True),"
             " Case(2, 14, 2, 150, 320, 128, (9, 100))]):\n    test_gpu.compare(case, np.random.default_rng(n))\n")
-    result = subprocess.run([program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=star", sys.executable, "-c", code],
-                            cwd=Path(__file__).parent, env=_environment(), capture_output=True, text=True)
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=star", sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=Path(__file__).parent, env=_environment(), capture_output=True,
+                            text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 

@@ -1,5 +1,5 @@
-"""The plugin between TensorRT's calls and the kernels: fields, formats, shapes, aliasing, the flag; on emulated blocks and our own
-declaration of TensorRT's interfaces, and compiled against TensorRT's own headers where the machine has them."""
+"""The plugin between TensorRT's calls and the kernels: fields, formats, shapes, aliasing, the flag; on emulated blocks and our
+own declaration of TensorRT's interfaces, and compiled against TensorRT's own headers where the machine has them."""
 from __future__ import annotations
 
 import ctypes
@@ -37,7 +37,8 @@ def native(library_file) -> ctypes.CDLL:
 
 def drive(native, case: Case, inputs, *, type_=None, rank=4, aliased=True, **changes) -> tuple[int, list[np.ndarray]]:
     """The driver's answer, and (output, key cache, value cache). `changes` replace fields."""
-    fields = {"num_heads": case.heads, "num_kv_heads": case.kv_heads, "head_dim": case.dim, "cache_type": int(case.int8)} | changes
+    fields = {"num_heads": case.heads, "num_kv_heads": case.kv_heads, "head_dim": case.dim, "cache_type": int(case.int8)}
+    fields |= changes
     scale = np.float32(fields.pop("scale", case.dim**-0.5))
     caches = [x.copy() for x in inputs[3:]]
     present = caches if aliased else [np.full_like(x, 5) for x in caches]
@@ -79,9 +80,11 @@ def test_what_it_cannot_compute_is_refused_when_it_is_built(native, capfd, chang
 
 @pytest.mark.parametrize("case,words", [(replace(CASE, rows=9, first=(0,) * 9), "rows: expected 1 to 8"),
                                         (replace(CASE, capacity=4160), "capacity: expected 1 to 4096"),
-                                        (replace(CASE, capacity=62, int8=True), "multiple of 4")], ids=["rows", "capacity", "int8"])
+                                        (replace(CASE, capacity=62, int8=True), "multiple of 4")],
+                         ids=["rows", "capacity", "int8"])
 def test_sizes_beyond_its_limits_are_refused_with_the_limit(native, capfd, case: Case, words: str) -> None:
-    status, _ = drive(native, case, inputs_of(replace(case, int8=False), np.random.default_rng(0))[:3] + [np.zeros(1, np.int8)] * 2)
+    inputs = inputs_of(replace(case, int8=False), np.random.default_rng(0))[:3] + [np.zeros(1, np.int8)] * 2  # not touched
+    status, _ = drive(native, case, inputs)
     assert status == 3 and words in capfd.readouterr().err
 
 

@@ -21,8 +21,8 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="star-kernels-") as folder:
         out = Path(folder) / "libkernels.so"
         sources = [str(SOURCES / "kv_attention.cu"), str(HERE / "torch_entry.cu")]
-        subprocess.run(["nvcc", "-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{major}{minor}", f"-I{SOURCES}", "-Xcompiler", "-fPIC",
-                        "-shared", *sources, "-o", str(out)], check=True)
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{major}{minor}", f"-I{SOURCES}", "-Xcompiler", "-fPIC", "-shared"]
+        subprocess.run(["nvcc", *flags, *sources, "-o", str(out)], check=True)
         loaded = ctypes.CDLL(str(out))
     loaded.star_workspace_bytes.restype = ctypes.c_longlong
     loaded.star_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_float, ctypes.c_void_p]

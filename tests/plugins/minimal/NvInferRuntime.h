@@ -54,7 +54,8 @@ struct PluginField {
     PluginFieldType type;
     int32_t length;
 
-    PluginField(AsciiChar const* n = nullptr, void const* v = nullptr, PluginFieldType t = PluginFieldType::kFLOAT32, int32_t l = 0)
+    PluginField(AsciiChar const* n = nullptr, void const* v = nullptr, PluginFieldType t = PluginFieldType::kFLOAT32,
+        int32_t l = 0)
         : name(n), data(v), type(t), length(l)
     {
     }
