@@ -17,6 +17,7 @@ from reference.decoder import kv_cache_attention as reference_attention
 DOMAIN, NAME, VERSION, OPSET = "star", "KVCacheAttention", 1, 24
 _INPUTS = ("query", "key", "value", "past_key", "past_value", "write_indices", "mask")
 _OUTPUTS = ("output", "present_key", "present_value")
+PLUGIN_FIELDS = ("num_heads", "num_kv_heads", "head_dim", "cache_type", "scale", "plugin_version", "plugin_namespace")  # classic.py
 
 
 @torch.library.custom_op(f"{DOMAIN}::kv_cache_attention", mutates_args=())
@@ -46,11 +47,13 @@ def translation_table() -> dict:
     """For `torch.onnx.export(custom_translation_table=...)`; registers the ONNX schema of the op once in this process."""
     from onnxscript import values
 
-    formal = defs.OpSchema.FormalParameter
+    formal, kinds = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
+    kind = dict.fromkeys(PLUGIN_FIELDS, kinds.INT) | {"scale": kinds.FLOAT} | dict.fromkeys(PLUGIN_FIELDS[-2:], kinds.STRING)
     types = dict.fromkeys(_INPUTS, "T") | {"write_indices": "tensor(int64)", "mask": "tensor(bool)"}
     defs.register_schema(defs.OpSchema(
         NAME, DOMAIN, VERSION, inputs=[formal(n, types[n]) for n in _INPUTS], outputs=[formal(n, "T") for n in _OUTPUTS],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "compute type")]))
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "compute type")],
+        attributes=[defs.OpSchema.Attribute(n, kind[n], "for the plugin", required=False) for n in PLUGIN_FIELDS]))
     opset = values.Opset(DOMAIN, VERSION)
 
     def translate(query, key, value, past_key, past_value, write_indices, mask):

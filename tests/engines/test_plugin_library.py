@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 from decoder_bundle import write_decoder_bundle
 
-from engines import build, network, plugins
+from engines import build, device, network, plugins
 from engines import plan as plans
 from engines.bundle import Bundle
 from engines.device import Gpu
 from engines.errors import InputError, MissingError
 from engines.manifest import CacheSpec, FileSpec, json_from_manifest
 from engines.recipe import limits_from_options, recipe_from_limits
+from engines.sessions.tensorrt import DeviceBuffer
 from engines.targets import TARGETS
 
 TARGET, VERSION, PLAN = TARGETS["orin-agx-jp62"], "10.3.0.30", b"plan" * 99
@@ -127,3 +128,15 @@ def test_a_plugin_layer_counts_as_two_updates_in_place():
     faults = [network._update_fault(*pair) for pair in network._updates(trt, plugin_layer(("value", "key")))]
     assert all("expected from past_key_values" in fault for fault in faults)
     assert network._updates(trt, SimpleNamespace(type="other")) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_flag_raised_on_the_device_is_an_error_when_a_result_is_read(monkeypatch, dtype):
+    for name in ("allocate", "release", "copy_to_host"):
+        monkeypatch.setattr(device, name, lambda *arguments: 0)
+    flags = [0, 1]
+    monkeypatch.setattr(plugins, "_LOADED", [SimpleNamespace(star_plugin_take_overflow=lambda: flags.pop(0))])
+    buffer = DeviceBuffer((1,), dtype)
+    buffer.read()
+    with pytest.raises(InputError, match="did not fit"):
+        buffer.read()
