@@ -17,7 +17,7 @@ from reference.decoder import kv_cache_attention as reference_attention
 DOMAIN, NAME, VERSION, OPSET = "star", "KVCacheAttention", 1, 24
 _INPUTS = ("query", "key", "value", "past_key", "past_value", "write_indices", "mask")
 _OUTPUTS = ("output", "present_key", "present_value")
-PLUGIN_FIELDS = ("num_heads", "num_kv_heads", "head_dim", "cache_type", "scale", "plugin_version", "plugin_namespace")  # classic.py
+PLUGIN_FIELDS = ("num_heads", "num_kv_heads", "head_dim", "cache_type", "scale", "plugin_version", "plugin_namespace")
 
 
 @torch.library.custom_op(f"{DOMAIN}::kv_cache_attention", mutates_args=())
