@@ -72,7 +72,7 @@ def _command(commands, name: str, help: str, *examples: str) -> Parser:
 
 def _export(commands) -> None:
     c = _command(commands, "export", "a checkpoint to a bundle of ONNX components with golden tensors",
-                 "STAR-3B --out star-3b-bf16 --precision bf16")
+                 "MM-MVR/STAR-3B --base Qwen/Qwen2.5-VL-3B-Instruct --out star-3b-bf16 --precision bf16")
     c.add_argument("source", metavar="SOURCE", help="a folder in the release layout, its config JSON, or a hub id")
     c.add_argument("--out", required=True, metavar="BUNDLE", help="the bundle to make; must not exist")
     c.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16", "int8", "int4"), help="default: fp32")
@@ -88,6 +88,9 @@ def _build(commands) -> None:
     c.add_argument("bundle", metavar="BUNDLE")
     c.add_argument("--target", required=True, action="append", metavar="T", help="a device of `star-export targets`; may be repeated")
     c.add_argument("--components", type=_words, metavar="A,B", help="only these components (default: all)")
+    c.add_argument("--capacity-tokens", type=_count, metavar="N", help="slots of the KV caches (default: the model's positions, at most 2048)")
+    c.add_argument("--prefill-tokens", type=_count, metavar="N", help="longest prompt (default: the capacity)")
+    c.add_argument("--rows", type=_count, metavar="N", help="largest batch, two rows per picture (default: 4)")
     _add_progress(c)
 
 
@@ -145,7 +148,7 @@ def _inspect(commands) -> None:
 
 
 def _targets(commands) -> None:
-    _command(commands, "targets", "the device table, and what fits", "")
+    _command(commands, "targets", "the device table", "")
 
 
 def _doctor(commands) -> None:

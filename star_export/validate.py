@@ -179,7 +179,7 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
         raise InputError("The golden set cannot prove anything", fix="export the bundle again",
                          where=f"{RUNS}: expected the cases {', '.join(RUN)}; missing or unknown: {', '.join(sorted(wrong))}")
     rows, limit = [], 0.0 if subject.compute == "fp32" else 1.0
-    with Star.open(subject.bundle.path, backend=subject.backend) as star:
+    with Star(subject.bundle, backend=subject.backend) as star:
         for i, (case, recorded) in enumerate(cases.items()):
             progress(f"whole run: {case}", i, len(cases))
             results = compare(RUN[case](star, recorded), recorded.outputs, limits=dict.fromkeys(recorded.outputs, limit))
@@ -188,10 +188,10 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
 
 
 def _generate(star, case: Case) -> Mapping[str, np.ndarray]:
-    given = case.inputs
+    given, (images, tokens) = case.inputs, case.outputs["image_ids"].shape
+    greedy = np.zeros((tokens, images), np.float32)
     ids = star.generate_ids(given["input_ids"], guidance=float(given["guidance"][0]), top_k=int(given.get("top_k", [1])[0]),
-                            top_p=float(given.get("top_p", [1.0])[0]), uniforms=given.get("uniforms"),
-                            image_tokens=case.outputs["image_ids"].shape[1])
+                            top_p=float(given.get("top_p", [1.0])[0]), uniforms=given.get("uniforms", greedy))
     return {"image_ids": ids}
 
 

@@ -79,16 +79,16 @@ class OnnxRuntimeSession:
         spec, on_cpu = bundle.component(component), device == "cpu"
         path = bundle.graph(component, twin=on_cpu)
         try:
-            self._session = runtime.InferenceSession(str(path), _options(runtime), providers=[(PROVIDERS[device], _provider_options(device))])
+            self.inference_session = runtime.InferenceSession(str(path), _options(runtime), providers=[(PROVIDERS[device], _provider_options(device))])
         except Exception as error:  # the library raises bare exceptions
             raise InputError("ONNX Runtime cannot load this graph", where=f"{path}: {error}",
                              fix="export the bundle again with this version of star-export") from None
         bundle.graph(component, twin=on_cpu)  # what was loaded is still what was verified
-        if PROVIDERS[device] not in self._session.get_providers():
+        if PROVIDERS[device] not in self.inference_session.get_providers():
             raise _missing(device, "ONNX Runtime could not start it (driver, CUDA or cuDNN)")
         self.component, self._buffer = component, HostBuffer if on_cpu else DeviceBuffer
         self.spec = twin_spec(spec) if on_cpu and spec.twin else spec
-        check_boundary(self._session, self.spec, where=str(path))
+        check_boundary(self.inference_session, self.spec, where=str(path))
         self._running = threading.Lock()
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> HostBuffer | DeviceBuffer:
@@ -103,7 +103,7 @@ class OnnxRuntimeSession:
             if not isinstance(tensor, self._buffer):
                 raise InputError("This is no memory of this session", fix="make it with this session's buffer()",
                                  where=f"{name}: expected a {self._buffer.__name__}, got a {type(tensor).__name__}")
-        binding = self._session.io_binding()
+        binding = self.inference_session.io_binding()
         for tensor in self.spec.inputs:
             binding.bind_ortvalue_input(tensor.name, tensors[tensor.name].value)
         caches = {present_name(t.name): t.name for t in self.spec.inputs if present_name(t.name)}
@@ -117,7 +117,7 @@ class OnnxRuntimeSession:
                                  fix="give each thread its own session")
             try:
                 self._check_open()
-                self._session.run_with_iobinding(binding)
+                self.inference_session.run_with_iobinding(binding)
             finally:
                 running.release()
 
@@ -126,10 +126,10 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         """Give the memory back. Steps that were bound can no longer run."""
-        self._session = None
+        self.inference_session = None
 
     def _check_open(self) -> None:
-        if self._session is None:
+        if self.inference_session is None:
             raise InputError("This session is closed", where=f"{self.component}: expected an open session, got a closed one",
                              fix="open it again")
 
