@@ -35,6 +35,7 @@ class PlanSpec:
     outputs: tuple[TensorSpec, ...]
     kv_cache_updates: int
     seconds: float
+    network: str | None = None  # SHA-256 of the parsed network that was compiled, where it could be read back
 
 
 @dataclass(frozen=True)

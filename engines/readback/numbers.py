@@ -59,7 +59,7 @@ def unpacked(data: np.ndarray, kind: str, count: int) -> np.ndarray:
 
 
 def _bfloat16(array: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    bits = np.asarray(array, np.float32).view(np.uint32)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     return np.where(np.isnan(array), array, nearest.view(np.float32))
 

@@ -100,7 +100,9 @@ def _layer(trt, layer) -> Layer:
                   tuple(_tensor(layer.get_output(i)) for i in range(layer.num_outputs)))
     if kind not in ATTRIBUTES:
         raise known.refuse("a layer of this kind", f"one of {', '.join(ATTRIBUTES)}")
-    cls = getattr(trt, _CLASSES.get(kind) or f"I{''.join(word.capitalize() for word in kind.split('_'))}Layer")
+    cls = getattr(trt, _CLASSES.get(kind) or f"I{''.join(word.capitalize() for word in kind.split('_'))}Layer", None)
+    if cls is None:
+        raise known.refuse(f"{trt.__name__} {trt.__version__}, which has no class for it", "a class with its attributes")
     names = {name for name in set(dir(cls)) - set(dir(trt.ILayer)) if not name.startswith("__")}
     if names != set(ATTRIBUTES[kind]):
         raise known.refuse(f"attributes {', '.join(sorted(names))}", f"attributes {', '.join(ATTRIBUTES[kind]) or 'none'}")
