@@ -1,8 +1,8 @@
 """The rung "read-back": the network that TensorRT parsed, evaluated in numpy, against the reference. Needs no GPU.
 
-Every component against its golden tensors, the decoders step by step with poison in unused slots, whole runs teacher-forced and greedy,
-an answer and an edit; in float32 throughout, which is held to rounding level, and in the network's own types. It proves the meaning of
-the network, not the kernels.
+Every component against its golden tensors, whole runs teacher-forced and greedy, an answer and an edit; in float32 throughout, which is
+held to rounding level, and in the network's own types. The decoders step by step, with poison in unused slots, in float32. It proves the
+meaning of the network, not the kernels.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .progress import Progress
 from .validate import RUNS, Subject, decoder_steps, golden_tensors, rows_from_results, whole_runs
 
 BUILDERS = ("tensorrt_rtx",)  # whose networks can be read
-STEPS = 16  # of each decoder, one by one
+STEPS, CHUNK_TOKENS = 16, 256  # of each decoder one by one, and at once where the whole capacity is filled
 RUN_TOKENS = 8  # of the answer and the edit
 PICTURE = (56, 84, 3)
 QUESTION, INSTRUCTION = "what is in the picture?", "make it blue"
@@ -51,7 +51,7 @@ def read_back(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
         if backend.startswith("readback:") and native == "fp32":
             continue
         inner = Subject(bundle, backend, compute)
-        for rung in (golden_tensors, lambda s, p: decoder_steps(s, p, tokens=STEPS), whole_runs, teacher_forced, pictures):
+        for rung in (golden_tensors, *[_steps] * (compute == "fp32"), whole_runs, teacher_forced, pictures):
             found, note = rung(inner, progress)
             rows += [Row(row.component, f"{compute}: {row.check}", row.worst, row.compared) for row in found]
             notes += [f"{compute}: {note}"] if note else []
@@ -62,6 +62,10 @@ def _not_compared(bundle: Bundle, target: str) -> list[str]:
     """The components whose plan does not say which network it was compiled from."""
     names = [name for name in bundle.manifest.components if plan_spec(bundle, target, name)[1].network is None]
     return [f"not compared with the networks that were compiled: {', '.join(names)}"] if names else []
+
+
+def _steps(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
+    return decoder_steps(subject, progress, tokens=STEPS, chunk_tokens=CHUNK_TOKENS)
 
 
 def teacher_forced(subject: Subject, progress: Progress) -> tuple[list[Row], str]:

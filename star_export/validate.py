@@ -177,7 +177,8 @@ def read_back(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     return rows, "; ".join(filter(None, ["proves the meaning of the network, not the kernels", note]))
 
 
-def decoder_steps(subject: Subject, progress: Progress, *, tokens: int = ROLLOUT_TOKENS) -> tuple[list[Row], str]:
+def decoder_steps(subject: Subject, progress: Progress, *, tokens: int = ROLLOUT_TOKENS,
+                  chunk_tokens: int = ROLLOUT_TOKENS) -> tuple[list[Row], str]:
     """Single steps against a prefill, rewind and last slot, with poison in unused slots, at B=1 and B=2."""
     rows, model = [], subject.bundle.manifest.model
     decoders = [name for name in model.cache if name in subject.bundle.manifest.components]
@@ -185,13 +186,13 @@ def decoder_steps(subject: Subject, progress: Progress, *, tokens: int = ROLLOUT
         session = open_session(subject.bundle, name, backend=subject.backend)
         try:
             capacity = session.capacity_tokens or min(tokens, model.max_positions)
-            tokens = min(tokens, capacity, session.prefill_tokens or capacity)
-            checks = check_decoder(session, tokens=tokens, capacity_tokens=capacity, limits=limits_of(name, subject.compute),
-                                   seed=zlib.crc32(name.encode()), tick=_ticker(progress, name, tokens, i, len(decoders)))
+            steps, chunk = (min(n, capacity, session.prefill_tokens or capacity) for n in (tokens, chunk_tokens))
+            checks = check_decoder(session, tokens=steps, chunk_tokens=chunk, capacity_tokens=capacity, limits=limits_of(name, subject.compute),
+                                   seed=zlib.crc32(name.encode()), tick=_ticker(progress, name, steps, i, len(decoders)))
         finally:
             session.close()
         for check, results in checks.items():
-            rows += rows_from_results(name, f"{check}: {tokens} steps, capacity {capacity}", results)
+            rows += rows_from_results(name, f"{check}: {steps} steps, capacity {capacity}", results)
     return rows, "" if rows else "no decoder in this bundle"
 
 

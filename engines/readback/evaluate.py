@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from .parsed import Layer, Parsed, Tensor
 
 READERS = elementwise.READERS | layout.READERS | reductions.READERS | indexing.READERS | attention.READERS
 EXACT = {"CONSTANT", "SELECT", "TOPK", "KV_CACHE_UPDATE", "ATTENTION_OUTPUT", "QUANTIZE", *layout.READERS, *indexing.READERS} - {"FILL", "RESIZE"}
-KEEP_BYTES = 1 << 30  # of constants that are kept between runs
+KEEP_BYTES, KEEP_SHARE = 1 << 30, 1 / 4  # of constants that are kept between runs: so much always, so much of this machine's memory
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -48,7 +49,7 @@ class Network:
         boundary = {t.name: t for layer in needed if layer.outputs[0].name not in fixed for t in layer.inputs if t and t.name in fixed}
         boundary |= {t.name: t for t in parsed.outputs if t.name in fixed}
         self._kept: dict[str, np.ndarray] | None = None
-        keep = sum(math.prod(t.shape) * held_dtype(t.kind).itemsize for t in boundary.values()) <= KEEP_BYTES
+        keep = sum(math.prod(t.shape) * held_dtype(t.kind).itemsize for t in boundary.values()) <= _room_bytes()
         early = [layer for layer in needed if keep and layer.outputs[0].name in fixed]
         late = [layer for layer in needed if layer not in early]
         compute = {id(layer): self._compute(layer, ties) for layer in needed}
@@ -101,6 +102,13 @@ class Network:
             return _widened(reductions.top_k(layer, ties))
         compute = READERS[layer.kind](layer)
         return compute if layer.kind == "KV_CACHE_UPDATE" else _widened(compute)
+
+
+def _room_bytes() -> int:
+    try:
+        return max(KEEP_BYTES, int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * KEEP_SHARE))
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return KEEP_BYTES
 
 
 def _widened(compute: Callable) -> Callable:

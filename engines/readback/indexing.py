@@ -29,7 +29,7 @@ def gather(layer: Layer) -> Compute:
 def _index(indices: np.ndarray, length: int, declared: int) -> tuple[np.ndarray, np.ndarray]:
     """(index within bounds, whether it was)."""
     if declared < 0 and (indices < 0).any():
-        raise ValueError("a negative index along an axis of dynamic length, which TensorRT does not define")
+        raise ValueError("a negative index along an axis of dynamic length, undefined in TensorRT")
     indices = np.where(indices < 0, indices + length, indices)
     inside = (indices >= 0) & (indices < length)
     return np.where(inside, indices, 0), inside

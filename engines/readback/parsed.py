@@ -33,7 +33,7 @@ ATTRIBUTES = {  # of each layer kind, all that the class has beyond those of eve
     "UNARY": ("op",), "UNSQUEEZE": ()}
 ATTENTION = ("causal", "causal_kind", "decomposable", "key_value_form", "key_value_lengths", "mask", "metadata", "name", "norm_op",
              "normalization_quantize_scale", "normalization_quantize_to_type", "num_ranks", "query_form", "query_lengths")
-_OF_EVERY_LAYER = {"ACTIVATION": "type"}  # an attribute that hides one of ILayer
+_HIDING = {"ACTIVATION": ("type",)}  # an attribute that hides one of ILayer
 _CLASSES = {"TOPK": "ITopKLayer", "SOFTMAX": "ISoftMaxLayer", "KV_CACHE_UPDATE": "IKVCacheUpdateLayer", "ELEMENTWISE": "IElementWiseLayer"}
 _METHODS = {"get_input", "get_output", "num_inputs", "num_outputs", "set_input"}  # of IAttention
 
@@ -100,17 +100,20 @@ def _layer(trt, layer) -> Layer:
                   tuple(_tensor(layer.get_output(i)) for i in range(layer.num_outputs)))
     if kind not in ATTRIBUTES:
         raise known.refuse("a layer of this kind", f"one of {', '.join(ATTRIBUTES)}")
-    cls = getattr(trt, _CLASSES.get(kind) or f"I{''.join(word.capitalize() for word in kind.split('_'))}Layer", None)
-    if cls is None:
-        raise known.refuse(f"{trt.__name__} {trt.__version__}, which has no class for it", "a class with its attributes")
-    names = {name for name in set(dir(cls)) - set(dir(trt.ILayer)) if not name.startswith("__")}
+    cls, names = _class_and_attributes(trt, kind)
     if names != set(ATTRIBUTES[kind]):
-        raise known.refuse(f"attributes {', '.join(sorted(names))}", f"attributes {', '.join(ATTRIBUTES[kind]) or 'none'}")
+        raise known.refuse(f"attributes {', '.join(sorted(names)) or 'none'}", f"attributes {', '.join(ATTRIBUTES[kind]) or 'none'}")
     layer.__class__ = cls
-    names |= {_OF_EVERY_LAYER[kind]} if kind in _OF_EVERY_LAYER else set()
-    for name in sorted(names):
+    for name in (*ATTRIBUTES[kind], *_HIDING.get(kind, ())):
         known.attributes.update(_attention(trt, known, layer.attention) if name == "attention" else {name: _value(trt, known, layer, name)})
     return known
+
+
+@functools.cache
+def _class_and_attributes(trt, kind: str) -> tuple[type, frozenset[str]]:
+    """The class of layers of `kind`, and what it has beyond every layer."""
+    cls = getattr(trt, _CLASSES.get(kind) or f"I{''.join(word.capitalize() for word in kind.split('_'))}Layer", trt.ILayer)
+    return cls, frozenset(name for name in set(dir(cls)) - set(dir(trt.ILayer)) if not name.startswith("__"))
 
 
 def _attention(trt, known: Layer, attention) -> dict[str, object]:
