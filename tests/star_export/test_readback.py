@@ -16,8 +16,14 @@ from star_export.limits import compute_type, limits_of
 from star_export.measure import run_case, where_ids_agree
 
 pytest.importorskip("tensorrt_rtx")
-TARGET, CAPACITY = "rtx-4090", 256
+TARGET, CAPACITY = "rtx-4090", 128
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+
+
+@pytest.fixture(autouse=True)
+def small_caches(monkeypatch):
+    """Without plans, networks are parsed for caches of this size instead of 2048."""
+    monkeypatch.setattr("engines.recipe.CAPACITY_TOKENS", CAPACITY)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -97,6 +103,8 @@ def test_a_network_that_means_something_else_fails_the_rung(built, monkeypatch, 
 
     monkeypatch.setitem(evaluate.READERS, "ATTENTION_INPUT", wrong)
     monkeypatch.setattr(validate, "check_runnable", here_is_no_gpu)
+    for check in ("whole_runs", "teacher_forced", "pictures", "_steps"):  # the golden tensors see it
+        monkeypatch.setattr(readback, check, lambda subject, progress: ([], ""))
     with pytest.raises(ParityError, match="not what the reference computes"):
         validate.validate(built, target=TARGET)
     assert not json.loads((built / f"certificates/readback-{TARGET}-cpu.json").read_text())["passed"]
