@@ -4,12 +4,22 @@ import zlib
 
 import numpy as np
 import pytest
-from readback_graphs import DIFFERENT, FAMILIES, REFUSED
+from readback_graphs import ELEMENTS, integer_quotient, unary
+from readback_layouts import LAYOUTS, negative_index, resize_by_fraction
 from readback_network import evaluated
+from readback_sums import SUMS, einsum, integer_mean, nonpad, one_group, quantize_unsigned
 
 from engines.errors import InputError
 
 trt = pytest.importorskip("tensorrt_rtx")
+FAMILIES = ELEMENTS | LAYOUTS | SUMS
+DIFFERENT = {  # what TensorRT reads otherwise than ONNX says, without a word: family, smallest difference
+    "GroupNormalization of one group": (one_group, 0.1), "Attention with nonpad_kv_seqlen": (nonpad, 0.1),
+    "QuantizeLinear without a zero point": (quantize_unsigned, 0.1), "Resize by a scale that gives no whole size": (resize_by_fraction, 0.1),
+    "Selu": (unary("Selu", low=1.0), 2e-6)}
+REFUSED = {  # what TensorRT's documentation does not define, or this interpreter does not know: family, words of the refusal
+    "quotient of integers": (integer_quotient, "which way it rounds"), "mean of integers": (integer_mean, "how it rounds"),
+    "negative index along a dynamic axis": (negative_index, "undefined"), "Einsum": (einsum, "EINSUM node_of_y: expected one of ACTIVATION")}
 SEEDS = 8
 TOLERANCE = 2e-5  # relative and absolute: float32, sums in another order
 
