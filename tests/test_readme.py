@@ -44,3 +44,14 @@ def test_the_file_map_is_of_this_tree(row: str) -> None:
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:tests|engines|reference|star_export)/[\w./]+)`", README))))
 def test_named_paths_exist(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+def test_the_parity_figures_are_those_of_a_run(mini_bundle: Path) -> None:
+    """Largest differences in the table, within a factor of 3: another processor rounds otherwise."""
+    from engines.bundle import Bundle
+    from star_export.validate import Subject, decoder_steps, golden_tensors
+    subject = Subject(Bundle.open(mini_bundle), "onnxruntime", "fp32")
+    for words, rung in (("any output of any component", golden_tensors), ("single steps against its prefill", decoder_steps)):
+        [row] = [line for line in README.splitlines() if words in line and line.startswith("|")]
+        stated, measured = float(row.split("|")[2]), max(r.worst.value for r in rung(subject, lambda *_: None)[0])
+        assert stated / 3 <= measured <= stated * 3

@@ -4,6 +4,8 @@ The CPU has no bfloat16: there a component's fp32 twin runs instead of its graph
 """
 from __future__ import annotations
 
+import ctypes
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -46,23 +48,34 @@ class HostBuffer:
 
 
 class DeviceBuffer:
-    """Zeroed memory of a CUDA device. bfloat16 contents (caches) stay there: numpy has no such type."""
+    """Zeroed memory of a CUDA device. numpy has no bfloat16: such contents (caches) are read as the same numbers in float32."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str):
+    def __init__(self, shape: tuple[int, ...], dtype: str, *, device: str = "cuda"):
         import onnxruntime
         self.shape, self.dtype = tuple(shape), dtype
-        self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(self.shape, _ELEMENT_TYPES[dtype], "cuda", 0)
-        if dtype != "bfloat16":
-            self.value.update_inplace(np.zeros(self.shape, dtype))
+        self._bits = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)  # what numpy holds in place of it
+        self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(self.shape, _ELEMENT_TYPES[dtype], device, 0)
+        self.value.update_inplace(np.zeros(self.shape, self._bits))
 
     def write(self, array: np.ndarray) -> None:
         """Copy `array` to the device. Raises InputError unless shape, type and layout are the buffer's."""
         check_array(array, shape=self.shape, dtype=self.dtype)
-        self.value.update_inplace(array)
+        self.value.update_inplace(array.view(self._bits))
 
     def read(self) -> np.ndarray:
         """A copy of the contents on the host."""
-        return self.value.numpy()
+        if self.dtype != "bfloat16":
+            return self.value.numpy()
+        import onnxruntime
+        host = onnxruntime.OrtValue.ortvalue_from_shape_and_type(self.shape, _ELEMENT_TYPES["bfloat16"], "cpu", 0)
+        onnxruntime.copy_tensors([self.value], [host])
+        return float32_from_bfloat16(host.data_ptr(), self.shape)
+
+
+def float32_from_bfloat16(address: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The bfloat16 numbers at `address` in the host's memory as float32: a bfloat16 is the upper half of one."""
+    halves = np.ctypeslib.as_array((ctypes.c_uint16 * math.prod(shape)).from_address(address))
+    return (halves.astype(np.uint32) << 16).view(np.float32).reshape(shape)
 
 
 class OnnxRuntimeSession:

@@ -263,3 +263,28 @@ def test_quantised_weights_are_multiplied_in_float32(precision):
     model.graph.initializer.append(helper.make_tensor("w", getattr(TensorProto, precision.upper()), (64, 32), weights.flatten().tolist()))
     got = onnxruntime.InferenceSession(model.SerializeToString(), module._options(onnxruntime, precision)).run(None, {"x": x})[0]
     np.testing.assert_allclose(got, x @ (weights * 0.1), atol=1e-4)  # int8 arithmetic is about 0.1 off
+
+
+def test_memory_of_a_device_starts_at_zero_and_keeps_bfloat16_bits():
+    """On the CPU, by the code that serves CUDA; what copies between the two is left to `gpu` tests."""
+    import ml_dtypes
+    buffer = module.DeviceBuffer((2, 3), "bfloat16", device="cpu")
+    assert not module.float32_from_bfloat16(buffer.value.data_ptr(), (2, 3)).any()
+    numbers = np.array([[1, -2.5, 3e38], [0, 1e-3, np.inf]]).astype(ml_dtypes.bfloat16)
+    buffer.write(numbers)
+    np.testing.assert_array_equal(module.float32_from_bfloat16(buffer.value.data_ptr(), (2, 3)), numbers.astype(np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_bundle_passes_the_ladder_on_cuda(bundle_of, tmp_path, precision):
+    import shutil
+
+    from engines.device import gpus
+    from engines.errors import MissingError
+    try:
+        gpus()
+    except MissingError as error:
+        pytest.skip(f"no GPU: {error.what}")
+    from star_export.validate import validate
+    assert validate(shutil.copytree(bundle_of(precision), tmp_path / "b"), backend="onnxruntime-cuda").passed
