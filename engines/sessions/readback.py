@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..manifest import ComponentSpec
 from ..network import check_network, network_from_onnx
 from ..plan import plan_name, plan_spec, rebuild_command
-from ..readback import Network, network_hash, parsed_from_network
+from ..readback import Network, describe_network, network_hash, parsed_from_network
 from ..recipe import CAPACITY, largest, limits_from_options
 from ..targets import target_from_name
 from ..trt import log_of, tensorrt_of
@@ -104,6 +104,17 @@ def open_session(bundle: Bundle, component: str, *, target: str, wide: bool = Fa
     """
     parsed, prefill = parsed_component(bundle, component, target=target)
     return ReadBackSession(Network(parsed, wide=wide, ties=ties), bundle.component(component), prefill_tokens=prefill)
+
+
+def describe_component(bundle: Bundle, component: str, *, target: str) -> dict:
+    """What `inspect` shows of a component as TensorRT reads it for `target`: `describe_network`, and whether a plan was compiled from it.
+
+    Needs the target's TensorRT, and no device. Errors as in `open_session`.
+    """
+    parsed, _ = parsed_component(bundle, component, target=target)
+    plan = _plan(bundle, component, target)
+    compiled = None if plan is None else "not recorded" if plan.network is None else "this network"
+    return {"component": component, "target": target, "plan": compiled} | describe_network(parsed)
 
 
 def parsed_component(bundle: Bundle, component: str, *, target: str):

@@ -17,7 +17,7 @@ from engines.kv_cache import cache_buffers
 from engines.manifest import TensorSpec
 from engines.readback import Network, describe_network, network_hash
 from engines.sessions import check_backend, open_session
-from engines.sessions.readback import parsed_component
+from engines.sessions.readback import describe_component, parsed_component
 
 trt = pytest.importorskip("tensorrt_rtx")
 TARGET, CAPACITY = "rtx-3090", 32
@@ -127,6 +127,10 @@ def test_the_description_shows_layers_attributes_and_what_is_fused(bundle):
     assert data["fused"] == [{"kind": "attention", "layer": data["fused"][0]["layer"], "kernels": "one", "mask": True, "causal": "NONE", "lengths": False}]
     update = next(layer for layer in data["layers"] if layer["kind"] == "KV_CACHE_UPDATE")
     assert update["attributes"]["cache_mode"] == "LINEAR" and update["inputs"][0].startswith("past_key_values.0.")
+    shown = describe_component(bundle, "base_ar", target=TARGET)
+    assert shown["plan"] is None and shown["layers"] == data["layers"]
+    built(bundle)
+    assert describe_component(bundle, "base_ar", target=TARGET)["plan"] == "this network"
     assert len(data["layers"]) == sum(data["kinds"].values()) and data["sha256"] == network_hash(network)
 
 
