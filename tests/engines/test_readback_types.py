@@ -8,6 +8,7 @@ from readback_network import evaluated, parsed
 from engines.errors import InputError
 from engines.readback import Network
 from engines.readback import parsed as reading
+from engines.trt import log_of
 
 trt = pytest.importorskip("tensorrt_rtx")
 E4M3, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
@@ -40,6 +41,7 @@ def fp8_model(codes, constant, scale):
     """x [3,32] -> x @ dequantised codes [32,16], in bf16."""
     nodes = [node("Cast", ["x"], "h", to=TensorProto.BFLOAT16), node("DequantizeLinear", ["c", "s"], "w", axis=1), node("MatMul", ["h", "w"], "p"),
              node("Cast", ["p"], "y", to=TensorProto.FLOAT)]
+    constant = stored("c", TensorProto.FLOAT8E4M3FN, codes) if constant is None else constant
     return model_of(nodes, {"x": (TensorProto.FLOAT, [3, 32])}, {"y": (TensorProto.FLOAT, [3, 16])}, {"c": constant, "s": numpy_helper.from_array(scale, "s")})
 
 
@@ -48,7 +50,7 @@ def test_the_parser_misreads_fp8_that_is_not_in_raw_bytes():
     codes, scale = (random(32, 16) * 100).clip(-448, 448).astype(E4M3), np.array(1, ml_dtypes.bfloat16)
     spread = helper.make_tensor("c", TensorProto.FLOAT8E4M3FN, codes.shape, codes.astype(np.float32).reshape(-1))
     x = random(3, 32, seed=1)
-    right = evaluated(trt, fp8_model(codes, stored("c", TensorProto.FLOAT8E4M3FN, codes), scale), {"x": x})["y"]
+    right = evaluated(trt, fp8_model(codes, None, scale), {"x": x})["y"]
     wrong = evaluated(trt, fp8_model(codes, spread, scale), {"x": x})["y"]
     assert right.all() and (wrong == 0).mean() == 0.75
 
@@ -57,7 +59,7 @@ def test_the_parser_misreads_fp8_that_is_not_in_raw_bytes():
 def test_fp8_weights_are_dequantised_from_tensorrts_bytes(per_channel):
     codes, x = (random(32, 16) * 100).clip(-448, 448).astype(E4M3), random(3, 32, seed=1)
     scale = (np.abs(random(16, seed=2)) + 0.1 if per_channel else np.float32(0.03)).astype(ml_dtypes.bfloat16)
-    model = fp8_model(codes, stored("c", TensorProto.FLOAT8E4M3FN, codes), scale)
+    model = fp8_model(codes, None, scale)
     weight = (codes.astype(np.float32) * scale.astype(np.float32)).astype(ml_dtypes.bfloat16).astype(np.float32)
     wanted = (x.astype(ml_dtypes.bfloat16).astype(np.float32) @ weight).astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(evaluated(trt, model, {"x": x})["y"], wanted)
@@ -74,19 +76,50 @@ def test_fp8_activations_saturate_and_round_to_even():
     np.testing.assert_array_equal(evaluated(trt, model, {"x": x})["y"], wanted)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_nvfp4_weights_have_fp8_scales_that_are_dequantised_themselves(axis):
-    """Blocks of 16 numbers of E2M1, a scale of E4M3 for each, one float32 scale for all."""
-    codes, x = (random(64, 32) * 2).clip(-6, 6).astype(E2M1), random(3, 64, seed=1)
+def nvfp4_model(axis, seed=0):
+    """(model of x [n,64] -> x @ dequantised weight, the weight [64,32] in float32), in bf16: blocks of 16 numbers of E2M1 along `axis`, a scale of
+    E4M3 for each, one float32 scale for all."""
+    codes = (random(64, 32, seed=seed) * 2).clip(-6, 6).astype(E2M1)
     size = [64, 32]
     size[axis] //= 16
-    scales, whole = (np.abs(random(*size, seed=2)) * 50 + 1).astype(E4M3), np.float32(0.01)
-    nodes = [node("DequantizeLinear", ["s", "g"], "scales"), node("DequantizeLinear", ["c", "scales"], "w", axis=axis, block_size=16),
-             node("MatMul", ["x", "w"], "y")]
-    constants = {"c": stored("c", TensorProto.FLOAT4E2M1, codes), "s": stored("s", TensorProto.FLOAT8E4M3FN, scales), "g": whole}
-    model = model_of(nodes, {"x": (TensorProto.FLOAT, ["n", 64])}, {"y": (TensorProto.FLOAT, ["n", 32])}, constants)
-    weight = codes.astype(np.float32) * np.repeat(scales.astype(np.float32) * whole, 16, axis=axis)
-    np.testing.assert_allclose(evaluated(trt, model, {"x": x})["y"], x @ weight, rtol=1e-5, atol=1e-4)
+    scales, whole = (np.abs(random(*size, seed=2)) * 50 + 1).astype(E4M3), np.array(0.0078125, ml_dtypes.bfloat16)
+    nodes = [node("Cast", ["x"], "h", to=TensorProto.BFLOAT16), node("DequantizeLinear", ["s", "g"], "scales"),
+             node("DequantizeLinear", ["c", "scales"], "w", axis=axis, block_size=16), node("MatMul", ["h", "w"], "p"),
+             node("Cast", ["p"], "y", to=TensorProto.FLOAT)]
+    constants = {"c": stored("c", TensorProto.FLOAT4E2M1, codes), "s": stored("s", TensorProto.FLOAT8E4M3FN, scales),
+                 "g": numpy_helper.from_array(whole, "g")}
+    weight = codes.astype(np.float32) * np.repeat(scales.astype(np.float32) * whole.astype(np.float32), 16, axis=axis)
+    return model_of(nodes, {"x": (TensorProto.FLOAT, ["n", 64])}, {"y": (TensorProto.FLOAT, ["n", 32])}, constants), weight
+
+
+@pytest.mark.parametrize("kind, sm, builds", [("fp8", "SM89", True), ("fp8", "SM120", True), ("nvfp4", "SM120", True), ("nvfp4", "SM89", False)])
+def test_the_network_that_is_read_back_is_compiled_where_the_device_has_its_type(kind, sm, builds):
+    """fp8 from SM 8.9 on, nvfp4 on SM 12.0: what is evaluated here is the network object that the builder then takes."""
+    if kind == "fp8":
+        model, x = fp8_model((random(32, 16) * 100).clip(-448, 448).astype(E4M3), None, np.array(0.03, ml_dtypes.bfloat16)), random(3, 32, seed=1)
+    else:
+        (model, weight), x = nvfp4_model(0), random(3, 64, seed=1)
+    read = parsed(trt, model)
+    network, (builder, _) = read.owner
+    assert Network(read).run({"x": x})["y"].any()
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.__members__[sm], 0)
+    if kind == "nvfp4":
+        profile = builder.create_optimization_profile()
+        profile.set_shape("x", (1, 64), (4, 64), (8, 64))
+        config.add_optimization_profile(profile)
+    with log_of(trt).collect() as errors:
+        assert (builder.build_serialized_network(network, config) is not None) == builds, errors
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_nvfp4_weights_have_fp8_scales_that_are_dequantised_themselves(axis):
+    (model, weight), x = nvfp4_model(axis), random(3, 64, seed=1)
+    np.testing.assert_allclose(evaluated(trt, model, {"x": x}, wide=True)["y"], x @ weight, rtol=1e-5, atol=1e-4)
+    narrow = [a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in (x, weight)]
+    got = evaluated(trt, model, {"x": x})["y"]
+    assert np.abs(got - narrow[0] @ narrow[1]).max() < 2**-7 * np.abs(got).max() and (got != x @ weight).any()
 
 
 @pytest.mark.parametrize("kind", ["HALF", "BF16"])
@@ -192,3 +225,16 @@ def test_weights_that_lie_elsewhere_are_refused(monkeypatch):
     monkeypatch.setattr(reading, "_raw", lambda weights: reading._Weights(0, 1234, 7))
     with pytest.raises(MissingError, match="keeps its weights in another form"):
         parsed(trt, plain_model())
+
+
+def test_a_tensor_is_freed_after_its_last_use():
+    import tracemalloc
+
+    nodes = [node("Neg", ["x"], "t0"), *[node("Neg", [f"t{i}"], f"t{i + 1}") for i in range(20)], node("Neg", ["t20"], "y")]
+    network = Network(parsed(trt, model_of(nodes, {"x": (TensorProto.FLOAT, ["n"])}, {"y": (TensorProto.FLOAT, ["n"])}, {})))
+    x = np.ones(1 << 20, np.float32)
+    tracemalloc.start()
+    network.run({"x": x})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3.5 * x.nbytes
