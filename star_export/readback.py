@@ -1,8 +1,8 @@
 """The rung "read-back": the network that TensorRT parsed, evaluated in numpy, against the reference. Needs no GPU.
 
-Every component against its golden tensors, whole runs teacher-forced and greedy, an answer and an edit; in float32 throughout, which is
-held to rounding level, and in the network's own types. The decoders step by step, with poison in unused slots, in float32. It proves the
-meaning of the network, not the kernels.
+Every component against its golden tensors, whole runs teacher-forced and greedy, an answer and an edit; in float32 throughout,
+which is held to rounding level, and in the network's own types. The decoders step by step, with poison in unused slots, in
+float32. It proves the meaning of the network, not the kernels.
 """
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from engines.bundle import Bundle
 from engines.decode import prefill
-from engines.errors import InputError, ParityError
-from engines.image import ask_inputs, edit_inputs
+from engines.errors import InputError
+from engines.image import edit_inputs
 from engines.kv_cache import Slots, cache_buffers
 from engines.plan import plan_spec
 from engines.prompt import text_positions
@@ -86,7 +86,8 @@ def forced_ids(star: Star, case: Case) -> np.ndarray:
     base, stacked, head = (star.session(name) for name in ("base_ar", "stacked_ar", "image_head"))
     capacity = base.capacity_tokens or rows.shape[1] + len(recorded) - 1
     slots, decoders = Slots(capacity), [(s, cache_buffers(s, rows=2, capacity_tokens=capacity)) for s in (base, stacked)]
-    embeds, positions, got = run(star.session("token_embedding"), {"input_ids": rows})["inputs_embeds"], text_positions(*rows.shape), []
+    embeds, positions = run(star.session("token_embedding"), {"input_ids": rows})["inputs_embeds"], text_positions(*rows.shape)
+    got = []
     for i, wanted in enumerate(recorded):
         feeds = {"hidden_states": prefill(decoders, embeds, positions, slots), "guidance": guidance, "top_k": np.array([1]),
                  "top_p": np.ones(1, np.float32), "uniform": np.zeros(1, np.float32)}
@@ -104,7 +105,8 @@ def _drawn(head, feeds: Mapping[str, np.ndarray], logits: np.ndarray, wanted: in
     shares = np.exp(logits[order].astype(np.float64) - logits.max())
     (rank,), = np.nonzero(order == wanted),
     if not len(rank):
-        raise InputError("The recorded run cannot be followed", where=f"image_head: expected id {wanted} among the first {top_k}, got none",
+        raise InputError("The recorded run cannot be followed",
+                         where=f"image_head: expected id {wanted} among the first {top_k}, got none",
                          fix="the logits are far from the recorded ones: see the golden tensors of image_head")
     middle = (shares[:rank[0]].sum() + shares[rank[0]] / 2) / shares.sum()
     return run(head, feeds | {"top_k": np.array([top_k]), "uniform": np.array([middle], np.float32)})
@@ -154,7 +156,8 @@ def _picture() -> np.ndarray:
 
 
 def ties(subject: Subject, progress: Progress) -> list[Row]:
-    """Components that rank, with equal elements in the other order: TensorRT does not say which comes first, so nothing may depend on it."""
+    """Components that rank, with equal elements in the other order: TensorRT does not say which comes first, so nothing may
+    depend on it."""
     found, components = [], subject.bundle.manifest.components
     for i, (name, spec) in enumerate(components.items()):
         session = open_session(subject.bundle, name, target=subject.target, wide=True, ties="last")
@@ -162,19 +165,21 @@ def ties(subject: Subject, progress: Progress) -> list[Row]:
         if not session.ranks:
             continue
         for case, recorded in component_cases(subject.bundle.file(spec.golden), spec).items():
-            found += rows_from_results(name, f"fp32: case {case}, ties the other way", run_case(session, recorded, limits=limits_of(name, "fp32")))
+            found += rows_from_results(name, f"fp32: case {case}, ties the other way",
+                                       run_case(session, recorded, limits=limits_of(name, "fp32")))
     return found
 
 
 def look_at_golden(bundle: Bundle) -> Callable[[str, Parsed], None]:
-    """For `engines.build.build_plans(look=...)`: every network is held to its golden tensors in the call that compiles it, in float32
-    throughout. Raises ParityError, and then no plan is written."""
+    """For `engines.build.build_plans(look=...)`: every network is held to its golden tensors in the call that compiles it, in
+    float32 throughout. Raises ParityError, and then no plan is written."""
     def look(component: str, parsed: Parsed) -> None:
         spec = bundle.component(component)
         session = ReadBackSession(Network(parsed, wide=True), spec)
         for case, recorded in component_cases(bundle.file(spec.golden), spec).items():
             if session.capacity_tokens is None or session.capacity_tokens >= recorded.inputs["past_key_values.0.key"].shape[2]:
-                results = run_case(session, recorded, limits=limits_of(component, "fp32"), capacity_tokens=session.capacity_tokens)
+                results = run_case(session, recorded, limits=limits_of(component, "fp32"),
+                                   capacity_tokens=session.capacity_tokens)
                 check(results, where=f"{component}, read back: case {case}")
 
     return look

@@ -1,9 +1,10 @@
 """What reading a network back costs: one decoder layer of STAR-3B's size in bf16, 64 positions, evaluated on the CPU.
 
-    .venv/bin/python -m tests.bench_readback
+.venv/bin/python -m tests.bench_readback
 
-Not a test: nothing is asserted, times are of this machine and this run. The layer is measured in a process of its own, and the memory is what
-that process grew by at its peak, from before the parse to the end; weights that the parser maps from the file are part of it.
+Not a test: nothing is asserted, times are of this machine and this run. The layer is measured in a process of its own, and the
+memory is what that process grew by at its peak, from before the parse to the end; weights that the parser maps from the file
+are part of it.
 """
 from __future__ import annotations
 
@@ -35,9 +36,12 @@ def write_layer(folder: Path) -> None:
     write_checkpoint(folder / "mini")
     files = resolve_checkpoint(str(folder / "mini"))
     config = config_from_files(files.config_json, files.qwen_folder)
-    sizes = {"hidden_size": HIDDEN, "num_layers": 1, "num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "intermediate_size": INTERMEDIATE,
-             "mrope_section": (16, 24, 24)}
-    config = dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **sizes) for name in ("base_ar", "stacked_ar")})
+    sizes = {
+        "hidden_size": HIDDEN, "num_layers": 1, "num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM,
+        "intermediate_size": INTERMEDIATE, "mrope_section": (16, 24, 24)
+    }
+    config = dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **sizes) for name in ("base_ar", "stacked_ar")})
 
     class Random:
         def __init__(self, shape):
@@ -67,9 +71,11 @@ def measure(graph: Path) -> None:
     from engines.trt import log_of
 
     caches = [np.zeros((1, KV_HEADS, CAPACITY, HEAD_DIM), np.float32) for _ in range(2)]
-    feeds = {"inputs_embeds": np.random.default_rng(0).standard_normal((1, POSITIONS, HIDDEN)).astype(np.float32), "write_indices": np.zeros(1, np.int64),
-             "position_ids": np.broadcast_to(np.arange(POSITIONS), (3, 1, POSITIONS)), "past_key_values.0.key": caches[0],
-             "past_key_values.0.value": caches[1]}
+    feeds = {
+        "inputs_embeds": np.random.default_rng(0).standard_normal((1, POSITIONS, HIDDEN)).astype(np.float32),
+        "write_indices": np.zeros(1, np.int64), "position_ids": np.broadcast_to(np.arange(POSITIONS), (3, 1, POSITIONS)),
+        "past_key_values.0.key": caches[0], "past_key_values.0.value": caches[1]
+    }
     builder = trt.Builder(log_of(trt))
     before, start = peak_bytes(reset=True), time.perf_counter()
     network, parser = network_from_onnx(trt, builder, graph, capacity_tokens=CAPACITY)
@@ -80,9 +86,11 @@ def measure(graph: Path) -> None:
     first = time.perf_counter()
     evaluator.run(feeds)
     second, grown = time.perf_counter(), peak_bytes() - before
-    print(f"{'parse and read':28} {read - start:8.2f} s\n{'first run':28} {first - read:8.2f} s\n{'second run':28} {second - first:8.2f} s\n"
+    print(f"{'parse and read':28} {read - start:8.2f} s\n{'first run':28} {first - read:8.2f} s\n"
+          f"{'second run':28} {second - first:8.2f} s\n"
           f"{'parse, read and first run':28} {first - start:8.2f} s  limit {LIMIT_S} s\n"
-          f"{'peak growth of the process':28} {grown / 1e6:8.0f} MB, {grown / weights:.2f} x the {weights / 1e6:.0f} MB of weights in fp32  limit {LIMIT_RATIO}")
+          f"{'peak growth of the process':28} {grown / 1e6:8.0f} MB, {grown / weights:.2f} x the {weights / 1e6:.0f} MB of "
+          f"weights in fp32  limit {LIMIT_RATIO}")
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ Compute = Callable[..., np.ndarray]
 
 
 def rotary_embedding(layer: Layer) -> Compute:
-    """IRotaryEmbeddingLayer: input [B,h,S,D], cosine and sine [B,S,R/2], or [positions,R/2] read at input 3, positionIds [B,S]; the first R
-    dimensions turn, all of them where `rotary_embedding_dim` is 0. Pairs are two halves, or neighbours if `interleaved`.
-    Turned by Su et al., 2021 (arXiv 2104.09864), which the layer names: (a cos - b sin, a sin + b cos)."""
+    """IRotaryEmbeddingLayer: input [B,h,S,D], cosine and sine [B,S,R/2], or [positions,R/2] read at input 3, positionIds
+    [B,S]; the first R dimensions turn, all of them where `rotary_embedding_dim` is 0. Pairs are two halves, or neighbours if
+    `interleaved`. Turned by Su et al., 2021 (arXiv 2104.09864), which the layer names: (a cos - b sin, a sin + b cos)."""
     interleaved, size = layer["interleaved"], layer["rotary_embedding_dim"]
 
     def compute(x, cos, sin, positions=None):
@@ -29,10 +29,11 @@ def rotary_embedding(layer: Layer) -> Compute:
 
 
 def kv_cache_update(layer: Layer) -> Compute:
-    """IKVCacheUpdateLayer, LINEAR: "output[i, :, writeIndices[i] + s, :] = update[i, :, s, :]", in the cache's own memory; "out-of-bound
-    updates will be ignored silently"."""
+    """IKVCacheUpdateLayer, LINEAR: "output[i, :, writeIndices[i] + s, :] = update[i, :, s, :]", in the cache's own memory;
+    "out-of-bound updates will be ignored silently"."""
     if (layer["cache_mode"], layer["update_form"], layer["update_lengths"]) != ("LINEAR", "PADDED_BHND", None):
-        raise layer.refuse(f"{layer['cache_mode']}, {layer['update_form']}, lengths {layer['update_lengths']}", "LINEAR, PADDED_BHND, no lengths")
+        raise layer.refuse(f"{layer['cache_mode']}, {layer['update_form']}, lengths {layer['update_lengths']}",
+                           "LINEAR, PADDED_BHND, no lengths")
 
     def compute(cache, update, write_indices):
         if (write_indices < 0).any():
@@ -46,12 +47,13 @@ def kv_cache_update(layer: Layer) -> Compute:
 
 
 def attention_input(layer: Layer) -> Compute:
-    """IAttention, whole: BMM1, mask, normalisation, BMM2. Query [B,h,S,D], key and value [B,KV,C,D], each KV head for h/KV query heads in
-    a row -> [B,h,S,D]. There is no scale: the parser multiplies query and key before.
+    """IAttention, whole: BMM1, mask, normalisation, BMM2. Query [B,h,S,D], key and value [B,KV,C,D], each KV head for h/KV query
+    heads in a row -> [B,h,S,D]. There is no scale: the parser multiplies query and key before.
 
-    Mask, broadcast to [B,h,S,C]: "for a kBOOL mask, a True value indicates that the corresponding position is allowed to attend. For other
-    data types, the mask values will be added". Causal: UPPER_LEFT "j <= i", LOWER_RIGHT "j <= i + (s_kv - s_q)". Lengths [B]: "per-batch
-    lengths", the slots beyond are not keys. Inputs 3 to 6: mask, quantisation scale, query lengths, key-value lengths.
+    Mask, broadcast to [B,h,S,C]: "for a kBOOL mask, a True value indicates that the corresponding position is allowed to
+    attend. For other data types, the mask values will be added". Causal: UPPER_LEFT "j <= i", LOWER_RIGHT "j <= i + (s_kv -
+    s_q)". Lengths [B]: "per-batch lengths", the slots beyond are not keys. Inputs 3 to 6: mask, quantisation scale, query
+    lengths, key-value lengths.
     """
     _check(layer)
     causal, softmax = layer["causal_kind"], layer["norm_op"] == "SOFTMAX"
@@ -90,7 +92,8 @@ def _check(layer: Layer) -> None:
     if layer["causal_kind"] not in ("NONE", "UPPER_LEFT", "LOWER_RIGHT") or layer["norm_op"] not in ("SOFTMAX", "NONE"):
         raise layer.refuse(f"causal kind {layer['causal_kind']}, normalisation {layer['norm_op']}")
     if forms != ("PADDED_BHND", "PADDED_BHND") or layer["query_lengths"] is not None or layer["num_ranks"] != 1:
-        raise layer.refuse(f"forms {forms}, query lengths {layer['query_lengths']}, {layer['num_ranks']} ranks", "padded queries and keys")
+        raise layer.refuse(f"forms {forms}, query lengths {layer['query_lengths']}, {layer['num_ranks']} ranks",
+                           "padded queries and keys")
     if layer["normalization_quantize_scale"] is not None:
         raise layer.refuse("a quantised normalisation")
     if lengths and layer["causal_kind"] == "LOWER_RIGHT":

@@ -12,7 +12,8 @@ UNSEEN = "what else is fused is decided while building, and a plan cannot be ope
 
 
 def describe_network(parsed: Parsed) -> dict:
-    """Boundary, layers with their attributes, how many of each kind, what will be fused where the network says so, and its SHA-256."""
+    """Boundary, layers with their attributes, how many of each kind, what will be fused where the network says so, and its
+    SHA-256."""
     return {"inputs": {t.name: _signature(t) for t in parsed.inputs}, "outputs": {t.name: _signature(t) for t in parsed.outputs},
             "kinds": dict(sorted(Counter(layer.kind for layer in parsed.layers).items())),
             "layers": [_description(layer) for layer in parsed.layers], "fused": fusions(parsed), "not_seen": UNSEEN,
@@ -20,19 +21,22 @@ def describe_network(parsed: Parsed) -> dict:
 
 
 def fusions(parsed: Parsed) -> list[dict]:
-    """What the compiler will fuse, as far as the network says: attention as one kernel, weights dequantised inside a multiplication.
+    """What the compiler will fuse, as far as the network says: attention as one kernel, weights dequantised inside a
+    multiplication.
 
-    An attention is one kernel unless `decomposable`: "TensorRT will try to use a single fused kernel" (NvInfer.h, IAttention). Weights that
-    are dequantised and go nowhere but to a matrix multiplication, whatever their shape on the way, may be read as they are stored.
+    An attention is one kernel unless `decomposable`: "TensorRT will try to use a single fused kernel" (NvInfer.h, IAttention).
+    Weights that are dequantised and go nowhere but to a matrix multiplication, whatever their shape on the way, may be read as
+    they are stored.
     """
     readers: dict[str, list[Layer]] = {}
     for layer in parsed.layers:
         for tensor in layer.inputs:
             if tensor is not None:
                 readers.setdefault(tensor.name, []).append(layer)
-    found = [{"kind": "attention", "layer": layer["name"], "kernels": "one, or several" if layer["decomposable"] else "one",
-              "mask": layer["mask"] is not None, "causal": layer["causal_kind"], "lengths": layer["key_value_lengths"] is not None}
-             for layer in parsed.layers if layer.kind == "ATTENTION_INPUT"]
+    found = [{
+        "kind": "attention", "layer": layer["name"], "kernels": "one, or several" if layer["decomposable"] else "one",
+        "mask": layer["mask"] is not None, "causal": layer["causal_kind"], "lengths": layer["key_value_lengths"] is not None
+    } for layer in parsed.layers if layer.kind == "ATTENTION_INPUT"]
     for layer in parsed.layers:
         reader = layer
         while reader.kind in ("DEQUANTIZE", "SHUFFLE") and len(readers.get(reader.outputs[0].name, ())) == 1:
@@ -44,7 +48,8 @@ def fusions(parsed: Parsed) -> list[dict]:
 
 
 def network_hash(parsed: Parsed) -> str:
-    """SHA-256 of all that decides what a network computes: kinds, attributes, types, shapes, connections and every constant's bytes.
+    """SHA-256 of all that decides what a network computes: kinds, attributes, types, shapes, connections and every constant's
+    bytes.
 
     Two parses of one file agree: tensors are numbered in order, because the parser counts names up within a process.
     """
@@ -66,8 +71,11 @@ def network_hash(parsed: Parsed) -> str:
 
 
 def _description(layer: Layer) -> dict:
-    attributes = {key: f"{value.count} x {value.kind}" if isinstance(value, Constant) else list(value) if isinstance(value, tuple) else value
-                  for key, value in layer.attributes.items() if key not in NAMES}
+    attributes = {
+        key: f"{value.count} x {value.kind}"
+        if isinstance(value, Constant) else list(value) if isinstance(value, tuple) else value
+        for key, value in layer.attributes.items() if key not in NAMES
+    }
     return {"kind": layer.kind, "name": layer.name, "inputs": [t and f"{t.name}: {_signature(t)}" for t in layer.inputs],
             "outputs": [f"{t.name}: {_signature(t)}" for t in layer.outputs], "attributes": attributes}
 

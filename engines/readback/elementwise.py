@@ -1,7 +1,7 @@
 """Layers that compute each element by itself. Quotations are of TensorRT's NvInfer.h (11.1), from the class or enumeration named.
 
-A reader takes a layer (`parsed.Layer`) and returns the function of its inputs; real numbers are float32 arrays, and the caller rounds
-the result to the output's type.
+A reader takes a layer (`parsed.Layer`) and returns the function of its inputs; real numbers are float32 arrays, and the caller
+rounds the result to the output's type.
 """
 from __future__ import annotations
 
@@ -31,30 +31,35 @@ def _divided(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return quotient
 
 
-ELEMENTWISE: dict[str, Compute] = {  # enum ElementWiseOperation; "for each dimension, their lengths must match, or one of them must be one"
-    "SUM": np.add, "PROD": np.multiply, "MAX": np.maximum, "MIN": np.minimum, "SUB": np.subtract, "DIV": _divided, "POW": np.power,
-    "FLOOR_DIV": np.floor_divide, "AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor, "EQUAL": np.equal,
+ELEMENTWISE: dict[str, Compute] = {  # enum ElementWiseOperation
+    "SUM": np.add, "PROD": np.multiply, "MAX": np.maximum, "MIN": np.minimum, "SUB": np.subtract, "DIV": _divided,
+    "POW": np.power, "FLOOR_DIV": np.floor_divide, "AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor, "EQUAL": np.equal,
     "GREATER": np.greater, "LESS": np.less}
 
 UNARY: dict[str, Compute] = {  # enum UnaryOperation
-    "EXP": np.exp, "LOG": np.log, "SQRT": np.sqrt, "RECIP": lambda x: np.float32(1) / x, "ABS": np.abs, "NEG": np.negative, "SIN": np.sin,
-    "COS": np.cos, "TAN": np.tan, "SINH": np.sinh, "COSH": np.cosh, "ASIN": np.arcsin, "ACOS": np.arccos, "ATAN": np.arctan,
-    "ASINH": np.arcsinh, "ACOSH": np.arccosh, "ATANH": np.arctanh, "CEIL": np.ceil, "FLOOR": np.floor, "ERF": erf,
-    "NOT": np.logical_not, "SIGN": np.sign, "ROUND": np.rint, "ISINF": np.isinf, "ISNAN": np.isnan}
-
-
-def _sigmoid(x, alpha, beta):
-    return np.float32(1) / (1 + np.exp(-x))
+    "EXP": np.exp, "LOG": np.log, "SQRT": np.sqrt, "RECIP": lambda x: np.float32(1) / x, "ABS": np.abs, "NEG": np.negative,
+    "SIN": np.sin, "COS": np.cos, "TAN": np.tan, "SINH": np.sinh, "COSH": np.cosh, "ASIN": np.arcsin, "ACOS": np.arccos,
+    "ATAN": np.arctan, "ASINH": np.arcsinh, "ACOSH": np.arccosh, "ATANH": np.arctanh, "CEIL": np.ceil, "FLOOR": np.floor,
+    "ERF": erf, "NOT": np.logical_not, "SIGN": np.sign, "ROUND": np.rint, "ISINF": np.isinf, "ISNAN": np.isnan
+}
 
 
 ACTIVATION: dict[str, Compute] = {  # enum ActivationType, of x, alpha and beta
-    "RELU": lambda x, a, b: np.maximum(x, 0), "SIGMOID": _sigmoid, "TANH": lambda x, a, b: np.tanh(x),
-    "LEAKY_RELU": lambda x, a, b: np.where(x >= 0, x, a * x), "ELU": lambda x, a, b: np.where(x >= 0, x, a * np.expm1(x)),
-    "SELU": lambda x, a, b: np.where(x > 0, b * x, b * (a * np.exp(x) - a)), "SOFTSIGN": lambda x, a, b: x / (1 + np.abs(x)),
-    "SOFTPLUS": lambda x, a, b: a * np.log(np.exp(b * x) + 1), "CLIP": lambda x, a, b: np.maximum(a, np.minimum(b, x)),
-    "HARD_SIGMOID": lambda x, a, b: np.maximum(0, np.minimum(1, a * x + b)), "SCALED_TANH": lambda x, a, b: a * np.tanh(b * x),
-    "THRESHOLDED_RELU": lambda x, a, b: np.where(x > a, x, 0), "GELU_ERF": lambda x, a, b: 0.5 * x * (1 + erf(np.float32(0.5**0.5) * x)),
-    "GELU_TANH": lambda x, a, b: 0.5 * x * (1 + np.tanh(np.float32((2 / np.pi)**0.5) * (np.float32(0.044715) * x**3 + x)))}
+    "RELU": lambda x, a, b: np.maximum(x, 0),
+    "SIGMOID": lambda x, a, b: np.float32(1) / (1 + np.exp(-x)),
+    "TANH": lambda x, a, b: np.tanh(x),
+    "LEAKY_RELU": lambda x, a, b: np.where(x >= 0, x, a * x),
+    "ELU": lambda x, a, b: np.where(x >= 0, x, a * np.expm1(x)),
+    "SELU": lambda x, a, b: np.where(x > 0, b * x, b * (a * np.exp(x) - a)),
+    "SOFTSIGN": lambda x, a, b: x / (1 + np.abs(x)),
+    "SOFTPLUS": lambda x, a, b: a * np.log(np.exp(b * x) + 1),
+    "CLIP": lambda x, a, b: np.maximum(a, np.minimum(b, x)),
+    "HARD_SIGMOID": lambda x, a, b: np.maximum(0, np.minimum(1, a * x + b)),
+    "SCALED_TANH": lambda x, a, b: a * np.tanh(b * x),
+    "THRESHOLDED_RELU": lambda x, a, b: np.where(x > a, x, 0),
+    "GELU_ERF": lambda x, a, b: 0.5 * x * (1 + erf(np.float32(0.5**0.5) * x)),
+    "GELU_TANH": lambda x, a, b: 0.5 * x * (1 + np.tanh(np.float32((2 / np.pi)**0.5) * (np.float32(0.044715) * x**3 + x))),
+}
 
 
 def elementwise(layer: Layer) -> Compute:
@@ -141,8 +146,8 @@ def dequantize(layer: Layer) -> Compute:
 
 
 def _scales(layer: Layer) -> Callable[[tuple[int, ...], np.ndarray], np.ndarray]:
-    """(input's shape, scale) -> the scale of every element: "a scalar for per-tensor, a 1D tensor for per-channel, or the same rank as the
-    input tensor for block quantization", where one axis has a scale for every block: "scale[r//B, s]"."""
+    """(input's shape, scale) -> the scale of every element: "a scalar for per-tensor, a 1D tensor for per-channel, or the same
+    rank as the input tensor for block quantization", where one axis has a scale for every block: "scale[r//B, s]"."""
     axis, rank, scale_rank = layer["axis"], len(layer.inputs[0].shape), len(layer.inputs[1].shape)
     if layer["block_shape"]:
         raise layer.refuse(f"block_shape {layer['block_shape']}")
@@ -175,5 +180,7 @@ def _of(layer: Layer, table: dict[str, Compute], name: str) -> Compute:
     return table[name]
 
 
-READERS = {"ELEMENTWISE": elementwise, "UNARY": unary, "ACTIVATION": activation, "SELECT": select, "IDENTITY": identity, "CAST": cast,
-           "QUANTIZE": quantize, "DEQUANTIZE": dequantize}
+READERS = {
+    "ELEMENTWISE": elementwise, "UNARY": unary, "ACTIVATION": activation, "SELECT": select, "IDENTITY": identity, "CAST": cast,
+    "QUANTIZE": quantize, "DEQUANTIZE": dequantize
+}

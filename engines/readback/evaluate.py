@@ -1,9 +1,9 @@
 """Evaluate a parsed network in numpy, layer by layer, as TensorRT's documentation says that each computes.
 
-Every layer's result is rounded to the type that the network gives it, so a bf16 network computes in bf16; `wide` keeps float32 throughout,
-which tells what the network means from what its types cost. Whatever TensorRT declared of a result (its type, its fixed sizes) is
-checked. A tensor is freed after its last use, a KV cache is updated in place, and what depends on no input is computed once where
-there is room.
+Every layer's result is rounded to the type that the network gives it, so a bf16 network computes in bf16; `wide` keeps float32
+throughout, which tells what the network means from what its types cost. Whatever TensorRT declared of a result (its type, its
+fixed sizes) is checked. A tensor is freed after its last use, a KV cache is updated in place, and what depends on no input is
+computed once where there is room.
 """
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from .numbers import REALS, held_dtype, rounded, unpacked
 from .parsed import Layer, Parsed, Tensor
 
 READERS = elementwise.READERS | layout.READERS | reductions.READERS | indexing.READERS | attention.READERS
-EXACT = {"CONSTANT", "SELECT", "TOPK", "KV_CACHE_UPDATE", "ATTENTION_OUTPUT", "QUANTIZE", *layout.READERS, *indexing.READERS} - {"FILL", "RESIZE"}
-KEEP_BYTES, KEEP_SHARE = 1 << 30, 1 / 4  # of constants that are kept between runs: so much always, so much of this machine's memory
+EXACT = {"CONSTANT", "SELECT", "TOPK", "KV_CACHE_UPDATE", "ATTENTION_OUTPUT", "QUANTIZE",
+         *(layout.READERS.keys() - {"FILL", "RESIZE"}), *indexing.READERS}  # their results need no rounding
+KEEP_BYTES, KEEP_SHARE = 1 << 30, 1 / 4  # of constants kept between runs: so much always, so much of this machine's memory
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -37,8 +38,8 @@ class _Step:
 class Network:
     """A parsed network that runs. `inputs` and `outputs` are its boundary.
 
-    `wide`: float32 throughout instead of the network's types. `ties`: which of equal elements TopK lists first (`first` or `last` index).
-    Raises InputError naming the first layer that this module does not know.
+    `wide`: float32 throughout instead of the network's types. `ties`: which of equal elements TopK lists first (`first` or
+    `last` index). Raises InputError naming the first layer that this module does not know.
     """
 
     def __init__(self, parsed: Parsed, *, wide: bool = False, ties: str = "first"):
@@ -46,7 +47,9 @@ class Network:
         needed = _needed(parsed)
         _check_caches(parsed, needed)
         fixed = _constant_names(needed)
-        boundary = {t.name: t for layer in needed if layer.outputs[0].name not in fixed for t in layer.inputs if t and t.name in fixed}
+        boundary = {
+            t.name: t for layer in needed if layer.outputs[0].name not in fixed for t in layer.inputs if t and t.name in fixed
+        }
         boundary |= {t.name: t for t in parsed.outputs if t.name in fixed}
         self._kept: dict[str, np.ndarray] | None = None
         keep = sum(math.prod(t.shape) * held_dtype(t.kind).itemsize for t in boundary.values()) <= _room_bytes()
@@ -54,7 +57,8 @@ class Network:
         late = [layer for layer in needed if layer not in early]
         compute = {id(layer): self._compute(layer, ties) for layer in needed}
         self._early = _steps(early, compute, keep=boundary)
-        self._late = _steps(late, compute, keep={t.name for t in (*parsed.outputs, *parsed.inputs)} | set(boundary if keep else ()))
+        self._late = _steps(late, compute,
+                            keep={t.name for t in (*parsed.outputs, *parsed.inputs)} | set(boundary if keep else ()))
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """Outputs by name, reals in float32 (a cache: in its own memory and type). `feeds`: every input by name, caches writable.

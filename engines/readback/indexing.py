@@ -11,9 +11,11 @@ Compute = Callable[..., np.ndarray]
 
 
 def gather(layer: Layer) -> Compute:
-    """IGatherLayer: DEFAULT, ELEMENT and ND, "similar to ONNX Gather, GatherElements and GatherND"; "zero will be stored for OOB access".
+    """IGatherLayer: DEFAULT, ELEMENT and ND, "similar to ONNX Gather, GatherElements and GatherND"; "zero will be stored for OOB
+    access".
 
-    A negative index counts from the end, except along an axis of dynamic length, where it "has undefined behavior": an error here.
+    A negative index counts from the end, except along an axis of dynamic length, where it "has undefined behavior": an error
+    here.
     """
     mode, axis, shared, sizes = layer["mode"], layer["axis"], layer["num_elementwise_dims"], layer.inputs[0].shape
     if mode not in _GATHER:
@@ -76,8 +78,8 @@ def _places(indices: np.ndarray, axis: int) -> tuple[np.ndarray, ...]:
 
 
 def scatter(layer: Layer) -> Compute:
-    """IScatterLayer: ELEMENT "output[K] = updates[J]", ND "output[indices[slice]] = updates[slice]". Two writes to one element "cause
-    undefined behavior": an error here, as is an index out of bounds."""
+    """IScatterLayer: ELEMENT "output[K] = updates[J]", ND "output[indices[slice]] = updates[slice]". Two writes to one element
+    "cause undefined behavior": an error here, as is an index out of bounds."""
     mode, axis, sizes = layer["mode"], layer["axis"], layer.inputs[0].shape
     if mode not in ("ELEMENT", "ND"):
         raise layer.refuse(f"mode {mode}", "ELEMENT or ND")
@@ -99,14 +101,15 @@ def scatter(layer: Layer) -> Compute:
 
 
 def one_hot(layer: Layer) -> Compute:
-    """IOneHotLayer: inputs indices, values [off, on], depth; "copying off_values to all output elements, then setting on_value on the
-    indices". The new axis is `axis`."""
+    """IOneHotLayer: inputs indices, values [off, on], depth; "copying off_values to all output elements, then setting on_value
+    on the indices". The new axis is `axis`."""
     axis = layer["axis"]
 
     def compute(indices, values, depth):
         count = int(depth)
         if ((indices < 0) | (indices >= count)).any():
-            raise ValueError(f"an index of {indices.min()} to {indices.max()} for a depth of {count}, which TensorRT does not define")
+            raise ValueError(
+                f"an index of {indices.min()} to {indices.max()} for a depth of {count}, which TensorRT does not define")
         place = axis % (indices.ndim + 1)
         classes = np.arange(count).reshape([-1 if i == place else 1 for i in range(indices.ndim + 1)])
         return np.where(np.expand_dims(indices, place) == classes, values[1], values[0])

@@ -18,9 +18,11 @@ def shape(layer: Layer) -> Compute:
 
 
 def shuffle(layer: Layer) -> Compute:
-    """IShuffleLayer: "a transpose operation, a reshape operation and a second transpose operation"; "the layer has an optional second
-    input. If present, [...] the reshape dimensions are taken from it". 0 copies a dimension where `zero_is_placeholder`, -1 is inferred."""
-    first, second, static, placeholder = (layer[name] for name in ("first_transpose", "second_transpose", "reshape_dims", "zero_is_placeholder"))
+    """IShuffleLayer: "a transpose operation, a reshape operation and a second transpose operation"; "the layer has an optional
+    second input. If present, [...] the reshape dimensions are taken from it". 0 copies a dimension where
+    `zero_is_placeholder`, -1 is inferred."""
+    first, second, static, placeholder = (layer[name] for name in ("first_transpose", "second_transpose", "reshape_dims",
+                                                                   "zero_is_placeholder"))
     if len(layer.inputs) == 2 and static is not None:
         raise layer.refuse(f"reshape dimensions {static} and a second input")
 
@@ -35,8 +37,8 @@ def shuffle(layer: Layer) -> Compute:
 
 
 def slice_(layer: Layer) -> Compute:
-    """ISliceLayer: from `start`, `size` elements at `stride`; inputs 1 to 5 (start, size, stride, fill value, axes) replace the static
-    ones; out of bounds by SampleMode."""
+    """ISliceLayer: from `start`, `size` elements at `stride`; inputs 1 to 5 (start, size, stride, fill value, axes) replace
+    the static ones; out of bounds by SampleMode."""
     static, mode = [layer["start"], layer["shape"], layer["stride"]], layer["mode"]
     if mode not in _OUTSIDE:
         raise layer.refuse(f"sample mode {mode}", f"one of {', '.join(_OUTSIDE)}")
@@ -77,8 +79,8 @@ def concatenation(layer: Layer) -> Compute:
 
 
 def squeeze(layer: Layer) -> Compute:
-    """ISqueezeLayer: "removing unit dimensions of the first input tensor on a set of axes specified by the second input tensor"; without
-    a second input all of them."""
+    """ISqueezeLayer: "removing unit dimensions of the first input tensor on a set of axes specified by the second input
+    tensor"; without a second input all of them."""
     def compute(x, axes=None):
         return np.squeeze(x, None if axes is None else tuple(axes.reshape(-1).tolist()))
 
@@ -91,8 +93,8 @@ def unsqueeze(layer: Layer) -> Compute:
 
 
 def fill(layer: Layer) -> Compute:
-    """IFillLayer, LINSPACE: "Element [i,j] of the output is Alpha + Beta[0]*i + Beta[1]*j"; inputs are dimensions, alpha, beta. Random
-    numbers are no function of the inputs."""
+    """IFillLayer, LINSPACE: "Element [i,j] of the output is Alpha + Beta[0]*i + Beta[1]*j"; inputs are dimensions, alpha,
+    beta. Random numbers are no function of the inputs."""
     if layer["operation"] != "LINSPACE":
         raise layer.refuse(f"operation {layer['operation']}", "LINSPACE")
     dtype, static, alpha, beta = held_dtype(layer.outputs[0].kind), layer["shape"], layer["alpha"], layer["beta"]
@@ -102,14 +104,16 @@ def fill(layer: Layer) -> Compute:
         result = np.full(sizes, alpha if start is None else start, dtype)
         deltas = [beta] if steps is None else steps.reshape(-1).tolist()
         for axis, delta in zip(range(len(sizes)), deltas, strict=True):
-            result = result + (dtype.type(delta) * np.arange(sizes[axis], dtype=dtype)).reshape([-1 if i == axis else 1 for i in range(len(sizes))])
+            result = result + (dtype.type(delta) * np.arange(sizes[axis], dtype=dtype)).reshape(
+                [-1 if i == axis else 1 for i in range(len(sizes))])
         return result
 
     return compute
 
 
 def padding(layer: Layer) -> Compute:
-    """IPaddingLayer: "adds zero-padding at the start and end [...] only the last two dimensions. [...] negative padding results in cropping"."""
+    """IPaddingLayer: "adds zero-padding at the start and end [...] only the last two dimensions. [...] negative padding
+    results in cropping"."""
     before, after = layer["pre_padding_nd"], layer["post_padding_nd"]
 
     def compute(x):
@@ -144,17 +148,23 @@ def resize(layer: Layer) -> Compute:
 
 
 _ORIGINS = {  # enum ResizeCoordinateTransformation
-    "ALIGN_CORNERS": lambda at, length, new: at * (length - 1) / max(new - 1, 1), "ASYMMETRIC": lambda at, length, new: at * (length / new),
-    "HALF_PIXEL": lambda at, length, new: (at + 0.5) * (length / new) - 0.5}
-_NEAREST = {"HALF_UP": lambda at: np.floor(at + 0.5), "HALF_DOWN": lambda at: np.ceil(at - 0.5), "FLOOR": np.floor, "CEIL": np.ceil}
+    "ALIGN_CORNERS": lambda at, length, new: at * (length - 1) / max(new - 1, 1),
+    "ASYMMETRIC": lambda at, length, new: at * (length / new),
+    "HALF_PIXEL": lambda at, length, new: (at + 0.5) * (length / new) - 0.5,
+}
+_NEAREST = {"HALF_UP": lambda at: np.floor(at + 0.5), "HALF_DOWN": lambda at: np.ceil(at - 0.5),
+            "FLOOR": np.floor, "CEIL": np.ceil}
 
 
 def _interpolated(x: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
     at = at.clip(0, x.shape[axis] - 1)
     low = np.floor(at).astype(np.int64)
-    high, share = np.minimum(low + 1, x.shape[axis] - 1), (at - low).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+    high, share = np.minimum(low + 1, x.shape[axis] - 1), (at - low).astype(np.float32).reshape(
+        [-1 if i == axis else 1 for i in range(x.ndim)])
     return np.take(x, low, axis=axis) * (1 - share) + np.take(x, high, axis=axis) * share
 
 
-READERS = {"SHAPE": shape, "SHUFFLE": shuffle, "SLICE": slice_, "CONCATENATION": concatenation, "SQUEEZE": squeeze, "UNSQUEEZE": unsqueeze,
-           "FILL": fill, "PADDING": padding, "RESIZE": resize}
+READERS = {
+    "SHAPE": shape, "SHUFFLE": shuffle, "SLICE": slice_, "CONCATENATION": concatenation, "SQUEEZE": squeeze,
+    "UNSQUEEZE": unsqueeze, "FILL": fill, "PADDING": padding, "RESIZE": resize
+}

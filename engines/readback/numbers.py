@@ -1,8 +1,9 @@
 """Number formats as TensorRT stores them, in numpy, which has neither bfloat16 nor fp8, fp4 or int4.
 
-A real number of any type is held in float32, already rounded to its type: every value of these formats is one of float32 too. Formats:
-BF16 is the upper half of a float32; FP8 is E4M3 without infinities (largest 448), FP4 is E2M1 (largest 6), E8M0 a power of two (NVIDIA,
-NvInferRuntimeBase.h `DataType`; OCP Microscaling Formats v1.0, 5.3 and 5.4). Two INT4 or FP4 share a byte, the first in the lower half.
+A real number of any type is held in float32, already rounded to its type: every value of these formats is one of float32 too.
+Formats: BF16 is the upper half of a float32; FP8 is E4M3 without infinities (largest 448), FP4 is E2M1 (largest 6), E8M0 a
+power of two (NVIDIA, NvInferRuntimeBase.h `DataType`; OCP Microscaling Formats v1.0, 5.3 and 5.4). Two INT4 or FP4 share a
+byte, the first in the lower half.
 """
 from __future__ import annotations
 
@@ -13,7 +14,10 @@ import numpy as np
 REALS = ("FLOAT", "HALF", "BF16", "FP8", "FP4", "E8M0")
 INTEGERS = {"INT8": np.int8, "UINT8": np.uint8, "INT32": np.int32, "INT64": np.int64, "INT4": np.int8, "BOOL": np.bool_}
 RANGES = {"INT4": (-8, 7), "INT8": (-128, 127), "UINT8": (0, 255)}
-BITS = {"FLOAT": 32, "HALF": 16, "BF16": 16, "FP8": 8, "FP4": 4, "E8M0": 8, "INT8": 8, "UINT8": 8, "INT32": 32, "INT64": 64, "INT4": 4, "BOOL": 8}
+BITS = {
+    "FLOAT": 32, "HALF": 16, "BF16": 16, "FP8": 8, "FP4": 4, "E8M0": 8, "INT8": 8, "UINT8": 8, "INT32": 32, "INT64": 64,
+    "INT4": 4, "BOOL": 8
+}
 _SMALL = {"FP8": (3, -6, 448.0), "FP4": (1, 0, 6.0)}  # bits of mantissa, exponent of the smallest normal number, largest number
 
 
@@ -40,7 +44,8 @@ def bytes_count(kind: str, count: int) -> int:
 
 
 def unpacked(data: np.ndarray, kind: str, count: int) -> np.ndarray:
-    """`count` numbers of `kind` out of TensorRT's bytes (uint8, flat), as `held_dtype`. A view where the format is numpy's own."""
+    """`count` numbers of `kind` out of TensorRT's bytes (uint8, flat), as `held_dtype`. A view where the format is numpy's
+    own."""
     if kind in ("FLOAT", "INT8", "UINT8", "INT32", "INT64", "BOOL"):
         return data.view(held_dtype(kind))
     if kind == "HALF":

@@ -1,7 +1,8 @@
 """The network that TensorRT parsed, as plain data: every layer, attribute, tensor and constant, in an order that can be computed.
 
-TensorRT hands out layers as `ILayer`; the class of a layer's type is set on it to reach the attributes. A layer kind, an attribute or a
-type that is not in the tables here is refused by name: what is not known is not guessed. Constants are read from TensorRT's own bytes.
+TensorRT hands out layers as `ILayer`; the class of a layer's type is set on it to reach the attributes. A layer kind, an
+attribute or a type that is not in the tables here is refused by name: what is not known is not guessed. Constants are read
+from TensorRT's own bytes.
 """
 from __future__ import annotations
 
@@ -16,25 +17,47 @@ from ..errors import InputError, MissingError
 from .numbers import BITS, bytes_count
 
 ATTRIBUTES = {  # of each layer kind, all that the class has beyond those of every layer
-    "ACTIVATION": ("alpha", "beta"), "ATTENTION_INPUT": ("attention",), "ATTENTION_OUTPUT": ("attention",), "CAST": ("to_type",),
-    "CONCATENATION": ("axis",), "CONSTANT": ("shape", "weights"),
-    "CONVOLUTION": ("bias", "dilation_nd", "kernel", "kernel_size_nd", "num_groups", "num_output_maps", "padding_mode", "padding_nd",
-                    "post_padding", "pre_padding", "stride_nd"),
-    "CUMULATIVE": ("exclusive", "op", "reverse"), "DEQUANTIZE": ("axis", "block_shape", "to_type"), "ELEMENTWISE": ("op",),
-    "FILL": ("alpha", "beta", "is_alpha_beta_int64", "operation", "shape", "to_type"), "GATHER": ("axis", "mode", "num_elementwise_dims"),
-    "IDENTITY": (), "KV_CACHE_UPDATE": ("cache_mode", "update_form", "update_lengths"), "MATRIX_MULTIPLY": ("op0", "op1"),
-    "NORMALIZATION": ("axes", "epsilon", "is_v2", "num_groups"), "ONE_HOT": ("axis",), "PADDING": ("post_padding_nd", "pre_padding_nd"),
-    "QUANTIZE": ("axis", "block_shape", "to_type"), "REDUCE": ("axes", "keep_dims", "op"),
+    "ACTIVATION": ("alpha", "beta"),
+    "ATTENTION_INPUT": ("attention",),
+    "ATTENTION_OUTPUT": ("attention",),
+    "CAST": ("to_type",),
+    "CONCATENATION": ("axis",),
+    "CONSTANT": ("shape", "weights"),
+    "CONVOLUTION": ("bias", "dilation_nd", "kernel", "kernel_size_nd", "num_groups", "num_output_maps", "padding_mode",
+                    "padding_nd", "post_padding", "pre_padding", "stride_nd"),
+    "CUMULATIVE": ("exclusive", "op", "reverse"),
+    "DEQUANTIZE": ("axis", "block_shape", "to_type"),
+    "ELEMENTWISE": ("op",),
+    "FILL": ("alpha", "beta", "is_alpha_beta_int64", "operation", "shape", "to_type"),
+    "GATHER": ("axis", "mode", "num_elementwise_dims"),
+    "IDENTITY": (),
+    "KV_CACHE_UPDATE": ("cache_mode", "update_form", "update_lengths"),
+    "MATRIX_MULTIPLY": ("op0", "op1"),
+    "NORMALIZATION": ("axes", "epsilon", "is_v2", "num_groups"),
+    "ONE_HOT": ("axis",),
+    "PADDING": ("post_padding_nd", "pre_padding_nd"),
+    "QUANTIZE": ("axis", "block_shape", "to_type"),
+    "REDUCE": ("axes", "keep_dims", "op"),
     "RESIZE": ("coordinate_transformation", "cubic_coeff", "exclude_outside", "nearest_rounding", "resize_mode", "scales",
                "selector_for_single_pixel", "shape"),
-    "ROTARY_EMBEDDING": ("interleaved", "rotary_embedding_dim"), "SCATTER": ("axis", "mode"), "SELECT": (), "SHAPE": (),
+    "ROTARY_EMBEDDING": ("interleaved", "rotary_embedding_dim"),
+    "SCATTER": ("axis", "mode"),
+    "SELECT": (),
+    "SHAPE": (),
     "SHUFFLE": ("first_transpose", "reshape_dims", "second_transpose", "zero_is_placeholder"),
-    "SLICE": ("axes", "mode", "shape", "start", "stride"), "SOFTMAX": ("axes",), "SQUEEZE": (), "TOPK": ("axes", "indices_type", "k", "op"),
-    "UNARY": ("op",), "UNSQUEEZE": ()}
-ATTENTION = ("causal", "causal_kind", "decomposable", "key_value_form", "key_value_lengths", "mask", "metadata", "name", "norm_op",
-             "normalization_quantize_scale", "normalization_quantize_to_type", "num_ranks", "query_form", "query_lengths")
+    "SLICE": ("axes", "mode", "shape", "start", "stride"),
+    "SOFTMAX": ("axes",),
+    "SQUEEZE": (),
+    "TOPK": ("axes", "indices_type", "k", "op"),
+    "UNARY": ("op",),
+    "UNSQUEEZE": (),
+}
+ATTENTION = ("causal", "causal_kind", "decomposable", "key_value_form", "key_value_lengths", "mask", "metadata", "name",
+             "norm_op", "normalization_quantize_scale", "normalization_quantize_to_type", "num_ranks", "query_form",
+             "query_lengths")
 _HIDING = {"ACTIVATION": ("type",)}  # an attribute that hides one of ILayer
-_CLASSES = {"TOPK": "ITopKLayer", "SOFTMAX": "ISoftMaxLayer", "KV_CACHE_UPDATE": "IKVCacheUpdateLayer", "ELEMENTWISE": "IElementWiseLayer"}
+_CLASSES = {"TOPK": "ITopKLayer", "SOFTMAX": "ISoftMaxLayer", "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
+            "ELEMENTWISE": "IElementWiseLayer"}  # the others are named by rule
 _METHODS = {"get_input", "get_output", "num_inputs", "num_outputs", "set_input"}  # of IAttention
 
 
@@ -58,7 +81,8 @@ class Constant:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer. An input may be absent. Attributes are names of enumerators, numbers, tuples of sizes, tensor names or Constants."""
+    """One layer. An input may be absent. Attributes are names of enumerators, numbers, tuples of sizes, tensor names or
+    Constants."""
 
     kind: str
     name: str
@@ -71,13 +95,15 @@ class Layer:
 
     def refuse(self, got: str, expected: str = "what this version evaluates") -> InputError:
         """The error for what is not known of this layer."""
-        return InputError("TensorRT's network cannot be read back", where=f"{self.kind} {self.name}: expected {expected}, got {got}",
+        return InputError("TensorRT's network cannot be read back",
+                          where=f"{self.kind} {self.name}: expected {expected}, got {got}",
                           fix="use TensorRT for RTX 1.7, or export again; if it fails again, report this graph")
 
 
 @dataclass(frozen=True, eq=False)
 class Parsed:
-    """A network: its boundary, and its layers such that each comes after those it reads. `owner` keeps TensorRT's memory alive."""
+    """A network: its boundary, and its layers such that each comes after those it reads. `owner` keeps TensorRT's memory
+    alive."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -102,10 +128,12 @@ def _layer(trt, layer) -> Layer:
         raise known.refuse("a layer of this kind", f"one of {', '.join(ATTRIBUTES)}")
     cls, names = _class_and_attributes(trt, kind)
     if names != set(ATTRIBUTES[kind]):
-        raise known.refuse(f"attributes {', '.join(sorted(names)) or 'none'}", f"attributes {', '.join(ATTRIBUTES[kind]) or 'none'}")
+        raise known.refuse(f"attributes {', '.join(sorted(names)) or 'none'}",
+                           f"attributes {', '.join(ATTRIBUTES[kind]) or 'none'}")
     layer.__class__ = cls
     for name in (*ATTRIBUTES[kind], *_HIDING.get(kind, ())):
-        known.attributes.update(_attention(trt, known, layer.attention) if name == "attention" else {name: _value(trt, known, layer, name)})
+        known.attributes.update(
+            _attention(trt, known, layer.attention) if name == "attention" else {name: _value(trt, known, layer, name)})
     return known
 
 
@@ -169,7 +197,9 @@ def _ordered(layers: list[Layer], inputs: tuple[Tensor, ...]) -> Iterator[Layer]
             layer = stack[-1]
             if unknown := [t.name for t in layer.inputs if t is not None and t.name not in producers]:
                 raise layer.refuse(f"an input {unknown[0]} that nothing computes")
-            before = [producer for t in layer.inputs if t is not None and (producer := producers[t.name]) and id(producer) not in done]
+            before = [
+                producer for t in layer.inputs if t is not None and (producer := producers[t.name]) and id(producer) not in done
+            ]
             if id(layer) in done or not before:
                 stack.pop()
                 if id(layer) not in done:
@@ -199,12 +229,14 @@ def _check_weights_layout(trt) -> None:
     weights = trt.Weights(array)
     raw = _raw(weights)
     if (raw.type, raw.values, raw.count) != (int(trt.DataType.FLOAT), array.ctypes.data, 7):
-        raise MissingError("This TensorRT keeps its weights in another form", fix="use CPython 3.11 or newer with TensorRT for RTX 1.7",
+        raise MissingError("This TensorRT keeps its weights in another form",
+                           fix="use CPython 3.11 or newer with TensorRT for RTX 1.7",
                            where=f"{trt.__name__} {trt.__version__}: expected nvinfer1::Weights behind tensorrt.Weights")
 
 
 def _constant(layer, name: str) -> Constant:
-    """The constant `name` of a layer, in TensorRT's memory: a numpy view where numpy has the type, else behind a tensorrt.Weights."""
+    """The constant `name` of a layer, in TensorRT's memory: a numpy view where numpy has the type, else behind a
+    tensorrt.Weights."""
     weights = getattr(layer, name)
     if isinstance(weights, np.ndarray):
         return Constant(_NUMPY[weights.dtype.name], weights.size, weights.reshape(-1).view(np.uint8))
@@ -215,4 +247,6 @@ def _constant(layer, name: str) -> Constant:
     return Constant(kind, count, np.ctypeslib.as_array((ctypes.c_uint8 * bytes_count(kind, count)).from_address(raw.values)))
 
 
-_NUMPY = {"float32": "FLOAT", "float16": "HALF", "int8": "INT8", "int32": "INT32", "int64": "INT64", "bool": "BOOL", "uint8": "UINT8"}
+_NUMPY = {
+    "float32": "FLOAT", "float16": "HALF", "int8": "INT8", "int32": "INT32", "int64": "INT64", "bool": "BOOL", "uint8": "UINT8"
+}

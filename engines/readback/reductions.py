@@ -1,4 +1,5 @@
-"""Layers that reduce, multiply, normalise or convolve. Quotations are of TensorRT's NvInfer.h (11.1). Sums are taken in float32."""
+"""Layers that reduce, multiply, normalise or convolve. Quotations are of TensorRT's NvInfer.h (11.1). Sums are taken in
+float32."""
 from __future__ import annotations
 
 import itertools
@@ -49,8 +50,8 @@ def softmax_of(x: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def cumulative(layer: Layer) -> Compute:
-    """ICumulativeLayer: sums along the axis that input 1 names; "inclusive forward 0..j, reverse j..n-1, exclusive forward 0..j-1, reverse
-    j+1..n-1"."""
+    """ICumulativeLayer: sums along the axis that input 1 names; "inclusive forward 0..j, reverse j..n-1, exclusive forward
+    0..j-1, reverse j+1..n-1"."""
     if layer["op"] != "SUM":
         raise layer.refuse(f"operation {layer['op']}", "SUM")
     exclusive, reverse = layer["exclusive"], layer["reverse"]
@@ -68,8 +69,9 @@ def cumulative(layer: Layer) -> Compute:
 
 
 def top_k(layer: Layer, ties: str = "first") -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    """ITopKLayer: "Output values are sorted, largest first for operation kMAX and smallest first for operation kMIN"; k from input 1 if
-    there is one. Which of two equal elements comes first is not said: `ties` is `first` for the lower index, `last` for the higher."""
+    """ITopKLayer: "Output values are sorted, largest first for operation kMAX and smallest first for operation kMIN"; k from
+    input 1 if there is one. Which of two equal elements comes first is not said: `ties` is `first` for the lower index, `last`
+    for the higher."""
     (axis,), static, largest = axes_of(layer["axes"]), layer["k"], layer["op"] == "MAX"
 
     def compute(x, k=None):
@@ -84,7 +86,8 @@ def top_k(layer: Layer, ties: str = "first") -> Callable[..., tuple[np.ndarray, 
 
 
 def _order(x: np.ndarray, axis: int, *, descending: bool, last: bool) -> np.ndarray:
-    """Indices that sort `x`; of equals the lower index first, or the higher if `last`. A sort turned round turns its ties round."""
+    """Indices that sort `x`; of equals the lower index first, or the higher if `last`. A sort turned round turns its ties
+    round."""
     if descending == last:
         order = np.argsort(x, axis, kind="stable")
     else:
@@ -119,8 +122,9 @@ def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def normalization(layer: Layer) -> Compute:
-    """INormalizationLayer: "Y = (X - Mean(X, axes)) / Sqrt(Variance(X) + epsilon) * S + B". With groups, "the input tensor channels are
-    divided into nbGroups groups, and normalization is performed per group"; S and B are [1,C,1,1], or [1,G,1,1] of the older version."""
+    """INormalizationLayer: "Y = (X - Mean(X, axes)) / Sqrt(Variance(X) + epsilon) * S + B". With groups, "the input tensor
+    channels are divided into nbGroups groups, and normalization is performed per group"; S and B are [1,C,1,1], or [1,G,1,1]
+    of the older version."""
     axes, groups, epsilon = axes_of(layer["axes"]), layer["num_groups"], np.float32(layer["epsilon"])
     rank = len(layer.inputs[0].shape)
     if groups != 1 and axes != tuple(range(2, rank)):
@@ -143,7 +147,8 @@ def _normalized(x: np.ndarray, axes: tuple[int, ...], epsilon: np.float32) -> np
 
 
 def convolution(layer: Layer) -> Compute:
-    """IConvolutionLayer: "a correlation operation"; kernel [K, C/groups, ...] and bias [K] are weights of the layer or inputs 1 and 2."""
+    """IConvolutionLayer: "a correlation operation"; kernel [K, C/groups, ...] and bias [K] are weights of the layer or inputs
+    1 and 2."""
     stride, dilation, groups, mode = layer["stride_nd"], layer["dilation_nd"], layer["num_groups"], layer["padding_mode"]
     size, maps = layer["kernel_size_nd"], layer["num_output_maps"]
     if mode not in ("EXPLICIT_ROUND_DOWN", "SAME_UPPER", "SAME_LOWER"):
@@ -170,7 +175,8 @@ def convolution(layer: Layer) -> Compute:
 
 
 def _same(length: int, extent: int, stride: int, *, lower: bool) -> tuple[int, int]:
-    """Padding before and after: "P = floor((I - 1) / S) * S + F - I"; the larger half comes after for SAME_UPPER, before for SAME_LOWER."""
+    """Padding before and after: "P = floor((I - 1) / S) * S + F - I"; the larger half comes after for SAME_UPPER, before for
+    SAME_LOWER."""
     whole = max((length - 1) // stride * stride + extent - length, 0)
     half = whole // 2
     return (whole - half, half) if lower else (half, whole - half)

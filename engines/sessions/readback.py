@@ -1,6 +1,7 @@
 """Sessions on the network that TensorRT parsed, evaluated in numpy: no GPU, and no word on the compiled kernels.
 
-Buffers are numpy arrays. A bfloat16 one holds float32 numbers, rounded; `wide` computes in float32 throughout, with caches in float32.
+Buffers are numpy arrays. A bfloat16 one holds float32 numbers, rounded; `wide` computes in float32 throughout, with caches in
+float32.
 """
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ class ArrayBuffer:
 
 
 class ReadBackSession:
-    """One network. See `engines.sessions` for the protocol. `capacity_tokens` is that of the network's caches; `prefill_tokens` the most new
-    positions that the plan takes, where there is one, `ranks` whether a layer ranks elements."""
+    """One network. See `engines.sessions` for the protocol. `capacity_tokens` is that of the network's caches;
+    `prefill_tokens` the most new positions that the plan takes, where there is one, `ranks` whether a layer ranks elements."""
 
     def __init__(self, network: Network, spec: ComponentSpec, *, prefill_tokens: int | None = None):
         self.spec = twin_spec(spec) if network.wide else spec
@@ -68,7 +69,8 @@ class ReadBackSession:
 
         def step() -> None:
             if not self._running.acquire(blocking=False):
-                raise InputError("This session is busy", where=f"{self.spec.graph}: expected one thread at a time", fix="open one per thread")
+                raise InputError("This session is busy", where=f"{self.spec.graph}: expected one thread at a time",
+                                 fix="open one per thread")
             try:
                 results = self._open().run(feeds)
                 for name, array in outputs:
@@ -97,17 +99,19 @@ class ReadBackSession:
 
 
 def open_session(bundle: Bundle, component: str, *, target: str, wide: bool = False, ties: str = "first") -> ReadBackSession:
-    """Parse `component` as for `target` and read it back. With a plan there, the network must be the very one that it was built from.
+    """Parse `component` as for `target` and read it back. With a plan there, the network must be the very one that it was built
+    from.
 
-    `wide` and `ties` as in `Network`. Raises UsageError, MissingError without the target's TensorRT, InputError for what cannot be read,
-    or for a network other than the plan's.
+    `wide` and `ties` as in `Network`. Raises UsageError, MissingError without the target's TensorRT, InputError for what
+    cannot be read, or for a network other than the plan's.
     """
     parsed, prefill = parsed_component(bundle, component, target=target)
     return ReadBackSession(Network(parsed, wide=wide, ties=ties), bundle.component(component), prefill_tokens=prefill)
 
 
 def describe_component(bundle: Bundle, component: str, *, target: str) -> dict:
-    """What `inspect` shows of a component as TensorRT reads it for `target`: `describe_network`, and whether a plan was compiled from it.
+    """What `inspect` shows of a component as TensorRT reads it for `target`: `describe_network`, and whether a plan was compiled
+    from it.
 
     Needs the target's TensorRT, and no device. Errors as in `open_session`.
     """
@@ -118,7 +122,8 @@ def describe_component(bundle: Bundle, component: str, *, target: str) -> dict:
 
 
 def parsed_component(bundle: Bundle, component: str, *, target: str):
-    """(the network of `component` as TensorRT parses it for `target`, the plan's longest prefill or None); errors as in `open_session`."""
+    """(the network of `component` as TensorRT parses it for `target`, the plan's longest prefill or None); errors as in
+    `open_session`."""
     row = target_from_name(target)
     trt, spec, caches = tensorrt_of(row), bundle.component(component), bundle.manifest.model.cache.get(component)
     plan = _plan(bundle, component, target)

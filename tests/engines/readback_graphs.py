@@ -13,8 +13,8 @@ DTYPES = {np.dtype("float32"): TensorProto.FLOAT, np.dtype("int64"): TensorProto
 
 @dataclass
 class Graph:
-    """Nodes, inputs (name -> array) and constants; outputs `y`, and `z` where there are two. `fixed` inputs have no dynamic axis, the
-    first axis of those named in `dynamic` is."""
+    """Nodes, inputs (name -> array) and constants; outputs `y`, and `z` where there are two. `fixed` inputs have no dynamic
+    axis, the first axis of those named in `dynamic` is."""
 
     nodes: list
     feeds: dict[str, np.ndarray]
@@ -33,9 +33,12 @@ class Graph:
                 shape[0 if name in self.dynamic else rng.integers(len(shape))] = f"{name}_size"
             values.append(helper.make_tensor_value_info(name, DTYPES[array.dtype], shape))
         constants = [*self.stored, *(numpy_helper.from_array(np.asarray(array), name) for name, array in self.constants.items())]
-        graph = helper.make_graph(self.nodes, "g", values, [helper.make_empty_tensor_value_info(name) for name in self.outputs], constants)
+        graph = helper.make_graph(self.nodes, "g", values, [helper.make_empty_tensor_value_info(name) for name in self.outputs],
+                                  constants)
         model = helper.make_model(graph, ir_version=11, opset_imports=[helper.make_opsetid("", 24)])
-        wanted = dict(zip(self.outputs, map(np.asarray, ReferenceEvaluator(model).run(None, {k: v.copy() for k, v in self.feeds.items()}))))
+        wanted = dict(
+            zip(self.outputs, map(np.asarray,
+                                  ReferenceEvaluator(model).run(None, {k: v.copy() for k, v in self.feeds.items()}))))
         for value in model.graph.output:
             value.type.tensor_type.elem_type = DTYPES[wanted[value.name].dtype]
         return model, wanted
@@ -98,7 +101,9 @@ def clip(rng):
 
 def cast(rng):
     x = [normal(rng, 3, 4) * 3, rng.integers(-4, 5, (2, 5)), rng.random((4,)) < 0.5][rng.integers(3)]
-    return Graph([node("Cast", ["x"], to=int(rng.choice([TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL])))], {"x": x})
+    return Graph(
+        [node("Cast", ["x"], to=int(rng.choice([TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL])))],
+        {"x": x})
 
 
 def half(rng):
@@ -132,16 +137,19 @@ def integer_quotient(rng):
     return Graph([node("Div", ["a", "b"])], {"a": np.array([-7, 7]), "b": np.array([2, -2])})
 
 
+SIGNED = ("Neg", "Abs", "Exp", "Sin", "Cos", "Sinh", "Cosh", "Atan", "Asinh", "Erf", "Floor", "Ceil", "Round", "Sign", "Relu",
+          "Sigmoid", "Tanh", "Softplus", "Softsign", "IsNaN", "IsInf", "Identity", "HardSwish", "Mish", "Celu")
+BINARY = ("Add", "Sub", "Mul", "Max", "Min", "Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual")
 ELEMENTS = {
-    **{kind: binary(kind) for kind in ("Add", "Sub", "Mul", "Max", "Min", "Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual")},
-    **{kind: binary(kind, boolean=True) for kind in ("And", "Or", "Xor")}, "Div": binary("Div", integers=False, positive=True),
-    "Div of integers": binary("Div", positive=True), "Pow": binary("Pow", integers=False, positive=True),
-    **{kind: unary(kind) for kind in ("Neg", "Abs", "Exp", "Sin", "Cos", "Sinh", "Cosh", "Atan", "Asinh", "Erf", "Floor", "Ceil", "Round", "Sign",
-                                      "Relu", "Sigmoid", "Tanh", "Softplus", "Softsign", "IsNaN", "IsInf", "Identity", "HardSwish", "Mish", "Celu")},
-    "Log": unary("Log", 0.1), "Sqrt": unary("Sqrt", 0), "Reciprocal": unary("Reciprocal", 0.2), "Tan": unary("Tan", -1, 1),
-    "Asin": unary("Asin", -1, 1), "Acos": unary("Acos", -1, 1), "Atanh": unary("Atanh", -0.9, 0.9), "Acosh": unary("Acosh", 1.1, 4),
-    "LeakyRelu": unary("LeakyRelu", alpha=uniform(0, 1)), "Elu": unary("Elu", alpha=uniform(0.5, 2)), "Swish": unary("Swish", alpha=uniform(0.5, 2)),
+    **{kind: binary(kind) for kind in BINARY}, **{kind: binary(kind, boolean=True) for kind in ("And", "Or", "Xor")},
+    "Div": binary("Div", integers=False, positive=True), "Div of integers": binary("Div", positive=True),
+    "Pow": binary("Pow", integers=False, positive=True), **{kind: unary(kind) for kind in SIGNED}, "Log": unary("Log", 0.1),
+    "Sqrt": unary("Sqrt", 0), "Reciprocal": unary("Reciprocal", 0.2), "Tan": unary("Tan", -1, 1), "Asin": unary("Asin", -1, 1),
+    "Acos": unary("Acos", -1, 1), "Atanh": unary("Atanh", -0.9, 0.9), "Acosh": unary("Acosh", 1.1, 4),
+    "LeakyRelu": unary("LeakyRelu", alpha=uniform(0, 1)), "Elu": unary("Elu", alpha=uniform(0.5, 2)),
+    "Swish": unary("Swish", alpha=uniform(0.5, 2)),
     "HardSigmoid": unary("HardSigmoid", alpha=uniform(0.1, 0.5), beta=uniform(0, 1)),
     "ThresholdedRelu": unary("ThresholdedRelu", alpha=uniform(0, 1)),
-    "Gelu": unary("Gelu", approximate=lambda rng, rank: str(rng.choice(["none", "tanh"]))), "Clip": clip, "Cast": cast, "Cast to 16 bits": half,
-    "Where": where, "Mod": modulo, "Round to even": halves, **{f"{kind} of three": three(kind) for kind in ("Sum", "Mean", "Max", "Min")}}
+    "Gelu": unary("Gelu", approximate=lambda rng, rank: str(rng.choice(["none", "tanh"]))), "Clip": clip, "Cast": cast,
+    "Cast to 16 bits": half, "Where": where, "Mod": modulo, "Round to even": halves,
+    **{f"{kind} of three": three(kind) for kind in ("Sum", "Mean", "Max", "Min")}}

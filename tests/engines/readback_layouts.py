@@ -19,17 +19,23 @@ def reshape(rng):
 
 def reshape_computed(rng):
     """The target's sizes come from the input's own shape, at run time."""
-    nodes = [node("Shape", ["x"], ["n"], start=0, end=1), node("Concat", ["n", "rest"], ["s"], axis=0), node("Reshape", ["x", "s"])]
+    nodes = [
+        node("Shape", ["x"], ["n"], start=0, end=1),
+        node("Concat", ["n", "rest"], ["s"], axis=0),
+        node("Reshape", ["x", "s"])
+    ]
     return Graph(nodes, {"x": normal(rng, *shape(rng, 2, 4))}, {"rest": np.array([-1])})
 
 
 def squeeze(rng):
     x = normal(rng, 1, 3, 1, 2)
-    return Graph([node("Squeeze", ["x", "a"])], {"x": x}, {"a": np.array([[0], [2], [0, 2], [-2], [-4, -2]][rng.integers(5)])}, fixed=True)
+    return Graph([node("Squeeze", ["x", "a"])], {"x": x}, {"a": np.array([[0], [2], [0, 2], [-2], [-4, -2]][rng.integers(5)])},
+                 fixed=True)
 
 
 def unsqueeze(rng):
-    return Graph([node("Unsqueeze", ["x", "a"])], {"x": normal(rng, *shape(rng, 1, 3))}, {"a": np.array([[0], [1], [0, 1], [-1]][rng.integers(4)])})
+    return Graph([node("Unsqueeze", ["x", "a"])], {"x": normal(rng, *shape(rng, 1, 3))},
+                 {"a": np.array([[0], [1], [0, 1], [-1]][rng.integers(4)])})
 
 
 def flatten(rng):
@@ -59,7 +65,8 @@ def slice_(rng):
 
 def split(rng):
     axis = int(rng.integers(0, 3))
-    return Graph([node("Split", ["x", "n"], ["y", "z"], axis=axis)], {"x": normal(rng, 5, 5, 5)}, {"n": np.array([2, 3])}, ("y", "z"))
+    return Graph([node("Split", ["x", "n"], ["y", "z"], axis=axis)], {"x": normal(rng, 5, 5, 5)}, {"n": np.array([2, 3])},
+                 ("y", "z"))
 
 
 def expand(rng):
@@ -79,12 +86,16 @@ def shape_of(rng):
 def range_(rng):
     """From the length of an input, as positions are made."""
     nodes = [node("Shape", ["x"], ["n1"], start=0, end=1), node("Squeeze", ["n1"], ["n"]), node("Range", ["start", "n", "step"])]
-    return Graph(nodes, {"x": normal(rng, int(rng.integers(2, 9)))}, {"start": np.array(int(rng.integers(-3, 2))), "step": np.array(int(rng.integers(1, 4)))})
+    return Graph(nodes, {"x": normal(rng, int(rng.integers(2, 9)))},
+                 {"start": np.array(int(rng.integers(-3, 2))), "step": np.array(int(rng.integers(1, 4)))})
 
 
 def constant_of_shape(rng):
-    nodes = [node("Shape", ["x"], ["s"]), node("ConstantOfShape", ["s"], ["f"], value=numpy_helper.from_array(np.array([2.5], np.float32))),
-             node("Add", ["f", "x"])]
+    nodes = [
+        node("Shape", ["x"], ["s"]),
+        node("ConstantOfShape", ["s"], ["f"], value=numpy_helper.from_array(np.array([2.5], np.float32))),
+        node("Add", ["f", "x"])
+    ]
     return Graph(nodes, {"x": normal(rng, *shape(rng))})
 
 
@@ -112,7 +123,8 @@ def gather_elements(rng):
 def gather_nd(rng):
     batch, depth = int(rng.integers(0, 2)), int(rng.integers(1, 3))
     leading = (2,) if batch else shape(rng, 1, 1)
-    return Graph([node("GatherND", ["x", "i"], batch_dims=batch)], {"x": normal(rng, 2, 3, 4), "i": rng.integers(0, 2, (*leading, depth))}, fixed=True)
+    return Graph([node("GatherND", ["x", "i"], batch_dims=batch)],
+                 {"x": normal(rng, 2, 3, 4), "i": rng.integers(0, 2, (*leading, depth))}, fixed=True)
 
 
 def scatter_elements(rng):
@@ -145,31 +157,39 @@ def resize(rng):
     x = normal(rng, 1, 2, int(rng.integers(2, 5)), int(rng.integers(2, 5)))
     mode = str(rng.choice(["nearest", "linear"]))
     transform = str(rng.choice(["asymmetric", "half_pixel", "align_corners"]))
-    attributes = {"nearest_mode": str(rng.choice(["floor", "ceil", "round_prefer_floor", "round_prefer_ceil"]))} if mode == "nearest" else {}
+    attributes = {"nearest_mode": str(rng.choice(["floor", "ceil", "round_prefer_floor", "round_prefer_ceil"]))
+                  } if mode == "nearest" else {}
     scales = np.array([1, 1, rng.choice([1, 2, 3]), rng.choice([1, 2, 3])], np.float32)
-    return Graph([node("Resize", ["x", "", "s"], mode=mode, coordinate_transformation_mode=transform, **attributes)], {"x": x}, {"s": scales}, fixed=True)
+    return Graph([node("Resize", ["x", "", "s"], mode=mode, coordinate_transformation_mode=transform, **attributes)], {"x": x},
+                 {"s": scales}, fixed=True)
 
 
 def resize_to(rng):
     mode, transform = str(rng.choice(["nearest", "linear"])), str(rng.choice(["asymmetric", "half_pixel", "align_corners"]))
     sizes = np.array([1, 2, rng.integers(1, 9), rng.integers(1, 9)])
-    return Graph([node("Resize", ["x", "", "", "s"], mode=mode, coordinate_transformation_mode=transform)], {"x": normal(rng, 1, 2, 5, 4)}, {"s": sizes},
-                 fixed=True)
+    return Graph([node("Resize", ["x", "", "", "s"], mode=mode, coordinate_transformation_mode=transform)],
+                 {"x": normal(rng, 1, 2, 5, 4)}, {"s": sizes}, fixed=True)
 
 
 def last_elements(rng):
     """A slice whose start is computed from the input's shape."""
-    nodes = [node("Shape", ["x"], ["n"], start=0, end=1), node("Sub", ["n", "one"], ["s"]), node("Slice", ["x", "s", "n", "zero"])]
+    nodes = [
+        node("Shape", ["x"], ["n"], start=0, end=1),
+        node("Sub", ["n", "one"], ["s"]),
+        node("Slice", ["x", "s", "n", "zero"])
+    ]
     return Graph(nodes, {"x": normal(rng, 5, 3)}, {"one": np.array([1]), "zero": np.array([0])})
 
 
 def trilu(rng):
-    return Graph([node("Trilu", ["x", "k"], upper=int(rng.integers(0, 2)))], {"x": normal(rng, 4, 5)}, {"k": np.array(int(rng.integers(-2, 3)))}, fixed=True)
+    return Graph([node("Trilu", ["x", "k"], upper=int(rng.integers(0, 2)))], {"x": normal(rng, 4, 5)},
+                 {"k": np.array(int(rng.integers(-2, 3)))}, fixed=True)
 
 
 def resize_by_fraction(rng):
     x, scales = normal(rng, 1, 2, 5, 4), np.array([1, 1, rng.choice([0.7, 1.3, 1.5]), 2.3], np.float32)
-    return Graph([node("Resize", ["x", "", "s"], mode="nearest", coordinate_transformation_mode="asymmetric")], {"x": x}, {"s": scales}, fixed=True)
+    return Graph([node("Resize", ["x", "", "s"], mode="nearest", coordinate_transformation_mode="asymmetric")], {"x": x},
+                 {"s": scales}, fixed=True)
 
 
 def negative_index(rng):
@@ -177,8 +197,10 @@ def negative_index(rng):
 
 
 LAYOUTS = {
-    "Transpose": transpose, "Reshape": reshape, "Reshape by shape": reshape_computed, "Squeeze": squeeze, "Unsqueeze": unsqueeze, "Flatten": flatten,
-    "Concat": concat, "Slice": slice_, "Slice by shape": last_elements, "Split": split, "Expand": expand, "Tile": tile, "Shape": shape_of,
-    "Range": range_, "ConstantOfShape": constant_of_shape, "Gather": gather, "Gather from the end": gather_negative,
-    "GatherElements": gather_elements, "GatherND": gather_nd, "ScatterElements": scatter_elements, "ScatterND": scatter_nd, "OneHot": one_hot,
-    "Pad": pad, "Resize": resize, "Resize to sizes": resize_to, "Trilu": trilu}
+    "Transpose": transpose, "Reshape": reshape, "Reshape by shape": reshape_computed, "Squeeze": squeeze, "Unsqueeze": unsqueeze,
+    "Flatten": flatten, "Concat": concat, "Slice": slice_, "Slice by shape": last_elements, "Split": split, "Expand": expand,
+    "Tile": tile, "Shape": shape_of, "Range": range_, "ConstantOfShape": constant_of_shape, "Gather": gather,
+    "Gather from the end": gather_negative, "GatherElements": gather_elements, "GatherND": gather_nd,
+    "ScatterElements": scatter_elements, "ScatterND": scatter_nd, "OneHot": one_hot, "Pad": pad, "Resize": resize,
+    "Resize to sizes": resize_to, "Trilu": trilu
+}

@@ -24,7 +24,8 @@ def top_k(rng):
 
 def arg_max(rng):
     x = rng.permutation(24).reshape(2, 3, 4).astype(np.float32)
-    return Graph([node(str(rng.choice(["ArgMax", "ArgMin"])), ["x"], axis=any_axis(rng, 3), keepdims=int(rng.integers(0, 2)))], {"x": x}, fixed=True)
+    return Graph([node(str(rng.choice(["ArgMax", "ArgMin"])), ["x"], axis=any_axis(rng, 3), keepdims=int(rng.integers(0, 2)))],
+                 {"x": x}, fixed=True)
 
 
 def cumulative(rng):
@@ -36,7 +37,8 @@ def cumulative(rng):
 def matmul(rng):
     m, k, n = (int(v) for v in rng.integers(1, 6, 3))
     lead = shape(rng, 0, 2)
-    sizes = [((*lead, m, k), (*broadcastable(rng, lead), k, n)), ((k,), (k, n)), ((*lead, m, k), (k,)), ((*lead, m, k), (k, n))][rng.integers(4)]
+    sizes = [((*lead, m, k), (*broadcastable(rng, lead), k, n)), ((k,), (k, n)), ((*lead, m, k), (k,)),
+             ((*lead, m, k), (k, n))][rng.integers(4)]
     return Graph([node("MatMul", ["a", "b"])], {"a": normal(rng, *sizes[0]), "b": normal(rng, *sizes[1])}, fixed=True)
 
 
@@ -44,7 +46,8 @@ def gemm(rng):
     m, k, n = (int(v) for v in rng.integers(1, 6, 3))
     ta, tb = (int(v) for v in rng.integers(0, 2, 2))
     feeds = {"a": normal(rng, *((k, m) if ta else (m, k))), "b": normal(rng, *((n, k) if tb else (k, n))), "c": normal(rng, n)}
-    return Graph([node("Gemm", feeds, transA=ta, transB=tb, alpha=float(rng.uniform(0.5, 2)), beta=float(rng.uniform(0.5, 2)))], feeds, fixed=True)
+    return Graph([node("Gemm", feeds, transA=ta, transB=tb, alpha=float(rng.uniform(0.5, 2)), beta=float(rng.uniform(0.5, 2)))],
+                 feeds, fixed=True)
 
 
 def convolution(rng):
@@ -57,7 +60,8 @@ def convolution(rng):
     elif auto < 0.8:
         attributes |= {"auto_pad": str(rng.choice(["SAME_UPPER", "SAME_LOWER"])), "dilations": [1] * rank}
     constants = {"w": w, "b": normal(rng, 4)}
-    return Graph([node("Conv", ["x", *list(constants)[:1 + (rng.random() < 0.7)]], **attributes)], {"x": x}, constants, fixed=True)
+    return Graph([node("Conv", ["x", *list(constants)[:1 + (rng.random() < 0.7)]], **attributes)], {"x": x}, constants,
+                 fixed=True)
 
 
 def layer_norm(rng):
@@ -68,7 +72,8 @@ def layer_norm(rng):
 
 def rms_norm(rng):
     x, axis = normal(rng, *shape(rng, 3, 4)), int(rng.integers(1, 3))
-    return Graph([node("RMSNormalization", ["x", "s"], axis=axis, epsilon=1e-6)], {"x": x}, {"s": normal(rng, *x.shape[axis:])}, fixed=True)
+    return Graph([node("RMSNormalization", ["x", "s"], axis=axis, epsilon=1e-6)], {"x": x}, {"s": normal(rng, *x.shape[axis:])},
+                 fixed=True)
 
 
 def group_norm(rng):
@@ -88,13 +93,17 @@ def rotary(rng):
     lead = (6,) if indexed else (2, tokens)
     feeds = {"x": normal(rng, 2, heads, tokens, size), "cos": normal(rng, *lead, angles), "sin": normal(rng, *lead, angles)}
     feeds |= {"positions": rng.integers(0, 6, (2, tokens))} if indexed else {}
-    return Graph([node("RotaryEmbedding", feeds, interleaved=int(rng.integers(0, 2)), rotary_embedding_dim=turning)], feeds, fixed=True)
+    return Graph([node("RotaryEmbedding", feeds, interleaved=int(rng.integers(0, 2)), rotary_embedding_dim=turning)], feeds,
+                 fixed=True)
 
 
 def attention(rng):
     """Grouped heads, with a scale, without a mask, with a boolean or an added one, or causal from the upper left."""
     kv, group, tokens, slots, size = (int(rng.integers(1, n)) for n in (3, 3, 5, 6, 3))
-    feeds = {"q": normal(rng, 2, kv * group, tokens, 8 * size), "k": normal(rng, 2, kv, slots, 8 * size), "v": normal(rng, 2, kv, slots, 8 * size)}
+    feeds = {
+        "q": normal(rng, 2, kv * group, tokens, 8 * size), "k": normal(rng, 2, kv, slots, 8 * size),
+        "v": normal(rng, 2, kv, slots, 8 * size)
+    }
     kind = rng.integers(4)
     attributes = {"is_causal": 1} if kind == 3 else {"scale": float(rng.uniform(0.1, 2))} if rng.random() < 0.3 else {}
     if kind == 1:
@@ -114,7 +123,10 @@ def flat_attention(rng):
 
 def tensor_scatter(rng):
     capacity, tokens = 7, int(rng.integers(1, 4))
-    feeds = {"c": normal(rng, 2, 3, capacity, 4), "u": normal(rng, 2, 3, tokens, 4), "w": rng.integers(0, capacity - tokens + 1, (2,))}
+    feeds = {
+        "c": normal(rng, 2, 3, capacity, 4), "u": normal(rng, 2, 3, tokens, 4),
+        "w": rng.integers(0, capacity - tokens + 1, (2,))
+    }
     return Graph([node("TensorScatter", feeds, axis=-2, mode="linear")], feeds, fixed=True)
 
 
@@ -138,12 +150,14 @@ def quantize(rng):
 
 
 def one_group(rng):
-    return Graph([node("GroupNormalization", ["x", "s", "b"], num_groups=1)], {"x": normal(rng, 2, 6, 3, 4)}, {"s": normal(rng, 6), "b": normal(rng, 6)},
-                 fixed=True)
+    return Graph([node("GroupNormalization", ["x", "s", "b"], num_groups=1)], {"x": normal(rng, 2, 6, 3, 4)},
+                 {"s": normal(rng, 6), "b": normal(rng, 6)}, fixed=True)
 
 
 def nonpad(rng):
-    feeds = {"q": normal(rng, 2, 2, 3, 8), "k": normal(rng, 2, 2, 5, 8), "v": normal(rng, 2, 2, 5, 8), "n": rng.integers(1, 5, (2,))}
+    feeds = {
+        "q": normal(rng, 2, 2, 3, 8), "k": normal(rng, 2, 2, 5, 8), "v": normal(rng, 2, 2, 5, 8), "n": rng.integers(1, 5, (2,))
+    }
     return Graph([node("Attention", ["q", "k", "v", "", "", "", "n"])], feeds, fixed=True)
 
 
@@ -160,10 +174,13 @@ def einsum(rng):
     return Graph([node("Einsum", ["a", "b"], equation="bij,bjk->bik")], {"a": normal(rng, 2, 3, 4), "b": normal(rng, 2, 4, 5)})
 
 
+REDUCTIONS = ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare")
 SUMS = {
-    **{kind: reduce(kind) for kind in ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare")},
-    **{kind: unary(kind, rank=2, axis=any_axis) for kind in ("Softmax", "LogSoftmax", "Hardmax")}, "TopK": top_k, "ArgMax": arg_max,
-    "CumSum": cumulative, "MatMul": matmul, "Gemm": gemm, "Conv": convolution, "LayerNormalization": layer_norm,
-    "RMSNormalization": rms_norm, "GroupNormalization": group_norm, "InstanceNormalization": instance_norm, "RotaryEmbedding": rotary,
-    "Attention": attention, "Attention of flat heads": flat_attention, "TensorScatter": tensor_scatter, "DequantizeLinear": dequantize,
-    "QuantizeLinear": quantize}
+    **{kind: reduce(kind) for kind in REDUCTIONS}, "TopK": top_k,
+    **{kind: unary(kind, rank=2, axis=any_axis) for kind in ("Softmax", "LogSoftmax", "Hardmax")},
+    "ArgMax": arg_max, "CumSum": cumulative, "MatMul": matmul, "Gemm": gemm, "Conv": convolution,
+    "LayerNormalization": layer_norm, "RMSNormalization": rms_norm, "GroupNormalization": group_norm,
+    "InstanceNormalization": instance_norm, "RotaryEmbedding": rotary, "Attention": attention,
+    "Attention of flat heads": flat_attention, "TensorScatter": tensor_scatter, "DequantizeLinear": dequantize,
+    "QuantizeLinear": quantize
+}

@@ -5,8 +5,10 @@ import pytest
 
 from engines.readback.numbers import rounded, unpacked
 
-TYPES = {"BF16": ml_dtypes.bfloat16, "FP8": ml_dtypes.float8_e4m3fn, "FP4": ml_dtypes.float4_e2m1fn, "E8M0": ml_dtypes.float8_e8m0fnu,
-         "HALF": np.float16}
+TYPES = {
+    "BF16": ml_dtypes.bfloat16, "FP8": ml_dtypes.float8_e4m3fn, "FP4": ml_dtypes.float4_e2m1fn, "E8M0": ml_dtypes.float8_e8m0fnu,
+    "HALF": np.float16
+}
 
 
 @pytest.mark.parametrize("kind", ["FP8", "E8M0"])
@@ -18,7 +20,8 @@ def test_every_code_of_a_byte_is_read(kind):
 def test_every_code_of_two_bytes_is_read():
     codes = np.arange(1 << 16).astype(np.uint16)
     for kind in ("BF16", "HALF"):
-        np.testing.assert_array_equal(unpacked(codes.view(np.uint8), kind, codes.size), codes.view(TYPES[kind]).astype(np.float32))
+        np.testing.assert_array_equal(unpacked(codes.view(np.uint8), kind, codes.size),
+                                      codes.view(TYPES[kind]).astype(np.float32))
 
 
 @pytest.mark.parametrize("count", [15, 16])

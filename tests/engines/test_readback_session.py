@@ -35,8 +35,9 @@ def built(bundle, **options):
 def bound(session, *, rows=2, tokens=3):
     """(buffers of a decoder step, the step)."""
     caches = cache_buffers(session, rows=rows, capacity_tokens=session.capacity_tokens)
-    buffers = caches | {"inputs_embeds": session.buffer((rows, tokens, HIDDEN), "float32"), "position_ids": session.buffer((3, rows, tokens), "int64"),
-                        "write_indices": session.buffer((rows,), "int64"), "hidden_states": session.buffer((rows, tokens, HIDDEN), "float32")}
+    shapes = {"inputs_embeds": (rows, tokens, HIDDEN), "hidden_states": (rows, tokens, HIDDEN)}
+    buffers = caches | {name: session.buffer(shape, "float32") for name, shape in shapes.items()}
+    buffers |= {"position_ids": session.buffer((3, rows, tokens), "int64"), "write_indices": session.buffer((rows,), "int64")}
     buffers["inputs_embeds"].write(np.random.default_rng(0).standard_normal((rows, tokens, HIDDEN)).astype(np.float32))
     return buffers, session.bind(buffers)
 
@@ -53,7 +54,8 @@ def test_a_step_writes_its_slots_in_place_and_its_outputs(bundle, backend, cache
     memory = key.array
     step()
     changed = (key.read() != poison.astype(np.float32)).all((1, 3))
-    assert key.array is memory and np.flatnonzero(changed[0]).tolist() == [4, 5, 6] and np.flatnonzero(changed[1]).tolist() == [0, 1, 2]
+    assert key.array is memory and np.flatnonzero(changed[0]).tolist() == [4, 5, 6] and np.flatnonzero(
+        changed[1]).tolist() == [0, 1, 2]
     in_bf16 = key.read().astype(ml_dtypes.bfloat16).astype(np.float32)
     assert (key.read() == in_bf16).all() == (cache == "bfloat16")
     assert np.isfinite(buffers["hidden_states"].read()).all() and buffers["hidden_states"].read().any()
@@ -107,8 +109,11 @@ def test_a_network_that_cannot_be_read_is_built_all_the_same(bundle, monkeypatch
 
 
 def small(*, alpha=0.1, weight=1.0, order=("x", "h"), middle="h", name="n"):
-    nodes = [helper.make_node("LeakyRelu", ["x"], [middle], alpha=alpha, name=name),
-             helper.make_node("Sub", [middle if part == "h" else part for part in order], ["d"]), helper.make_node("Mul", ["d", "w"], ["y"])]
+    nodes = [
+        helper.make_node("LeakyRelu", ["x"], [middle], alpha=alpha, name=name),
+        helper.make_node("Sub", [middle if part == "h" else part for part in order], ["d"]),
+        helper.make_node("Mul", ["d", "w"], ["y"])
+    ]
     io = [[TensorSpec(part, "float32", ("N", 3))] for part in ("x", "y")]
     return network_hash(parsed(trt, model_from_nodes(nodes, *io, {"w": np.array([[1, weight, 2]], np.float32)})))
 
@@ -124,7 +129,10 @@ def test_the_description_shows_layers_attributes_and_what_is_fused(bundle):
     network = parsed_component(bundle, "base_ar", target=TARGET)[0]
     data = json.loads(json.dumps(describe_network(network)))
     assert data["inputs"]["past_key_values.0.key"] == f"BF16[*,{KV},2048,{DIM}]" and data["kinds"]["KV_CACHE_UPDATE"] == 2
-    assert data["fused"] == [{"kind": "attention", "layer": data["fused"][0]["layer"], "kernels": "one", "mask": True, "causal": "NONE", "lengths": False}]
+    assert data["fused"] == [{
+        "kind": "attention", "layer": data["fused"][0]["layer"], "kernels": "one", "mask": True, "causal": "NONE",
+        "lengths": False
+    }]
     update = next(layer for layer in data["layers"] if layer["kind"] == "KV_CACHE_UPDATE")
     assert update["attributes"]["cache_mode"] == "LINEAR" and update["inputs"][0].startswith("past_key_values.0.")
     shown = describe_component(bundle, "base_ar", target=TARGET)
@@ -147,7 +155,10 @@ def test_plans_without_a_recorded_network_are_still_read(bundle):
 
 def test_constants_are_kept_only_where_there_is_room(bundle, monkeypatch):
     network = parsed_component(bundle, "base_ar", target=TARGET)[0]
-    feeds = {t.name: np.zeros([2 if n < 0 else n for n in t.shape], np.int64 if t.kind == "INT64" else np.float32) for t in network.inputs}
+    feeds = {
+        t.name: np.zeros([2 if n < 0 else n for n in t.shape], np.int64 if t.kind == "INT64" else np.float32)
+        for t in network.inputs
+    }
     feeds["inputs_embeds"] += np.linspace(0, 1, HIDDEN, dtype=np.float32)
 
     def run(evaluator):

@@ -12,14 +12,18 @@ from engines.trt import log_of
 
 trt = pytest.importorskip("tensorrt_rtx")
 E4M3, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
-KINDS = {"FLOAT": (TensorProto.FLOAT, np.float32), "HALF": (TensorProto.FLOAT16, np.float16), "BF16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16)}
+KINDS = {
+    "FLOAT": (TensorProto.FLOAT, np.float32), "HALF": (TensorProto.FLOAT16, np.float16),
+    "BF16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16)
+}
 
 
 def model_of(nodes, inputs, outputs, constants):
     """A model; inputs and outputs are name -> (type, shape), constants arrays or TensorProtos."""
     values = [[helper.make_tensor_value_info(name, *spec) for name, spec in side.items()] for side in (inputs, outputs)]
     stored = [c if isinstance(c, TensorProto) else numpy_helper.from_array(np.asarray(c), name) for name, c in constants.items()]
-    return helper.make_model(helper.make_graph(nodes, "g", *values, stored), opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    return helper.make_model(helper.make_graph(nodes, "g", *values, stored), opset_imports=[helper.make_opsetid("", 24)],
+                             ir_version=11)
 
 
 def node(kind, inputs, output, **attributes):
@@ -39,14 +43,20 @@ def random(*shape, seed=0):
 
 def fp8_model(codes, constant, scale):
     """x [3,32] -> x @ dequantised codes [32,16], in bf16."""
-    nodes = [node("Cast", ["x"], "h", to=TensorProto.BFLOAT16), node("DequantizeLinear", ["c", "s"], "w", axis=1), node("MatMul", ["h", "w"], "p"),
-             node("Cast", ["p"], "y", to=TensorProto.FLOAT)]
+    nodes = [
+        node("Cast", ["x"], "h", to=TensorProto.BFLOAT16),
+        node("DequantizeLinear", ["c", "s"], "w", axis=1),
+        node("MatMul", ["h", "w"], "p"),
+        node("Cast", ["p"], "y", to=TensorProto.FLOAT)
+    ]
     constant = stored("c", TensorProto.FLOAT8E4M3FN, codes) if constant is None else constant
-    return model_of(nodes, {"x": (TensorProto.FLOAT, [3, 32])}, {"y": (TensorProto.FLOAT, [3, 16])}, {"c": constant, "s": numpy_helper.from_array(scale, "s")})
+    return model_of(nodes, {"x": (TensorProto.FLOAT, [3, 32])}, {"y": (TensorProto.FLOAT, [3, 16])},
+                    {"c": constant, "s": numpy_helper.from_array(scale, "s")})
 
 
 def test_the_parser_misreads_fp8_that_is_not_in_raw_bytes():
-    """ONNX may keep fp8 in `int32_data`, a number in each; TensorRT takes the bytes as they lie, so three of four weights are zero."""
+    """ONNX may keep fp8 in `int32_data`, a number in each; TensorRT takes the bytes as they lie, so three of four weights are
+    zero."""
     codes, scale = (random(32, 16) * 100).clip(-448, 448).astype(E4M3), np.array(1, ml_dtypes.bfloat16)
     spread = helper.make_tensor("c", TensorProto.FLOAT8E4M3FN, codes.shape, codes.astype(np.float32).reshape(-1))
     x = random(3, 32, seed=1)
@@ -71,14 +81,15 @@ def test_fp8_activations_saturate_and_round_to_even():
     x = np.array([[0.0, 1.0, 1.0625, 1.1875, 500.0, -500.0, 0.001, 0.0015]], np.float32)
     nodes = [node("QuantizeLinear", ["x", "s", "z"], "q"), node("DequantizeLinear", ["q", "s", "z"], "y")]
     zero = stored("z", TensorProto.FLOAT8E4M3FN, np.zeros((), E4M3))
-    model = model_of(nodes, {"x": (TensorProto.FLOAT, [1, 8])}, {"y": (TensorProto.FLOAT, [1, 8])}, {"s": np.float32(0.5), "z": zero})
+    model = model_of(nodes, {"x": (TensorProto.FLOAT, [1, 8])}, {"y": (TensorProto.FLOAT, [1, 8])},
+                     {"s": np.float32(0.5), "z": zero})
     wanted = np.clip(x / np.float32(0.5), -448, 448).astype(E4M3).astype(np.float32) * np.float32(0.5)
     np.testing.assert_array_equal(evaluated(trt, model, {"x": x})["y"], wanted)
 
 
 def nvfp4_model(axis, seed=0):
-    """(model of x [n,64] -> x @ dequantised weight, the weight [64,32] in float32), in bf16: blocks of 16 numbers of E2M1 along `axis`, a scale of
-    E4M3 for each, one float32 scale for all."""
+    """(model of x [n,64] -> x @ dequantised weight, the weight [64,32] in float32), in bf16: blocks of 16 numbers of E2M1
+    along `axis`, a scale of E4M3 for each, one float32 scale for all."""
     codes = (random(64, 32, seed=seed) * 2).clip(-6, 6).astype(E2M1)
     size = [64, 32]
     size[axis] //= 16
@@ -92,11 +103,13 @@ def nvfp4_model(axis, seed=0):
     return model_of(nodes, {"x": (TensorProto.FLOAT, ["n", 64])}, {"y": (TensorProto.FLOAT, ["n", 32])}, constants), weight
 
 
-@pytest.mark.parametrize("kind, sm, builds", [("fp8", "SM89", True), ("fp8", "SM120", True), ("nvfp4", "SM120", True), ("nvfp4", "SM89", False)])
+@pytest.mark.parametrize("kind, sm, builds", [("fp8", "SM89", True), ("fp8", "SM120", True), ("nvfp4", "SM120", True),
+                                              ("nvfp4", "SM89", False)])
 def test_the_network_that_is_read_back_is_compiled_where_the_device_has_its_type(kind, sm, builds):
     """fp8 from SM 8.9 on, nvfp4 on SM 12.0: what is evaluated here is the network object that the builder then takes."""
     if kind == "fp8":
-        model, x = fp8_model((random(32, 16) * 100).clip(-448, 448).astype(E4M3), None, np.array(0.03, ml_dtypes.bfloat16)), random(3, 32, seed=1)
+        model, x = fp8_model((random(32, 16) * 100).clip(-448, 448).astype(E4M3), None,
+                             np.array(0.03, ml_dtypes.bfloat16)), random(3, 32, seed=1)
     else:
         (model, weight), x = nvfp4_model(0), random(3, 64, seed=1)
     read = parsed(trt, model)
@@ -126,9 +139,17 @@ def test_nvfp4_weights_have_fp8_scales_that_are_dequantised_themselves(axis):
 def test_a_16_bit_network_is_rounded_after_every_layer(kind):
     proto, dtype = KINDS[kind]
     x, b = random(4, 33) * 3, (random(33, seed=1) / 7).astype(dtype)
-    nodes = [node("Cast", ["x"], "h", to=proto), node("Add", ["h", "b"], "s"), node("Sigmoid", ["s"], "g"), node("Mul", ["s", "g"], "m"),
-             node("Sqrt", ["g"], "r"), node("Add", ["m", "r"], "t"), node("Cast", ["t"], "y", to=TensorProto.FLOAT)]
-    model = model_of(nodes, {"x": (TensorProto.FLOAT, ["n", 33])}, {"y": (TensorProto.FLOAT, ["n", 33])}, {"b": numpy_helper.from_array(b, "b")})
+    nodes = [
+        node("Cast", ["x"], "h", to=proto),
+        node("Add", ["h", "b"], "s"),
+        node("Sigmoid", ["s"], "g"),
+        node("Mul", ["s", "g"], "m"),
+        node("Sqrt", ["g"], "r"),
+        node("Add", ["m", "r"], "t"),
+        node("Cast", ["t"], "y", to=TensorProto.FLOAT)
+    ]
+    model = model_of(nodes, {"x": (TensorProto.FLOAT, ["n", 33])}, {"y": (TensorProto.FLOAT, ["n", 33])},
+                     {"b": numpy_helper.from_array(b, "b")})
 
     def to(a):
         return a.astype(dtype).astype(np.float32)
@@ -137,17 +158,19 @@ def test_a_16_bit_network_is_rounded_after_every_layer(kind):
     gate = to(1 / (1 + np.exp(-total)))
     wanted = to(to(total * gate) + to(np.sqrt(gate)))
     got = evaluated(trt, model, {"x": x})["y"]
-    assert (got == wanted).mean() > 0.99 and np.abs(got - wanted).max() <= 2.0 ** (-9 if kind == "HALF" else -6)  # an exp may differ in its last bit
+    assert (got == wanted).mean() > 0.99 and np.abs(got - wanted).max() <= 2.0**(-9 if kind == "HALF" else -6
+                                                                                 )  # an exp may differ in its last bit
     wide = evaluated(trt, model, {"x": x}, wide=True)["y"]
     exact = x + b.astype(np.float32)
     np.testing.assert_allclose(wide, exact / (1 + np.exp(-exact)) + np.sqrt(1 / (1 + np.exp(-exact))), rtol=1e-5, atol=1e-6)
     assert np.abs(wide - wanted).max() > 1e-4
 
 
-@pytest.mark.parametrize("head_dim, kind, least", [(128, "BF16", 2.8e-3), (80, "BF16", 2.3e-3), (64, "BF16", 2e-4), (128, "HALF", 4e-4)])
+@pytest.mark.parametrize("head_dim, kind, least", [(128, "BF16", 2.8e-3), (80, "BF16", 2.3e-3), (64, "BF16", 2e-4),
+                                                   (128, "HALF", 4e-4)])
 def test_the_parser_computes_the_scale_of_attention_in_the_networks_type(head_dim, kind, least):
-    """ONNX multiplies scores by 1/sqrt(d). TensorRT's parser multiplies query and key by sqrt(1/sqrt(d)) each, rounded to the network's type at
-    every step: in bf16 and d = 128, as in STAR-3B and 7B, the scores are 0.29 % smaller."""
+    """ONNX multiplies scores by 1/sqrt(d). TensorRT's parser multiplies query and key by sqrt(1/sqrt(d)) each, rounded to the
+    network's type at every step: in bf16 and d = 128, as in STAR-3B and 7B, the scores are 0.29 % smaller."""
     shape = ["B", 2, "S", head_dim]
     nodes = [node("Attention", ["q", "k", "v"], "y")]
     inputs = {name: (KINDS[kind][0], shape) for name in "qkv"}
@@ -164,7 +187,8 @@ def test_the_parser_computes_the_scale_of_attention_in_the_networks_type(head_di
 def cache_model(kind="FLOAT"):
     nodes = [node("TensorScatter", ["c", "u", "w"], "p", axis=-2, mode="linear")]
     proto, shape = KINDS[kind][0], ["B", 2, 6, 4]
-    return model_of(nodes, {"c": (proto, shape), "u": (proto, ["B", 2, "S", 4]), "w": (TensorProto.INT64, ["B"])}, {"p": (proto, shape)}, {})
+    return model_of(nodes, {"c": (proto, shape), "u": (proto, ["B", 2, "S", 4]), "w": (TensorProto.INT64, ["B"])},
+                    {"p": (proto, shape)}, {})
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

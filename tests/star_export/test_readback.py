@@ -1,4 +1,5 @@
-"""The miniature checkpoint, read back from TensorRT's networks, computes what the reference computes; the rung says so, and can fail."""
+"""The miniature checkpoint, read back from TensorRT's networks, computes what the reference computes; the rung says so, and
+can fail."""
 import json
 import shutil
 
@@ -49,8 +50,12 @@ def test_ids_of_a_generation_an_answer_and_an_edit_are_onnx_runtimes(bundle_of, 
     ids = {}
     for backend in ("onnxruntime", f"readback-fp32:{TARGET}"):
         with Star(bundle, backend=backend) as star:
-            ids[backend] = [validate._generate(star, case)["image_ids"], readback.asked_ids(star)[None], readback.edited_ids(star),
-                            readback.forced_ids(star, case)]
+            ids[backend] = [
+                validate._generate(star, case)["image_ids"],
+                readback.asked_ids(star)[None],
+                readback.edited_ids(star),
+                readback.forced_ids(star, case)
+            ]
     for wanted, got in zip(*ids.values()):
         np.testing.assert_array_equal(got, wanted)
         assert wanted.size > 1 or precision == "fp32"
@@ -59,7 +64,8 @@ def test_ids_of_a_generation_an_answer_and_an_edit_are_onnx_runtimes(bundle_of, 
 
 @pytest.fixture(scope="module")
 def built(bundle_of, tmp_path_factory):
-    """A bf16 bundle with plans for a GPU that is not here, every network held to its golden tensors just before it was compiled."""
+    """A bf16 bundle with plans for a GPU that is not here, every network held to its golden tensors just before it was
+    compiled."""
     path = tmp_path_factory.mktemp("plans") / "bundle"
     shutil.copytree(bundle_of("bf16"), path)
     bundle = Bundle.open(path)
@@ -84,7 +90,8 @@ def test_without_the_device_the_networks_are_read_back_and_the_certificate_says_
     checks = {(row.component, row.check.partition(":")[2].strip().partition(":")[0]) for row in rung.rows}
     assert {("runtime", run) for run in ("generate", "sample", "answer", "teacher-forced", "ask", "edit")} <= checks
     assert {(name, "steps against prefill, B=2") for name in ("base_ar", "stacked_ar")} <= checks
-    assert {("image_head", "case greedy, ties the other way"), ("vq_encoder", "case 3, ties the other way"), ("vq_decoder", "case 3")} <= checks
+    assert {("image_head", "case greedy, ties the other way"), ("vq_encoder", "case 3, ties the other way"),
+            ("vq_decoder", "case 3")} <= checks
     assert {row.check.partition(":")[0] for row in rung.rows} == {"fp32", "bf16"} and "base_ar step by step" in steps
     stored = json.loads((built / f"certificates/readback-{TARGET}-cpu.json").read_text())
     assert stored["passed"] and len(stored["plans"]) == 8
@@ -112,7 +119,8 @@ def test_a_network_that_means_something_else_fails_the_rung(built, monkeypatch, 
     plan = built / f"plans/{TARGET}/stacked_ar.plan"
     before = plan.read_bytes()
     with pytest.raises(ParityError, match="stacked_ar, read back"):
-        build.build_plans(bundle, [TARGET], components=["stacked_ar"], capacity_tokens=CAPACITY // 2, look=readback.look_at_golden(bundle))
+        build.build_plans(bundle, [TARGET], components=["stacked_ar"], capacity_tokens=CAPACITY // 2,
+                          look=readback.look_at_golden(bundle))
     assert plan.read_bytes() == before, "a plan of a wrong network was written"
 
 
@@ -128,7 +136,9 @@ def test_a_plan_is_needed_and_a_target_that_cannot_be_read_is_left_out(bundle_of
 def test_with_the_device_both_run(monkeypatch):
     monkeypatch.setattr(validate, "check_runnable", lambda target: None)
     assert validate._backend_of(TARGET) == f"tensorrt:{TARGET}"
-    assert list(validate.rungs_of(f"tensorrt:{TARGET}")) == ["files and graphs", "read-back", "golden tensors", "decoder steps", "whole runs"]
+    assert list(validate.rungs_of(f"tensorrt:{TARGET}")) == [
+        "files and graphs", "read-back", "golden tensors", "decoder steps", "whole runs"
+    ]
     assert list(validate.rungs_of("onnxruntime")) == ["files and graphs", "golden tensors", "decoder steps", "whole runs"]
     monkeypatch.setattr(validate, "check_runnable", here_is_no_gpu)
     monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)

@@ -1,5 +1,5 @@
-"""Planted faults: each is seen in the network that TensorRT parsed. What ONNX Runtime says of the same graph is stated beside it: where it
-passes there, nothing but reading the network back shows the fault on a machine without a GPU."""
+"""Planted faults: each is seen in the network that TensorRT parsed. What ONNX Runtime says of the same graph is stated beside
+it: where it passes there, nothing but reading the network back shows the fault on a machine without a GPU."""
 from __future__ import annotations
 
 import shutil
@@ -68,7 +68,10 @@ def attend(model):
 
 def lengths_instead_of_the_mask(model):
     body, node = attend(model)
-    before = [helper.make_node("Shape", ["query"], ["tokens"], start=2, end=3), helper.make_node("Add", ["write_indices", "tokens"], ["used"])]
+    before = [
+        helper.make_node("Shape", ["query"], ["tokens"], start=2, end=3),
+        helper.make_node("Add", ["write_indices", "tokens"], ["used"])
+    ]
     node.input[:] = ["query", "present_key", "present_value", "", "", "", "used"]
     nodes = [*before, *body.node]
     del body.node[:]
@@ -113,8 +116,9 @@ def bias_dropped(model):
 
 
 def position_axes_exchanged(model):
-    node = next(n for n in model.graph.node if n.op_type == "Gather" and any(
-        i.name == n.input[1] and len(numpy_helper.to_array(i)) == 8 for i in model.graph.initializer if i.data_type == TensorProto.INT64))
+    node = next(n for n in model.graph.node
+                if n.op_type == "Gather" and any(i.name == n.input[1] and len(numpy_helper.to_array(i)) == 8
+                                                 for i in model.graph.initializer if i.data_type == TensorProto.INT64))
     stored = next(i for i in model.graph.initializer if i.name == node.input[1])
     stored.CopyFrom(numpy_helper.from_array(np.array([0, 2, 1])[numpy_helper.to_array(stored)], stored.name))
 
@@ -195,8 +199,11 @@ def block_size_doubled(model):
 
 
 QUANTISED = {  # TensorRT takes the block from the scales' shape and does not look at block_size: that fault it does not have
-    "int4 nibbles swapped": Fault(nibbles_swapped, "fails", "fails"), "block size wrong": Fault(scales_of_longer_blocks, "fails", "fails"),
-    "block size wrong, scales right": Fault(block_size_doubled, "passes", "refuses"), "none": Fault(lambda model: None, "passes", "passes")}
+    "int4 nibbles swapped": Fault(nibbles_swapped, "fails",
+                                  "fails"), "block size wrong": Fault(scales_of_longer_blocks, "fails", "fails"),
+    "block size wrong, scales right": Fault(block_size_doubled, "passes",
+                                            "refuses"), "none": Fault(lambda model: None, "passes", "passes")
+}
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -208,13 +215,14 @@ def test_a_fault_in_quantised_weights_is_seen_in_the_network(bundle_of, tmp_path
         model = onnx.load(bundle.path / "stacked_ar" / graph)
         fault.plant(model)
         (tmp_path / graph).write_bytes(model.SerializeToString())
-    here, there = read_back(tmp_path / "model.onnx", spec, cases, "stacked_ar"), on_onnxruntime(tmp_path / "twin.onnx", cases, "stacked_ar")
+    here, there = read_back(tmp_path / "model.onnx", spec, cases,
+                            "stacked_ar"), on_onnxruntime(tmp_path / "twin.onnx", cases, "stacked_ar")
     assert (here.partition(":")[0], there.partition(":")[0]) == (fault.here, fault.onnxruntime), f"{here}\n{there}"
 
 
 def test_an_answer_that_hangs_on_the_order_of_equals_is_seen(mini_bundle, tmp_path):
-    """Two ids with the same weights tie for the first place. ONNX gives the lower one, and so does the golden case; TensorRT says nothing of
-    the order of equals, so the other order is computed too, and differs."""
+    """Two ids with the same weights tie for the first place. ONNX gives the lower one, and so does the golden case; TensorRT
+    says nothing of the order of equals, so the other order is computed too, and differs."""
     bundle = Bundle.open(mini_bundle)
     spec = bundle.component("image_head")
     case = component_cases(bundle.file(spec.golden), spec)["greedy"]
