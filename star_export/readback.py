@@ -13,12 +13,12 @@ import numpy as np
 
 from engines.bundle import Bundle
 from engines.decode import prefill
-from engines.errors import InputError
+from engines.errors import InputError, UsageError
 from engines.image import edit_inputs
 from engines.kv_cache import Slots, cache_buffers
 from engines.plan import plan_spec
 from engines.prompt import text_positions
-from engines.readback import Network
+from engines.readback import BUILDERS, Network
 from engines.readback.parsed import Parsed
 from engines.runtime import Star
 from engines.sessions import run
@@ -33,7 +33,6 @@ from .parity import check, compare
 from .progress import Progress
 from .validate import RUNS, Subject, decoder_steps, golden_tensors, rows_from_results, whole_runs
 
-BUILDERS = ("tensorrt_rtx",)  # whose networks can be read
 STEPS, CHUNK_TOKENS = 16, 256  # of each decoder one by one, and at once where the whole capacity is filled
 RUN_TOKENS = 8  # of the answer and the edit
 PICTURE = (56, 84, 3)
@@ -43,8 +42,12 @@ QUESTION, INSTRUCTION = "what is in the picture?", "make it blue"
 def read_back(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     """All of this module on the networks of `subject.target`, one row per kind of result, and what was left out."""
     target, bundle = subject.target, subject.bundle
-    if target_from_name(target).builder not in BUILDERS:
-        return [], f"left out: networks of {target_from_name(target).builder} are not read back"
+    builder = target_from_name(target).builder
+    if builder not in BUILDERS and subject.backend.startswith("tensorrt:"):
+        return [], f"left out: networks of {builder} are not read back"
+    if builder not in BUILDERS:  # then nothing at all would be proven
+        raise UsageError(f"Networks of {builder} are not read back", fix="validate on the device: --target",
+                         where=f"{subject.backend}: expected a target of {', '.join(BUILDERS)}, got one of {builder}")
     native = compute_type(bundle.manifest.precision, twin=False)
     rows, notes = [], [*_not_compared(bundle, target)]
     for backend, compute in {f"readback-fp32:{target}": "fp32", f"readback:{target}": native}.items():
@@ -175,11 +178,15 @@ def look_at_golden(bundle: Bundle) -> Callable[[str, Parsed], None]:
     float32 throughout. Raises ParityError, and then no plan is written."""
     def look(component: str, parsed: Parsed) -> None:
         spec = bundle.component(component)
-        session = ReadBackSession(Network(parsed, wide=True), spec)
-        for case, recorded in component_cases(bundle.file(spec.golden), spec).items():
-            if session.capacity_tokens is None or session.capacity_tokens >= recorded.inputs["past_key_values.0.key"].shape[2]:
-                results = run_case(session, recorded, limits=limits_of(component, "fp32"),
-                                   capacity_tokens=session.capacity_tokens)
-                check(results, where=f"{component}, read back: case {case}")
+        session, cases = ReadBackSession(Network(parsed, wide=True), spec), component_cases(bundle.file(spec.golden), spec)
+        capacity = session.capacity_tokens
+        fitting = {name: case for name, case in cases.items()
+                   if capacity is None or case.inputs["past_key_values.0.key"].shape[2] <= capacity}
+        if not fitting:
+            raise InputError("No golden case fits this network", fix="build with a larger capacity, or without this check",
+                             where=f"{component}: expected a capacity that holds one of {', '.join(cases)}, got {capacity}")
+        for case, recorded in fitting.items():
+            results = run_case(session, recorded, limits=limits_of(component, "fp32"), capacity_tokens=capacity)
+            check(results, where=f"{component}, read back: case {case}")
 
     return look

@@ -19,6 +19,7 @@ from engines.bundle import Bundle
 from engines.errors import InputError, MissingError, ParityError, UsageError
 from engines.files import write_atomic
 from engines.plan import plan_spec
+from engines.readback import BUILDERS
 from engines.recipe import fits
 from engines.sessions import check_backend, open_session
 from engines.sessions.binding import present_name
@@ -98,11 +99,13 @@ def rungs_of(backend: str) -> Mapping[str, Callable]:
 
 
 def _backend_of(target: str) -> str:
-    """`tensorrt:TARGET` where its plans run here, else `readback:TARGET`; MissingError where its TensorRT is not installed either."""
+    """`tensorrt:TARGET` where its plans run here, else `readback:TARGET`; the first thing that is missing where neither can be."""
     row = target_from_name(target)
     try:
         check_runnable(row)
     except (MissingError, UsageError):
+        if row.builder not in BUILDERS:
+            raise
         tensorrt_of(row)
         return f"readback:{target}"
     return f"tensorrt:{target}"

@@ -6,6 +6,6 @@ meaning of the network, not the kernels that are compiled from it.
 """
 from .describe import describe_network, network_hash
 from .evaluate import Network
-from .parsed import parsed_from_network
+from .parsed import BUILDERS, parsed_from_network
 
-__all__ = ["Network", "describe_network", "network_hash", "parsed_from_network"]
+__all__ = ["BUILDERS", "Network", "describe_network", "network_hash", "parsed_from_network"]

@@ -33,7 +33,8 @@ def _divided(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 ELEMENTWISE: dict[str, Compute] = {  # enum ElementWiseOperation
     "SUM": np.add, "PROD": np.multiply, "MAX": np.maximum, "MIN": np.minimum, "SUB": np.subtract, "DIV": _divided,
-    "POW": np.power, "FLOOR_DIV": np.floor_divide, "AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor, "EQUAL": np.equal,
+    "POW": np.power, "FLOOR_DIV": np.floor_divide, "AND": np.logical_and, "OR": np.logical_or,
+    "XOR": np.logical_xor, "EQUAL": np.equal,
     "GREATER": np.greater, "LESS": np.less}
 
 UNARY: dict[str, Compute] = {  # enum UnaryOperation

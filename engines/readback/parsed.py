@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import InputError, MissingError
 from .numbers import BITS, bytes_count
 
+BUILDERS = ("tensorrt_rtx",)  # the modules whose networks are known here, as of version 1.7
 ATTRIBUTES = {  # of each layer kind, all that the class has beyond those of every layer
     "ACTIVATION": ("alpha", "beta"),
     "ATTENTION_INPUT": ("attention",),

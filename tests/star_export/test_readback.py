@@ -8,9 +8,10 @@ import pytest
 
 from engines import build
 from engines.bundle import Bundle
-from engines.errors import InputError, MissingError, ParityError
+from engines.errors import InputError, MissingError, ParityError, UsageError
 from engines.runtime import Star
 from engines.sessions import open_session
+from engines.sessions.readback import parsed_component
 from star_export import readback, validate
 from star_export.golden_cases import Case, cases_from_file, component_cases
 from star_export.limits import compute_type, limits_of
@@ -125,12 +126,20 @@ def test_a_network_that_means_something_else_fails_the_rung(built, monkeypatch, 
 
 
 def test_a_plan_is_needed_and_a_target_that_cannot_be_read_is_left_out(bundle_of, monkeypatch):
+    """Left out beside the device, refused alone: a certificate must not pass on files alone."""
+    monkeypatch.setattr("engines.recipe.CAPACITY_TOKENS", 20)
     monkeypatch.setattr(validate, "check_runnable", here_is_no_gpu)
     bundle = Bundle.open(bundle_of("bf16"))
     with pytest.raises(InputError, match=f"no plans for {TARGET}"):
         readback.read_back(validate.Subject(bundle, f"readback:{TARGET}", "bf16"), lambda *step: None)
     rows, note = readback.read_back(validate.Subject(bundle, "tensorrt:h200", "bf16"), lambda *step: None)
     assert rows == [] and "left out: networks of tensorrt" in note
+    with pytest.raises(UsageError, match="expected a target of tensorrt_rtx, got one of tensorrt"):
+        readback.read_back(validate.Subject(bundle, "readback:h200", "bf16"), lambda *step: None)
+    with pytest.raises(MissingError, match="There is no GPU"):
+        validate._backend_of("h200")
+    with pytest.raises(InputError, match="No golden case fits this network"):
+        readback.look_at_golden(bundle)("base_ar", parsed_component(bundle, "base_ar", target=TARGET)[0])
 
 
 def test_with_the_device_both_run(monkeypatch):
