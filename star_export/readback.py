@@ -127,7 +127,8 @@ def pictures(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
         found = []
         for name, ids in (("ask", asked_ids), ("edit", edited_ids)):
             wanted, got = ids(oracle), ids(star)
-            got = got[..., :wanted.shape[-1]] if name == "ask" and limit else got
+            if limit:  # an answer that ends earlier than the other is compared as far as both go
+                wanted, got = (array[..., :min(wanted.shape[-1], got.shape[-1])] for array in (wanted, got))
             found += rows_from_results("runtime", name, compare({"ids": got}, {"ids": wanted}, limits={"ids": limit}))
     return found, ""
 

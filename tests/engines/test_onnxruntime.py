@@ -216,7 +216,7 @@ def test_two_threads_on_one_session_are_refused(decoder):
 def test_an_unknown_backend_is_answered_with_the_valid_ones(tmp_path):
     bundle = Bundle.open(write_tiny_bundle(tmp_path / "b"))
     for backend in ("onnx", "tensorrt:", "", "cuda"):
-        with pytest.raises(UsageError, match="onnxruntime, onnxruntime-cuda, tensorrt:TARGET, got"):
+        with pytest.raises(UsageError, match="onnxruntime, onnxruntime-cuda, tensorrt:TARGET, readback:TARGET, readback-fp32:TARGET, got"):
             open_session(bundle, "token_embedding", backend=backend)
     with pytest.raises(UsageError, match="one of token_embedding, got 'base'"):
         open_session(bundle, "base")
