@@ -143,8 +143,11 @@ def _bench(commands) -> None:
 
 
 def _inspect(commands) -> None:
-    c = _command(commands, "inspect", "what is in a bundle, an ONNX file or a plan", "star-3b-bf16", "star-3b-bf16/base_ar/model.onnx")
+    c = _command(commands, "inspect", "what is in a bundle, an ONNX file or a plan", "star-3b-bf16", "star-3b-bf16/base_ar/model.onnx",
+                 "star-3b-bf16 --target rtx-4090 --component base_ar")
     c.add_argument("path", metavar="X", help="a bundle, a .onnx or a .plan")
+    c.add_argument("--target", metavar="T", help="show a bundle's layers as TensorRT reads them for T, and what it will fuse")
+    c.add_argument("--component", metavar="A", help="of this component alone (default: all)")
 
 
 def _targets(commands) -> None:

@@ -1,4 +1,4 @@
-"""What is in a bundle, an ONNX file or a plan, as data and as text."""
+"""What is in a bundle, an ONNX file or a plan, and the layers that TensorRT sees, as data and as text."""
 from __future__ import annotations
 
 import json
@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from engines.bundle import MANIFEST, Bundle
-from engines.errors import InputError, MissingError
+from engines.errors import InputError, MissingError, UsageError
 from engines.manifest import TensorSpec
 from engines.plan import BUILD, describe_plans
 
@@ -22,12 +22,23 @@ def describe(path: Path) -> dict:
         if path.stem not in plans["components"]:
             raise InputError("This plan is not in its record", where=f"{path.parent / BUILD}: expected one of "
                              f"{', '.join(plans['components']) or 'none'}, got {path.stem!r}", fix="build it again")
-        return plans | {"components": {path.stem: plans["components"][path.stem]}}
+        return plans | {"components": {path.stem: plans["components"][path.stem]}} | _network_of_plan(path)
     if path.suffix == ".onnx" and path.is_file():
         return describe_graph(path)
     raise InputError("There is nothing to inspect", fix="name a bundle, a .onnx or a .plan",
                      where=f"{path}: expected a folder with {MANIFEST} or {BUILD}, a .onnx or a .plan, got "
                      + ("a folder" if path.is_dir() else "a file" if path.exists() else "nothing"))
+
+
+def _network_of_plan(path: Path) -> dict:
+    """The network that a plan inside its bundle was compiled from; why not, where that cannot be read."""
+    bundle, target = path.parent.parent.parent, path.parent.name
+    if not (bundle / MANIFEST).is_file():
+        return {"network": "not read: the plan is outside its bundle"}
+    try:
+        return {"network": describe_networks(bundle, target, path.stem)["networks"][path.stem]}
+    except (InputError, MissingError, UsageError) as error:
+        return {"network": f"not read: {error.what}; {error.where}"}
 
 
 def describe_bundle(path: Path) -> dict:
@@ -65,6 +76,22 @@ def describe_graph(path: Path) -> dict:
             "functions": {f"{f.domain}::{f.name}": dict(sorted(Counter(n.op_type for n in f.node).items())) for f in model.functions}}
 
 
+def describe_networks(path: Path, target: str, component: str | None = None) -> dict:
+    """The components of a bundle, or one, as TensorRT reads them for `target`: `engines.sessions.readback.describe_component`.
+
+    Needs the target's TensorRT, and no device. Raises UsageError for another path, MissingError without that TensorRT, InputError
+    for a network that cannot be read or is not its plan's.
+    """
+    from engines.sessions.readback import describe_component
+
+    if not (path / MANIFEST).is_file():
+        raise UsageError("Layers are read from a bundle", where=f"{path}: expected a folder with {MANIFEST}",
+                         fix="star-export inspect BUNDLE --target T")
+    bundle = Bundle.open(path)
+    names = [component] if component else list(bundle.manifest.components)
+    return {"bundle": str(path), "networks": {name: describe_component(bundle, name, target=target) for name in names}}
+
+
 def text_from_description(data: dict) -> str:
     """Nested data as indented lines; caches of all layers but the first are counted."""
     return "\n".join(_lines(data, 0))
@@ -75,6 +102,8 @@ def _lines(data: dict, depth: int) -> list[str]:
     for key, value in shown.items():
         if isinstance(value, dict) and value:
             lines += [f"{'  ' * depth}{key}:", *_lines(value, depth + 1)]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [f"{'  ' * depth}{key}:", *(f"{'  ' * (depth + 1)}{_row(row)}" for row in value)]
         elif isinstance(value, list):
             lines.append(f"{'  ' * depth}{key}: {', '.join(map(str, value)) or 'none'}")
         else:
@@ -82,6 +111,19 @@ def _lines(data: dict, depth: int) -> list[str]:
     if len(shown) < len(data):
         lines.append(f"{'  ' * depth}and {len(data) - len(shown)} more caches")
     return lines
+
+
+def _row(data: dict) -> str:
+    """One layer or fusion on one line."""
+    words = [str(data["kind"])]
+    for key, value in data.items():
+        if isinstance(value, dict):
+            value = " ".join(f"{k}={v}" for k, v in value.items() if v is not None)
+        elif isinstance(value, list):
+            value = ", ".join(str(v) for v in value)
+        if key != "kind" and value != "":
+            words.append(f"{key}: {value}")
+    return "  ".join(words)
 
 
 def _later_cache(name: str) -> bool:

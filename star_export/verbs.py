@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.bundle import Bundle
-from engines.errors import InputError, MissingError
+from engines.errors import InputError, MissingError, UsageError
 from engines.files import write_atomic
 
 from .progress import ProgressBar
@@ -128,11 +128,14 @@ def bench(bundle: str, *, backend: str = "onnxruntime", progress: bool = True) -
                    + "\n".join(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()))
 
 
-def inspect(path: str) -> Outcome:
-    """What is in a bundle, an ONNX file or a plan: `star_export.inspect.describe`."""
-    from .inspect import describe, text_from_description
+def inspect(path: str, *, target: str | None = None, component: str | None = None) -> Outcome:
+    """What is in a bundle, an ONNX file or a plan; with a target, a bundle's layers as TensorRT sees them: `star_export.inspect`."""
+    from .inspect import describe, describe_networks, text_from_description
 
-    data = describe(Path(path))
+    if component and not target:
+        raise UsageError("A component is shown as a target reads it", where="--component: expected --target as well",
+                         fix=f"star-export inspect {path} --target T --component {component}")
+    data = describe_networks(Path(path), target, component) if target else describe(Path(path))
     return Outcome(data, text_from_description(data))
 
 

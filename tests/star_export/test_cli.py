@@ -4,8 +4,10 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +125,29 @@ def test_inspect_reads_a_bundle_and_a_graph(mini_bundle: Path, capsys: pytest.Ca
     assert graph["functions"]["star::KVCacheAttention"] == {"Attention": 1, "TensorScatter": 2}
     assert main(["inspect", str(mini_bundle / "base_ar/model.onnx")]) == 0
     assert "more caches" in capsys.readouterr().out
+
+
+def test_inspect_shows_the_layers_that_tensorrt_sees(bundle_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    bundle = tmp_path / "int4"
+    shutil.copytree(bundle_of("int4"), bundle)
+    assert main(["inspect", str(bundle), "--target", "rtx-4090", "--component", "base_ar", "--json"]) == 0
+    network = json.loads(capsys.readouterr().out)["networks"]["base_ar"]
+    assert network["plan"] is None and network["kinds"]["ATTENTION_INPUT"] == 4 and network["kinds"]["KV_CACHE_UPDATE"] == 8
+    assert {f["kind"] for f in network["fused"]} == {"attention", "quantised weights"}
+    assert {f["causal"] for f in network["fused"] if f["kind"] == "attention"} == {"NONE"}  # the mask is explicit
+    assert main(["build", str(bundle), "--target", "rtx-4090", "--components", "base_ar", "--no-progress"]) == 0
+    capsys.readouterr()
+    plan = bundle / "plans/rtx-4090/base_ar.plan"
+    assert main(["inspect", str(plan), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)["network"]
+    assert described == network | {"plan": "this network"}
+    assert main(["inspect", str(plan)]) == 0
+    text = capsys.readouterr().out
+    assert "KV_CACHE_UPDATE  name: " in text and "quantised weights  layer: " in text and network["sha256"] in text
+    assert main(["inspect", str(bundle), "--target", "nowhere"]) == 2 and "rtx-4090" in capsys.readouterr().err
+    assert main(["inspect", str(bundle), "--component", "base_ar"]) == 2 and "--target" in capsys.readouterr().err
+    assert main(["inspect", str(plan), "--target", "rtx-4090"]) == 2 and "BUNDLE" in capsys.readouterr().err
 
 
 def test_targets_and_doctor_print_a_table_and_json(capsys: pytest.CaptureFixture) -> None:
