@@ -1,0 +1,48 @@
+"""What is trained for how long: the model's sizes, and one row per stage. Nothing else in the training is a free number.
+
+Sizes follow the release where it decides (heads of 64, grouped queries, three-axis rotary sections in the release's
+proportion, windowed vision with some full blocks, VQ of the same blocks) and are small where it does not.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NAME, BASE_FOLDER = "STAR-Nano", "Qwen2.5-VL-nano"
+SEED = 1
+
+HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 256, 4, 2, 512
+BASE_LAYERS, STACKED_LAYERS = 4, 4
+MROPE_SECTION = (8, 12, 12)  # 16, 24, 24 of 64 in the release
+MAX_POSITIONS, ROPE_THETA = 512, 10_000.0
+VOCAB_ROWS = 640
+VISION = {"depth": 4, "hidden_size": 128, "num_heads": 2, "intermediate_size": 256, "patch_size": 14, "spatial_merge_size": 2,
+          "temporal_patch_size": 2, "window_size": 56, "fullatt_block_indexes": [1, 3], "out_hidden_size": HIDDEN,
+          "hidden_act": "silu", "in_chans": 3, "spatial_patch_size": 14, "tokens_per_second": 2}
+VQ = {"ch": 32, "ch_mult": [1, 1, 2, 4], "res_blocks": 1, "z_channels": 64, "num_heads": 2}
+CODEBOOK_SIZE, CODEBOOK_DIM, IMAGE_TOKENS = 1024, 8, 64
+ADAPTER_DEPTH = 2
+
+# Sampling of the release's README until the sweep has chosen; `sampling.json` beside the weights holds what it chose.
+GUIDANCE, TOP_K, TOP_P = 1.1, 1000, 0.8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training: `steps` batches of `batch` samples, learning rate up over `warmup` steps and down by a cosine."""
+
+    name: str
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int = 200
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+
+STAGES = {stage.name: stage for stage in (
+    Stage("vq", steps=8_000, batch=64, learning_rate=6e-4, weight_decay=0.0),
+    Stage("base", steps=16_000, batch=128, learning_rate=8e-4),
+    Stage("generate", steps=8_000, batch=128, learning_rate=8e-4),
+    Stage("edit", steps=8_000, batch=96, learning_rate=5e-4))}
+VQ_UNQUANTISED = 0.15  # share of the vq stage before the codebook exists
+DROPPED_PROMPTS = 0.1  # share of generation and editing samples whose prompt is the unconditional one
