@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .world import COLORS, MAX_THINGS, SHAPES, SIDE_PIXELS, Scene, Thing
 
-NOISE = 2.5  # standard deviation in levels of 255
+NOISE = 2.0  # standard deviation in levels of 255
 FIELDS = 9  # of a thing in an array: present, shape, x, y, radius, angle, red, green, blue
 STAR_INNER = 0.5  # of the outer radius
 CROSS_LENGTH, CROSS_WIDTH = 1.08, 0.40  # half of each, of the radius

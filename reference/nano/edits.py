@@ -17,7 +17,7 @@ MOVED_PIXELS = 4.0  # how far a thing that stays may be from where it was
 
 @dataclass(frozen=True)
 class Edit:
-    """`text` turns `before` into `after`; `added` is the index in `after` of a thing that may be anywhere and of any size, or None."""
+    """`text` turns `before` into `after`; `added` is the index in `after` of a thing that may be anywhere, of any size; or None."""
 
     kind: str
     text: str
@@ -71,8 +71,8 @@ def add(random: Random, scene: Scene) -> Edit | None:
         return None
     new = words.counted(None, 1, described(random, shape=look.shape, color=look.color, size=said_size))
     where = "" if place is None else random.choice((f" in the {place}", f" at the {place}", f" to the {place}"))
-    text = random.choice((f"add {new}{where}", f"put {new}{where}" if where else f"put {new} in the picture", f"draw {new}{where} too",
-                          f"place {new}{where}" if where else f"place {new} somewhere"))
+    text = random.choice((f"add {new}{where}", f"put {new}{where or ' in the picture'}", f"draw {new}{where} too",
+                          f"place {new}{where or ' somewhere'}"))
     after = replace(scene, things=(*scene.things, *things))
     return Edit("add", text, scene, after, added=None if place else len(scene.things))
 
@@ -81,7 +81,7 @@ def remove(random: Random, scene: Scene) -> Edit | None:
     index, name = referred(random, scene)
     if name is None or len(scene.things) < 2:
         return None
-    text = random.choice((f"remove the {name}", f"delete the {name}", f"take away the {name}", f"erase the {name}", f"get rid of the {name}"))
+    text = random.choice(("remove the {}", "delete the {}", "take away the {}", "erase the {}", "get rid of the {}")).format(name)
     return Edit("remove", text, scene, replace(scene, things=scene.things[:index] + scene.things[index + 1:]))
 
 
@@ -121,8 +121,8 @@ def check(edit: Edit, reading: Reading) -> dict[str, bool]:
     done = all(met[index] for index in changed)
     if edit.added is not None:
         look = edit.after.things[edit.added].look
-        done = any((t.shape, t.color) == (look.shape, look.color) for t in free)
-        free = free[1:]
+        new = [thing for thing in free if (thing.shape, thing.color) == (look.shape, look.color)][:1]
+        done, free = bool(new), [thing for thing in free if thing not in new]
     done = done and (edit.kind != "background" or reading.background == edit.after.background)
     rest = all(met[i] for i in kept if i not in changed) and reading.background == edit.after.background and not free
     return {"done": done and (edit.kind != "remove" or not free), "rest unchanged": rest}

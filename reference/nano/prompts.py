@@ -83,8 +83,8 @@ def caption(request: Request) -> str:
 
 def worded(random: Random | None, request: Request) -> str:
     """One of many ways to say a request."""
-    parts = [words.counted(random, g.count, words.described(random, shape=g.shape, color=g.color, size=g.size, plural=g.count > 1))
-             for g in request.groups]
+    looks = [words.described(random, shape=g.shape, color=g.color, size=g.size, plural=g.count > 1) for g in request.groups]
+    parts = [words.counted(random, group.count, look) for group, look in zip(request.groups, looks)]
     if request.relation:
         phrase = f"{parts[0]} {words.choose(random, words.RELATION_WORDS[request.relation])} {parts[1]}"
     else:

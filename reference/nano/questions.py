@@ -96,8 +96,9 @@ def ask_relation(random: Random, scene: Scene) -> Question | None:
 def ask_describe(random: Random, scene: Scene) -> Question:
     """All things, read from left to right."""
     looks = [thing.look for thing in sorted(scene.things, key=lambda thing: thing.x)]
+    answer = caption(request_of_looks(looks, background=scene.background))
     return random.choice(("describe the picture", "what do you see?", "what is in the image?", "describe the image",
-                          "what does the picture show?", "tell me what you see")), caption(request_of_looks(looks, background=scene.background))
+                          "what does the picture show?", "tell me what you see")), answer
 
 
 def reference_to(random: Random, scene: Scene, thing: Thing) -> str | None:

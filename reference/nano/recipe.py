@@ -19,7 +19,7 @@ VISION = {"depth": 4, "hidden_size": 128, "num_heads": 2, "intermediate_size": 2
           "temporal_patch_size": 2, "window_size": 56, "fullatt_block_indexes": [1, 3], "out_hidden_size": HIDDEN,
           "hidden_act": "silu", "in_chans": 3, "spatial_patch_size": 14, "tokens_per_second": 2}
 VQ = {"ch": 32, "ch_mult": [1, 1, 2, 4], "res_blocks": 1, "z_channels": 64, "num_heads": 2}
-CODEBOOK_SIZE, CODEBOOK_DIM, IMAGE_TOKENS = 1024, 8, 64
+CODEBOOK_SIZE, CODEBOOK_DIM, IMAGE_TOKENS = 2048, 8, 64
 ADAPTER_DEPTH = 2
 
 # Sampling of the release's README until the sweep has chosen; `sampling.json` beside the weights holds what it chose.
@@ -40,7 +40,7 @@ class Stage:
 
 
 STAGES = {stage.name: stage for stage in (
-    Stage("vq", steps=8_000, batch=64, learning_rate=6e-4, weight_decay=0.0),
+    Stage("vq", steps=8_000, batch=64, learning_rate=1e-3, weight_decay=0.0),
     Stage("base", steps=16_000, batch=128, learning_rate=8e-4),
     Stage("generate", steps=8_000, batch=128, learning_rate=8e-4),
     Stage("edit", steps=8_000, batch=96, learning_rate=5e-4))}

@@ -8,18 +8,20 @@ from .prompts import Group, Request, caption
 from .world import COLORS, SHAPES
 
 KINDS = ("count", "color", "shape", "several")
-COUNTS = {2: ("eyes on a face", "wheels on a bicycle", "hands on a person", "wings on a bird", "ears on a cat", "shoes in a pair"),
-          3: ("corners in a triangle", "sides in a triangle", "wheels on a tricycle", "lights on a traffic light", "leaves on a clover"),
-          4: ("corners in a square", "legs on a dog", "wheels on a car", "seasons in a year", "legs on a chair", "arms on a cross")}
+COUNTS = {2: ("eyes on a face", "wheels on a bicycle", "hands on a person", "wings on a bird", "ears on a cat"),
+          3: ("corners in a triangle", "sides in a triangle", "wheels on a tricycle", "lights on a traffic light"),
+          4: ("corners in a square", "legs on a dog", "wheels on a car", "seasons in a year", "legs on a chair")}
 CORNERS = {3: ("a triangle has corners", "a triangle has sides", "a tricycle has wheels", "a traffic light has lights"),
            4: ("a square has corners", "a dog has legs", "a car has wheels", "a year has seasons", "a square has sides"),
            2: ("a face has eyes", "a bicycle has wheels", "a person has hands", "a bird has wings")}
 SUMS = {2: ("one plus one", "three minus one", "four minus two"), 3: ("one plus two", "two plus one", "four minus one"),
         4: ("two plus two", "one plus three", "three plus one", "two times two")}
 OF_COLOR = {"red": ("blood", "a tomato", "a strawberry", "a fire truck"), "green": ("grass", "a frog", "a cucumber", "leaves"),
-            "blue": ("the sky", "the sea", "a blueberry"), "yellow": ("a lemon", "the sun", "a banana"), "purple": ("a plum", "a grape", "an eggplant"),
-            "orange": ("a carrot", "a pumpkin", "an orange"), "white": ("snow", "milk", "chalk"), "black": ("coal", "the night", "a raven")}
-MIXES = {"orange": ("red and yellow", "yellow and red"), "green": ("blue and yellow", "yellow and blue"), "purple": ("red and blue", "blue and red")}
+            "blue": ("the sky", "the sea", "a blueberry"), "yellow": ("a lemon", "the sun", "a banana"),
+            "purple": ("a plum", "a grape", "an eggplant"), "orange": ("a carrot", "a pumpkin", "an orange"),
+            "white": ("snow", "milk", "chalk"), "black": ("coal", "the night", "a raven")}
+MIXES = {"orange": ("red and yellow", "yellow and red"), "green": ("blue and yellow", "yellow and blue"),
+         "purple": ("red and blue", "blue and red")}
 SHAPE_RIDDLES = {"circle": ("the shape of a wheel", "the shape of a coin", "the shape without corners", "the shape of a ball"),
                  "square": ("the shape with four equal sides", "the shape of a chess board", "the shape of a dice"),
                  "triangle": ("the shape with three sides", "the shape with three corners", "the shape of a slice of pizza"),
@@ -78,7 +80,8 @@ def by_several(random: Random) -> tuple[str, Request]:
     shape, (riddle, color) = random.choice(SHAPES), color_riddle(random)
     if random.random() < 0.4:
         count, times = random.choice(((2, "twice"), (3, "three times"), (4, "four times")))
-        return finished(random, f"{words.counted(None, 1, words.noun(random, shape))} in {riddle}, {times}", Group(count, shape, color))
+        name = words.counted(None, 1, words.noun(random, shape))
+        return finished(random, f"{name} in {riddle}, {times}", Group(count, shape, color))
     text, count = as_many(random, words.noun(random, shape, plural=True))
     return finished(random, f"{text}, in {riddle}", Group(count, shape, color))
 

@@ -93,7 +93,8 @@ def found_from_pixels(pixels: np.ndarray, background: np.ndarray, part: np.ndarr
     x, y = float((alpha * columns).sum() / area), float((alpha * rows).sum() / area)
     even = np.mean(np.linalg.norm(pixels[inside] - color, axis=-1) < COLOR_LIMIT) >= EVEN
     shape, overlap, radius = best_shape(alpha, x, y, area)
-    passed = overlap >= OVERLAP_LIMIT and area >= AREA_LIMIT and RADIUS_RANGE[0] <= radius <= RADIUS_RANGE[1]
+    cut = part[[0, -1]].any() or part[:, [0, -1]].any()  # by the border
+    passed = not cut and overlap >= OVERLAP_LIMIT and area >= AREA_LIMIT and RADIUS_RANGE[0] <= radius <= RADIUS_RANGE[1]
     return Found(shape=shape if passed else None, color=nearest_color(color) if even else None,
                  size=("small" if radius < SIZE_LIMIT else "large") if passed else None, x=x, y=y, area=area, overlap=overlap)
 

@@ -21,7 +21,7 @@ from .recipe import SEED, VQ_UNQUANTISED, Stage
 from .world import SIDE_PIXELS, random_scene
 
 DECAY, COMMITMENT = 0.99, 0.25
-DEAD = 0.1  # running count below which an entry starts again; the mean is 4
+DEAD = 0.1  # running count below which an entry starts again; the mean is 2
 RESTART_EVERY = 20  # steps
 KMEANS_BATCHES, KMEANS_ROUNDS = 8, 10
 
