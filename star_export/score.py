@@ -58,7 +58,7 @@ class RuntimePainter:
     def rebuild(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         made = []
         for picture in pictures:
-            image = (picture.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(127.5)) - np.float32(1)
+            image = np.ascontiguousarray(picture.transpose(2, 0, 1)[None], np.float32) / np.float32(127.5) - np.float32(1)
             ids = run(self.star.session("vq_encoder"), {"image": image})["image_ids"]
             made += list(pictures_from_decoded(run(self.star.session("vq_decoder"), {"image_ids": ids})["image"]))
         return made

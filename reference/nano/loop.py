@@ -78,7 +78,7 @@ def run(job: Job, *, folder: Path, device: torch.device, workers: int, tell: Cal
         seen += stage.batch
         recorded.append(losses)
         if (step + 1) % every == 0 or step + 1 == stage.steps:
-            speed = seen / (time.monotonic() - began)
+            speed = seen / max(time.monotonic() - began, 1e-9)
             tell(record(stage, folder, step + 1, recorded, speed))
             recorded = []
         out_of_time = stop_after_seconds is not None and time.monotonic() - began > stop_after_seconds

@@ -41,8 +41,8 @@ class Stage:
 
 STAGES = {stage.name: stage for stage in (
     Stage("vq", steps=8_000, batch=64, learning_rate=1e-3, weight_decay=0.0),
-    Stage("base", steps=16_000, batch=128, learning_rate=8e-4),
-    Stage("generate", steps=8_000, batch=128, learning_rate=8e-4),
-    Stage("edit", steps=8_000, batch=96, learning_rate=5e-4))}
+    Stage("base", steps=10_000, batch=128, learning_rate=8e-4),
+    Stage("generate", steps=6_000, batch=128, learning_rate=8e-4),
+    Stage("edit", steps=5_000, batch=96, learning_rate=5e-4))}
 VQ_UNQUANTISED = 0.15  # share of the vq stage before the codebook exists
 DROPPED_PROMPTS = 0.1  # share of generation and editing samples whose prompt is the unconditional one

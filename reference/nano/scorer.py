@@ -20,6 +20,7 @@ COLOR_LIMIT = 55.0  # levels between a reading and a palette colour; the nearest
 AREA_LIMIT, SPECK = 60.0, 14.0  # pixels: less than AREA_LIMIT is no shape, less than SPECK is dirt and ignored
 OVERLAP_LIMIT = 0.80  # intersection over union of a thing and the shape it is read as
 EVEN = 0.8  # share of a thing's inside that must have its colour
+CORE = 8  # pixels that are enough to tell a colour; edges are blends
 FOLDS = {"circle": 0, "square": 4, "triangle": 3, "star": 5, "cross": 4}
 SIZE_LIMIT = (RADII["small"][1] + RADII["large"][0]) / 2
 RADIUS_RANGE = (RADII["small"][0] * 0.8, RADII["large"][1] * 1.2)
@@ -80,8 +81,7 @@ def connected(mask: np.ndarray) -> list[np.ndarray]:
 
 def found_from_pixels(pixels: np.ndarray, background: np.ndarray, part: np.ndarray) -> Found | None:
     """One connected part read as a thing; None for dirt."""
-    inside = shrunk(part)
-    inside = inside if inside.any() else part
+    inside = next((core for core in (shrunk(shrunk(part)), shrunk(part)) if core.sum() >= CORE), part)
     color = np.median(pixels[inside], axis=0)
     toward = color - background
     around = grown(part)

@@ -25,8 +25,13 @@ def seen(image: Tensor, *, sharp: Tensor) -> Tensor:
 
 
 def resized(image: Tensor, side: int) -> Tensor:
-    """Bicubic as Pillow does it, clamped as bytes are. [N, 3, *, *] in [-1, 1] -> [N, 3, side, side]."""
-    return F.interpolate(image, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    """Bicubic as Pillow does it: along the rows, then down the columns, cut to the range of bytes after each.
+
+    image [N, 3, R, R] in [-1, 1] -> [N, 3, side, side].
+    """
+    for size in ((image.shape[-2], side), (side, side)):
+        image = F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+    return image
 
 
 def patches(image: Tensor, config: VisionConfig) -> Tensor:
