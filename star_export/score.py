@@ -1,7 +1,7 @@
 """How well a bundle of STAR-Nano paints, edits, answers and reasons, beside what the reference reached on the same items.
 
-The items, random numbers and judges are `reference.nano.benchmark`'s; the pictures come from the runtime on any backend and in any
-precision. The reference's side is the one recorded with the weights.
+The items, random numbers and judges are `reference.nano.benchmark`'s; the pictures come from the runtime on any backend and in
+any precision. The reference's side is the one recorded with the weights.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engines.runtime import Star
 from engines.sessions import run
 from reference.nano import benchmark
 from reference.nano.layout import WEIGHTS
-from reference.nano.painter import ANSWER_TOKENS, Sampling, stored_sampling
+from reference.nano.painter import ANSWER_TOKENS
 from reference.nano.recipe import NAME
 
 Progress = Callable[[str, int, int], None]
@@ -34,21 +34,21 @@ class Outcome:
 
 
 class RuntimePainter:
-    """The runtime with the methods that the benchmark asks for. Pictures are uint8 [64, 64, 3]."""
+    """The runtime with the methods that the benchmark asks for, drawing as the bundle says. Pictures are uint8 [64, 64, 3]."""
 
-    def __init__(self, star: Star, sampling: Sampling):
-        self.star, self.sampling = star, sampling
+    def __init__(self, star: Star):
+        self.star = star
 
     def draw(self, prompts: Sequence[str], *, seed: int) -> list[np.ndarray]:
-        return [self.star.generate(prompt, seed=seed + i, **self._settings()).images[0] for i, prompt in enumerate(prompts)]
+        return [self.star.generate(prompt, seed=seed + i).images[0] for i, prompt in enumerate(prompts)]
 
     def reason(self, prompts: Sequence[str], *, seed: int) -> tuple[list[str], list[np.ndarray]]:
-        made = [self.star.generate(prompt, seed=seed + i, reason=True, max_new_tokens=ANSWER_TOKENS, **self._settings())
+        made = [self.star.generate(prompt, seed=seed + i, reason=True, max_new_tokens=ANSWER_TOKENS)
                 for i, prompt in enumerate(prompts)]
         return [pictures.answer for pictures in made], [pictures.images[0] for pictures in made]
 
     def edit(self, pictures: Sequence[np.ndarray], texts: Sequence[str], *, seed: int) -> list[np.ndarray]:
-        return [self.star.edit(picture, text, seed=seed + i, **self._settings()).images[0]
+        return [self.star.edit(picture, text, seed=seed + i).images[0]
                 for i, (picture, text) in enumerate(zip(pictures, texts, strict=True))]
 
     def ask(self, pictures: Sequence[np.ndarray], questions: Sequence[str]) -> list[str]:
@@ -63,23 +63,20 @@ class RuntimePainter:
             made += list(pictures_from_decoded(run(self.star.session("vq_decoder"), {"image_ids": ids})["image"]))
         return made
 
-    def _settings(self) -> dict:
-        return {"cfg": self.sampling.guidance, "top_k": self.sampling.top_k, "top_p": self.sampling.top_p}
-
 
 def score(bundle: str | Path, *, backend: str = "onnxruntime", full: bool = False, checkpoint: Path = WEIGHTS,
           progress: Progress = lambda what, done, total: None) -> Outcome:
     """Run the benchmark on `bundle`: a small fixed set, or with `full` enough items for narrow intervals.
 
-    `checkpoint` is where the reference's score and the sampling settings are recorded. Raises InputError for a bundle of another
-    model, and what the runtime raises.
+    `checkpoint` is where the reference's score is recorded. Raises InputError for a bundle of another model, and what the runtime
+    raises.
     """
     with Star(bundle, backend=backend) as star:
         if star.model.name != NAME:
             raise InputError("This bundle is not STAR-Nano's", fix="export it: star-export export nano --out BUNDLE",
                              where=f"{bundle}: model: name: expected {NAME}, got {star.model.name}")
         counts = benchmark.FULL if full else benchmark.SMALL
-        measured = benchmark.measure(RuntimePainter(star, stored_sampling(checkpoint)), counts, progress=progress)
+        measured = benchmark.measure(RuntimePainter(star), counts, progress=progress)
     reference = recorded_score(checkpoint, full=full)
     return Outcome(measured, reference, benchmark.table(measured, reference))
 

@@ -18,7 +18,7 @@ from ..model import Star
 from . import recipe
 from .batches import MERGED_PATCHES
 from .tokens import Rows
-from .vision import MERGED_SIDE, embeds_of
+from .vision import MERGED_SIDE, embeds_of, prepared
 
 ANSWER_TOKENS = 48
 BATCH = 64
@@ -74,8 +74,7 @@ class Painter:
         """The answer to each question about its picture."""
         answers = []
         for picture, question in zip(pictures, questions, strict=True):
-            image = self._image([picture])
-            embeds = embeds_of(self.star.vision_encoder, image, sharp=torch.zeros(1, dtype=torch.bool, device=self.device))[0]
+            embeds = embeds_of(self.star.vision_encoder, prepared([picture], sharp=False).to(self.device))[0]
             answers.append(self._answer(self.rows.ask(question, merged_patches=MERGED_PATCHES), embeds))
         return answers
 
@@ -111,9 +110,8 @@ class Painter:
         ids = torch.tensor(pairs, device=self.device)
         embeds, positions, count = None, None, star.config.vq.image_tokens
         if pictures is not None:
-            image = self._image(pictures)
-            seen = embeds_of(star.vision_encoder, image, sharp=torch.ones(len(image), dtype=torch.bool, device=self.device))
-            tokens = star.image_embedding(star.vq_encoder(image))  # [N, T, H]
+            seen = embeds_of(star.vision_encoder, prepared(pictures, sharp=True).to(self.device))  # [N, 16, H]
+            tokens = star.image_embedding(star.vq_encoder(self._image(pictures)))  # [N, T, H]
             embeds = star.token_embedding(ids)
             for placeholder, values in ((special.vision_pad, tokens), (special.image_pad, seen)):
                 embeds[ids == placeholder] = values.repeat_interleave(2, dim=0).flatten(0, 1)

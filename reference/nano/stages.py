@@ -20,7 +20,7 @@ from .loop import Job, Losses
 from .recipe import IMAGE_TOKENS, Stage
 from .stage_vq import drawn
 from .tokens import Rows
-from .vision import embeds_of
+from .vision import embeds_of, seen
 
 BASE_PARTS = ("token_embedding", "vision_encoder", "base_ar")  # text_head is token_embedding, tied
 TRAINED_PARTS = ("pixel_adapter", "stacked_ar", "image_head")
@@ -60,13 +60,15 @@ def base_losses(star: Star, batch: dict, step: int) -> Losses:
         embeds = star.token_embedding(batch["input_ids"]).clone()
         image = drawn(batch, step, stream=1)
         places = batch["input_ids"][:count] == star.config.special.image_pad  # [count, S]
-        embeds[:count][places] = embeds_of(star.vision_encoder, image, sharp=batch["sharp"]).flatten(0, 1).to(embeds.dtype)
+        pictures = embeds_of(star.vision_encoder, seen(image, sharp=batch["sharp"]))  # [count, 16, H]
+        embeds[:count][places] = pictures.flatten(0, 1).to(embeds.dtype)
         said = labels != IGNORED
         hidden = whole(star.base_ar, embeds, batch["position_ids"])[said]  # [n, H]
         logits = star.text_head(hidden).float()
     right = logits.argmax(-1) == labels[said]
-    seen = said.nonzero()[:, 0] < count
-    return {"loss": F.cross_entropy(logits, labels[said]), "asked": right[seen].float().mean(), "worded": right[~seen].float().mean()}
+    asked = said.nonzero()[:, 0] < count
+    return {"loss": F.cross_entropy(logits, labels[said]), "asked": right[asked].float().mean(),
+            "worded": right[~asked].float().mean()}
 
 
 def stack_from_base(star: Star) -> None:
@@ -124,6 +126,6 @@ def prompt_with_pictures(star: Star, batch: dict, step: int) -> Tensor:
     before = drawn({"things": batch["before_things"], "backgrounds": batch["before_backgrounds"]}, step, stream=2)
     with torch.no_grad():
         tokens = star.vq_encoder(before)
-        vision = embeds_of(star.vision_encoder, before, sharp=torch.ones(len(ids), dtype=torch.bool, device=ids.device))
+        vision = embeds_of(star.vision_encoder, seen(before, sharp=torch.ones(len(ids), dtype=torch.bool, device=ids.device)))
     embeds = embeds.masked_scatter((ids == special.vision_pad).unsqueeze(-1), star.image_embedding(tokens).to(embeds.dtype))
     return embeds.masked_scatter((ids == special.image_pad).unsqueeze(-1), vision.to(embeds.dtype))

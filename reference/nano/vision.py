@@ -1,10 +1,13 @@
-"""Pictures of this world as the vision encoder takes them: many at once, on any device.
+"""Pictures of this world as the vision encoder takes them, many at once.
 
-The runtime prepares one picture with Pillow (`engines/image.py`); this is the same without the rounding to bytes between, so that
-training need not leave its device. A test holds the two together.
+The runtime prepares one picture with Pillow (`engines/image.py`). `prepared` does exactly that, `seen` the same on any device and
+without the rounding to bytes between, so that training need not leave it. Tests hold the three together.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +25,18 @@ def seen(image: Tensor, *, sharp: Tensor) -> Tensor:
     """image [N, 3, 64, 64] in [-1, 1], sharp [N] bool: resized once, as `edit` does, and not twice -> [N, 3, 112, 112] in 0 to 1."""
     asked = resized(resized(image, ASKED_PIXELS), SEEN_PIXELS)
     return (torch.where(sharp[:, None, None, None], resized(image, SEEN_PIXELS), asked) + 1) / 2
+
+
+def prepared(pictures: Sequence[np.ndarray], *, sharp: bool) -> Tensor:
+    """As `seen`, by Pillow: pictures uint8 [64, 64, 3] -> [N, 3, 112, 112] in 0 to 1."""
+    from PIL import Image
+    made = []
+    for picture in pictures:
+        image = Image.fromarray(picture)
+        for side in (SEEN_PIXELS,) if sharp else (ASKED_PIXELS, SEEN_PIXELS):
+            image = image.resize((side, side), Image.Resampling.BICUBIC)
+        made.append(np.asarray(image))
+    return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).float() / 255
 
 
 def resized(image: Tensor, side: int) -> Tensor:
@@ -45,8 +60,8 @@ def patches(image: Tensor, config: VisionConfig) -> Tensor:
     return still.reshape(len(image), (side * merge) ** 2, -1)
 
 
-def embeds_of(encoder: VisionEncoder, image: Tensor, *, sharp: Tensor) -> Tensor:
-    """The vision encoder on many pictures: image [N, 3, 64, 64] in [-1, 1], sharp [N] bool -> [N, 16, H].
+def embeds_of(encoder: VisionEncoder, image: Tensor) -> Tensor:
+    """The vision encoder on many pictures, `seen` or `prepared`: image [N, 3, 112, 112] in 0 to 1 -> [N, 16, H].
 
     `VisionEncoder.forward` takes one; its blocks are run here with a row for each picture, which a test holds equal.
     """
@@ -54,7 +69,7 @@ def embeds_of(encoder: VisionEncoder, image: Tensor, *, sharp: Tensor) -> Tensor
     cos, sin = (t.to(image.device)[None] for t in rotary_cos_sin(config, grid_h=side, grid_w=side))  # [1, P, head_dim/2]
     windows = window_ids(config, grid_h=side, grid_w=side).to(image.device)
     mask = windows[:, None] == windows[None, :]  # [P, P]
-    x = encoder.patch_embed(patches(seen(image, sharp=sharp), config))  # [N, P, h]
+    x = encoder.patch_embed(patches(image, config))  # [N, P, h]
     for index, block in enumerate(encoder.blocks):
         x = x + attended(block.attn, block.norm1(x), cos, sin, None if index in config.full_attention_blocks else mask)
         x = x + block.mlp(block.norm2(x))

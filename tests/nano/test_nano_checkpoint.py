@@ -16,7 +16,7 @@ from reference.nano import layout, recipe
 from reference.nano.draw import pictures_from_scenes
 from reference.nano.painter import Painter, Sampling, pictures_of, uniforms
 from reference.nano.tokens import MAGIC_SUFFIX, Rows
-from reference.nano.vision import MERGED_SIDE, embeds_of, patches, seen
+from reference.nano.vision import MERGED_SIDE, embeds_of, patches, prepared, seen
 from reference.nano.world import random_scene
 from reference.weights import load_star, resolve_checkpoint
 from star_export.model_spec import model_spec_from_checkpoint, tokenizer_files
@@ -95,17 +95,18 @@ def test_rows_are_the_runtimes(nano_rows: Rows, chat: Chat, text: str) -> None:
     assert edited.input_ids.tolist() == [row, nano_rows.unconditional(row)]
 
 
-def test_pictures_are_prepared_as_the_runtime_does(chat: Chat, pictures: np.ndarray) -> None:
-    """Up to the rounding to bytes between two resizes, which is a level or two of 255."""
+@pytest.mark.parametrize("sharp", [False, True], ids=["ask", "edit"])
+def test_pictures_are_prepared_as_the_runtime_does(chat: Chat, pictures: np.ndarray, sharp: bool) -> None:
+    """Exactly by Pillow; in torch up to the rounding to bytes between two resizes, which is two levels of 255 at most."""
     image = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    config = layout.recipe.VISION
-    for sharp, prepare in ((False, lambda p: runtime_image.ask_inputs(p, chat.model)),
-                           (True, lambda p: runtime_image.edit_inputs(p, chat.model)[0])):
-        ours = patches(seen(image, sharp=torch.full((len(pictures),), sharp)), vision_config(config))
-        for got, picture in zip(ours, pictures):
-            inputs = prepare(picture)
-            assert (inputs.grid_h, inputs.grid_w) == (MERGED_SIDE, MERGED_SIDE)
-            assert np.abs(got.numpy() - inputs.pixel_values).max() < 3 / 255 / min(layout.IMAGE_STD)
+    config = vision_config(recipe.VISION)
+    exact = patches(prepared(pictures, sharp=sharp), config).numpy()
+    close = patches(seen(image, sharp=torch.full((len(pictures),), sharp)), config).numpy()
+    for index, picture in enumerate(pictures):
+        inputs = runtime_image.edit_inputs(picture, chat.model)[0] if sharp else runtime_image.ask_inputs(picture, chat.model)
+        assert (inputs.grid_h, inputs.grid_w) == (MERGED_SIDE, MERGED_SIDE)
+        np.testing.assert_allclose(exact[index], inputs.pixel_values, atol=1e-6)
+        assert np.abs(close[index] - inputs.pixel_values).max() < 2.5 / 255 / min(layout.IMAGE_STD)
     square = runtime_image.edit_inputs(pictures[0], chat.model)[1]
     assert np.abs(square - image[:1].numpy()).max() < 1e-6
 
@@ -120,7 +121,7 @@ def vision_config(values: dict):
 def test_many_pictures_at_once_are_each_alone(nano_root: Path, pictures: np.ndarray) -> None:
     star = load_star(resolve_checkpoint(nano_root))
     image, sharp = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.tensor([True, False] * 3)
-    together, config = embeds_of(star.vision_encoder, image, sharp=sharp), star.config.vision
+    together, config = embeds_of(star.vision_encoder, seen(image, sharp=sharp)), star.config.vision
     cos, sin = vision.rotary_cos_sin(config, grid_h=8, grid_w=8)
     windows = vision.window_ids(config, grid_h=8, grid_w=8)
     assert len(windows.unique()) == 4
@@ -156,3 +157,13 @@ def test_an_over_long_prompt_is_refused_with_both_numbers(chat: Chat) -> None:
     rows = chat.generate_rows("circle " * 600, num_images=1)
     with pytest.raises(InputError, match=rf"at most {recipe.MAX_POSITIONS} tokens, got {rows.shape[1] + 63}"):
         check_length(rows.shape[1] + chat.model.image_tokens - 1, limit_tokens=chat.model.max_positions, what="prompt")
+
+
+def test_a_sampling_file_that_is_wrong_is_refused(tmp_path: Path) -> None:
+    from star_export.model_spec import sampling_spec
+    path = tmp_path / "sampling.json"
+    assert sampling_spec(path).top_k == 1000
+    for text in ("{}x", '{"guidance": "2"}', '{"guidance": NaN}', '{"cfg": 2.0}'):
+        path.write_text(text)
+        with pytest.raises(InputError):
+            sampling_spec(path)

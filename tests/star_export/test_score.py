@@ -1,6 +1,7 @@
 """The benchmark on a bundle: the runtime's pictures are the reference's, the table tells both, and faults cost points."""
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from random import Random
@@ -12,11 +13,12 @@ from engines.errors import InputError
 from reference.nano import benchmark, layout
 from reference.nano.draw import pictures_from_scenes
 from reference.nano.edits import random_edit
-from reference.nano.painter import Painter, Sampling
+from reference.nano.painter import Painter
 from reference.nano.prompts import scene_of
 from reference.nano.world import random_scene
 from star_export import score as scoring
 
+SAMPLING = {"guidance": 2.0, "top_k": 100, "top_p": 0.9}
 COUNTS = {"generate": 1, "edit": 1, "ask": 1, "reason": 1, "rebuild": 3}
 
 
@@ -102,18 +104,21 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from star_export.export import export
     root = tmp_path_factory.mktemp("score")
     layout.save_star(layout.new_star(layout.write_config(root / "checkpoint")), root / "checkpoint")
+    (root / "checkpoint" / "sampling.json").write_text(json.dumps(SAMPLING))
     return root / "checkpoint", export(str(root / "checkpoint"), out=root / "bundle")
 
 
 def test_the_runtime_paints_what_the_reference_paints(nano: tuple[Path, Path]) -> None:
     checkpoint, bundle = nano
-    sampling, random = Sampling(2.0, 100, 0.9), Random(3)
+    random = Random(3)
     pictures = list(pictures_from_scenes([random_scene(random) for _ in range(2)], seed=3))
-    reference = Painter.from_checkpoint(checkpoint, sampling=sampling)
+    reference = Painter.from_checkpoint(checkpoint)
     with scoring.Star(bundle) as star:
-        runtime = scoring.RuntimePainter(star, sampling)
+        assert dataclasses.asdict(star.model.sampling) == dataclasses.asdict(reference.sampling) == SAMPLING  # shipped as defaults
+        runtime = scoring.RuntimePainter(star)
         for made in (lambda p: p.draw(["a red circle", "zwei Igel"], seed=5), lambda p: p.rebuild(pictures),
-                     lambda p: p.edit(pictures, ["remove the star", "make it blue"], seed=6), lambda p: p.reason(["a big box"], seed=7)[1]):
+                     lambda p: p.edit(pictures, ["remove the star", "make it blue"], seed=6),
+                     lambda p: p.reason(["a big box"], seed=7)[1]):
             for expected, got in zip(made(reference), made(runtime), strict=True):
                 assert np.mean(np.abs(expected.astype(int) - got) > 2) < 0.02  # a tie may turn one of 64 tokens
         assert runtime.ask(pictures, ["what color is the star?"] * 2) == reference.ask(pictures, ["what color is the star?"] * 2)
@@ -132,6 +137,8 @@ def test_a_bundle_is_scored_beside_the_recorded_reference(nano: tuple[Path, Path
     assert "reference" in outcome.text and steps[-1] == (8, 8)
 
 
-def test_another_models_bundle_is_refused(mini_bundle: Path) -> None:
-    with pytest.raises(InputError, match="This bundle is not STAR-Nano's"):
-        scoring.score(mini_bundle)
+def test_another_models_bundle_is_refused(nano: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "NAME", "STAR-Pico")
+    with pytest.raises(InputError, match="This bundle is not STAR-Nano's") as caught:
+        scoring.score(nano[1])
+    assert "expected STAR-Pico, got STAR-Nano" in str(caught.value)
