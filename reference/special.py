@@ -27,7 +27,7 @@ class SpecialIds:
 
 
 def special_ids_from_tokenizer(path: Path, *, vocab_size: int) -> SpecialIds:
-    """The ids that `tokenizer.json` gives its added tokens. Raises CheckpointError where one is missing or no row of the embedding."""
+    """The ids that `tokenizer.json` gives its added tokens. Raises CheckpointError where one is missing or too large."""
     added = read_object(path).get("added_tokens")
     entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
     ids = {entry.get("content"): entry.get("id") for entry in entries}

@@ -179,7 +179,8 @@ def guidance_rows(input_ids: Tensor, special: SpecialIds) -> Tensor:
     return torch.stack([input_ids, unconditional], dim=1).flatten(0, 1)
 
 
-def edit_ids(rows: Tensor, special: SpecialIds, *, insert_at: int, newline: int, image_tokens: int, merged_patches: int) -> Tensor:
+def edit_ids(rows: Tensor, special: SpecialIds, *, insert_at: int, newline: int, image_tokens: int,
+             merged_patches: int) -> Tensor:
     """Prompt rows with the picture's places put in: its image ids as `<|vision_pad|>`, its patches as `<|image_pad|>`.
 
     rows [2, L0], `insert_at` after "<|im_start|>user\\n" -> [2, L] (STAR.md 3.6).

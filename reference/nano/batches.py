@@ -33,8 +33,8 @@ def drawn_from(random: Random, shares: dict[str, int]) -> str:
 def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
     """Stage 2: questions about pictures, then prompts to put in plain words. Labels are the answers alone.
 
-    input_ids [B, S], labels [B, S] (IGNORED elsewhere), position_ids [3, B, S], things and backgrounds of the first rows' pictures,
-    `sharp`: which of them come as `edit` prepares them.
+    input_ids [B, S], labels [B, S] (IGNORED elsewhere), position_ids [3, B, S], things and backgrounds of the first rows'
+    pictures, `sharp`: which of them come as `edit` prepares them.
     """
     random, texts = Random(f"{SEED} base {step}"), int(TEXT_SHARE * batch)
     scenes, full, starts = [], [], []
@@ -80,7 +80,7 @@ def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
 
 
 def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
-    """Stage 4: instructions with the picture before. As `generate_batch`, and `before_things`, `before_backgrounds` of that picture."""
+    """Stage 4: instructions on a picture. As `generate_batch`, and that picture as `before_things`, `before_backgrounds`."""
     random, before, after, full = Random(f"{SEED} edit {step}"), [], [], []
     for _ in range(batch):
         edit = edits.random_edit(random, random.choice(edits.KINDS), test=False)

@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int], None]  # what is measured, items done, item
 
 @dataclass(frozen=True)
 class Item:
-    """One thing asked for. `judge` says of a picture (or an answer) whether it is right; `scene` is the picture it starts from."""
+    """One thing asked for. `judge` says of a picture (or answer) whether it is right; `scene` is the picture it starts from."""
 
     category: str
     text: str
@@ -137,7 +137,8 @@ def interval(right: int, asked: int) -> tuple[float, float]:
 def table(score: Score, reference: Score | None = None) -> str:
     """The score as text, beside the reference's where there is one, with 95 % intervals."""
     beside = reference is not None
-    lines = [f"{'task':<12}{'category':<12}{'right':>9}{'share':>8}  {'95 % interval':<16}" + ("  reference" if beside else "") + "  goal"]
+    head = f"{'task':<12}{'category':<12}{'right':>9}{'share':>8}  {'95 % interval':<16}"
+    lines = [head + ("  reference" if beside else "") + "  goal"]
     for task, categories in score.right.items():
         rows = {**categories, "overall": score.overall(task)} if len(categories) > 1 else categories
         for category, (right, asked) in rows.items():
@@ -157,8 +158,10 @@ def table(score: Score, reference: Score | None = None) -> str:
 
 def json_from_score(score: Score) -> dict:
     """A score without its failures, for a file."""
-    return {"right": {task: {c: list(pair) for c, pair in found.items()} for task, found in score.right.items()}, "psnr": score.psnr}
+    right = {task: {c: list(pair) for c, pair in found.items()} for task, found in score.right.items()}
+    return {"right": right, "psnr": score.psnr}
 
 
 def score_from_json(value: dict) -> Score:
-    return Score(right={t: {c: tuple(pair) for c, pair in found.items()} for t, found in value["right"].items()}, psnr=value["psnr"])
+    right = {task: {c: tuple(pair) for c, pair in found.items()} for task, found in value["right"].items()}
+    return Score(right=right, psnr=value["psnr"])

@@ -17,7 +17,7 @@ MOVED_PIXELS = 4.0  # how far a thing that stays may be from where it was
 
 @dataclass(frozen=True)
 class Edit:
-    """`text` turns `before` into `after`; `added` is the index in `after` of a thing that may be anywhere, of any size; or None."""
+    """`text` turns `before` into `after`; `added` is the index in `after` of a thing that may be anywhere; or None."""
 
     kind: str
     text: str

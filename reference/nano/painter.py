@@ -51,7 +51,8 @@ class Painter:
         from ..weights import load_star, resolve_checkpoint
         files = resolve_checkpoint(root)
         star = load_star(files, device=device)
-        return cls(star, Rows.from_file(files.qwen_folder / "tokenizer.json", star.config.special), sampling or stored_sampling(root))
+        rows = Rows.from_file(files.qwen_folder / "tokenizer.json", star.config.special)
+        return cls(star, rows, sampling or stored_sampling(root))
 
     def draw(self, prompts: Sequence[str], *, seed: int) -> list[np.ndarray]:
         """A picture of each prompt."""
@@ -81,7 +82,8 @@ class Painter:
     @torch.no_grad()
     def rebuild(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Pictures through the VQ model and back."""
-        made = [self.star.vq_decoder(self.star.vq_encoder(self._image(pictures[i:i + BATCH]))) for i in range(0, len(pictures), BATCH)]
+        parts = [self._image(pictures[i:i + BATCH]) for i in range(0, len(pictures), BATCH)]
+        made = [self.star.vq_decoder(self.star.vq_encoder(part)) for part in parts]
         return pictures_of(torch.cat(made))
 
     def _answer(self, row: list[int], embeds: Tensor | None) -> str:

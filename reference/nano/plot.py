@@ -60,7 +60,8 @@ def write_curves(folder: Path, stages: Sequence[str]) -> None:
         if log.exists() and (lines := [json.loads(line) for line in log.read_text().splitlines()]):
             names = sorted({name for line in lines for name in line} - {"step"})
             for kind in (["loss"], [name for name in names if name != "loss"]):
-                series = {name: points for name in kind if (points := [(line["step"], line[name]) for line in lines if name in line])}
+                found = {name: [(line["step"], line[name]) for line in lines if name in line] for name in kind}
+                series = {name: points for name, points in found.items() if points}
                 charts += [chart(f"{stage}: {', '.join(series)}", series, x_label="step")] if series else []
     if charts:
         write_charts(folder / "losses.png", charts)

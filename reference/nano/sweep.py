@@ -30,7 +30,7 @@ def share(painter: Painter, count: int) -> float:
 
 
 def choose(painter: Painter, folder: Path, *, count: int) -> Sampling:
-    """One setting after another, the others at the best so far: guidance, then top-p, then top-k. Writes all that was measured."""
+    """Guidance, then top-p, then top-k, the others at the best so far. Writes all that was measured."""
     best, measured = Sampling(), []
     charts = []
     for name, values in (("guidance", GUIDANCES), ("top_p", TOP_PS), ("top_k", TOP_KS)):

@@ -36,7 +36,7 @@ def corpus() -> Iterator[str]:
 
 
 def write_tokenizer(path: Path) -> None:
-    """Learn the tokenizer and write `tokenizer.json`: text splits as GPT-2's does, at most VOCAB_ROWS ids with the special ones."""
+    """Learn the tokenizer and write `tokenizer.json`: text is split as by GPT-2; VOCAB_ROWS ids at most."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -22,7 +22,8 @@ MERGED_SIDE = 4  # merged patches a side
 
 
 def seen(image: Tensor, *, sharp: Tensor) -> Tensor:
-    """image [N, 3, 64, 64] in [-1, 1], sharp [N] bool: resized once, as `edit` does, and not twice -> [N, 3, 112, 112] in 0 to 1."""
+    """image [N, 3, 64, 64] in [-1, 1], sharp [N] bool: resized once, as for `edit`, not twice
+    -> [N, 3, 112, 112] in 0 to 1."""
     asked = resized(resized(image, ASKED_PIXELS), SEEN_PIXELS)
     return (torch.where(sharp[:, None, None, None], resized(image, SEEN_PIXELS), asked) + 1) / 2
 

@@ -16,7 +16,8 @@ SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "h
 NUMBERS = ("zero", "one", "two", "three", "four")
 COUNT_WORDS = {1: ("a", "one", "a single"), 2: ("two", "a pair of", "2"), 3: ("three", "3"), 4: ("four", "4")}
 RELATION_WORDS = {"left of": ("left of", "to the left of", "on the left of"),
-                  "right of": ("right of", "to the right of", "on the right of"), "above": ("above", "over"), "below": ("below", "under")}
+                  "right of": ("right of", "to the right of", "on the right of"),
+                  "above": ("above", "over"), "below": ("below", "under")}
 BACKGROUND_WORDS = ("on a {} background", "on {}", "with a {} background", "against a {} backdrop", "in front of a {} background")
 FRAMES = ("{}", "a picture of {}", "an image of {}", "a photo of {}", "draw {}", "paint {}", "please draw {}", "show me {}",
           "I want to see {}", "create an image with {}", "a drawing of {}", "make a picture of {}")

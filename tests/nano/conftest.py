@@ -13,10 +13,11 @@ from reference.nano import layout, recipe
 from reference.nano.recipe import STAGES
 from reference.nano.tokens import Rows
 
-SMALL = {"HIDDEN": 128, "HEADS": 2, "KV_HEADS": 1, "INTERMEDIATE": 256, "BASE_LAYERS": 2, "STACKED_LAYERS": 2, "CODEBOOK_SIZE": 64,
-         "VQ": recipe.VQ | {"ch_mult": [1, 1, 1, 1], "z_channels": 16, "num_heads": 1},
-         "VISION": recipe.VISION | {"depth": 2, "hidden_size": 64, "num_heads": 1, "intermediate_size": 64, "out_hidden_size": 128,
-                                    "fullatt_block_indexes": [1]}}
+SMALL = {"HIDDEN": 128, "HEADS": 2, "KV_HEADS": 1, "INTERMEDIATE": 256, "BASE_LAYERS": 2, "STACKED_LAYERS": 2,
+         "CODEBOOK_SIZE": 64,
+         "VQ": recipe.VQ | {"ch": 32, "ch_mult": [1, 1, 1, 1], "z_channels": 16, "num_heads": 1},
+         "VISION": recipe.VISION | {"depth": 2, "hidden_size": 64, "num_heads": 1, "intermediate_size": 64,
+                                    "out_hidden_size": 128, "fullatt_block_indexes": [1]}}
 
 
 @pytest.fixture(scope="module", autouse=True)

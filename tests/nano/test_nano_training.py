@@ -57,7 +57,8 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
         assert run_toy(folder, stop_after_steps=stop)[2] is False
         module, again, done = run_toy(folder)
         assert done and torch.equal(module.weight, whole.weight) and again == 6
-        logs = [[json.loads(line) for line in (place / "quick.jsonl").read_text().splitlines()] for place in (folder, tmp_path / "whole")]
+        logs = [[json.loads(line) for line in (place / "quick.jsonl").read_text().splitlines()]
+                for place in (folder, tmp_path / "whole")]
         assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5, 6]
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -178,7 +179,7 @@ def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
     cached = Star(star.config)
     cached.load_state_dict(star.state_dict())
     row = rows.edit("make the circle red", image_tokens=64, merged_patches=16)
-    batch = edit_batch(0, rows=rows, batch=1) | {"input_ids": torch.tensor([row + [0] * 63]), "first": torch.tensor([len(row) - 1])}
+    batch = edit_batch(0, rows=rows, batch=1) | {"input_ids": torch.tensor([row + [0] * 63])}
     batch["position_ids"] = tasks.mrope_position_ids(batch["input_ids"][0], [(4, 4)], star.config.special)
     ids = torch.tensor([row, row])
     embeds = stages.prompt_with_pictures(star, {**batch, "input_ids": ids[:1]}, 0).repeat(2, 1, 1)
@@ -194,7 +195,8 @@ def test_all_stages_run_and_leave_the_frozen_base_bit_for_bit(small_root: Path) 
     out, seconds = small_root, None
     options = {"device": torch.device("cpu"), "workers": 0, "scale": 1.0, "seconds": seconds}
     assert train.train(out, names=["vq", "base"], **options)
-    prompt = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", layout.read_config(out).special).question("two red stars")
+    rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", layout.read_config(out).special)
+    prompt = rows.question("two red stars")
     before, base, generated = answers(out, prompt), train.digest(out), (out / "STAR-Nano.pt").read_bytes()
     assert train.train(out, names=["generate"], **options)
     middle = (out / "STAR-Nano.pt").read_bytes()
@@ -210,11 +212,13 @@ def answers(root: Path, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the base says, and its logits."""
     star, ids = load_star(resolve_checkpoint(root)), torch.tensor([prompt])
     positions = tasks.mrope_position_ids(ids[0], [], star.config.special)
-    hidden = tasks.decode(star.base_ar, star.token_embedding(ids), positions, 0, star.base_ar.new_cache(1, capacity_tokens=len(prompt)))
+    cache = star.base_ar.new_cache(1, capacity_tokens=len(prompt))
+    hidden = tasks.decode(star.base_ar, star.token_embedding(ids), positions, 0, cache)
     return tasks.answer(star, ids, positions, None, max_new_tokens=8), star.text_head(hidden)
 
 
 def test_the_stack_starts_as_the_bases_last_layers(small_root: Path) -> None:
     star, _ = small_star(small_root)
     stages.stack_from_base(star)
-    assert all(torch.equal(tensor, star.base_ar.layers[0].state_dict()[name]) for name, tensor in star.stacked_ar.layers[0].state_dict().items())
+    for ours, base in zip(star.stacked_ar.layers, star.base_ar.layers, strict=True):
+        assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in ours.state_dict().items())

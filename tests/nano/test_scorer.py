@@ -17,9 +17,9 @@ SCENES = 350
 
 def errors(scene: Scene, reading: Reading) -> int:
     """Things of a scene that were not read, or not as they are, and things read that are not there."""
-    found = {(t.shape, t.color, t.size, round(t.x / 4), round(t.y / 4)) for t in reading.things}
-    missed = sum(not any((shape, color, size) == (t.look.shape, t.look.color, t.look.size) and math.hypot(4 * x - t.x, 4 * y - t.y) < 4
-                         for shape, color, size, x, y in found) for t in scene.things)
+    found = [((t.shape, t.color, t.size), t.x, t.y) for t in reading.things]
+    missed = sum(not any(look == (t.look.shape, t.look.color, t.look.size) and math.hypot(x - t.x, y - t.y) < 2
+                         for look, x, y in found) for t in scene.things)
     return missed + max(0, len(reading.things) - len(scene.things)) + (reading.background != scene.background)
 
 

@@ -93,7 +93,8 @@ def test_edit_positions_of_the_release_example() -> None:
 
 @pytest.mark.parametrize("grid", [(1, 576), (576, 1), (1, 1)])
 def test_edit_positions_of_extreme_pictures(grid: tuple[int, int]) -> None:
-    ids = tasks.edit_ids(torch.arange(30)[None], SPECIAL, insert_at=14, newline=198, image_tokens=16, merged_patches=grid[0] * grid[1])
+    ids = tasks.edit_ids(torch.arange(30)[None], SPECIAL, insert_at=14, newline=198, image_tokens=16,
+                         merged_patches=grid[0] * grid[1])
     positions = tasks.mrope_position_ids(ids[0], [grid], SPECIAL)[:, 0]
     start = 14 + 1 + 16 + 1 + 1
     assert positions[0, start] == start and positions[:, start + grid[0] * grid[1]].tolist() == [start + max(grid)] * 3

@@ -50,7 +50,8 @@ def test_text_logits(star: Star, qwen, grid: tuple[int, int] | None) -> None:
     if grid:
         merged = [(grid[0] // 2, grid[1] // 2)]
         patches = torch.full((merged[0][0] * merged[0][1],), star.config.special.image_pad)
-        ids = torch.cat([ids, torch.tensor([star.config.special.vision_start]), patches, torch.tensor([star.config.special.vision_end]), ids])
+        start, end = (torch.tensor([i]) for i in (star.config.special.vision_start, star.config.special.vision_end))
+        ids = torch.cat([ids, start, patches, end, ids])
         extra = {"pixel_values": pixels(*grid), "image_grid_thw": torch.tensor([[1, *grid]]),
                  "mm_token_type_ids": (ids == star.config.special.image_pad).long()[None]}
         embeds = {star.config.special.image_pad: image_embeds(star, *grid)}
