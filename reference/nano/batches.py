@@ -18,9 +18,9 @@ from .tokens import Rows
 from .vision import MERGED_SIDE
 from .world import Scene, random_scene
 
-QUESTIONS = {"color": 15, "shape": 15, "count": 20, "position": 15, "yes/no": 20, "describe": 15}  # shares
+QUESTIONS = {"color": 12, "shape": 14, "count": 16, "position": 14, "yes/no": 16, "describe": 28}  # shares
 PROMPTS = {"mixed": 30, "attributes": 15, "position": 20, "counting": 15, "two": 10, "colors": 5, "single": 5}
-TEXT_SHARE = 0.25  # rows of the base stage without a picture, half of them riddles
+TEXT_SHARE = 0.125  # rows of the base stage without a picture, half of them riddles; text is learnt long before seeing
 MAGIC_SHARE = 0.3  # prompts worded as a reasoned answer, with what the release appends
 MERGED_PATCHES = MERGED_SIDE**2
 IGNORED = -100

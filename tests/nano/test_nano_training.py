@@ -170,7 +170,7 @@ def test_labels_are_the_answers_alone(nano_rows: Rows) -> None:
         assert torch.equal(ids[1:][said[:-1]], labels[said])  # each predicted from the one before
         answer = nano_rows.text(labels[said].tolist())
         assert answer and answer in nano_rows.text(ids.tolist())
-    assert len(batch["things"]) == 6 and (batch["input_ids"][:6] == nano_rows.special.image_pad).sum() == 6 * 16
+    assert len(batch["things"]) == 7 and (batch["input_ids"][:7] == nano_rows.special.image_pad).sum() == 7 * 16
 
 
 def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
