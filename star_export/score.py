@@ -36,6 +36,8 @@ class Outcome:
 class RuntimePainter:
     """The runtime with the methods that the benchmark asks for, drawing as the bundle says. Pictures are uint8 [64, 64, 3]."""
 
+    batch = 4  # one after another; so often is progress told
+
     def __init__(self, star: Star):
         self.star = star
 

@@ -1,7 +1,7 @@
 """What STAR-Nano must reach, measured: generation, editing, questions, reasoning and reconstruction on what training never saw.
 
-The items are a function of a seed. Whoever is measured is a `Painter` or anything with its methods; pictures are judged by the
-scorer, answers by equality.
+The items are a function of a seed. Whoever is measured is a `Painter` or anything with its methods and its `batch`, how many
+items it takes at once (which changes no result); pictures are judged by the scorer, answers by equality.
 """
 from __future__ import annotations
 
@@ -88,9 +88,8 @@ def measure(painter, counts: dict[str, int], *, seed: int = SEED, progress: Prog
     todo = [(task, name) for task, name in todo if task in chosen]
     total, done = sum(len(chosen[task]) for task, _ in todo) + counts.get("rebuild", 0), 0
     for task, name in todo:
-        batch = 32
-        for at in range(0, len(chosen[task]), batch):
-            part = chosen[task][at:at + batch]
+        for at in range(0, len(chosen[task]), painter.batch):
+            part = chosen[task][at:at + painter.batch]
             for item, result in zip(part, results(painter, name, part, seed + at), strict=True):
                 right = item.judge(result)
                 score.add(name, item.category, right)

@@ -21,7 +21,7 @@ from .tokens import Rows
 from .vision import MERGED_SIDE, embeds_of, prepared
 
 ANSWER_TOKENS = 48
-BATCH = 64
+ROWS = 256  # pictures drawn together
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
 
 class Painter:
     """A STAR-Nano model that draws, edits, answers and reasons. Pictures are uint8 [64, 64, 3]."""
+
+    batch = 300
 
     def __init__(self, star: Star, rows: Rows, sampling: Sampling):
         self.star, self.rows, self.sampling = star, rows, sampling
@@ -82,7 +84,7 @@ class Painter:
     @torch.no_grad()
     def rebuild(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Pictures through the VQ model and back."""
-        parts = [self._image(pictures[i:i + BATCH]) for i in range(0, len(pictures), BATCH)]
+        parts = [self._image(pictures[i:i + ROWS]) for i in range(0, len(pictures), ROWS)]
         made = [self.star.vq_decoder(self.star.vq_encoder(part)) for part in parts]
         return pictures_of(torch.cat(made))
 
@@ -98,8 +100,8 @@ class Painter:
             by_length[len(row)].append(index)
         made: dict[int, np.ndarray] = {}
         for indices in by_length.values():
-            for at in range(0, len(indices), BATCH):
-                part = indices[at:at + BATCH]
+            for at in range(0, len(indices), ROWS):
+                part = indices[at:at + ROWS]
                 chosen = None if pictures is None else [pictures[i] for i in part]
                 made |= dict(zip(part, self._draw_equal([rows[i] for i in part], [seed + i for i in part], chosen), strict=True))
         return [made[index] for index in range(len(rows))]

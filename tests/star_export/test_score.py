@@ -25,6 +25,8 @@ COUNTS = {"generate": 1, "edit": 1, "ask": 1, "reason": 1, "rebuild": 3}
 class Perfect:
     """Answers with what is asked for, found out from the items themselves; `wrong` spoils one task."""
 
+    batch = 3
+
     def __init__(self, wrong: str = ""):
         self.wrong, self.known = wrong, {}
         for task in ("generate", "edit", "ask", "reason"):
@@ -125,6 +127,17 @@ def test_the_runtime_paints_what_the_reference_paints(nano: tuple[Path, Path]) -
             for expected, got in zip(made(reference), made(runtime), strict=True):
                 assert np.mean(np.abs(expected.astype(int) - got) > 2) < 0.02  # a tie may turn one of 64 tokens
         assert runtime.ask(pictures, ["what color is the star?"] * 2) == reference.ask(pictures, ["what color is the star?"] * 2)
+
+
+def test_bad_inputs_of_people(nano: tuple[Path, Path]) -> None:
+    """Words of no grammar and pictures of any size are taken; what cannot fit is refused with both numbers."""
+    with scoring.Star(nano[1]) as star:
+        picture = np.random.default_rng(1).integers(0, 256, (37, 200, 3)).astype(np.uint8)
+        assert star.generate("Ein Mops kam in die Küche 🐶", seed=1).images.shape == (1, 64, 64, 3)
+        assert star.edit(picture, "sort the books by colour", seed=1).images.shape == (1, 64, 64, 3)
+        assert len(star.ask(picture, "who is this?", max_new_tokens=4).ids) <= 4
+        with pytest.raises(InputError, match="at most 512 tokens, got [0-9]+"):
+            star.generate("circle " * 600)
 
 
 def test_a_bundle_is_scored_beside_the_recorded_reference(nano: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
