@@ -95,8 +95,8 @@ def measure(painter, counts: dict[str, int], *, seed: int = SEED, progress: Prog
                 score.add(name, item.category, right)
                 if not right and name != "reason off":
                     shown = result if isinstance(result, np.ndarray) else pictures_from_scenes([item.scene], seed=seed)[0]
-                    said = "" if isinstance(result, np.ndarray) else f"|said: {result}"
-                    score.failures.append((item.category, item.text + said, shown))
+                    said = "" if isinstance(result, np.ndarray) else f"said {result}|"
+                    score.failures.append((item.category, said + item.text, shown))
             done += len(part)
             progress(name, done, total)
     if counts.get("rebuild"):

@@ -73,7 +73,9 @@ def mixed_groups(random: Random) -> tuple[Group, ...]:
         group = replace(group, size=None if count > 2 else group.size)
         if all((group.shape, group.color) != (g.shape, g.color) for g in groups):
             groups.append(group)
-    return tuple(groups)
+    crowded = sum(group.count for group in groups) > 2  # then one large thing may be asked for, as more may not fit
+    large = next((group for group in groups if group.size == "large" and group.count == 1), None)
+    return tuple(replace(g, size=None) if crowded and g.size == "large" and g is not large else g for g in groups)
 
 
 def caption(request: Request) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import math
 import shutil
 import sys
 import time
@@ -30,8 +31,10 @@ PART = {"vq": "vq", "base": "base", "generate": "trained", "edit": "trained"}  #
 WORK = "training"  # folder of what training needs and a checkpoint does not
 
 
-def train(out: Path, *, names: list[str], device: torch.device, workers: int, scale: float, seconds: float | None) -> bool:
-    """Run the named stages in `out`, each with `scale` times its steps. False when `seconds` ran out before the end."""
+def train(out: Path, *, names: list[str], device: torch.device, workers: int, scale: float, seconds: float | None,
+          wide: int = 1) -> bool:
+    """Run the named stages in `out`, each with `scale` times its samples in batches `wide` times as large. False when `seconds`
+    ran out before the end."""
     work, began = out / WORK, time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     if not (out / f"{recipe.NAME}.pt").exists():
@@ -40,7 +43,7 @@ def train(out: Path, *, names: list[str], device: torch.device, workers: int, sc
         if (work / f"{name}.done").exists():
             continue
         left = None if seconds is None else seconds - (time.monotonic() - began)
-        stage = scaled(STAGES[name], scale)
+        stage = scaled(STAGES[name], scale, wide=wide)
         star = training_star(out, device)
         job = job_of(star, stage, out, device)
         base_before = digest(out)
@@ -55,9 +58,11 @@ def train(out: Path, *, names: list[str], device: torch.device, workers: int, sc
     return True
 
 
-def scaled(stage: Stage, scale: float) -> Stage:
-    steps = max(1, int(stage.steps * scale))
-    return dataclasses.replace(stage, steps=steps, warmup=min(stage.warmup, max(1, steps // 10)))
+def scaled(stage: Stage, scale: float, *, wide: int) -> Stage:
+    """A stage with `scale` times its samples, in batches `wide` times as large at a rate of root `wide` times its own."""
+    steps = max(1, int(stage.steps * scale / wide))
+    return dataclasses.replace(stage, steps=steps, batch=stage.batch * wide, warmup=min(stage.warmup, max(1, steps // 10)),
+                               learning_rate=stage.learning_rate * math.sqrt(wide))
 
 
 def training_star(out: Path, device: torch.device) -> Star:
@@ -103,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches (default: 0)")
     parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of each stage's steps (default: 1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="times each stage's samples (default: 1)")
+    parser.add_argument("--wide", type=int, default=1, help="times its batch, which costs a GPU little (default: 1)")
     parser.add_argument("--minutes", type=float, help="save and stop after so long, exit code 3; the same command goes on")
     parser.add_argument("--publish", type=Path, help="at the end copy the checkpoint here")
     options = parser.parse_args(argv)
@@ -113,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     finished = train(options.out, names=names, device=torch.device(options.device), workers=options.workers, scale=options.scale,
-                     seconds=None if options.minutes is None else 60 * options.minutes)
+                     wide=options.wide, seconds=None if options.minutes is None else 60 * options.minutes)
     if finished and options.publish:
         publish(options.out, options.publish)
     return 0 if finished else 3

@@ -24,7 +24,7 @@ TILT = math.radians(12)  # slight rotation
 APART_PIXELS = 9.0  # how clearly a drawn relation holds
 CENTER_PIXELS = 4.0  # how far from the middle lines a thing is whose place is spoken of
 GAIN = 0.03  # relative range of the light
-TRIES = 60
+TRIES = 20
 
 
 @dataclass(frozen=True)

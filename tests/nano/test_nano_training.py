@@ -70,6 +70,13 @@ def test_the_learning_rate_goes_up_and_down() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_a_wider_stage_sees_as_many_samples() -> None:
+    stage = Stage("s", steps=100, batch=8, learning_rate=1.0, warmup=50)
+    wide = train.scaled(stage, 2.0, wide=4)
+    assert (wide.steps, wide.batch, wide.warmup) == (50, 32, 5) and wide.learning_rate == 2.0
+    assert wide.steps * wide.batch == 2 * stage.steps * stage.batch
+
+
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     job = toy_job(toy(), torch.zeros(1))
     job.losses = lambda batch, step: {"loss": (job.trained["toy"].weight * float("nan")).sum()}
