@@ -63,6 +63,7 @@ def items(task: str, count: int, *, seed: int = SEED) -> list[Item]:
 
 
 def make_item(random: Random, task: str, category: str) -> Item:
+    """One item of a category, of held-out wording, with its judge."""
     if task == "generate":
         return request_item(category, *prompts.random_prompt(random, category, test=True))
     if task == "reason":

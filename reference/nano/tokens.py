@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from ..mini import CHAT_TEMPLATE, SPECIAL
+from ..mini import SPECIAL
 from ..special import SpecialIds
 from . import edits, prompts, questions, riddles
 from .recipe import SEED, VOCAB_ROWS
