@@ -56,8 +56,7 @@ def test_the_score_is_recorded_small_and_full(tmp_path: Path, asked: list[tuple[
 
 def test_a_chart_shows_its_lines_and_a_grid_its_pictures(tmp_path: Path) -> None:
     from PIL import Image
-    flat, rising = ([(x, y) for x in range(30)] for y in (1.0, 2.0)), [(0, 1.0), (30, 2.0)]
-    image = np.asarray(plot.chart("t", {"a": next(flat), "b": rising}))
+    image = np.asarray(plot.chart("t", {"flat": [(x, 1.0) for x in range(30)], "rising": [(0, 1.0), (30, 2.0)]}))
     assert all((image == ink).all(-1).sum() > 100 for ink in plot.INKS[:2])
     plot.write_grid(tmp_path / "g.png", [np.full((64, 64, 3), 200 + i, np.uint8) for i in range(8)], ["x"] * 8, across=6)
     page = np.asarray(Image.open(tmp_path / "g.png"))
