@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import math
 import shutil
 import sys
 import time
@@ -59,10 +58,9 @@ def train(out: Path, *, names: list[str], device: torch.device, workers: int, sc
 
 
 def scaled(stage: Stage, scale: float, *, wide: int) -> Stage:
-    """A stage with `scale` times its samples, in batches `wide` times as large at a rate of root `wide` times its own."""
+    """A stage with `scale` times its samples, in batches `wide` times as large, at its own learning rate."""
     steps = max(1, int(stage.steps * scale / wide))
-    return dataclasses.replace(stage, steps=steps, batch=stage.batch * wide, warmup=min(stage.warmup, max(1, steps // 10)),
-                               learning_rate=stage.learning_rate * math.sqrt(wide))
+    return dataclasses.replace(stage, steps=steps, batch=stage.batch * wide, warmup=min(stage.warmup, max(1, steps // 10)))
 
 
 def training_star(out: Path, device: torch.device) -> Star:

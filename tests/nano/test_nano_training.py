@@ -73,7 +73,7 @@ def test_the_learning_rate_goes_up_and_down() -> None:
 def test_a_wider_stage_sees_as_many_samples() -> None:
     stage = Stage("s", steps=100, batch=8, learning_rate=1.0, warmup=50)
     wide = train.scaled(stage, 2.0, wide=4)
-    assert (wide.steps, wide.batch, wide.warmup) == (50, 32, 5) and wide.learning_rate == 2.0
+    assert (wide.steps, wide.batch, wide.warmup) == (50, 32, 5) and wide.learning_rate == 1.0
     assert wide.steps * wide.batch == 2 * stage.steps * stage.batch
 
 
