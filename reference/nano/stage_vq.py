@@ -58,7 +58,7 @@ class Trainer:
 
     def losses(self, batch: dict, step: int) -> Losses:
         """Squared error of the picture, and the distance of latents from their entries, weighed so that neither outgrows the
-        other: as a share of the latents' variance, times the picture's error. `psnr` in dB, `used` the share of entries in use."""
+        other: as a share of the latents' variance, times the picture's error. `psnr` in dB, `used`: share of entries."""
         image = drawn(batch, step)
         if step == self.starts:
             self.start_codebook(step, len(image))
