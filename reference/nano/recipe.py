@@ -14,7 +14,8 @@ HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 256, 4, 2, 448
 BASE_LAYERS, STACKED_LAYERS = 4, 4
 MROPE_SECTION = (8, 12, 12)  # 16, 24, 24 of 64 in the release
 # The last 12 of 32 frequencies turn with the column of a patch. With the release's 1e6, or 1e4, neighbouring columns would
-# differ by a hundredth of a radian at most, and nothing here is long; with 50 it is 0.02 to 0.09, and the slowest period is 280 tokens.
+# differ by a hundredth of a radian at most, and nothing here is long; with 50 it is 0.02 to 0.09, and the slowest period is
+# 280 tokens.
 MAX_POSITIONS, ROPE_THETA = 512, 50.0
 VOCAB_ROWS = 640
 VISION = {"depth": 4, "hidden_size": 128, "num_heads": 2, "intermediate_size": 256, "patch_size": 14, "spatial_merge_size": 2,
