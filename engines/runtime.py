@@ -75,12 +75,13 @@ class Star:
             self._sessions[component] = open_session(self.bundle, component, backend=self.backend)
         return self._sessions[component]
 
-    def generate(self, prompt: str, *, cfg: float = 1.1, top_k: int = 1000, top_p: float = 0.8, seed: int = 100, num_images: int = 1,
-                 greedy: bool = False, reason: bool = False, max_new_tokens: int = 256, progress: Progress = silent) -> Pictures:
+    def generate(self, prompt: str, *, cfg: float | None = None, top_k: int | None = None, top_p: float | None = None,
+                 seed: int = 100, num_images: int = 1, greedy: bool = False, reason: bool = False, max_new_tokens: int = 256,
+                 progress: Progress = silent) -> Pictures:
         """Draw `prompt` (STAR.md 3.3), or with `reason` the base model's answer to it of at most `max_new_tokens` (3.5).
 
-        The same seed draws the same pictures; `greedy` takes the arg-max after guidance. Raises UsageError for settings out of range,
-        InputError for an empty or over-long prompt.
+        The same seed draws the same pictures; `greedy` takes the arg-max after guidance; `cfg`, `top_k` and `top_p` are the model's
+        own where None. Raises UsageError for settings out of range, InputError for an empty or over-long prompt.
         """
         settings = self._settings(cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, num_images=num_images)
         answer = None
@@ -93,9 +94,9 @@ class Star:
         ids = self._draw(self._embed(rows), text_positions(*rows.shape), settings, progress)
         return Pictures(ids, self._decoded(ids), answer)
 
-    def edit(self, image: str | Path | np.ndarray, instruction: str, *, cfg: float = 1.1, top_k: int = 1000, top_p: float = 0.8,
-             seed: int = 100, greedy: bool = False, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS,
-             progress: Progress = silent) -> Pictures:
+    def edit(self, image: str | Path | np.ndarray, instruction: str, *, cfg: float | None = None, top_k: int | None = None,
+             top_p: float | None = None, seed: int = 100, greedy: bool = False, min_pixels: int = MIN_PIXELS,
+             max_pixels: int = MAX_PIXELS, progress: Progress = silent) -> Pictures:
         """Change `image` (a PNG or JPEG file, or uint8 [H, W, 3]) by `instruction` (STAR.md 3.6). Settings as in `generate`;
         `min_pixels` and `max_pixels` bound the vision encoder's input."""
         settings = self._settings(cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, num_images=1)
@@ -166,8 +167,11 @@ class Star:
     def _decoded(self, image_ids: np.ndarray) -> np.ndarray:
         return pictures_from_decoded(run(self.session("vq_decoder"), {"image_ids": image_ids})["image"])
 
-    def _settings(self, *, cfg: float, top_k: int, top_p: float, seed: int, greedy: bool, num_images: int) -> dict:
-        """The draw's settings, checked. A top_k beyond the codebook means all of it, as in the release."""
+    def _settings(self, *, cfg: float | None, top_k: int | None, top_p: float | None, seed: int, greedy: bool, num_images: int) -> dict:
+        """The draw's settings, checked; the model's own where None. A top_k beyond the codebook means all of it, as in the release."""
+        usual = self.model.sampling
+        cfg, top_k, top_p = (given if given is not None else own for given, own in
+                             ((cfg, usual.guidance), (top_k, usual.top_k), (top_p, usual.top_p)))
         _between("num_images", num_images, IMAGES_LIMIT)
         draws = uniforms(seed=seed, tokens=self.model.image_tokens, num_images=num_images)
         top_k = min(top_k, self.model.codebook_size)
