@@ -17,7 +17,6 @@ from engines.image import pictures_from_decoded
 from engines.runtime import Star
 from engines.sessions import run
 from reference.nano import benchmark
-from reference.nano.layout import WEIGHTS
 from reference.nano.painter import ANSWER_TOKENS
 from reference.nano.recipe import NAME
 
@@ -66,7 +65,7 @@ class RuntimePainter:
         return made
 
 
-def score(bundle: str | Path, *, backend: str = "onnxruntime", full: bool = False, checkpoint: Path = WEIGHTS,
+def score(bundle: str | Path, *, backend: str = "onnxruntime", full: bool = False, checkpoint: Path | None = None,
           progress: Progress = lambda what, done, total: None) -> Outcome:
     """Run the benchmark on `bundle`: a small fixed set, or with `full` enough items for narrow intervals.
 
@@ -75,7 +74,7 @@ def score(bundle: str | Path, *, backend: str = "onnxruntime", full: bool = Fals
     """
     with Star(bundle, backend=backend) as star:
         if star.model.name != NAME:
-            raise InputError("This bundle is not STAR-Nano's", fix="export it: star-export export nano --out BUNDLE",
+            raise InputError("This bundle is not STAR-Nano's", fix="train one: python -m reference.nano.train --out FOLDER, then export it",
                              where=f"{bundle}: model: name: expected {NAME}, got {star.model.name}")
         counts = benchmark.FULL if full else benchmark.SMALL
         measured = benchmark.measure(RuntimePainter(star), counts, progress=progress)
@@ -83,7 +82,7 @@ def score(bundle: str | Path, *, backend: str = "onnxruntime", full: bool = Fals
     return Outcome(measured, reference, benchmark.table(measured, reference))
 
 
-def recorded_score(checkpoint: Path, *, full: bool) -> benchmark.Score | None:
+def recorded_score(checkpoint: Path | None, *, full: bool) -> benchmark.Score | None:
     """What the reference reached, from `score.json` beside the weights; None where nothing is recorded."""
-    path = checkpoint / "score.json"
-    return benchmark.score_from_json(json.loads(path.read_text())["full" if full else "small"]) if path.exists() else None
+    path = checkpoint and checkpoint / "score.json"
+    return benchmark.score_from_json(json.loads(path.read_text())["full" if full else "small"]) if path and path.exists() else None

@@ -82,7 +82,8 @@ def validate(bundle: str, *, target: str | None = None, backend: str = "onnxrunt
                    f"{table(('rung', '', 'compared', 'took', 'nearest to its limit'), rows)}\n{gaps}\ncertificate: {path}")
 
 
-def generate(bundle: str, prompt: str, *, output: str, cfg: float = 1.1, top_k: int = 1000, top_p: float = 0.8, seed: int = 100,
+def generate(bundle: str, prompt: str, *, output: str, cfg: float | None = None, top_k: int | None = None, top_p: float | None = None,
+             seed: int = 100,
              num_images: int = 1, greedy: bool = False, reason: bool = False, max_new_tokens: int = 256, save_ids: str | None = None,
              backend: str = "onnxruntime", progress: bool = True) -> Outcome:
     """Draw a prompt: `engines.runtime.Star.generate`; N pictures are F.png, F-1.png, F-2.png, ..."""
@@ -94,7 +95,7 @@ def generate(bundle: str, prompt: str, *, output: str, cfg: float = 1.1, top_k: 
     return _written(names, drawn, save_ids)
 
 
-def edit(bundle: str, image: str, instruction: str, *, output: str, cfg: float = 1.1, top_k: int = 1000, top_p: float = 0.8,
+def edit(bundle: str, image: str, instruction: str, *, output: str, cfg: float | None = None, top_k: int | None = None, top_p: float | None = None,
          seed: int = 100, greedy: bool = False, min_pixels: int | None = None, max_pixels: int | None = None,
          save_ids: str | None = None, backend: str = "onnxruntime", progress: bool = True) -> Outcome:
     """Change a picture: `engines.runtime.Star.edit`."""
@@ -126,6 +127,16 @@ def bench(bundle: str, *, backend: str = "onnxruntime", progress: bool = True) -
     return Outcome(dataclasses.asdict(measured), f"{head}\n{table(('stage', 'ms', 'must read', 'of the limit'), rows)}\n"
                    f"one picture of {measured.tokens} tokens: {measured.seconds_per_image:.3f} s\n"
                    + "\n".join(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()))
+
+
+def score(bundle: str, *, full: bool = False, checkpoint: str | None = None, backend: str = "onnxruntime", progress: bool = True) -> Outcome:
+    """The task benchmark of STAR-Nano: `star_export.score.score`."""
+    from .score import score as measure
+
+    with ProgressBar("score", shown=progress) as bar:
+        measured = measure(bundle, backend=backend, full=full, checkpoint=checkpoint and Path(checkpoint), progress=bar)
+    return Outcome({"score": dataclasses.asdict(measured.score), "reference": measured.reference and dataclasses.asdict(measured.reference)},
+                   measured.text)
 
 
 def inspect(path: str, *, target: str | None = None, component: str | None = None) -> Outcome:

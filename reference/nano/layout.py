@@ -21,7 +21,6 @@ from ..names import expected_tensors
 from . import recipe
 from .tokens import write_tokenizer
 
-WEIGHTS = Path(__file__).parent / "weights"
 STORED = torch.float16
 IMAGE_MEAN, IMAGE_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 

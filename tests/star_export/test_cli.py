@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from engines.errors import InputError, MissingError, ParityError, UsageError
+from engines.manifest import SamplingSpec
 from engines.picture import write_png
 from star_export import cli, verbs
 from star_export.cli import build_parser, main
 
-VERBS = ("export", "build", "validate", "generate", "edit", "ask", "bench", "inspect", "targets", "doctor")
+VERBS = ("export", "build", "validate", "generate", "edit", "ask", "bench", "score", "inspect", "targets", "doctor")
 REQUIRED = {"export": ["s", "--out", "o"], "build": ["b", "--target", "rtx-4090"], "validate": ["b"], "generate": ["b", "p", "-o", "f.png"],
-            "edit": ["b", "i.png", "p", "-o", "f.png"], "ask": ["b", "i.png", "q"], "bench": ["b"], "inspect": ["x"], "targets": [], "doctor": []}
+            "edit": ["b", "i.png", "p", "-o", "f.png"], "ask": ["b", "i.png", "q"], "bench": ["b"], "score": ["b"], "inspect": ["x"], "targets": [], "doctor": []}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -37,9 +38,10 @@ def test_help_shows_an_example_that_parses(verb: str, capsys: pytest.CaptureFixt
     assert f"star-export {verb}" in text.split("example:")[1]
 
 
-def test_defaults_are_the_releases() -> None:
+def test_defaults_are_the_models_and_the_releases() -> None:
     given = build_parser().parse_args(["generate", *REQUIRED["generate"]])
-    assert (given.cfg, given.top_k, given.top_p, given.seed, given.max_new_tokens) == (1.1, 1000, 0.8, 100, 256)
+    assert (given.cfg, given.top_k, given.top_p, given.seed, given.max_new_tokens) == (None, None, None, 100, 256)
+    assert SamplingSpec() == SamplingSpec(guidance=1.1, top_k=1000, top_p=0.8)
 
 
 @pytest.mark.parametrize("words", [
