@@ -24,12 +24,15 @@ from .files import atomic_file, write_atomic
 from .manifest import FileSpec, json_from_manifest
 from .network import CAPACITY, check_network, network_from_onnx
 from .plan import BUILD, Build, PlanSpec, build_header, onnx_hashes, plan_name, plan_state, read_build
+from .readback import network_hash, parsed_from_network
+from .readback.parsed import Parsed
 from .recipe import ROWS, Limits, Profile, check_recipe, largest, limits_from_options, recipe_from_limits
 from .targets import Target, target_from_name
 from .trt import check_gpu, check_platform, log_of, tensorrt_of, version_tuple, words
 
 NATIVE_CACHES = (10, 15)  # from this TensorRT on, the modern dialect
 Progress = Callable[[str, int, int], None]  # what is being done, plans done, plans in all
+Look = Callable[[str, Parsed], None]  # component and its network, just before it is compiled; raises what stops the build
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,14 @@ class Result:
 
 def build_plans(bundle: Bundle, targets: list[str], *, components: list[str] | None = None, capacity_tokens: int | None = None,
                 rows: int = ROWS, prefill_tokens: int | None = None, recipes: Mapping[str, tuple[Profile, ...]] | None = None,
-                progress: Progress = lambda what, done, total: None) -> list[Result]:
+                look: Look | None = None, progress: Progress = lambda what, done, total: None) -> list[Result]:
     """Build the plans of `components` (all of the bundle's by default) for each of `targets`.
 
     `capacity_tokens` is the size of the KV caches (default: the model's positions, at most 2048), `prefill_tokens` the longest
     prompt (default: the capacity), `rows` the largest batch (two rows per image under guidance). `recipes` replaces the derived
-    profiles of the components that it names. All arguments are checked before anything is built. Raises UsageError, InputError
-    for what the bundle or a recipe says wrong, MissingError for what this machine lacks.
+    profiles of the components that it names. `look` is given each network that is about to be compiled, as TensorRT parsed it, and may
+    raise (`star_export.readback.look_at_golden` runs the golden tensors on it). All arguments are checked before anything is built.
+    Raises UsageError, InputError for what the bundle or a recipe says wrong, MissingError for what this machine lacks.
     """
     chosen = [target_from_name(name) for name in dict.fromkeys(targets)]
     if not chosen:
@@ -68,7 +72,7 @@ def build_plans(bundle: Bundle, targets: list[str], *, components: list[str] | N
     for target in chosen:
         for name in names:
             progress(f"build {name} for {target.name}", len(results), len(chosen) * len(names))
-            results.append(build_plan(bundle, target, name, plans[name]))
+            results.append(build_plan(bundle, target, name, plans[name], look=look))
     progress("plans built", len(results), len(results))
     return results
 
@@ -93,7 +97,7 @@ def check_precision(bundle: Bundle, target: Target) -> None:
                          where=f"{bundle.path}: precision: expected one of {', '.join(target.precisions)}, got {precision}")
 
 
-def build_plan(bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...]) -> Result:
+def build_plan(bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], *, look: Look | None = None) -> Result:
     """Build one plan and enter it into `build.json`, or find that it is there already."""
     graph = bundle.graph(component, dialect=target.dialect)
     version = tensorrt_of(target).__version__
@@ -105,12 +109,12 @@ def build_plan(bundle: Bundle, target: Target, component: str, recipe: tuple[Pro
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with atomic_file(path) as file:
-        updates, plan = _built(bundle, target, component, graph, recipe, file)
+        updates, network, plan = _built(bundle, target, component, graph, recipe, file, look)
         bundle.graph(component, dialect=target.dialect)  # the files parsed are still the ones listed
     spec = bundle.component(component)
     onnx = onnx_hashes(bundle, component, dialect=target.dialect)
-    made = PlanSpec(onnx=onnx, profiles=recipe, plan=plan, inputs=spec.inputs, outputs=spec.outputs,
-                    kv_cache_updates=updates, seconds=round(time.monotonic() - started, 3), plugin=plugin)
+    made = PlanSpec(onnx=onnx, profiles=recipe, plan=plan, inputs=spec.inputs, outputs=spec.outputs, kv_cache_updates=updates,
+                    seconds=round(time.monotonic() - started, 3), network=network, plugin=plugin)
     build = _present(bundle, header)  # read again: another process may have added to it
     build = replace(build, components=build.components | {component: made})
     write_atomic(path.parent / BUILD, json_from_manifest(build).encode())
@@ -143,8 +147,8 @@ def _is_current(bundle: Bundle, target: Target, component: str, recipe: tuple[Pr
 
 
 def _built(bundle: Bundle, target: Target, component: str, graph: Path, recipe: tuple[Profile, ...],
-           file: BinaryIO) -> tuple[int, FileSpec]:
-    """Parse, check, build and write one plan; (cache updates, its size and hash)."""
+           file: BinaryIO, look: Look | None) -> tuple[int, str | None, FileSpec]:
+    """Parse, check, read back, build and write one plan; (cache updates, the network's hash, the plan's size and hash)."""
     trt, spec = tensorrt_of(target), bundle.component(component)
     caches = bundle.manifest.model.cache.get(component)
     capacity = largest(recipe, spec, axis=CAPACITY)
@@ -152,6 +156,7 @@ def _built(bundle: Bundle, target: Target, component: str, graph: Path, recipe: 
         builder = trt.Builder(log_of(trt))
         network, parser = network_from_onnx(trt, builder, graph, capacity_tokens=capacity)
         updates = check_network(trt, network, spec, capacity_tokens=capacity, caches=2 * caches.layers if caches else 0)
+        digest = _read_back(trt, network, component, look, owner=(builder, parser))
         config = _config(trt, builder, target, recipe)
         writer = _stream_writer(trt, file)
         with _interruptible(trt, config):
@@ -161,7 +166,21 @@ def _built(bundle: Bundle, target: Target, component: str, graph: Path, recipe: 
         raise writer.error
     if not done or not writer.size:
         raise _failure(target, graph, errors)
-    return updates, FileSpec(writer.size, writer.hash.hexdigest())
+    return updates, digest, FileSpec(writer.size, writer.hash.hexdigest())
+
+
+def _read_back(trt, network, component: str, look: Look | None, *, owner: object) -> str | None:
+    """The hash of the very network that is compiled next, after `look` has seen it. None for a network that cannot be read back, as of
+    a TensorRT that names its layers otherwise: that keeps no one from building, only from reading back."""
+    try:
+        parsed = parsed_from_network(trt, network, owner=owner)
+    except (InputError, MissingError):
+        if look is not None:
+            raise
+        return None
+    if look is not None:
+        look(component, parsed)
+    return network_hash(parsed)
 
 
 def plugin_of(bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], version: str) -> str | None:

@@ -6,6 +6,8 @@ process, so work runs in the order in which it was asked for and nothing waits f
 from __future__ import annotations
 
 import functools
+import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,6 +115,23 @@ def copy_to_host(array: np.ndarray, address: int) -> None:
     """Fill a contiguous array from the device, after all work enqueued so far."""
     call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost, stream())
     synchronize()
+
+
+def read_bandwidth(*, size_bytes: int = 1 << 29, repeats: int = 10) -> float:
+    """Bytes per second of device memory, from copies within it: each byte copied is read once and written once."""
+    source, target = allocate(size_bytes), allocate(size_bytes)
+    try:
+        best = math.inf
+        for _ in range(repeats):
+            synchronize()
+            started = time.perf_counter()
+            call("cudaMemcpyAsync", target, source, size_bytes, cudart().cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream())
+            synchronize()
+            best = min(best, time.perf_counter() - started)
+    finally:
+        release(source)
+        release(target)
+    return 2 * size_bytes / best
 
 
 def _driver_words() -> str:

@@ -77,6 +77,15 @@ class VisionSpec:
 
 
 @dataclass(frozen=True)
+class SamplingSpec:
+    """How the model draws when nothing else is asked for; the defaults are the release's (STAR.md 3.1)."""
+
+    guidance: float = 1.1
+    top_k: int = 1000
+    top_p: float = 0.8
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The model as the runtime sees it. `image_size` in pixels, `max_positions` in tokens."""
 
@@ -93,6 +102,7 @@ class ModelSpec:
     tokens: TokenSpec
     vision: VisionSpec
     cache: dict[str, CacheSpec]
+    sampling: SamplingSpec = SamplingSpec()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ BUILD_LIMIT_BYTES = 16 << 20
 @dataclass(frozen=True)
 class PlanSpec:
     """One component's plan. `onnx` maps the files that it was built from to their SHA-256; `plugin` is that of the KV-cache
-    plugin's library, where the plan contains it."""
+    plugin's library, where the plan contains it, `network` that of the parsed network, where it could be read back."""
 
     onnx: dict[str, str]
     profiles: tuple[Profile, ...]
@@ -37,6 +37,7 @@ class PlanSpec:
     outputs: tuple[TensorSpec, ...]
     kv_cache_updates: int
     seconds: float
+    network: str | None = None
     plugin: str | None = None
 
 

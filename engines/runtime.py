@@ -18,6 +18,7 @@ from .picture import check_picture, read_picture
 from .prompt import Chat, check_length, text_positions
 from .sampler import check_sampling, uniforms
 from .sessions import check_backend, open_session, run
+from .sessions.binding import check_array
 
 IMAGES_LIMIT = 128  # in one call; each needs two rows of cache
 
@@ -74,12 +75,13 @@ class Star:
             self._sessions[component] = open_session(self.bundle, component, backend=self.backend)
         return self._sessions[component]
 
-    def generate(self, prompt: str, *, cfg: float = 1.1, top_k: int = 1000, top_p: float = 0.8, seed: int = 100, num_images: int = 1,
-                 greedy: bool = False, reason: bool = False, max_new_tokens: int = 256, progress: Progress = silent) -> Pictures:
+    def generate(self, prompt: str, *, cfg: float | None = None, top_k: int | None = None, top_p: float | None = None,
+                 seed: int = 100, num_images: int = 1, greedy: bool = False, reason: bool = False, max_new_tokens: int = 256,
+                 progress: Progress = silent) -> Pictures:
         """Draw `prompt` (STAR.md 3.3), or with `reason` the base model's answer to it of at most `max_new_tokens` (3.5).
 
-        The same seed draws the same pictures; `greedy` takes the arg-max after guidance. Raises UsageError for settings out of range,
-        InputError for an empty or over-long prompt.
+        The same seed draws the same pictures; `greedy` takes the arg-max after guidance; `cfg`, `top_k` and `top_p` are the model's
+        own where None. Raises UsageError for settings out of range, InputError for an empty or over-long prompt.
         """
         settings = self._settings(cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, num_images=num_images)
         answer = None
@@ -92,9 +94,9 @@ class Star:
         ids = self._draw(self._embed(rows), text_positions(*rows.shape), settings, progress)
         return Pictures(ids, self._decoded(ids), answer)
 
-    def edit(self, image: str | Path | np.ndarray, instruction: str, *, cfg: float = 1.1, top_k: int = 1000, top_p: float = 0.8,
-             seed: int = 100, greedy: bool = False, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS,
-             progress: Progress = silent) -> Pictures:
+    def edit(self, image: str | Path | np.ndarray, instruction: str, *, cfg: float | None = None, top_k: int | None = None,
+             top_p: float | None = None, seed: int = 100, greedy: bool = False, min_pixels: int = MIN_PIXELS,
+             max_pixels: int = MAX_PIXELS, progress: Progress = silent) -> Pictures:
         """Change `image` (a PNG or JPEG file, or uint8 [H, W, 3]) by `instruction` (STAR.md 3.6). Settings as in `generate`;
         `min_pixels` and `max_pixels` bound the vision encoder's input."""
         settings = self._settings(cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, num_images=1)
@@ -118,12 +120,30 @@ class Star:
         ids = self._answer(rows, embeds, positions, max_new_tokens, progress)
         return Answer(self.chat.text(ids), ids)
 
-    def image_loop(self, *, num_images: int, length: int) -> ImageLoop:
-        """The decode loop for prompts of `length` tokens, with memory of its own."""
+    def generate_ids(self, input_ids: np.ndarray, *, guidance: float, top_k: int, top_p: float, uniforms: np.ndarray) -> np.ndarray:
+        """Draw from prompt rows of ids: input_ids int64 [2N, L] in rows cond, uncond, ..., uniforms float32 [n, N] -> image ids [N, n].
+
+        n is at most the model's image tokens; arg-max is top_k 1. What `generate` does between text and picture.
+        """
+        check_ids(input_ids, vocab_size=self.model.vocab_size)
+        check_sampling(guidance=guidance, top_k=top_k, top_p=top_p, top_k_limit=self.model.top_k_limit)
+        check_array(uniforms, shape=(_between("uniforms", len(uniforms), self.model.image_tokens), len(input_ids) // 2), dtype="float32")
+        self._check_length(input_ids.shape[1] + len(uniforms) - 1, "base_ar", "stacked_ar")
+        settings = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "uniforms": uniforms}
+        return self._draw(self._embed(input_ids), text_positions(*input_ids.shape), settings, silent)
+
+    def answer_ids(self, input_ids: np.ndarray, position_ids: np.ndarray, *, max_new_tokens: int) -> np.ndarray:
+        """Answer a text prompt of ids: input_ids int64 [1, L], position_ids int64 [3, 1, L] -> new ids [n], n <= max_new_tokens."""
+        check_ids(input_ids, vocab_size=self.model.vocab_size)
+        check_array(position_ids, shape=(3, 1, input_ids.shape[1]), dtype="int64")
+        self._check_answer(input_ids, max_new_tokens)
+        return self._answer(input_ids, self._embed(input_ids), position_ids, max_new_tokens, silent)
+
+    def image_loop(self, *, num_images: int, length: int, tokens: int) -> ImageLoop:
+        """The decode loop for `tokens` image tokens after prompts of `length` tokens, with memory of its own."""
         base, stacked, head = (self.session(name) for name in ("base_ar", "stacked_ar", "image_head"))
-        needed = length + self.model.image_tokens - 1
-        return ImageLoop(base, stacked, head, num_images=num_images, tokens=self.model.image_tokens,
-                         capacity_tokens=base.capacity_tokens or needed)
+        return ImageLoop(base, stacked, head, num_images=num_images, tokens=tokens,
+                         capacity_tokens=base.capacity_tokens or length + tokens - 1)
 
     def _reason(self, prompt: str, *, max_new_tokens: int, progress: Progress) -> str:
         rows = self.chat.question_ids(prompt)
@@ -138,7 +158,7 @@ class Star:
                            repetition_penalty=self.model.repetition_penalty, progress=progress)
 
     def _draw(self, embeds: np.ndarray, positions: np.ndarray, settings: dict, progress: Progress) -> np.ndarray:
-        loop = self.image_loop(num_images=embeds.shape[0] // 2, length=embeds.shape[1])
+        loop = self.image_loop(num_images=embeds.shape[0] // 2, length=embeds.shape[1], tokens=len(settings["uniforms"]))
         return loop.draw(embeds, positions, **settings, progress=progress)
 
     def _embed(self, rows: np.ndarray) -> np.ndarray:
@@ -147,9 +167,12 @@ class Star:
     def _decoded(self, image_ids: np.ndarray) -> np.ndarray:
         return pictures_from_decoded(run(self.session("vq_decoder"), {"image_ids": image_ids})["image"])
 
-    def _settings(self, *, cfg: float, top_k: int, top_p: float, seed: int, greedy: bool, num_images: int) -> dict:
-        """The draw's settings, checked. A top_k beyond the codebook means all of it, as in the release."""
-        _check_count("num_images", num_images, IMAGES_LIMIT)
+    def _settings(self, *, cfg: float | None, top_k: int | None, top_p: float | None, seed: int, greedy: bool, num_images: int) -> dict:
+        """The draw's settings, checked; the model's own where None. A top_k beyond the codebook means all of it, as in the release."""
+        usual = self.model.sampling
+        cfg, top_k, top_p = (given if given is not None else own for given, own in
+                             ((cfg, usual.guidance), (top_k, usual.top_k), (top_p, usual.top_p)))
+        _between("num_images", num_images, IMAGES_LIMIT)
         draws = uniforms(seed=seed, tokens=self.model.image_tokens, num_images=num_images)
         top_k = min(top_k, self.model.codebook_size)
         check_sampling(guidance=cfg, top_k=top_k, top_p=top_p, top_k_limit=self.model.top_k_limit)
@@ -158,7 +181,7 @@ class Star:
         return {"guidance": cfg, "top_k": top_k, "top_p": top_p, "uniforms": draws}
 
     def _check_answer(self, rows: np.ndarray, max_new_tokens: int) -> None:
-        _check_count("max_new_tokens", max_new_tokens, self.model.max_positions)
+        _between("max_new_tokens", max_new_tokens, self.model.max_positions)
         self._check_length(rows.shape[1] + max_new_tokens - 1, "base_ar")
 
     def _check_length(self, needed_tokens: int, *decoders: str) -> None:
@@ -174,6 +197,18 @@ def _picture(image: str | Path | np.ndarray) -> np.ndarray:
     return image
 
 
-def _check_count(name: str, value: int, limit: int) -> None:
+def check_ids(input_ids: np.ndarray, *, vocab_size: int) -> None:
+    """Prompt rows must be int64 [B, L], L > 0, ids of the vocabulary. Raises InputError."""
+    if not isinstance(input_ids, np.ndarray) or input_ids.ndim != 2 or not input_ids.size:
+        raise InputError("These are no prompt rows", where=f"input_ids: expected int64[B,L] with B and L from 1, got "
+                         f"{getattr(input_ids, 'shape', type(input_ids).__name__)}", fix="give one row of ids per sequence")
+    check_array(input_ids, shape=input_ids.shape, dtype="int64")
+    if not (0 <= input_ids.min() and input_ids.max() < vocab_size):
+        raise InputError("A token id is not in the vocabulary", fix="encode the text with the bundle's tokenizer",
+                         where=f"input_ids: expected 0 to {vocab_size - 1}, got {input_ids.min()} to {input_ids.max()}")
+
+
+def _between(name: str, value: int, limit: int) -> int:
     if not 1 <= value <= limit:
         raise UsageError(f"{name} is out of range", where=f"{name}: expected 1 to {limit}, got {value}", fix="leave it out to use the default")
+    return value

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError
+from .special import SpecialIds, special_ids_from_tokenizer
 from .strict_json import FIX, Section, read_object
 
 # Bounds of what multiplies memory; the largest release has 36, 18944 and 152064.
@@ -89,7 +90,7 @@ class VQConfig:
 
 @dataclass(frozen=True)
 class StarConfig:
-    """The whole model. `eos_token_ids` and `repetition_penalty` are the base model's for answering in text."""
+    """The whole model. `eos_token_ids`, `repetition_penalty` and the `special` ids of prompts are the base model's."""
 
     name: str
     base_ar: DecoderConfig
@@ -101,6 +102,7 @@ class StarConfig:
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     repetition_penalty: float
+    special: SpecialIds
 
 
 def config_from_files(star_json: Path, qwen_folder: Path) -> StarConfig:
@@ -136,7 +138,8 @@ def config_from_files(star_json: Path, qwen_folder: Path) -> StarConfig:
     star.finish(unused=STAR_UNUSED)
     return StarConfig(name=name, base_ar=base_ar, stacked_ar=stacked_ar, vision=vision, vq=vq, adapter_depth=adapter_depth,
                       vocab_size=vocab_size, tie_word_embeddings=tied, eos_token_ids=eos_token_ids,
-                      repetition_penalty=repetition_penalty)
+                      repetition_penalty=repetition_penalty,
+                      special=special_ids_from_tokenizer(qwen_folder / "tokenizer.json", vocab_size=vocab_size))
 
 
 def section_from_file(path: Path) -> Section:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from .decoder import Cache, Decoder
 from .model import Star
-
-VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, FIM_PAD = 151_652, 151_653, 151_654, 151_655, 151_662
+from .special import SpecialIds
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def answer(star: Star, input_ids: Tensor, position_ids: Tensor, image_embeds: Te
     -> new ids [n] int64, n <= max_new_tokens, the one that ended the answer included.
     """
     config = star.config
-    embeds = prompt_embeds(star, input_ids, {} if image_embeds is None else {IMAGE_PAD: image_embeds})
+    embeds = prompt_embeds(star, input_ids, {} if image_embeds is None else {config.special.image_pad: image_embeds})
     cache = star.base_ar.new_cache(1, capacity_tokens=input_ids.shape[1] + max_new_tokens)
     seen, positions, first = input_ids[0], position_ids, 0
     for _ in range(max_new_tokens):
@@ -165,31 +164,35 @@ def prompt_embeds(star: Star, input_ids: Tensor, replaced: dict[int, Tensor]) ->
 
 def edit_embeds(star: Star, input_ids: Tensor, *, image_ids: Tensor, image_embeds: Tensor) -> Tensor:
     """Prompt of an edit. input_ids [2, L] (`edit_ids`), image_ids [T] of the picture, image_embeds [P/4, H] -> [2, L, H]."""
-    return prompt_embeds(star, input_ids, {VISION_PAD: star.image_embedding(image_ids), IMAGE_PAD: image_embeds})
+    special = star.config.special
+    replaced = {special.vision_pad: star.image_embedding(image_ids), special.image_pad: image_embeds}
+    return prompt_embeds(star, input_ids, replaced)
 
 
-def guidance_rows(input_ids: Tensor) -> Tensor:
+def guidance_rows(input_ids: Tensor, special: SpecialIds) -> Tensor:
     """Each prompt and its unconditional twin, whose ids between the first and the last four are `<|fim_pad|>`.
 
     input_ids [N, L] ending in `<|vision_start|>` -> [2N, L] (STAR.md 3.3; editing masks before the picture is put in).
     """
     unconditional = input_ids.clone()
-    unconditional[:, 1:-4] = FIM_PAD
+    unconditional[:, 1:-4] = special.fim_pad
     return torch.stack([input_ids, unconditional], dim=1).flatten(0, 1)
 
 
-def edit_ids(rows: Tensor, *, insert_at: int, newline: int, image_tokens: int, merged_patches: int) -> Tensor:
+def edit_ids(rows: Tensor, special: SpecialIds, *, insert_at: int, newline: int, image_tokens: int,
+             merged_patches: int) -> Tensor:
     """Prompt rows with the picture's places put in: its image ids as `<|vision_pad|>`, its patches as `<|image_pad|>`.
 
     rows [2, L0], `insert_at` after "<|im_start|>user\\n" -> [2, L] (STAR.md 3.6).
     """
-    picture = [VISION_START, *[VISION_PAD] * image_tokens, VISION_END,
-               VISION_START, *[IMAGE_PAD] * merged_patches, VISION_END, newline]
+    picture = [special.vision_start, *[special.vision_pad] * image_tokens, special.vision_end,
+               special.vision_start, *[special.image_pad] * merged_patches, special.vision_end, newline]
     inserted = torch.tensor(picture, device=rows.device).expand(rows.shape[0], -1)
     return torch.cat([rows[:, :insert_at], inserted, rows[:, insert_at:]], dim=1)
 
 
-def mrope_position_ids(input_ids: Tensor, grids: Sequence[tuple[int, int]], *, trailing: int = 0) -> Tensor:
+def mrope_position_ids(input_ids: Tensor, grids: Sequence[tuple[int, int]], special: SpecialIds, *,
+                       trailing: int = 0) -> Tensor:
     """Positions on the three axes. input_ids [L], merged rows and columns of each picture -> [3, 1, L + trailing] int64.
 
     Text advances all axes by one. A picture is what follows `<|vision_start|>` as `<|image_pad|>`: one place in time, its rows
@@ -199,7 +202,7 @@ def mrope_position_ids(input_ids: Tensor, grids: Sequence[tuple[int, int]], *, t
     start, done, remaining = 0, 0, list(grids)
     ids = input_ids.tolist()
     while done < len(ids):
-        if ids[done] == IMAGE_PAD and done and ids[done - 1] == VISION_START:
+        if ids[done] == special.image_pad and done and ids[done - 1] == special.vision_start:
             grid_h, grid_w = remaining.pop(0)
             rows = torch.arange(grid_h).repeat_interleave(grid_w)
             columns.append(start + torch.stack([torch.zeros_like(rows), rows, torch.arange(grid_w).repeat(grid_h)]))

@@ -85,7 +85,9 @@ def not_proven(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ..
         gaps.append(f"the arithmetic of {bundle.manifest.precision}: the graphs' fp32 twins ran, on the same rounded weights")
     if compute != "fp32":
         gaps.append("the ids of long runs: in 16 bits a near tie may fall either way")
-    if not backend.startswith("tensorrt"):
+    if backend.startswith("readback"):
+        gaps.append("the kernels, and anything on the device: the networks that the plans were compiled from were evaluated on the CPU")
+    elif not backend.startswith("tensorrt"):
         gaps.append("TensorRT plans, which are validated with --target on their device")
     return gaps + [f"{rung.name}: {rung.note}" for rung in rungs if "left out" in rung.note or "not " in rung.note]
 
@@ -109,7 +111,7 @@ def certificate_path(bundle: Path, backend: str, device: str) -> Path:
 
 def device_name(backend: str) -> str:
     """What `backend` runs on here: `cpu`, or the first GPU's name. Raises MissingError without a GPU."""
-    if backend == "onnxruntime":
+    if backend == "onnxruntime" or backend.startswith("readback"):
         return "cpu"
     from engines.device import gpus
 

@@ -58,7 +58,7 @@ def build_parser() -> Parser:
     """One sub-command per verb; the destinations are the keywords of the function of that name in `verbs`."""
     parser = Parser(prog="star-export", description="STAR from a checkpoint to TensorRT engines, answers and pictures, with proof.")
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for add in (_export, _build, _validate, _generate, _edit, _ask, _bench, _inspect, _targets, _doctor):
+    for add in (_export, _build, _validate, _generate, _edit, _ask, _bench, _score, _inspect, _targets, _doctor):
         add(commands)
     return parser
 
@@ -72,7 +72,7 @@ def _command(commands, name: str, help: str, *examples: str) -> Parser:
 
 def _export(commands) -> None:
     c = _command(commands, "export", "a checkpoint to a bundle of ONNX components with golden tensors",
-                 "STAR-3B --out star-3b-bf16 --precision bf16")
+                 "MM-MVR/STAR-3B --base Qwen/Qwen2.5-VL-3B-Instruct --out star-3b-bf16 --precision bf16")
     c.add_argument("source", metavar="SOURCE", help="a folder in the release layout, its config JSON, or a hub id")
     c.add_argument("--out", required=True, metavar="BUNDLE", help="the bundle to make; must not exist")
     c.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16", "int8", "int4"), help="default: fp32")
@@ -88,6 +88,9 @@ def _build(commands) -> None:
     c.add_argument("bundle", metavar="BUNDLE")
     c.add_argument("--target", required=True, action="append", metavar="T", help="a device of `star-export targets`; may be repeated")
     c.add_argument("--components", type=_words, metavar="A,B", help="only these components (default: all)")
+    c.add_argument("--capacity-tokens", type=_count, metavar="N", help="slots of the KV caches (default: the model's positions, at most 2048)")
+    c.add_argument("--prefill-tokens", type=_count, metavar="N", help="longest prompt (default: the capacity)")
+    c.add_argument("--rows", type=_count, metavar="N", help="largest batch, two rows per picture (default: 4)")
     _add_progress(c)
 
 
@@ -139,13 +142,25 @@ def _bench(commands) -> None:
     _add_progress(c)
 
 
+def _score(commands) -> None:
+    c = _command(commands, "score", "how many of STAR-Nano's tasks a bundle of it does right", "star-nano-int4 --full")
+    c.add_argument("bundle", metavar="BUNDLE")
+    c.add_argument("--full", action="store_true", help="enough items for narrow intervals (default: a small fixed set)")
+    c.add_argument("--checkpoint", metavar="FOLDER", help="the trained checkpoint, for the reference's recorded score beside it")
+    c.add_argument("--backend", default="onnxruntime", metavar="NAME", help="onnxruntime (default), onnxruntime-cuda, or tensorrt:TARGET")
+    _add_progress(c)
+
+
 def _inspect(commands) -> None:
-    c = _command(commands, "inspect", "what is in a bundle, an ONNX file or a plan", "star-3b-bf16", "star-3b-bf16/base_ar/model.onnx")
+    c = _command(commands, "inspect", "what is in a bundle, an ONNX file or a plan", "star-3b-bf16", "star-3b-bf16/base_ar/model.onnx",
+                 "star-3b-bf16 --target rtx-4090 --component base_ar")
     c.add_argument("path", metavar="X", help="a bundle, a .onnx or a .plan")
+    c.add_argument("--target", metavar="T", help="show a bundle's layers as TensorRT reads them for T, and what it will fuse")
+    c.add_argument("--component", metavar="A", help="of this component alone (default: all)")
 
 
 def _targets(commands) -> None:
-    _command(commands, "targets", "the device table, and what fits", "")
+    _command(commands, "targets", "the device table", "")
 
 
 def _doctor(commands) -> None:
@@ -154,9 +169,9 @@ def _doctor(commands) -> None:
 
 def _add_drawing(c: Parser) -> None:
     c.add_argument("-o", "--output", required=True, type=_named(".png"), metavar="F.png", help="the picture to write")
-    c.add_argument("--cfg", type=_number(0, math.inf), default=1.1, metavar="W", help="guidance; 1 is none (default: 1.1)")
-    c.add_argument("--top-k", type=_count, default=1000, metavar="K", help="default: 1000")
-    c.add_argument("--top-p", type=_number(0, 1), default=0.8, metavar="P", help="1 is off (default: 0.8)")
+    c.add_argument("--cfg", type=_number(0, math.inf), metavar="W", help="guidance; 1 is none (default: the model's; STAR: 1.1)")
+    c.add_argument("--top-k", type=_count, metavar="K", help="default: the model's; STAR: 1000")
+    c.add_argument("--top-p", type=_number(0, 1), metavar="P", help="1 is off (default: the model's; STAR: 0.8)")
     c.add_argument("--seed", type=_seed, default=100, metavar="S", help="the same seed gives the same picture (default: 100)")
     c.add_argument("--greedy", action="store_true", help="arg-max after guidance instead of a draw")
     _add_running(c, "the image token ids, int64 [N,T]")

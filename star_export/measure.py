@@ -31,12 +31,25 @@ def run_case(session, case: Case, *, limits: Mapping[str, float], capacity_token
     before = read_caches(buffers)
     session.bind(buffers)()
     outputs = {name: array for name, array in case.outputs.items() if not name.startswith(PRESENT)}
-    results = compare({name: buffers[name].read() for name in outputs}, outputs, limits=limits)
+    results = compare(*where_ids_agree({name: buffers[name].read() for name in outputs}, outputs), limits=limits)
     if before:
         wanted = {name: array for name, array in case.outputs.items() if name not in outputs}
         results += compare_caches(read_caches(buffers), wanted, before=before, limits=limits,
                                   write_indices=feeds["write_indices"], tokens=feeds["inputs_embeds"].shape[1])
     return results
+
+
+def where_ids_agree(got: Tensors, wanted: Tensors) -> tuple[Tensors, Tensors]:
+    """Both sides with `inputs_embeds` [..,H] only where `image_ids` agree: the row of another id is another row, and the share of such
+    ids has a limit of its own. Rows are the ids' in order, two for each id under guidance. All rows where no id agrees."""
+    if not {"image_ids", "inputs_embeds"} <= wanted.keys() or got["image_ids"].shape != wanted["image_ids"].shape:
+        return got, wanted
+    same = (got["image_ids"] == wanted["image_ids"]).reshape(-1)
+    if same.all() or not same.any():
+        return got, wanted
+    rows = wanted["inputs_embeds"].reshape(-1, wanted["inputs_embeds"].shape[-1])
+    kept = same.repeat(len(rows) // same.size)
+    return got | {"inputs_embeds": got["inputs_embeds"].reshape(rows.shape)[kept]}, wanted | {"inputs_embeds": rows[kept]}
 
 
 def read_caches(buffers: Mapping[str, object]) -> Tensors:

@@ -7,12 +7,13 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from engines.errors import InputError
-from engines.manifest import CacheSpec, ModelSpec, TokenSpec, VisionSpec
+from engines.manifest import CacheSpec, ModelSpec, SamplingSpec, TokenSpec, VisionSpec, strict, value_from_json
 from reference.config import DecoderConfig, StarConfig
 from reference.weights import CheckpointFiles
 
 from .components import TOP_K_LIMIT
 
+SAMPLING = "sampling.json"  # beside the configuration; STAR-Nano has one
 TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
           "vision_pad": "<|vision_pad|>", "image_pad": "<|image_pad|>", "fim_pad": "<|fim_pad|>"}
 
@@ -30,7 +31,15 @@ def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, ro
         vision=VisionSpec(patch_size=v.patch_size, temporal_patch_size=v.temporal_patch_size, spatial_merge_size=v.spatial_merge_size,
                           window_size=v.window_size, head_dim=v.hidden_size // v.num_heads,
                           image_mean=tuple(map(float, picture["image_mean"])), image_std=tuple(map(float, picture["image_std"]))),
-        cache={"base_ar": _cache_spec(config.base_ar), "stacked_ar": _cache_spec(config.stacked_ar)})
+        cache={"base_ar": _cache_spec(config.base_ar), "stacked_ar": _cache_spec(config.stacked_ar)},
+        sampling=sampling_spec(files.config_json.parent / SAMPLING))
+
+
+def sampling_spec(path: Path) -> SamplingSpec:
+    """What a checkpoint that was tuned says of how to draw; the release's defaults where there is no such file. Raises InputError."""
+    if not path.exists():
+        return SamplingSpec()
+    return strict(SamplingSpec, value_from_json(path.read_text(encoding="utf-8"), where=str(path)), str(path))
 
 
 def tokenizer_files(files: CheckpointFiles) -> dict[str, bytes]:

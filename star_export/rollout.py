@@ -50,15 +50,15 @@ class Decoder:
         return read_caches(self.buffers)
 
 
-def check_decoder(session, *, tokens: int, capacity_tokens: int, limits: Mapping[str, float], seed: int,
+def check_decoder(session, *, tokens: int, capacity_tokens: int, limits: Mapping[str, float], seed: int, chunk_tokens: int | None = None,
                   tick: Tick = lambda: None) -> dict[str, list[Result]]:
-    """All of this module on one decoder session, by check. `tokens` is at most the prefill limit and the capacity; `tick` is
-    called after each step (2 * `tokens` in all). A prefill that writes nothing proves nothing: here that is the candidate's fault.
+    """All of this module on one decoder session, by check. `tokens` is at most the prefill limit and the capacity, as is
+    `chunk_tokens`, in which the capacity is filled (`tokens` by default); `tick` is called after each step (2 * `tokens` in all). A prefill that writes nothing proves nothing: here that is the candidate's fault.
     """
     common = {"tokens": tokens, "capacity_tokens": capacity_tokens, "limits": limits, "seed": seed}
     checks = {"two rows against one": lambda: check_rows(session, **common),
-              "steps against prefill, B=1": lambda: check_rollout(session, rows=1, tick=tick, **common),
-              "steps against prefill, B=2": lambda: check_rollout(session, rows=2, tick=tick, **common)}
+              "steps against prefill, B=1": lambda: check_rollout(session, rows=1, chunk_tokens=chunk_tokens, tick=tick, **common),
+              "steps against prefill, B=2": lambda: check_rollout(session, rows=2, chunk_tokens=chunk_tokens, tick=tick, **common)}
     results = {}
     for name, check in checks.items():
         try:
@@ -69,7 +69,7 @@ def check_decoder(session, *, tokens: int, capacity_tokens: int, limits: Mapping
 
 
 def check_rollout(session, *, rows: int, tokens: int, capacity_tokens: int, limits: Mapping[str, float], seed: int,
-                  tick: Tick = lambda: None) -> list[Result]:
+                  chunk_tokens: int | None = None, tick: Tick = lambda: None) -> list[Result]:
     """`tokens` steps of one token against one prefill of as many, then a rewind, then the last slot of the capacity.
 
     `rows` 1 or 2, `tokens` at most the session's prefill limit and at most `capacity_tokens`. Results are named by step.
@@ -89,7 +89,7 @@ def check_rollout(session, *, rows: int, tokens: int, capacity_tokens: int, limi
         before = after
         tick()
     results += placed("rewind", _rewind(stepped, whole, embeds, seed=seed, limits=limits))
-    last = _last_slot(session, capacity_tokens, rows=rows, chunk=tokens, seed=seed, limits=limits)
+    last = _last_slot(session, capacity_tokens, rows=rows, chunk=chunk_tokens or tokens, seed=seed, limits=limits)
     return results + placed("last slot", last)
 
 

@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from engines.bundle import Bundle
-from engines.errors import InputError, ParityError
+from engines.errors import InputError, MissingError, ParityError, UsageError
 from engines.files import write_atomic
 from engines.plan import plan_spec
+from engines.readback import BUILDERS
 from engines.recipe import fits
 from engines.sessions import check_backend, open_session
 from engines.sessions.binding import present_name
 from engines.targets import target_from_name
-from engines.trt import check_runnable
+from engines.trt import check_runnable, tensorrt_of
 
 from .certificate import Certificate, Row, Rung, certificate_path, device_name, json_from_certificate, new_certificate
 from .golden_cases import Case, cases_from_file, component_cases
@@ -52,7 +53,8 @@ class Subject:
 
 def validate(bundle: str | Path, *, backend: str = "onnxruntime", target: str | None = None, report: str | Path | None = None,
              progress: Progress = silent) -> Certificate:
-    """Climb the ladder with the ONNX of `bundle` on `backend`, or with the plans of `target` on the GPU at hand.
+    """Climb the ladder with the ONNX of `bundle` on `backend`, or with the plans of `target` on the GPU at hand. On a machine that
+    cannot run them, the networks that they were compiled from are read back on the CPU instead, and the certificate says so.
 
     An old certificate of the same backend and device is removed first, and a new one is written at the end, whether it passed or not:
     one that says `passed` is always of the last run. `report` names an HTML page to write too. Raises ParityError for the result
@@ -60,10 +62,8 @@ def validate(bundle: str | Path, *, backend: str = "onnxruntime", target: str | 
     executor or device.
     """
     opened = Bundle.open(bundle)
-    backend = f"tensorrt:{target}" if target else backend
+    backend = _backend_of(target) if target else backend
     check_backend(backend)
-    if target:
-        check_runnable(target_from_name(target))
     subject = Subject(opened, backend, compute_type(opened.manifest.precision, twin=backend == "onnxruntime"))
     path = certificate_path(opened.path, backend, device_name(backend))
     path.unlink(missing_ok=True)
@@ -81,13 +81,34 @@ def validate(bundle: str | Path, *, backend: str = "onnxruntime", target: str | 
 def climb(subject: Subject, progress: Progress) -> Certificate:
     """All rungs up to the first that fails."""
     rungs: list[Rung] = []
-    for name, rung in RUNGS.items():
+    for name, rung in rungs_of(subject.backend).items():
         started = time.monotonic()
         rows, note = rung(subject, progress)
         rungs.append(Rung(name, tuple(rows), round(time.monotonic() - started, 3), note))
         if not rungs[-1].passed:
             break
     return new_certificate(subject.bundle, subject.backend, subject.compute, tuple(rungs))
+
+
+def rungs_of(backend: str) -> Mapping[str, Callable]:
+    """The rungs of a climb: networks are read back where there is a target, and nothing else can be where its device is not."""
+    if backend.startswith("tensorrt:"):
+        return RUNGS
+    return {name: rung for name, rung in RUNGS.items()
+            if name == "files and graphs" or (name == "read-back") == backend.startswith("readback")}
+
+
+def _backend_of(target: str) -> str:
+    """`tensorrt:TARGET` where its plans run here, else `readback:TARGET`; the first thing that is missing where neither can be."""
+    row = target_from_name(target)
+    try:
+        check_runnable(row)
+    except (MissingError, UsageError):
+        if row.builder not in BUILDERS:
+            raise
+        tensorrt_of(row)
+        return f"readback:{target}"
+    return f"tensorrt:{target}"
 
 
 def check_certificate(certificate: Certificate, path: Path) -> None:
@@ -108,10 +129,11 @@ def files_and_graphs(subject: Subject, progress: Progress) -> tuple[list[Row], s
     done = f"{len(manifest.files)} files have their SHA-256"
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir")):
         return [], f"{done}; graphs not checked: onnx is not installed here (they were, when they were exported)"
-    graphs = [graph for spec in manifest.components.values() for graph in (spec.graph, spec.twin) if graph]
-    for i, graph in enumerate(graphs):
+    graphs = {spec.graph: subject.target for spec in manifest.components.values()}
+    graphs |= {spec.twin: None for spec in manifest.components.values() if spec.twin}  # twins are for ONNX Runtime alone
+    for i, (graph, target) in enumerate(graphs.items()):
         progress(f"check {graph}", i, len(graphs))
-        check_onnx(subject.bundle.path / graph, target=subject.target)
+        check_onnx(subject.bundle.path / graph, target=target)
     return [], f"{done}; {len(graphs)} graphs pass the ONNX checker and the lint"
 
 
@@ -150,21 +172,30 @@ def golden_tensors(subject: Subject, progress: Progress) -> tuple[list[Row], str
     return rows, f"outside the plans' profiles, not run: {', '.join(left_out)}" if left_out else ""
 
 
-def decoder_steps(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
+def read_back(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
+    """The networks that TensorRT parsed, evaluated on the CPU: `star_export.readback`."""
+    from .readback import read_back as climb_rung
+
+    rows, note = climb_rung(subject, progress)
+    return rows, "; ".join(filter(None, ["proves the meaning of the network, not the kernels", note]))
+
+
+def decoder_steps(subject: Subject, progress: Progress, *, tokens: int = ROLLOUT_TOKENS,
+                  chunk_tokens: int = ROLLOUT_TOKENS) -> tuple[list[Row], str]:
     """Single steps against a prefill, rewind and last slot, with poison in unused slots, at B=1 and B=2."""
     rows, model = [], subject.bundle.manifest.model
     decoders = [name for name in model.cache if name in subject.bundle.manifest.components]
     for i, name in enumerate(decoders):
         session = open_session(subject.bundle, name, backend=subject.backend)
         try:
-            capacity = session.capacity_tokens or min(ROLLOUT_TOKENS, model.max_positions)
-            tokens = min(ROLLOUT_TOKENS, capacity, session.prefill_tokens or capacity)
-            checks = check_decoder(session, tokens=tokens, capacity_tokens=capacity, limits=limits_of(name, subject.compute),
-                                   seed=zlib.crc32(name.encode()), tick=_ticker(progress, name, tokens, i, len(decoders)))
+            capacity = session.capacity_tokens or min(tokens, model.max_positions)
+            steps, chunk = (min(n, capacity, session.prefill_tokens or capacity) for n in (tokens, chunk_tokens))
+            checks = check_decoder(session, tokens=steps, chunk_tokens=chunk, capacity_tokens=capacity, limits=limits_of(name, subject.compute),
+                                   seed=zlib.crc32(name.encode()), tick=_ticker(progress, name, steps, i, len(decoders)))
         finally:
             session.close()
         for check, results in checks.items():
-            rows += rows_from_results(name, f"{check}: {tokens} steps, capacity {capacity}", results)
+            rows += rows_from_results(name, f"{check}: {steps} steps, capacity {capacity}", results)
     return rows, "" if rows else "no decoder in this bundle"
 
 
@@ -179,7 +210,7 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
         raise InputError("The golden set cannot prove anything", fix="export the bundle again",
                          where=f"{RUNS}: expected the cases {', '.join(RUN)}; missing or unknown: {', '.join(sorted(wrong))}")
     rows, limit = [], 0.0 if subject.compute == "fp32" else 1.0
-    with Star.open(subject.bundle.path, backend=subject.backend) as star:
+    with Star(subject.bundle, backend=subject.backend) as star:
         for i, (case, recorded) in enumerate(cases.items()):
             progress(f"whole run: {case}", i, len(cases))
             results = compare(RUN[case](star, recorded), recorded.outputs, limits=dict.fromkeys(recorded.outputs, limit))
@@ -188,10 +219,10 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
 
 
 def _generate(star, case: Case) -> Mapping[str, np.ndarray]:
-    given = case.inputs
+    given, (images, tokens) = case.inputs, case.outputs["image_ids"].shape
+    greedy = np.zeros((tokens, images), np.float32)
     ids = star.generate_ids(given["input_ids"], guidance=float(given["guidance"][0]), top_k=int(given.get("top_k", [1])[0]),
-                            top_p=float(given.get("top_p", [1.0])[0]), uniforms=given.get("uniforms"),
-                            image_tokens=case.outputs["image_ids"].shape[1])
+                            top_p=float(given.get("top_p", [1.0])[0]), uniforms=given.get("uniforms", greedy))
     return {"image_ids": ids}
 
 
@@ -201,7 +232,7 @@ def _answer(star, case: Case) -> Mapping[str, np.ndarray]:
 
 RUN = {"generate": _generate, "sample": _generate, "answer": _answer}
 RUNGS: dict[str, Callable[[Subject, Progress], tuple[list[Row], str]]] = {
-    "files and graphs": files_and_graphs, "golden tensors": golden_tensors, "decoder steps": decoder_steps, "whole runs": whole_runs}
+    "files and graphs": files_and_graphs, "read-back": read_back, "golden tensors": golden_tensors, "decoder steps": decoder_steps, "whole runs": whole_runs}
 
 
 def rows_from_results(component: str, check: str, results: Iterable[Result]) -> list[Row]:
@@ -213,12 +244,12 @@ def rows_from_results(component: str, check: str, results: Iterable[Result]) -> 
 
 
 def _fits(subject: Subject, component: str, session, case: Case) -> bool:
-    """Whether a plan's profiles hold the case; anything else takes every shape."""
-    if subject.target is None:
-        return True
+    """Whether a plan's profiles hold the case, or a parsed network's capacity; anything else takes every shape."""
     capacity = session.capacity_tokens
-    if any(present_name(name) and array.shape[2] > capacity for name, array in case.inputs.items()):
+    if capacity is not None and any(present_name(name) and array.shape[2] > capacity for name, array in case.inputs.items()):
         return False
+    if not subject.backend.startswith("tensorrt:"):
+        return True
     shapes = {name: (extended(array, capacity) if present_name(name) else array).shape for name, array in case.inputs.items()}
     return any(fits(profile, shapes) for profile in plan_spec(subject.bundle, subject.target, component)[1].profiles)
 

@@ -56,13 +56,15 @@ def test_the_rules_can_fail(tmp_path: Path) -> None:
     assert imported(planted) == {"torch": True, "onnxruntime": False}
 
 
-BARE = """
+REFUSE = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition('.')[0] in {blocked!r}:
             raise ModuleNotFoundError(f'{{name}} is not installed here', name=name)
 sys.meta_path.insert(0, Refuse())
+"""
+BARE = REFUSE + """
 import engines.runtime, engines.build, engines.doctor, engines.bench, star_export.cli
 bad = set(sys.modules) & {blocked!r}
 assert not bad, bad
@@ -72,4 +74,22 @@ assert not bad, bad
 @pytest.mark.parametrize("blocked", [HOST_ONLY, HOST_ONLY | EXECUTORS], ids=["without the host's packages", "without executors too"])
 def test_the_runtime_and_the_command_line_import_bare(blocked: set[str]) -> None:
     result = subprocess.run([sys.executable, "-c", BARE.format(blocked=blocked)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+RUN = REFUSE + """
+from star_export.cli import main
+bundle, folder = {bundle!r}, {folder!r}
+assert main(["generate", bundle, "a red cat", "-o", folder + "/a.png", "--no-progress"]) == 0
+assert main(["edit", bundle, folder + "/a.png", "blue", "-o", folder + "/b.png", "--no-progress"]) == 0
+assert main(["ask", bundle, folder + "/a.png", "what is a dog?", "--max-new-tokens", "2", "--no-progress"]) == 0
+bad = set(sys.modules) & {blocked!r}
+assert not bad, bad
+"""
+
+
+def test_the_runtime_runs_bare(mini_bundle: Path, tmp_path: Path) -> None:
+    blocked = HOST_ONLY | {"tensorrt", "tensorrt_rtx", "cuda"}
+    code = RUN.format(blocked=blocked, bundle=str(mini_bundle), folder=str(tmp_path))
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

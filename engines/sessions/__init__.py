@@ -21,11 +21,13 @@ from ..bundle import Bundle
 from ..errors import UsageError
 from .binding import check_binding, present_name, shape_from_symbols
 
-BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt:TARGET")
+BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt:TARGET", "readback:TARGET", "readback-fp32:TARGET")
+TARGETED = ("tensorrt:", "readback:", "readback-fp32:")
 
 
 def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"):
-    """Load `component` of `bundle`. Backends: `onnxruntime` (CPU), `onnxruntime-cuda`, `tensorrt:<target>`.
+    """Load `component` of `bundle`. Backends: `onnxruntime` (CPU), `onnxruntime-cuda`, `tensorrt:<target>`, and `readback:<target>`: the
+    network that TensorRT parsed, evaluated on the CPU in its own types, or with `readback-fp32:` in float32 throughout.
 
     Raises UsageError for another name, MissingError where the executor or device is absent, InputError for a bad file.
     """
@@ -33,13 +35,17 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
     if backend.startswith("tensorrt:"):
         from .tensorrt import open_session as open_tensorrt
         return open_tensorrt(bundle, component, target=backend.removeprefix("tensorrt:"))
+    if backend.startswith("readback"):
+        from .readback import open_session as open_readback
+        kind, _, target = backend.partition(":")
+        return open_readback(bundle, component, target=target, wide=kind == "readback-fp32")
     from .onnxruntime import OnnxRuntimeSession
     return OnnxRuntimeSession(bundle, component, device="cuda" if backend.endswith("-cuda") else "cpu")
 
 
 def check_backend(backend: str) -> None:
     """Refuse a name that is no backend. Raises UsageError listing them."""
-    if backend not in BACKENDS[:2] and not (backend.startswith("tensorrt:") and backend != "tensorrt:"):
+    if backend not in BACKENDS[:2] and not any(backend.startswith(prefix) and backend != prefix for prefix in TARGETED):
         raise UsageError("No such backend", where=f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}",
                          fix="use onnxruntime, or a target that the bundle was built for: tensorrt:TARGET")
 

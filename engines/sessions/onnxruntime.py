@@ -4,6 +4,8 @@ The CPU has no bfloat16: there a component's fp32 twin runs instead of its graph
 """
 from __future__ import annotations
 
+import ctypes
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -46,23 +48,34 @@ class HostBuffer:
 
 
 class DeviceBuffer:
-    """Zeroed memory of a CUDA device. bfloat16 contents (caches) stay there: numpy has no such type."""
+    """Zeroed memory of a CUDA device. numpy has no bfloat16: such contents (caches) are read as the same numbers in float32."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str):
+    def __init__(self, shape: tuple[int, ...], dtype: str, *, device: str = "cuda"):
         import onnxruntime
         self.shape, self.dtype = tuple(shape), dtype
-        self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(self.shape, _ELEMENT_TYPES[dtype], "cuda", 0)
-        if dtype != "bfloat16":
-            self.value.update_inplace(np.zeros(self.shape, dtype))
+        self._bits = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)  # what numpy holds in place of it
+        self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(self.shape, _ELEMENT_TYPES[dtype], device, 0)
+        self.value.update_inplace(np.zeros(self.shape, self._bits))
 
     def write(self, array: np.ndarray) -> None:
         """Copy `array` to the device. Raises InputError unless shape, type and layout are the buffer's."""
         check_array(array, shape=self.shape, dtype=self.dtype)
-        self.value.update_inplace(array)
+        self.value.update_inplace(array.view(self._bits))
 
     def read(self) -> np.ndarray:
         """A copy of the contents on the host."""
-        return self.value.numpy()
+        if self.dtype != "bfloat16":
+            return self.value.numpy()
+        import onnxruntime
+        host = onnxruntime.OrtValue.ortvalue_from_shape_and_type(self.shape, _ELEMENT_TYPES["bfloat16"], "cpu", 0)
+        onnxruntime.copy_tensors([self.value], [host])
+        return float32_from_bfloat16(host.data_ptr(), self.shape)
+
+
+def float32_from_bfloat16(address: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The bfloat16 numbers at `address` in the host's memory as float32: a bfloat16 is the upper half of one."""
+    halves = np.ctypeslib.as_array((ctypes.c_uint16 * math.prod(shape)).from_address(address))
+    return (halves.astype(np.uint32) << 16).view(np.float32).reshape(shape)
 
 
 class OnnxRuntimeSession:
@@ -79,16 +92,17 @@ class OnnxRuntimeSession:
         spec, on_cpu = bundle.component(component), device == "cpu"
         path = bundle.graph(component, twin=on_cpu)
         try:
-            self._session = runtime.InferenceSession(str(path), _options(runtime), providers=[(PROVIDERS[device], _provider_options(device))])
+            self.inference_session = runtime.InferenceSession(str(path), _options(runtime, bundle.manifest.precision),
+                                                               providers=[(PROVIDERS[device], _provider_options(device))])
         except Exception as error:  # the library raises bare exceptions
             raise InputError("ONNX Runtime cannot load this graph", where=f"{path}: {error}",
                              fix="export the bundle again with this version of star-export") from None
         bundle.graph(component, twin=on_cpu)  # what was loaded is still what was verified
-        if PROVIDERS[device] not in self._session.get_providers():
+        if PROVIDERS[device] not in self.inference_session.get_providers():
             raise _missing(device, "ONNX Runtime could not start it (driver, CUDA or cuDNN)")
         self.component, self._buffer = component, HostBuffer if on_cpu else DeviceBuffer
         self.spec = twin_spec(spec) if on_cpu and spec.twin else spec
-        check_boundary(self._session, self.spec, where=str(path))
+        check_boundary(self.inference_session, self.spec, where=str(path))
         self._running = threading.Lock()
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> HostBuffer | DeviceBuffer:
@@ -103,7 +117,7 @@ class OnnxRuntimeSession:
             if not isinstance(tensor, self._buffer):
                 raise InputError("This is no memory of this session", fix="make it with this session's buffer()",
                                  where=f"{name}: expected a {self._buffer.__name__}, got a {type(tensor).__name__}")
-        binding = self._session.io_binding()
+        binding = self.inference_session.io_binding()
         for tensor in self.spec.inputs:
             binding.bind_ortvalue_input(tensor.name, tensors[tensor.name].value)
         caches = {present_name(t.name): t.name for t in self.spec.inputs if present_name(t.name)}
@@ -117,7 +131,7 @@ class OnnxRuntimeSession:
                                  fix="give each thread its own session")
             try:
                 self._check_open()
-                self._session.run_with_iobinding(binding)
+                self.inference_session.run_with_iobinding(binding)
             finally:
                 running.release()
 
@@ -126,10 +140,10 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         """Give the memory back. Steps that were bound can no longer run."""
-        self._session = None
+        self.inference_session = None
 
     def _check_open(self) -> None:
-        if self._session is None:
+        if self.inference_session is None:
             raise InputError("This session is closed", where=f"{self.component}: expected an open session, got a closed one",
                              fix="open it again")
 
@@ -176,10 +190,13 @@ def _missing(device: str, got: str) -> MissingError:
                         where=f"expected onnxruntime with {PROVIDERS[device]}, got: {got}", fix=f'pip install "star-export[{device}]"')
 
 
-def _options(runtime):
+def _options(runtime, precision: str):
     options = runtime.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
-    # Left alone, ONNX Runtime multiplies int4 and int8 weights in int8 arithmetic (level 4), 2 % off; 1 is float32.
+    # Left alone, ONNX Runtime multiplies int4 and int8 weights in int8 arithmetic (level 4), 3 % off. Level 1 is float32 on the stored
+    # weights; with int8's scale per channel it is 25 times slower than weights widened when they are loaded.
+    if precision == "int8":
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # Sessions take turns in the decode loop: idle threads of one that spin would hold the cores of the next (2 to 3 times slower).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reference.special import SpecialIds
+
+SPECIAL = SpecialIds(im_start=151_644, im_end=151_645, vision_start=151_652, vision_end=151_653, vision_pad=151_654,
+                     image_pad=151_655, fim_pad=151_662)  # the release's
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())}
 TEMPLATE = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
+from golden import SPECIAL
 from reference.config import StarConfig, config_from_files
 
 SIZES = {
@@ -14,6 +16,7 @@ SIZES = {
            "stacked": 14, "adapter_depth": 4}}
 GENERATION = {"bos_token_id": 151643, "pad_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643],
               "repetition_penalty": 1.05, "temperature": 1e-6, "transformers_version": "4.49.0"}
+TOKENIZER = {"added_tokens": [{"id": id, "content": f"<|{name}|>"} for name, id in dataclasses.asdict(SPECIAL).items()]}
 
 
 def star_json(size: str) -> dict:
@@ -66,9 +69,10 @@ def nested_qwen_json(flat: dict) -> dict:
 
 
 def write_configs(folder: Path, star: dict, qwen: dict, generation: dict = GENERATION) -> StarConfig:
-    """Write the three JSON files and read them back as the loader does."""
+    """Write the JSON files, the tokenizer's in so far as it is read, and read them back as the loader does."""
     (folder / "qwen").mkdir(parents=True, exist_ok=True)
     (folder / "STAR.json").write_text(json.dumps(star))
     (folder / "qwen" / "config.json").write_text(json.dumps(qwen))
     (folder / "qwen" / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "qwen" / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     return config_from_files(folder / "STAR.json", folder / "qwen")

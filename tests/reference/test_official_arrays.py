@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from golden import CASES, TEMPLATE, error, golden, names
+from golden import CASES, SPECIAL, TEMPLATE, error, golden, names
 from reference import tasks, vision
 from reference.model import Star
 
@@ -52,8 +52,8 @@ def test_vq_encodes_and_decodes(stars: dict[bool, Star], rope_bf16: bool, case: 
 @BOTH
 @pytest.mark.parametrize("case", names("generate"))
 def test_generates(stars: dict[bool, Star], rope_bf16: bool, case: str) -> None:
-    prompt = torch.cat([golden(rope_bf16, f"{case}.prompt_ids"), torch.tensor([tasks.VISION_START])])
-    rows = tasks.guidance_rows(prompt.repeat(CASES[case]["num_images"], 1))
+    prompt = torch.cat([golden(rope_bf16, f"{case}.prompt_ids"), torch.tensor([SPECIAL.vision_start])])
+    rows = tasks.guidance_rows(prompt.repeat(CASES[case]["num_images"], 1), SPECIAL)
     drawn = tasks.generate(stars[rope_bf16], rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, uniforms=None)
     assert torch.equal(drawn.image_ids, golden(rope_bf16, f"{case}.tokens"))
     check_generated(drawn, rope_bf16, case)
@@ -64,13 +64,13 @@ def test_generates(stars: dict[bool, Star], rope_bf16: bool, case: str) -> None:
 def test_reasons_and_generates(stars: dict[bool, Star], tokenizer, rope_bf16: bool, case: str) -> None:
     star, stored_rows = stars[rope_bf16], golden(rope_bf16, f"{case}.input_ids")
     question = torch.tensor([tokenizer.encode(TEMPLATE.format(CASES[case]["prompt"])).ids[:-1]])
-    positions = tasks.mrope_position_ids(question[0], [])
+    positions = tasks.mrope_position_ids(question[0], [], SPECIAL)
     assert torch.equal(positions, golden(rope_bf16, f"{case}.prefill_position_ids"))
     answer = tasks.answer(star, question, positions, None, max_new_tokens=CASES[case]["answer_tokens"])
     text = tokenizer.decode(answer.tolist())
     magic = tokenizer.encode(" Ultra HD, 4K, cinematic composition").ids
-    prompt = [*question[0, :14].tolist(), *tokenizer.encode(text).ids, *magic, *question[0, -5:].tolist(), tasks.VISION_START]
-    rows = tasks.guidance_rows(torch.tensor([prompt]))
+    prompt = [*question[0, :14].tolist(), *tokenizer.encode(text).ids, *magic, *question[0, -5:].tolist(), SPECIAL.vision_start]
+    rows = tasks.guidance_rows(torch.tensor([prompt]), SPECIAL)
     assert torch.equal(rows, stored_rows)
     check_generated(tasks.generate(star, rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, uniforms=None), rope_bf16, case)
 
@@ -83,9 +83,9 @@ def test_edits(stars: dict[bool, Star], tokenizer, rope_bf16: bool, case: str) -
     embeds, grid = image_embeds(star, rope_bf16, case)
     assert error(embeds, golden(rope_bf16, f"{case}.image_embeds")) <= LIMIT
     prompt = torch.tensor([tokenizer.encode(TEMPLATE.format(CASES[case]["prompt"])).ids])
-    rows = tasks.edit_ids(tasks.guidance_rows(prompt), insert_at=14, newline=198, image_tokens=vq.image_tokens,
+    rows = tasks.edit_ids(tasks.guidance_rows(prompt, SPECIAL), SPECIAL, insert_at=14, newline=198, image_tokens=vq.image_tokens,
                           merged_patches=grid[0] * grid[1])
-    positions = tasks.mrope_position_ids(rows[0], [grid], trailing=vq.image_tokens)
+    positions = tasks.mrope_position_ids(rows[0], [grid], SPECIAL, trailing=vq.image_tokens)
     assert torch.equal(positions[:, :, :rows.shape[1]], golden(rope_bf16, f"{case}.prefill_position_ids"))
     squashed = Image.fromarray(golden(rope_bf16, f"{case}.image").numpy()).resize((vq.image_size,) * 2, Image.Resampling.BILINEAR)
     picture = torch.from_numpy(np.array(squashed)).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -100,9 +100,9 @@ def test_edits(stars: dict[bool, Star], tokenizer, rope_bf16: bool, case: str) -
 def test_answers(stars: dict[bool, Star], rope_bf16: bool, case: str) -> None:
     star, input_ids = stars[rope_bf16], golden(rope_bf16, f"{case}.input_ids")
     embeds, grid = image_embeds(star, rope_bf16, case)
-    positions = tasks.mrope_position_ids(input_ids[0], [grid])
+    positions = tasks.mrope_position_ids(input_ids[0], [grid], SPECIAL)
     assert torch.equal(positions, golden(rope_bf16, f"{case}.position_ids"))
-    mixed = tasks.prompt_embeds(star, input_ids, {tasks.IMAGE_PAD: embeds})
+    mixed = tasks.prompt_embeds(star, input_ids, {SPECIAL.image_pad: embeds})
     assert error(mixed, golden(rope_bf16, f"{case}.prefill_embeds")) <= LIMIT
     hidden = tasks.decode(star.base_ar, mixed, positions, 0, star.base_ar.new_cache(1, capacity_tokens=input_ids.shape[1]))
     assert error(hidden, golden(rope_bf16, f"{case}.base_hidden")) <= LIMIT

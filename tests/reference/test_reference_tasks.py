@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden import SPECIAL
 
 from reference import tasks
 from reference.model import Star
@@ -70,17 +71,17 @@ def test_penalty_lowers_what_occurred_once_only() -> None:
 
 
 def test_the_unconditional_row_keeps_first_and_last_four() -> None:
-    rows = tasks.guidance_rows(torch.tensor([[10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23, 24, 25, 26]]))
-    pad = tasks.FIM_PAD
+    rows = tasks.guidance_rows(torch.tensor([[10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23, 24, 25, 26]]), SPECIAL)
+    pad = SPECIAL.fim_pad
     assert rows.tolist() == [[10, 11, 12, 13, 14, 15, 16], [10, pad, pad, 13, 14, 15, 16],
                              [20, 21, 22, 23, 24, 25, 26], [20, pad, pad, 23, 24, 25, 26]]
 
 
 def test_edit_positions_of_the_release_example() -> None:
     """STAR.md 3.6: merged grid 24x16 and 7 prompt ids: 992 ids, the last at 631; fed back from 632 to 1206."""
-    rows = tasks.guidance_rows(torch.arange(14 + 7 + 6)[None])
-    ids = tasks.edit_ids(rows, insert_at=14, newline=198, image_tokens=576, merged_patches=24 * 16)
-    positions = tasks.mrope_position_ids(ids[0], [(24, 16)], trailing=576)
+    rows = tasks.guidance_rows(torch.arange(14 + 7 + 6)[None], SPECIAL)
+    ids = tasks.edit_ids(rows, SPECIAL, insert_at=14, newline=198, image_tokens=576, merged_patches=24 * 16)
+    positions = tasks.mrope_position_ids(ids[0], [(24, 16)], SPECIAL, trailing=576)
     assert ids.shape == (2, 992) and torch.equal(ids[0, 14:-13], ids[1, 14:-13])
     assert positions[:, 0, 991].tolist() == [631] * 3 and positions[:, 0, 992].tolist() == [632] * 3
     assert positions[:, 0, 992 + 574].tolist() == [1206] * 3
@@ -92,8 +93,9 @@ def test_edit_positions_of_the_release_example() -> None:
 
 @pytest.mark.parametrize("grid", [(1, 576), (576, 1), (1, 1)])
 def test_edit_positions_of_extreme_pictures(grid: tuple[int, int]) -> None:
-    ids = tasks.edit_ids(torch.arange(30)[None], insert_at=14, newline=198, image_tokens=16, merged_patches=grid[0] * grid[1])
-    positions = tasks.mrope_position_ids(ids[0], [grid])[:, 0]
+    ids = tasks.edit_ids(torch.arange(30)[None], SPECIAL, insert_at=14, newline=198, image_tokens=16,
+                         merged_patches=grid[0] * grid[1])
+    positions = tasks.mrope_position_ids(ids[0], [grid], SPECIAL)[:, 0]
     start = 14 + 1 + 16 + 1 + 1
     assert positions[0, start] == start and positions[:, start + grid[0] * grid[1]].tolist() == [start + max(grid)] * 3
     assert positions[:, -1].tolist() == [int(positions.max())] * 3
@@ -101,19 +103,19 @@ def test_edit_positions_of_extreme_pictures(grid: tuple[int, int]) -> None:
 
 def test_an_answer_ends_with_the_end_token(star: Star) -> None:
     ids = torch.tensor([[5, 6, 7]])
-    whole = tasks.answer(star, ids, tasks.mrope_position_ids(ids[0], []), None, max_new_tokens=6)
+    whole = tasks.answer(star, ids, tasks.mrope_position_ids(ids[0], [], SPECIAL), None, max_new_tokens=6)
     assert len(whole) == 6
     config = star.config
     try:
         star.config = type(config)(**{**vars(config), "eos_token_ids": (int(whole[2]),)})
-        ended = tasks.answer(star, ids, tasks.mrope_position_ids(ids[0], []), None, max_new_tokens=6)
+        ended = tasks.answer(star, ids, tasks.mrope_position_ids(ids[0], [], SPECIAL), None, max_new_tokens=6)
     finally:
         star.config = config
     assert ended.tolist() == whole[:3].tolist()
 
 
 def test_sampling_depends_on_the_uniforms_alone(star: Star) -> None:
-    rows = tasks.guidance_rows(torch.arange(100, 112)[None].repeat(2, 1))
+    rows = tasks.guidance_rows(torch.arange(100, 112)[None].repeat(2, 1), SPECIAL)
     uniforms = torch.rand(16, 2, generator=torch.Generator().manual_seed(4))
     first, again, other = (tasks.generate(star, rows, guidance=2.0, top_k=50, top_p=0.9, uniforms=u).image_ids
                            for u in (uniforms, uniforms, 1 - uniforms))
@@ -124,7 +126,7 @@ def test_sampling_depends_on_the_uniforms_alone(star: Star) -> None:
 
 
 def test_guidance_one_ignores_the_unconditional_row(star: Star) -> None:
-    rows = tasks.guidance_rows(torch.arange(100, 112)[None])
+    rows = tasks.guidance_rows(torch.arange(100, 112)[None], SPECIAL)
     other = rows.clone()
     other[1] = 7
     drawn = [tasks.generate(star, r, guidance=1.0, top_k=0, top_p=1.0, uniforms=None).image_ids for r in (rows, other)]

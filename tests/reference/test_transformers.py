@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,14 +49,15 @@ def test_text_logits(star: Star, qwen, grid: tuple[int, int] | None) -> None:
     extra, merged, embeds = {}, [], {}
     if grid:
         merged = [(grid[0] // 2, grid[1] // 2)]
-        patches = torch.full((merged[0][0] * merged[0][1],), tasks.IMAGE_PAD)
-        ids = torch.cat([ids, torch.tensor([tasks.VISION_START]), patches, torch.tensor([tasks.VISION_END]), ids])
+        patches = torch.full((merged[0][0] * merged[0][1],), star.config.special.image_pad)
+        start, end = (torch.tensor([i]) for i in (star.config.special.vision_start, star.config.special.vision_end))
+        ids = torch.cat([ids, start, patches, end, ids])
         extra = {"pixel_values": pixels(*grid), "image_grid_thw": torch.tensor([[1, *grid]]),
-                 "mm_token_type_ids": (ids == tasks.IMAGE_PAD).long()[None]}
-        embeds = {tasks.IMAGE_PAD: image_embeds(star, *grid)}
+                 "mm_token_type_ids": (ids == star.config.special.image_pad).long()[None]}
+        embeds = {star.config.special.image_pad: image_embeds(star, *grid)}
     expected = qwen(input_ids=ids[None], attention_mask=torch.ones(1, len(ids), dtype=torch.int64), **extra).logits
     cache = star.base_ar.new_cache(1, capacity_tokens=len(ids))
-    mixed, positions = tasks.prompt_embeds(star, ids[None], embeds), tasks.mrope_position_ids(ids, merged)
+    mixed, positions = tasks.prompt_embeds(star, ids[None], embeds), tasks.mrope_position_ids(ids, merged, star.config.special)
     hidden = tasks.decode(star.base_ar, mixed, positions, 0, cache)
     assert error(star.text_head(hidden), expected) <= LIMIT
 
@@ -64,6 +66,7 @@ def test_a_base_model_saved_by_transformers_5_is_read(mini_files: CheckpointFile
                                                       tmp_path: Path) -> None:
     """The nested configuration, one weights file, and the names that the library writes."""
     qwen.save_pretrained(tmp_path)
+    shutil.copy(mini_files.qwen_folder / "tokenizer.json", tmp_path)  # published beside it
     saved = load_star(dataclasses.replace(mini_files, qwen_folder=tmp_path))
     assert saved.config == stars[True].config
     assert all(torch.equal(tensor, stars[True].state_dict()[name]) for name, tensor in saved.state_dict().items())

@@ -1,0 +1,187 @@
+"""Layers that compute each element by itself. Quotations are of TensorRT's NvInfer.h (11.1), from the class or enumeration named.
+
+A reader takes a layer (`parsed.Layer`) and returns the function of its inputs; real numbers are float32 arrays, and the caller
+rounds the result to the output's type.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from .numbers import RANGES, REALS, held_dtype, rounded
+from .parsed import Layer
+
+Compute = Callable[..., np.ndarray]
+_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def erf(x: np.ndarray) -> np.ndarray:
+    """Gauss error function, which numpy has not."""
+    return np.asarray(_erf(x)).astype(np.float32)
+
+
+def _divided(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(x.dtype, np.integer):
+        return x / y
+    quotient, rest = np.divmod(x, y)
+    if ((rest != 0) & ((x < 0) != (y < 0))).any():
+        raise ValueError("a division of integers of unlike sign with a remainder: TensorRT does not say which way it rounds")
+    return quotient
+
+
+ELEMENTWISE: dict[str, Compute] = {  # enum ElementWiseOperation
+    "SUM": np.add, "PROD": np.multiply, "MAX": np.maximum, "MIN": np.minimum, "SUB": np.subtract, "DIV": _divided,
+    "POW": np.power, "FLOOR_DIV": np.floor_divide, "AND": np.logical_and, "OR": np.logical_or,
+    "XOR": np.logical_xor, "EQUAL": np.equal,
+    "GREATER": np.greater, "LESS": np.less}
+
+UNARY: dict[str, Compute] = {  # enum UnaryOperation
+    "EXP": np.exp, "LOG": np.log, "SQRT": np.sqrt, "RECIP": lambda x: np.float32(1) / x, "ABS": np.abs, "NEG": np.negative,
+    "SIN": np.sin, "COS": np.cos, "TAN": np.tan, "SINH": np.sinh, "COSH": np.cosh, "ASIN": np.arcsin, "ACOS": np.arccos,
+    "ATAN": np.arctan, "ASINH": np.arcsinh, "ACOSH": np.arccosh, "ATANH": np.arctanh, "CEIL": np.ceil, "FLOOR": np.floor,
+    "ERF": erf, "NOT": np.logical_not, "SIGN": np.sign, "ROUND": np.rint, "ISINF": np.isinf, "ISNAN": np.isnan
+}
+
+
+ACTIVATION: dict[str, Compute] = {  # enum ActivationType, of x, alpha and beta
+    "RELU": lambda x, a, b: np.maximum(x, 0),
+    "SIGMOID": lambda x, a, b: np.float32(1) / (1 + np.exp(-x)),
+    "TANH": lambda x, a, b: np.tanh(x),
+    "LEAKY_RELU": lambda x, a, b: np.where(x >= 0, x, a * x),
+    "ELU": lambda x, a, b: np.where(x >= 0, x, a * np.expm1(x)),
+    "SELU": lambda x, a, b: np.where(x > 0, b * x, b * (a * np.exp(x) - a)),
+    "SOFTSIGN": lambda x, a, b: x / (1 + np.abs(x)),
+    "SOFTPLUS": lambda x, a, b: a * np.log(np.exp(b * x) + 1),
+    "CLIP": lambda x, a, b: np.maximum(a, np.minimum(b, x)),
+    "HARD_SIGMOID": lambda x, a, b: np.maximum(0, np.minimum(1, a * x + b)),
+    "SCALED_TANH": lambda x, a, b: a * np.tanh(b * x),
+    "THRESHOLDED_RELU": lambda x, a, b: np.where(x > a, x, 0),
+    "GELU_ERF": lambda x, a, b: 0.5 * x * (1 + erf(np.float32(0.5**0.5) * x)),
+    "GELU_TANH": lambda x, a, b: 0.5 * x * (1 + np.tanh(np.float32((2 / np.pi)**0.5) * (np.float32(0.044715) * x**3 + x))),
+}
+
+
+def elementwise(layer: Layer) -> Compute:
+    """IElementWiseLayer: "The input tensors must have the same rank"; a length of one is broadcast."""
+    operation = _of(layer, ELEMENTWISE, layer["op"])
+
+    def compute(x, y):
+        if x.ndim != y.ndim:
+            raise ValueError(f"ranks {x.ndim} and {y.ndim}")
+        return operation(x, y)
+
+    return compute
+
+
+def unary(layer: Layer) -> Compute:
+    """IUnaryLayer."""
+    return _of(layer, UNARY, layer["op"])
+
+
+def activation(layer: Layer) -> Compute:
+    """IActivationLayer: "a per-element activation function"."""
+    function, alpha, beta = _of(layer, ACTIVATION, layer["type"]), np.float32(layer["alpha"]), np.float32(layer["beta"])
+    return lambda x: function(x, alpha, beta)
+
+
+def select(layer: Layer) -> Compute:
+    """ISelectLayer: where the condition is true, elements of the first input, else of the second."""
+    return lambda condition, x, y: np.where(condition, x, y)
+
+
+def identity(layer: Layer) -> Compute:
+    """IIdentityLayer, which casts where the types differ."""
+    return cast_to(layer, layer.outputs[0].kind)
+
+
+def cast(layer: Layer) -> Compute:
+    """ICastLayer: "casts a given tensor to the datatype specified by toType"."""
+    if layer["to_type"] != layer.outputs[0].kind:
+        raise layer.refuse(f"a cast to {layer['to_type']} with an output of {layer.outputs[0].kind}")
+    return cast_to(layer, layer["to_type"])
+
+
+def cast_to(layer: Layer, kind: str) -> Compute:
+    """To reals: the caller rounds. To integers: what C does, toward zero; a number out of range is an error, not a guess."""
+    dtype, source = held_dtype(kind), layer.inputs[0].kind
+    if kind in ("FP8", "FP4", "E8M0", "INT4"):
+        raise layer.refuse(f"a cast to {kind}")
+
+    def compute(x):
+        if source in REALS and kind not in REALS and kind != "BOOL":
+            bounds = np.iinfo(dtype)
+            if not ((x > bounds.min - 1.0) & (x < bounds.max + 1.0)).all():
+                raise ValueError(f"a cast of {x.min()} to {x.max()} to {kind}")
+        return x.astype(dtype)
+
+    return compute
+
+
+def quantize(layer: Layer) -> Compute:
+    """IQuantizeLayer: "output = clamp(round(input / scale) + zeroPt)", ties to even; zeroPt is zero ("only symmetric")."""
+    kind, spread = layer["to_type"], _scales(layer)
+
+    def compute(x, scale, zero=None):
+        _check_zero(zero)
+        scaled = x / spread(x.shape, scale)
+        if kind in RANGES:
+            return np.clip(np.rint(scaled), *RANGES[kind]).astype(held_dtype(kind))
+        return rounded(scaled.astype(np.float32), kind)
+
+    if kind not in RANGES and kind not in ("FP8", "FP4"):
+        raise layer.refuse(f"quantisation to {kind}")
+    return compute
+
+
+def dequantize(layer: Layer) -> Compute:
+    """IDequantizeLayer: "output = (input - zeroPt) * scale"; zeroPt is zero ("only symmetric")."""
+    spread = _scales(layer)
+
+    def compute(x, scale, zero=None):
+        _check_zero(zero)
+        return x.astype(np.float32) * spread(x.shape, scale)
+
+    return compute
+
+
+def _scales(layer: Layer) -> Callable[[tuple[int, ...], np.ndarray], np.ndarray]:
+    """(input's shape, scale) -> the scale of every element: "a scalar for per-tensor, a 1D tensor for per-channel, or the same
+    rank as the input tensor for block quantization", where one axis has a scale for every block: "scale[r//B, s]"."""
+    axis, rank, scale_rank = layer["axis"], len(layer.inputs[0].shape), len(layer.inputs[1].shape)
+    if layer["block_shape"]:
+        raise layer.refuse(f"block_shape {layer['block_shape']}")
+
+    def spread(shape: tuple[int, ...], scale: np.ndarray) -> np.ndarray:
+        if scale.ndim == 0:
+            return scale
+        if scale.ndim == 1 and (rank != 1 or scale.shape == shape):
+            if scale.shape != (shape[axis],):
+                raise ValueError(f"{scale.shape[0]} scales for an axis of {shape[axis]}")
+            return scale.reshape([-1 if i == axis else 1 for i in range(rank)])
+        blocked = [i for i in range(rank) if scale.shape[i] != shape[i]]
+        if len(blocked) > 1 or any(shape[i] % scale.shape[i] for i in blocked):
+            raise ValueError(f"scales {scale.shape} for {shape}")
+        return np.repeat(scale, shape[blocked[0]] // scale.shape[blocked[0]], axis=blocked[0]) if blocked else scale
+
+    if scale_rank > 1 and scale_rank != rank:
+        raise layer.refuse(f"scales of rank {scale_rank} for an input of rank {rank}")
+    return spread
+
+
+def _check_zero(zero: np.ndarray | None) -> None:
+    if zero is not None and zero.any():
+        raise ValueError("a zero point other than zero")
+
+
+def _of(layer: Layer, table: dict[str, Compute], name: str) -> Compute:
+    if name not in table:
+        raise layer.refuse(f"operation {name}", f"one of {', '.join(table)}")
+    return table[name]
+
+
+READERS = {
+    "ELEMENTWISE": elementwise, "UNARY": unary, "ACTIVATION": activation, "SELECT": select, "IDENTITY": identity, "CAST": cast,
+    "QUANTIZE": quantize, "DEQUANTIZE": dequantize
+}

@@ -1,0 +1,171 @@
+"""Evaluate a parsed network in numpy, layer by layer, as TensorRT's documentation says that each computes.
+
+Every layer's result is rounded to the type that the network gives it, so a bf16 network computes in bf16; `wide` keeps float32
+throughout, which tells what the network means from what its types cost. Whatever TensorRT declared of a result (its type, its
+fixed sizes) is checked. A tensor is freed after its last use, a KV cache is updated in place, and what depends on no input is
+computed once where there is room.
+"""
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InputError
+from . import attention, elementwise, indexing, layout, reductions
+from .numbers import REALS, held_dtype, rounded, unpacked
+from .parsed import Layer, Parsed, Tensor
+
+READERS = elementwise.READERS | layout.READERS | reductions.READERS | indexing.READERS | attention.READERS
+EXACT = {"CONSTANT", "SELECT", "TOPK", "KV_CACHE_UPDATE", "ATTENTION_OUTPUT", "QUANTIZE",
+         *(layout.READERS.keys() - {"FILL", "RESIZE"}), *indexing.READERS}  # their results need no rounding
+KEEP_BYTES, KEEP_SHARE = 1 << 30, 1 / 4  # of constants kept between runs: so much always, so much of this machine's memory
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Step:
+    layer: Layer
+    compute: Callable
+    reads: tuple[str | None, ...]
+    frees: tuple[str, ...]  # tensors that no later step reads
+
+
+class Network:
+    """A parsed network that runs. `inputs` and `outputs` are its boundary.
+
+    `wide`: float32 throughout instead of the network's types. `ties`: which of equal elements TopK lists first (`first` or
+    `last` index). Raises InputError naming the first layer that this module does not know.
+    """
+
+    def __init__(self, parsed: Parsed, *, wide: bool = False, ties: str = "first"):
+        self.parsed, self.inputs, self.outputs, self.wide = parsed, parsed.inputs, parsed.outputs, wide
+        needed = _needed(parsed)
+        _check_caches(parsed, needed)
+        fixed = _constant_names(needed)
+        boundary = {
+            t.name: t for layer in needed if layer.outputs[0].name not in fixed for t in layer.inputs if t and t.name in fixed
+        }
+        boundary |= {t.name: t for t in parsed.outputs if t.name in fixed}
+        self._kept: dict[str, np.ndarray] | None = None
+        keep = sum(math.prod(t.shape) * held_dtype(t.kind).itemsize for t in boundary.values()) <= _room_bytes()
+        early = [layer for layer in needed if keep and layer.outputs[0].name in fixed]
+        late = [layer for layer in needed if layer not in early]
+        compute = {id(layer): self._compute(layer, ties) for layer in needed}
+        self._early = _steps(early, compute, keep=boundary)
+        self._late = _steps(late, compute,
+                            keep={t.name for t in (*parsed.outputs, *parsed.inputs)} | set(boundary if keep else ()))
+
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        """Outputs by name, reals in float32 (a cache: in its own memory and type). `feeds`: every input by name, caches writable.
+
+        Raises InputError naming the layer whose values TensorRT would not define, or whose result has not the declared shape.
+        """
+        with np.errstate(all="ignore"):
+            if self._kept is None:
+                self._kept = self._run(self._early, {})
+            values = self._run(self._late, dict(self._kept) | dict(feeds))
+        return {tensor.name: values[tensor.name] for tensor in self.outputs}
+
+    def _run(self, steps: list[_Step], values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for step in steps:
+            arguments = [None if name is None else values[name] for name in step.reads]
+            try:
+                results = step.compute(*arguments)
+            except (ValueError, IndexError, TypeError) as error:
+                raise step.layer.refuse(str(error), "values that TensorRT defines") from error
+            for tensor, result in zip(step.layer.outputs, results if isinstance(results, tuple) else (results,), strict=True):
+                values[tensor.name] = self._checked(step.layer, tensor, result)
+            for name in step.frees:
+                del values[name]
+        return values
+
+    def _checked(self, layer: Layer, tensor: Tensor, result: np.ndarray) -> np.ndarray:
+        """`result` in its type, rounded, of the shape that TensorRT inferred."""
+        if result.ndim != len(tensor.shape) or any(d not in (-1, n) for d, n in zip(tensor.shape, result.shape)):
+            raise layer.refuse(f"shape {result.shape}", f"shape {tensor.shape} of {tensor.name}, as TensorRT inferred it")
+        if layer.kind == "KV_CACHE_UPDATE":
+            return result
+        held = held_dtype(tensor.kind)
+        if result.dtype != held:
+            if not (np.issubdtype(result.dtype, np.floating) and tensor.kind in REALS or layer.kind == "TOPK"):
+                raise layer.refuse(f"{result.dtype} values", f"{tensor.kind} for {tensor.name}")
+            result = result.astype(held)
+        if self.wide or tensor.kind not in REALS or layer.kind in EXACT:
+            return result
+        return rounded(result, tensor.kind)
+
+    def _compute(self, layer: Layer, ties: str) -> Callable:
+        if layer.kind == "CONSTANT":
+            return functools.partial(_constant, layer)
+        if layer.kind == "TOPK":
+            return _widened(reductions.top_k(layer, ties))
+        compute = READERS[layer.kind](layer)
+        return compute if layer.kind == "KV_CACHE_UPDATE" else _widened(compute)
+
+
+def _room_bytes() -> int:
+    try:
+        return max(KEEP_BYTES, int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * KEEP_SHARE))
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return KEEP_BYTES
+
+
+def _widened(compute: Callable) -> Callable:
+    """Caches of 16 bits arrive as float16: every other array of reals is float32."""
+    def widened(*arguments):
+        return compute(*(a.astype(np.float32) if a is not None and a.dtype == np.float16 else a for a in arguments))
+
+    return widened
+
+
+def _constant(layer: Layer) -> np.ndarray:
+    """IConstantLayer: its weights, in its shape."""
+    weights = layer["weights"]
+    return unpacked(weights.data, weights.kind, weights.count).reshape(layer["shape"])
+
+
+def _needed(parsed: Parsed) -> list[Layer]:
+    """The layers that the outputs depend on, in order."""
+    wanted, needed = {tensor.name for tensor in parsed.outputs}, []
+    for layer in reversed(parsed.layers):
+        if any(tensor.name in wanted for tensor in layer.outputs):
+            needed.append(layer)
+            wanted |= {tensor.name for tensor in layer.inputs if tensor is not None}
+    return needed[::-1]
+
+
+def _constant_names(layers: Iterable[Layer]) -> set[str]:
+    """Tensors that depend on no input."""
+    names: set[str] = set()
+    for layer in layers:
+        if all(tensor is None or tensor.name in names for tensor in layer.inputs):
+            names |= {tensor.name for tensor in layer.outputs}
+    return names
+
+
+def _check_caches(parsed: Parsed, layers: list[Layer]) -> None:
+    """A cache is overwritten when it is updated: nothing else may read its values. Raises InputError."""
+    caches = {layer.inputs[0].name for layer in layers if layer.kind == "KV_CACHE_UPDATE"}
+    if outside := caches - {tensor.name for tensor in parsed.inputs}:
+        raise InputError("TensorRT's network cannot be read back", fix="export again: a cache is an input of the graph itself",
+                         where=f"cache {min(outside)}: expected an input of the network, to be updated in place")
+    for layer in layers:
+        read = layer.inputs[1:] if layer.kind == "KV_CACHE_UPDATE" else () if layer.kind == "SHAPE" else layer.inputs
+        if named := [tensor.name for tensor in read if tensor is not None and tensor.name in caches]:
+            raise layer.refuse(f"the cache {named[0]} read beside its update", "a cache that only its update reads")
+
+
+def _steps(layers: list[Layer], compute: Mapping[int, Callable], keep: Iterable[str]) -> list[_Step]:
+    """The layers with what each reads, and what nothing after it reads."""
+    live, steps = set(keep), []
+    for layer in reversed(layers):
+        reads = tuple(None if tensor is None else tensor.name for tensor in layer.inputs)
+        frees = {name for name in (*reads, *(t.name for t in layer.outputs)) if name is not None} - live
+        live |= {name for name in reads if name is not None}
+        steps.append(_Step(layer, compute[id(layer)], reads, tuple(sorted(frees))))
+    return steps[::-1]

@@ -1,0 +1,113 @@
+"""Batches of stages 2 to 4 as tensors: rows of ids padded at their ends, scenes to draw, and where what belongs.
+
+A batch is a function of (seed, stage, step), made in a worker process. Causal attention never looks ahead, so padding at the end
+of a row changes nothing before it, and the rows need no mask, as in the release.
+"""
+from __future__ import annotations
+
+from random import Random
+
+import torch
+from torch import Tensor
+
+from ..tasks import mrope_position_ids
+from . import edits, prompts, questions, riddles
+from .draw import arrays_from_scenes
+from .recipe import DROPPED_PROMPTS, IMAGE_TOKENS, SEED
+from .tokens import Rows
+from .vision import MERGED_SIDE
+from .world import Scene, random_scene
+
+QUESTIONS = {"color": 12, "shape": 14, "count": 16, "position": 14, "yes/no": 16, "describe": 28}  # shares
+PROMPTS = {"mixed": 30, "attributes": 15, "position": 20, "counting": 15, "two": 10, "colors": 5, "single": 5}
+TEXT_SHARE = 0.125  # rows of the base stage without a picture, half of them riddles; text is learnt long before seeing
+MAGIC_SHARE = 0.3  # prompts worded as a reasoned answer, with what the release appends
+MERGED_PATCHES = MERGED_SIDE**2
+IGNORED = -100
+
+
+def drawn_from(random: Random, shares: dict[str, int]) -> str:
+    return random.choices(list(shares), weights=list(shares.values()))[0]
+
+
+def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
+    """Stage 2: questions about pictures, then prompts to put in plain words. Labels are the answers alone.
+
+    input_ids [B, S], labels [B, S] (IGNORED elsewhere), position_ids [3, B, S], things and backgrounds of the first rows'
+    pictures, `sharp`: which of them come as `edit` prepares them.
+    """
+    random, texts = Random(f"{SEED} base {step}"), int(TEXT_SHARE * batch)
+    scenes, full, starts = [], [], []
+    while len(scenes) < batch - texts:
+        scene = random_scene(random)
+        if found := questions.random_question(random, scene, drawn_from(random, QUESTIONS), test=False):
+            scenes.append(scene)
+            add_answer(full, starts, rows, rows.ask(found[0], merged_patches=MERGED_PATCHES), found[1])
+    for turn in range(texts):
+        if turn % 2:
+            text, request = riddles.random_riddle(random, random.choice(riddles.KINDS), test=False)
+        else:
+            text, request = prompts.random_prompt(random, drawn_from(random, PROMPTS), test=False)
+        add_answer(full, starts, rows, rows.question(text), prompts.caption(request))
+    ids = padded(full)
+    labels = ids.roll(-1, dims=1)
+    for row, (start, length) in enumerate(starts):
+        labels[row, :start - 1] = IGNORED
+        labels[row, length - 1:] = IGNORED
+    positions = torch.arange(ids.shape[1]).expand(3, batch, -1).clone()
+    positions[:, :len(scenes)] = mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
+    return {"input_ids": ids, "labels": labels, "position_ids": positions, **scene_tensors(scenes),
+            "sharp": torch.rand(len(scenes), generator=torch.Generator().manual_seed(step)) < 0.3}
+
+
+def add_answer(full: list[list[int]], starts: list[tuple[int, int]], rows: Rows, row: list[int], answer: str) -> None:
+    """Append a row with its answer and end mark, and (where the answer starts, the length)."""
+    full.append([*row, *rows.ids(answer), rows.special.im_end])
+    starts.append((len(row), len(full[-1])))
+
+
+def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
+    """Stage 3: prompts and scenes that fulfil them. input_ids [B, S] with room for the picture behind each prompt, `first` [B]
+    the column from which its first token is predicted, position_ids [3, B, S], things, backgrounds."""
+    random, scenes, full = Random(f"{SEED} {stage} generate {step}"), [], []
+    for _ in range(batch):
+        text, request = prompts.random_prompt(random, drawn_from(random, PROMPTS), test=False)
+        scenes.append(prompts.scene_of(random, request))
+        magic = random.random() < MAGIC_SHARE
+        row = rows.draw(prompts.caption(request) if magic and random.random() < 0.7 else text, magic=magic)
+        full.append(rows.unconditional(row) if random.random() < DROPPED_PROMPTS else row)
+    return picture_rows(full) | scene_tensors(scenes)
+
+
+def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
+    """Stage 4: instructions on a picture. As `generate_batch`, and that picture as `before_things`, `before_backgrounds`."""
+    random, before, after, full = Random(f"{SEED} edit {step}"), [], [], []
+    for _ in range(batch):
+        edit = edits.random_edit(random, random.choice(edits.KINDS), test=False)
+        before.append(edit.before)
+        after.append(edit.after)
+        row = rows.edit(edit.text, image_tokens=IMAGE_TOKENS, merged_patches=MERGED_PATCHES)
+        full.append(rows.unconditional(row) if random.random() < DROPPED_PROMPTS else row)
+    found = picture_rows(full) | scene_tensors(after)
+    length = found["input_ids"].shape[1]
+    positions = mrope_position_ids(found["input_ids"][0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
+    found["position_ids"] = positions[:, :, :length].expand(-1, batch, -1).contiguous()
+    return found | {f"before_{name}": tensor for name, tensor in scene_tensors(before).items()}
+
+
+def picture_rows(full: list[list[int]]) -> dict:
+    """Prompt rows padded so that all but the last token of a picture follow each: ids, first predicted column, positions."""
+    ids = padded([row + [0] * (IMAGE_TOKENS - 1) for row in full])
+    positions = torch.arange(ids.shape[1]).expand(3, len(full), -1).contiguous()
+    return {"input_ids": ids, "first": torch.tensor([len(row) - 1 for row in full]), "position_ids": positions}
+
+
+def padded(full: list[list[int]]) -> Tensor:
+    """Rows as one tensor [B, S], zeros behind each."""
+    width = max(map(len, full))
+    return torch.tensor([row + [0] * (width - len(row)) for row in full])
+
+
+def scene_tensors(scenes: list[Scene]) -> dict[str, Tensor]:
+    things, backgrounds = arrays_from_scenes(scenes)
+    return {"things": torch.from_numpy(things), "backgrounds": torch.from_numpy(backgrounds)}

@@ -1,0 +1,138 @@
+"""Editing: an instruction, the scene before and after it, and whether a picture shows what was asked and left the rest alone."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from random import Random
+
+from . import words
+from .questions import reference_to
+from .scorer import Found, Reading
+from .words import described
+from .world import COLORS, MAX_THINGS, PLACES, SHAPES, Look, Scene, Thing, placed, random_look, random_scene
+
+KINDS = ("recolor", "replace", "add", "remove", "background")
+MOVED_PIXELS = 4.0  # how far a thing that stays may be from where it was
+
+
+@dataclass(frozen=True)
+class Edit:
+    """`text` turns `before` into `after`; `added` is the index in `after` of a thing that may be anywhere; or None."""
+
+    kind: str
+    text: str
+    before: Scene
+    after: Scene
+    added: int | None = None
+
+
+def random_edit(random: Random, kind: str, *, test: bool) -> Edit:
+    """An edit of a kind on a scene of its own, its wording held out or not."""
+    while True:
+        edit = MAKERS[kind](random, random_scene(random))
+        if edit is not None and words.held_out(edit.text) == test:
+            return edit
+
+
+def recolor(random: Random, scene: Scene) -> Edit | None:
+    index, name = referred(random, scene)
+    if name is None:
+        return None
+    look = scene.things[index].look
+    color = random.choice([c for c in COLORS if c not in (look.color, scene.background)])
+    word = words.choose(random, words.COLOR_WORDS.get(color, (color,)))
+    text = random.choice((f"change the color of the {name} to {word}", f"make the {name} {word}", f"paint the {name} {word}",
+                          f"turn the {name} {word}", f"the {name} should be {word}"))
+    return Edit("recolor", text, scene, with_look(scene, index, replace(look, color=color)))
+
+
+def replace_shape(random: Random, scene: Scene) -> Edit | None:
+    index, name = referred(random, scene)
+    if name is None:
+        return None
+    look = scene.things[index].look
+    shape, color = random.choice([s for s in SHAPES if s != look.shape]), look.color
+    said = None
+    if random.random() < 0.5:
+        color = said = random.choice([c for c in COLORS if c != scene.background])
+    new = words.counted(None, 1, described(random, shape=shape, color=said))
+    text = random.choice((f"replace the {name} with {new}", f"turn the {name} into {new}", f"swap the {name} for {new}",
+                          f"change the {name} to {new}"))
+    return Edit("replace", text, scene, with_look(scene, index, replace(look, shape=shape, color=color)))
+
+
+def add(random: Random, scene: Scene) -> Edit | None:
+    if len(scene.things) == MAX_THINGS:
+        return None
+    large = sum(thing.look.size == "large" for thing in scene.things)
+    look = random_look(random, background=scene.background, size="small" if len(scene.things) > 1 and large > 1 else None)
+    place, said_size = random.choice((None, *PLACES)), random.choice((None, look.size))
+    if not (things := placed(random, [look], places=[place], beside=scene.things)):
+        return None
+    new = words.counted(None, 1, described(random, shape=look.shape, color=look.color, size=said_size))
+    where = "" if place is None else random.choice((f" in the {place}", f" at the {place}", f" to the {place}"))
+    text = random.choice((f"add {new}{where}", f"put {new}{where or ' in the picture'}", f"draw {new}{where} too",
+                          f"place {new}{where or ' somewhere'}"))
+    after = replace(scene, things=(*scene.things, *things))
+    return Edit("add", text, scene, after, added=None if place else len(scene.things))
+
+
+def remove(random: Random, scene: Scene) -> Edit | None:
+    index, name = referred(random, scene)
+    if name is None or len(scene.things) < 2:
+        return None
+    text = random.choice(("remove the {}", "delete the {}", "take away the {}", "erase the {}", "get rid of the {}")).format(name)
+    return Edit("remove", text, scene, replace(scene, things=scene.things[:index] + scene.things[index + 1:]))
+
+
+def background(random: Random, scene: Scene) -> Edit | None:
+    used = {scene.background, *(thing.look.color for thing in scene.things)}
+    if len(used) == len(COLORS):
+        return None
+    color = random.choice([c for c in COLORS if c not in used])
+    word = words.choose(random, words.COLOR_WORDS.get(color, (color,)))
+    text = random.choice((f"change the background to {word}", f"make the background {word}", f"paint the background {word}",
+                          f"use {words.article(word)} {word} background", f"the background should be {word}"))
+    return Edit("background", text, scene, replace(scene, background=color))
+
+
+MAKERS = {"recolor": recolor, "replace": replace_shape, "add": add, "remove": remove, "background": background}
+
+
+def referred(random: Random, scene: Scene) -> tuple[int, str | None]:
+    """One thing of the scene and words for it; None for the words when nothing tells it from the others."""
+    index = random.randrange(len(scene.things))
+    return index, reference_to(random, scene, scene.things[index])
+
+
+def with_look(scene: Scene, index: int, look: Look) -> Scene:
+    things = list(scene.things)
+    things[index] = replace(things[index], look=look)
+    return replace(scene, things=tuple(things))
+
+
+def check(edit: Edit, reading: Reading) -> dict[str, bool]:
+    """Demand -> whether a picture meets it: `done` is the instruction, `rest unchanged` everything else."""
+    free = list(reading.things)
+    kept = [index for index in range(len(edit.after.things)) if index != edit.added]
+    changed = {i for i in kept if i >= len(edit.before.things) or edit.kind in ("recolor", "replace")
+               and edit.after.things[i].look != edit.before.things[i].look}
+    met = {index: taken(free, edit.after.things[index]) for index in kept}
+    done = all(met[index] for index in changed)
+    if edit.added is not None:
+        look = edit.after.things[edit.added].look
+        new = [thing for thing in free if (thing.shape, thing.color) == (look.shape, look.color)][:1]
+        done, free = bool(new), [thing for thing in free if thing not in new]
+    done = done and (edit.kind != "background" or reading.background == edit.after.background)
+    rest = all(met[i] for i in kept if i not in changed) and reading.background == edit.after.background and not free
+    return {"done": done and (edit.kind != "remove" or not free), "rest unchanged": rest}
+
+
+def taken(free: list[Found], thing: Thing) -> bool:
+    """Whether a found thing is `thing` at its place; it is then taken out of `free`."""
+    for found in free:
+        near = math.hypot(found.x - thing.x, found.y - thing.y) <= MOVED_PIXELS
+        if near and (found.shape, found.color, found.size) == (thing.look.shape, thing.look.color, thing.look.size):
+            free.remove(found)
+            return True
+    return False

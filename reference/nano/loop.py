@@ -1,0 +1,147 @@
+"""One training loop for all stages: optimiser, learning rate, data, checkpoints, resume, losses on file.
+
+What happens at step i is a function of (seed, stage, i) and of the weights before it, so a run that was interrupted and goes on
+ends with the same weights as one that was not.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .recipe import Stage
+
+SAVE_SECONDS = 120.0
+Losses = dict[str, Tensor]  # the one named "loss" is minimised, the others are recorded
+
+
+@dataclass
+class Job:
+    """What a stage brings to the loop. `batch_of(step)` runs in worker processes and returns a dict of tensors; `losses` computes
+    them; `after` runs behind each optimiser step; `trained` are the modules whose parameters move, `extra` what else is saved."""
+
+    stage: Stage
+    trained: dict[str, nn.Module]
+    batch_of: Callable[[int], dict]
+    losses: Callable[[dict, int], Losses]
+    after: Callable[[int], None] = lambda step: None
+    extra: dict[str, Tensor] | None = None
+
+
+class Steps(Dataset):
+    """Batches by number, for the loader's workers."""
+
+    def __init__(self, batch_of: Callable[[int], dict], steps: int):
+        self.batch_of, self.steps = batch_of, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict:
+        return self.batch_of(step)
+
+
+def rate(stage: Stage, step: int) -> float:
+    """Learning rate at a step: linear warm-up, then a cosine to nothing."""
+    if step < stage.warmup:
+        return stage.learning_rate * (step + 1) / stage.warmup
+    share = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
+    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def run(job: Job, *, folder: Path, device: torch.device, workers: int, tell: Callable[[str], None] = print,
+        stop_after_seconds: float | None = None) -> bool:
+    """Train a stage to its end, from its newest checkpoint in `folder` where there is one.
+
+    Writes `<stage>.ckpt` and `<stage>.jsonl` (a line of losses per tenth of a percent). False when `stop_after_seconds` passed
+    first: the same call goes on from there.
+    """
+    stage, parameters = job.stage, [p for module in job.trained.values() for p in module.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(groups(parameters, stage), lr=stage.learning_rate, betas=(0.9, 0.98))
+    first, began, saved = restore(job, optimiser, folder), time.monotonic(), time.monotonic()
+    if first >= stage.steps:
+        return True
+    loader = DataLoader(Steps(job.batch_of, stage.steps), batch_size=None, sampler=range(first, stage.steps),
+                        num_workers=workers, prefetch_factor=4 if workers else None, persistent_workers=False)
+    recorded, every, seen = [], max(1, stage.steps // 1000), 0
+    for step, batch in enumerate(loader, start=first):
+        on_device = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        losses = train_step(job, optimiser, parameters, on_device, step)
+        seen += stage.batch
+        recorded.append(losses)
+        if (step + 1) % every == 0 or step + 1 == stage.steps:
+            speed = seen / max(time.monotonic() - began, 1e-9)
+            tell(record(stage, folder, step + 1, recorded, speed))
+            recorded = []
+        out_of_time = stop_after_seconds is not None and time.monotonic() - began > stop_after_seconds
+        if time.monotonic() - saved > SAVE_SECONDS or out_of_time or step + 1 == stage.steps:
+            save(job, optimiser, folder, step + 1)
+            saved = time.monotonic()
+        if out_of_time and step + 1 < stage.steps:
+            return False
+    return True
+
+
+def train_step(job: Job, optimiser, parameters: list[Tensor], batch: dict, step: int) -> Losses:
+    """One optimiser step. Raises FloatingPointError when the loss is not finite (checked when it is recorded)."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate(job.stage, step)
+    optimiser.zero_grad(set_to_none=True)
+    losses = job.losses(batch, step)
+    losses["loss"].backward()
+    torch.nn.utils.clip_grad_norm_(parameters, job.stage.clip)
+    optimiser.step()
+    job.after(step)
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def groups(parameters: list[Tensor], stage: Stage) -> list[dict]:
+    """Matrices decay, vectors (norms and biases) do not."""
+    return [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": stage.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+def record(stage: Stage, folder: Path, step: int, recorded: list[Losses], speed: float) -> str:
+    """Append the mean losses of the last steps to the stage's log; the line that is shown."""
+    means = {name: float(torch.stack([losses[name].float() for losses in recorded if name in losses]).mean())
+             for name in recorded[-1]}
+    if not math.isfinite(means["loss"]):
+        raise FloatingPointError(f"stage {stage.name}, step {step}: the loss is {means['loss']}")
+    with open(folder / f"{stage.name}.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in means.items()}) + "\n")
+    return f"{stage.name} {step}/{stage.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()) + f"  {speed:.0f}/s"
+
+
+def save(job: Job, optimiser, folder: Path, step: int) -> None:
+    """Write the checkpoint beside its name, then move it there."""
+    state = {"step": step, "modules": {name: module.state_dict() for name, module in job.trained.items()},
+             "optimiser": optimiser.state_dict(), "extra": job.extra or {}}
+    path = folder / f"{job.stage.name}.ckpt"
+    torch.save(state, path.with_suffix(".partial"))
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def restore(job: Job, optimiser, folder: Path) -> int:
+    """Load the stage's checkpoint and cut its log there; the number of the next step. 0 when there is none."""
+    path, log = folder / f"{job.stage.name}.ckpt", folder / f"{job.stage.name}.jsonl"
+    if not path.exists():
+        log.unlink(missing_ok=True)
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, module in job.trained.items():
+        module.load_state_dict(state["modules"][name])
+    optimiser.load_state_dict(state["optimiser"])
+    for name, tensor in (job.extra or {}).items():
+        tensor.copy_(state["extra"][name])
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
+        log.write_text("".join(line + "\n" for line in lines))
+    return state["step"]

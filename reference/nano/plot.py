@@ -1,0 +1,83 @@
+"""Charts and picture grids as PNG, with Pillow alone."""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+WIDTH, HEIGHT, MARGIN = 460, 280, 46
+INKS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207), (140, 86, 75))
+Series = dict[str, list[tuple[float, float]]]  # name -> points
+
+
+def chart(title: str, series: Series, *, x_label: str = ""):
+    """One line chart with its own scale, as a Pillow image."""
+    from PIL import Image, ImageDraw
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen = ImageDraw.Draw(image)
+    points = [point for line in series.values() for point in line]
+    (left, bottom), (right, top) = (tuple(f(p[axis] for p in points) for axis in (0, 1)) for f in (min, max))
+    wide, high = (right - left) or 1.0, (top - bottom) or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (MARGIN + (x - left) / wide * (WIDTH - MARGIN - 12), HEIGHT - 30 - (y - bottom) / high * (HEIGHT - 60))
+
+    for share in (0, 0.5, 1):
+        y = bottom + share * high
+        pen.line([place(left, y), place(right, y)], fill=(220, 220, 220))
+        pen.text((4, place(left, y)[1] - 6), f"{y:.3g}", fill="black")
+        x = left + share * wide
+        pen.text((place(x, bottom)[0] - 14 * share * 2, HEIGHT - 26), f"{x:g}", fill="black")
+    pen.text((MARGIN, 6), title, fill="black")
+    pen.text((WIDTH // 2, HEIGHT - 14), x_label, fill="black")
+    for number, (name, line) in enumerate(series.items()):
+        ink = INKS[number % len(INKS)]
+        drawn = [place(*point) for point in sorted(line)]
+        pen.line(drawn, fill=ink, width=2)
+        for x, y in drawn if len(drawn) < 20 else ():
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
+        pen.text((WIDTH - 150, 8 + 13 * number), name, fill=ink)
+    return image
+
+
+def write_charts(path: Path, charts: Sequence) -> None:
+    """Charts below each other, two abreast, as one PNG file."""
+    from PIL import Image
+    rows = -(-len(charts) // 2)
+    page = Image.new("RGB", (WIDTH * min(2, len(charts)), HEIGHT * rows), "white")
+    for number, image in enumerate(charts):
+        page.paste(image, (number % 2 * WIDTH, number // 2 * HEIGHT))
+    page.save(path)
+
+
+def write_curves(folder: Path, stages: Sequence[str]) -> None:
+    """Loss curves of the stages that have a log in `folder`, as `losses.png`: a chart for each recorded number."""
+    charts = []
+    for stage in stages:
+        log = folder / f"{stage}.jsonl"
+        if log.exists() and (lines := [json.loads(line) for line in log.read_text().splitlines()]):
+            names = sorted({name for line in lines for name in line} - {"step"})
+            for kind in (["loss"], [name for name in names if name != "loss"]):
+                found = {name: [(line["step"], line[name]) for line in lines if name in line] for name in kind}
+                series = {name: points for name, points in found.items() if points}
+                charts += [chart(f"{stage}: {', '.join(series)}", series, x_label="step")] if series else []
+    if charts:
+        write_charts(folder / "losses.png", charts)
+
+
+def write_grid(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str], *, across: int = 6, scale: int = 2) -> None:
+    """Pictures uint8 [H, W, 3], enlarged, each over its caption (lines split at "|"), as one PNG file."""
+    from PIL import Image, ImageDraw
+    side, text = pictures[0].shape[0] * scale, 46
+    rows = -(-len(pictures) // across)
+    page = Image.new("RGB", ((side + 8) * across, (side + text) * rows), "white")
+    pen = ImageDraw.Draw(page)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        at = (number % across * (side + 8), number // across * (side + text))
+        page.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), at)
+        limit = side // 6  # of the default font
+        lines = [part[i:i + limit] for part in caption.split("|") for i in range(0, max(1, len(part)), limit)]
+        pen.multiline_text((at[0], at[1] + side + 1), "\n".join(lines[:3]), fill="black", spacing=0)
+    page.save(path)

@@ -1,0 +1,54 @@
+"""What is trained for how long: the model's sizes, and one row per stage. Nothing else in the training is a free number.
+
+Sizes follow the release where it decides (heads of 64, grouped queries, three-axis rotary sections in the release's
+proportion, windowed vision with some full blocks, VQ of the same blocks) and are small where it does not.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NAME, BASE_FOLDER = "STAR-Nano", "Qwen2.5-VL-nano"
+SEED = 1
+
+HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 256, 4, 2, 448
+BASE_LAYERS, STACKED_LAYERS = 4, 4
+MROPE_SECTION = (8, 12, 12)  # 16, 24, 24 of 64 in the release
+# The last 12 of 32 frequencies turn with the column of a patch. With the release's 1e6, or 1e4, neighbouring columns would
+# differ by a hundredth of a radian at most, and nothing here is long; with 50 it is 0.02 to 0.09, and the slowest period is
+# 280 tokens.
+MAX_POSITIONS, ROPE_THETA = 512, 50.0
+VOCAB_ROWS = 640
+VISION = {"depth": 4, "hidden_size": 128, "num_heads": 2, "intermediate_size": 256, "patch_size": 14, "spatial_merge_size": 2,
+          "temporal_patch_size": 2, "window_size": 56, "fullatt_block_indexes": [1, 3], "out_hidden_size": HIDDEN,
+          "hidden_act": "silu", "in_chans": 3, "spatial_patch_size": 14, "tokens_per_second": 2}
+# 64 channels give the 32 norm groups two each. With 32 they would norm every channel by itself, which forgets colours: trained on
+# equally many pictures, that was 2 to 4 dB worse from the start.
+VQ = {"ch": 64, "ch_mult": [1, 1, 1, 2], "res_blocks": 1, "z_channels": 64, "num_heads": 2}
+CODEBOOK_SIZE, CODEBOOK_DIM, IMAGE_TOKENS = 2048, 8, 64
+ADAPTER_DEPTH = 2
+
+# Sampling of the release's README until the sweep has chosen; `sampling.json` beside the weights holds what it chose.
+GUIDANCE, TOP_K, TOP_P = 1.1, 1000, 0.8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training: `steps` batches of `batch` samples, learning rate up over `warmup` steps and down by a cosine."""
+
+    name: str
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int = 200
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+
+# Small batches: what is scarce is arithmetic, and on equally many pictures the VQ was far ahead in batches of 16.
+STAGES = {stage.name: stage for stage in (
+    Stage("vq", steps=9_000, batch=16, learning_rate=1e-3, weight_decay=0.0),
+    Stage("base", steps=8_000, batch=32, learning_rate=6e-4),
+    Stage("generate", steps=12_000, batch=32, learning_rate=6e-4),
+    Stage("edit", steps=8_000, batch=32, learning_rate=4e-4))}
+VQ_UNQUANTISED = 0.15  # share of the vq stage before the codebook exists
+DROPPED_PROMPTS = 0.1  # share of generation and editing samples whose prompt is the unconditional one

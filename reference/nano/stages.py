@@ -1,0 +1,132 @@
+"""Stages 2 to 4: the base on text and pictures, then, with the base frozen, the generating parts, then editing mixed in.
+
+The frozen base is the one on file: stage 3 starts by reading it back as it will be shipped, in float16, so the generating parts
+are trained on exactly the base they will meet, and its answers cannot change.
+
+Source: STAR.md 1.2 (the stack starts as a copy of the base's last layers) and 4 (task-progressive training).
+"""
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..decoder import Decoder
+from ..model import Star
+from .batches import IGNORED, base_batch, edit_batch, generate_batch
+from .loop import Job, Losses
+from .recipe import IMAGE_TOKENS, Stage
+from .stage_vq import drawn
+from .tokens import Rows
+from .vision import embeds_of, seen
+
+BASE_PARTS = ("token_embedding", "vision_encoder", "base_ar")  # text_head is token_embedding, tied
+TRAINED_PARTS = ("pixel_adapter", "stacked_ar", "image_head")
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, write_indices: Tensor,
+                     mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`decoder.kv_cache_attention` on whole sequences from an empty cache, with gradients: every query sees itself and before."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True), past_key, past_value
+
+
+def whole(decoder: Decoder, embeds: Tensor, positions: Tensor) -> Tensor:
+    """A decoder with `causal_attention` on whole sequences: embeds [B, S, H], positions [3, B, S] -> hidden states [B, S, H]."""
+    nothing = embeds.new_empty(1, 1, 1, 1)
+    start = torch.zeros(len(embeds), dtype=torch.int64, device=embeds.device)
+    return decoder(embeds, positions, start, [(nothing, nothing)] * len(decoder.layers))[0]
+
+
+def freeze(star: Star, *, trained: tuple[str, ...]) -> dict:
+    """Let only the parameters of the named components move; these components."""
+    star.requires_grad_(False)
+    modules = {name: star.get_submodule(name) for name in trained}
+    for module in modules.values():
+        module.requires_grad_(True)
+    return modules
+
+
+def base_job(star: Star, rows: Rows, stage: Stage) -> Job:
+    """Stage 2."""
+    batch_of = partial(base_batch, rows=rows, batch=stage.batch)
+    return Job(stage, freeze(star, trained=BASE_PARTS), batch_of, partial(base_losses, star))
+
+
+def base_losses(star: Star, batch: dict, step: int) -> Losses:
+    """Cross entropy of the answers; and the share of answer tokens that the model would say, with a picture and without."""
+    labels, count = batch["labels"], len(batch["things"])
+    with torch.autocast(labels.device.type, torch.bfloat16):
+        embeds = star.token_embedding(batch["input_ids"]).clone()
+        image = drawn(batch, step, stream=1)
+        places = batch["input_ids"][:count] == star.config.special.image_pad  # [count, S]
+        pictures = embeds_of(star.vision_encoder, seen(image, sharp=batch["sharp"]))  # [count, 16, H]
+        embeds[:count][places] = pictures.flatten(0, 1).to(embeds.dtype)
+        said = labels != IGNORED
+        hidden = whole(star.base_ar, embeds, batch["position_ids"])[said]  # [n, H]
+        logits = star.text_head(hidden).float()
+    right = logits.argmax(-1) == labels[said]
+    asked = said.nonzero()[:, 0] < count
+    return {"loss": F.cross_entropy(logits, labels[said]), "asked": right[asked].float().mean(),
+            "worded": right[~asked].float().mean()}
+
+
+def stack_from_base(star: Star) -> None:
+    """The stack starts as the base's last layers and final norm (STAR.md 1.2)."""
+    skipped = len(star.base_ar.layers) - len(star.stacked_ar.layers)
+    for index, layer in enumerate(star.stacked_ar.layers):
+        layer.load_state_dict(star.base_ar.layers[index + skipped].state_dict())
+    star.stacked_ar.norm.load_state_dict(star.base_ar.norm.state_dict())
+
+
+def generate_job(star: Star, rows: Rows, stage: Stage) -> Job:
+    """Stage 3. The base must be the one on file already."""
+    batch_of = partial(generate_batch, rows=rows, batch=stage.batch, stage=stage.name)
+    return Job(stage, freeze(star, trained=TRAINED_PARTS), batch_of, partial(picture_losses, star))
+
+
+def edit_job(star: Star, rows: Rows, stage: Stage) -> Job:
+    """Stage 4: every other batch edits, the rest draw."""
+    batch_of = partial(mixed_batch, rows=rows, batch=stage.batch, stage=stage.name)
+    return Job(stage, freeze(star, trained=TRAINED_PARTS), batch_of, partial(picture_losses, star))
+
+
+def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
+    if step % 2:
+        return generate_batch(step, rows=rows, batch=batch, stage=stage)
+    return edit_batch(step, rows=rows, batch=batch)
+
+
+def picture_losses(star: Star, batch: dict, step: int) -> Losses:
+    """Cross entropy of the picture's tokens, and the share of them that is the most probable."""
+    device, first = batch["input_ids"].device, batch["first"]
+    with torch.no_grad():
+        image_ids = star.vq_encoder(drawn(batch, step))  # [B, T]
+    with torch.autocast(device.type, torch.bfloat16):
+        embeds = prompt_with_pictures(star, batch, step)
+        steps = torch.arange(IMAGE_TOKENS, device=device)
+        fed = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=device)
+        fed.scatter_(1, first[:, None] + 1 + steps[:-1], True)  # T - 1 places of each row, in order
+        embeds = embeds.masked_scatter(fed.unsqueeze(-1), star.image_embedding(image_ids[:, :-1]).to(embeds.dtype))
+        base_hidden = whole(star.base_ar, embeds, batch["position_ids"])
+        hidden = whole(star.stacked_ar, base_hidden, batch["position_ids"])
+        at = (first[:, None] + steps).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        logits = star.image_head(hidden.gather(1, at)).float()  # [B, T, K]
+    loss = F.cross_entropy(logits.flatten(0, 1), image_ids.flatten())
+    kind = "edited" if "before_things" in batch else "drawn"
+    return {"loss": loss, f"{kind}": loss.detach(), "right": (logits.argmax(-1) == image_ids).float().mean()}
+
+
+def prompt_with_pictures(star: Star, batch: dict, step: int) -> Tensor:
+    """Embeddings of the rows [B, S, H]; an edit's picture in its places, through the VQ and the vision encoder."""
+    ids, special = batch["input_ids"], star.config.special
+    embeds = star.token_embedding(ids)
+    if "before_things" not in batch:
+        return embeds
+    before = drawn({"things": batch["before_things"], "backgrounds": batch["before_backgrounds"]}, step, stream=2)
+    with torch.no_grad():
+        tokens = star.vq_encoder(before)
+        vision = embeds_of(star.vision_encoder, seen(before, sharp=torch.ones(len(ids), dtype=torch.bool, device=ids.device)))
+    embeds = embeds.masked_scatter((ids == special.vision_pad).unsqueeze(-1), star.image_embedding(tokens).to(embeds.dtype))
+    return embeds.masked_scatter((ids == special.image_pad).unsqueeze(-1), vision.to(embeds.dtype))

@@ -1,0 +1,80 @@
+"""Measure a trained checkpoint and choose how it draws:
+
+    python -m reference.nano.sweep CHECKPOINT --choose     guidance, top-k and top-p: sampling.json, sweep.json and sweep.png
+    python -m reference.nano.sweep CHECKPOINT --record     the reference's score, small and full: score.json, and failures.png
+
+The sweep draws from other items than the score is measured on, so the choice cannot flatter it.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from . import benchmark
+from .painter import Painter, Sampling
+from .plot import chart, write_charts, write_grid
+
+GUIDANCES, TOP_KS, TOP_PS = (1.0, 1.1, 1.5, 2.0, 3.0, 5.0), (20, 100, 1000), (0.8, 0.9, 0.95, 1.0)
+SWEEP_SEED = 7_000_000
+SHOWN = 36
+
+
+def share(painter: Painter, count: int) -> float:
+    """Share of right pictures over generation and editing."""
+    score = benchmark.measure(painter, {"generate": count, "edit": count}, seed=SWEEP_SEED)
+    right, asked = map(sum, zip(score.overall("generate"), score.overall("edit")))
+    return right / asked
+
+
+def choose(painter: Painter, folder: Path, *, count: int) -> Sampling:
+    """Guidance, then top-p, then top-k, the others at the best so far. Writes all that was measured."""
+    best, measured = Sampling(), []
+    charts = []
+    for name, values in (("guidance", GUIDANCES), ("top_p", TOP_PS), ("top_k", TOP_KS)):
+        found = []
+        for value in values:
+            painter.sampling = replace(best, **{name: value})
+            found.append((value, share(painter, count)))
+            measured.append(asdict(painter.sampling) | {"right": found[-1][1]})
+            print(f"{name} {value}: {found[-1][1]:.3f}", file=sys.stderr, flush=True)
+        best = replace(best, **{name: max(found, key=lambda pair: pair[1])[0]})
+        charts.append(chart(f"right pictures by {name}", {name: found}, x_label=name))
+    (folder / "sampling.json").write_text(json.dumps(asdict(best), indent=1) + "\n")
+    (folder / "sweep.json").write_text(json.dumps(measured, indent=1) + "\n")
+    write_charts(folder / "sweep.png", charts)
+    return best
+
+
+def record(painter: Painter, folder: Path) -> dict[str, benchmark.Score]:
+    """Measure the small and the full set; write both, and a grid of honest failures of the full one."""
+    scores = {"small": benchmark.measure(painter, benchmark.SMALL), "full": benchmark.measure(painter, benchmark.FULL)}
+    stored = {name: benchmark.json_from_score(score) for name, score in scores.items()}
+    (folder / "score.json").write_text(json.dumps(stored, indent=1) + "\n")
+    every = max(1, len(scores["full"].failures) // SHOWN)
+    if failures := scores["full"].failures[::every][:SHOWN]:
+        write_grid(folder / "failures.png", [f[2] for f in failures], [f"{category}: {text}" for category, text, _ in failures])
+    return scores
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m reference.nano.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--choose", action="store_true", help="sweep guidance, top-p and top-k")
+    parser.add_argument("--record", action="store_true", help="measure and store the reference's score")
+    parser.add_argument("--count", type=int, default=40, help="items per category at each point of the sweep (default: 40)")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(argv)
+    painter = Painter.from_checkpoint(options.checkpoint, device=options.device)
+    if options.choose:
+        painter.sampling = choose(painter, options.checkpoint, count=options.count)
+        print(painter.sampling)
+    if options.record:
+        print(benchmark.table(record(painter, options.checkpoint)["full"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Train STAR-Nano from scratch, or go on where training stopped:
+
+    python -m reference.nano.train --out FOLDER
+
+FOLDER becomes a checkpoint in the release's layout; beside it lie each stage's optimiser state, losses as text and as a picture.
+Stages run in order; one that is complete is skipped. The same seed, machine and number of threads give the same weights.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ..model import Star
+from ..weights import load_star, resolve_checkpoint
+from . import layout, recipe, stages
+from .loop import Job, run
+from .plot import write_curves
+from .recipe import STAGES, Stage
+from .stage_vq import Trainer
+from .tokens import Rows
+
+PART = {"vq": "vq", "base": "base", "generate": "trained", "edit": "trained"}  # which file a stage writes
+WORK = "training"  # folder of what training needs and a checkpoint does not
+
+
+def train(out: Path, *, names: list[str], device: torch.device, workers: int, scale: float, seconds: float | None,
+          wide: int = 1) -> bool:
+    """Run the named stages in `out`, each with `scale` times its samples in batches `wide` times as large. False when `seconds`
+    ran out before the end."""
+    work, began = out / WORK, time.monotonic()
+    work.mkdir(parents=True, exist_ok=True)
+    if not (out / f"{recipe.NAME}.pt").exists():
+        layout.save_star(layout.new_star(layout.write_config(out)), out)
+    for name in names:
+        if (work / f"{name}.done").exists():
+            continue
+        left = None if seconds is None else seconds - (time.monotonic() - began)
+        stage = scaled(STAGES[name], scale, wide=wide)
+        star = training_star(out, device)
+        job = job_of(star, stage, out, device)
+        base_before = digest(out)
+        finished = run(job, folder=work, device=device, workers=workers, tell=tell, stop_after_seconds=left)
+        write_curves(work, list(STAGES))
+        if not finished:
+            return False
+        layout.save_star(star, out, parts=(PART[name],))
+        if name in ("generate", "edit") and digest(out) != base_before:
+            raise RuntimeError("the frozen base has changed")
+        (work / f"{name}.done").write_text(f"{stage.steps} steps of {stage.batch}\n")
+    return True
+
+
+def scaled(stage: Stage, scale: float, *, wide: int) -> Stage:
+    """A stage with `scale` times its samples, in batches `wide` times as large, at its own learning rate."""
+    steps = max(1, int(stage.steps * scale / wide))
+    return dataclasses.replace(stage, steps=steps, batch=stage.batch * wide, warmup=min(stage.warmup, max(1, steps // 10)))
+
+
+def training_star(out: Path, device: torch.device) -> Star:
+    """The model as it is on file, ready for training: whole sequences, gradients possible."""
+    loaded = load_star(resolve_checkpoint(out))
+    star = Star(loaded.config, attention=stages.causal_attention)
+    star.load_state_dict(loaded.state_dict())
+    return star.to(device)
+
+
+def job_of(star: Star, stage: Stage, out: Path, device: torch.device) -> Job:
+    """What the stage of this name brings to the loop."""
+    if stage.name == "vq":
+        return Trainer(star, stage, device).job()
+    rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", star.config.special)
+    if stage.name == "generate":
+        stages.stack_from_base(star)
+    return {"base": stages.base_job, "generate": stages.generate_job, "edit": stages.edit_job}[stage.name](star, rows, stage)
+
+
+def digest(out: Path) -> str:
+    """Hash of the base model's weights file."""
+    return hashlib.sha256((out / recipe.BASE_FOLDER / "model.safetensors").read_bytes()).hexdigest()
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def publish(out: Path, target: Path) -> None:
+    """Copy the checkpoint, without what only training needs, to `target`."""
+    for path in sorted(out.rglob("*")):
+        relative = path.relative_to(out)
+        if path.is_file() and relative.parts[0] != WORK and path.suffix in (".json", ".pt", ".safetensors"):
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m reference.nano.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; goes on when it holds one")
+    parser.add_argument("--stages", default=",".join(STAGES), help=f"default: {','.join(STAGES)}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches (default: 0)")
+    parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
+    parser.add_argument("--scale", type=float, default=1.0, help="times each stage's samples (default: 1)")
+    parser.add_argument("--wide", type=int, default=1, help="times its batch, which costs a GPU little (default: 1)")
+    parser.add_argument("--minutes", type=float, help="save and stop after so long, exit code 3; the same command goes on")
+    parser.add_argument("--publish", type=Path, help="at the end copy the checkpoint here")
+    options = parser.parse_args(argv)
+    names = options.stages.split(",")
+    if wrong := [name for name in names if name not in STAGES]:
+        parser.error(f"no such stage: {', '.join(wrong)}; there are {', '.join(STAGES)}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    finished = train(options.out, names=names, device=torch.device(options.device), workers=options.workers, scale=options.scale,
+                     wide=options.wide, seconds=None if options.minutes is None else 60 * options.minutes)
+    if finished and options.publish:
+        publish(options.out, options.publish)
+    return 0 if finished else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

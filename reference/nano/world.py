@@ -1,0 +1,136 @@
+"""The world of STAR-Nano: up to four coloured shapes on a coloured background, 64 pixels square.
+
+What a picture shows is a `Scene`; `draw.py` draws it and `scorer.py` reads it back. Positions and radii are in pixels, x to the
+right and y down, angles in radians. Nothing here knows of text, tensors or files.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+SIDE_PIXELS = 64
+MAX_THINGS = 4
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (250, 225, 50),
+          "purple": (140, 50, 170), "orange": (245, 125, 20), "white": (245, 245, 245), "black": (25, 25, 25)}
+RADII = {"small": (6.5, 7.5), "large": (10.0, 11.5)}  # ranges; a shape's points reach EXTENT times further
+RELATIONS = ("left of", "right of", "above", "below")
+PLACES = tuple(f"{v} {h}" for v in ("top", "bottom") for h in ("left", "right"))
+EXTENT = 1.25
+GAP_PIXELS, BORDER_PIXELS = 3.0, 1.0
+TILT = math.radians(12)  # slight rotation
+APART_PIXELS = 9.0  # how clearly a drawn relation holds
+CENTER_PIXELS = 4.0  # how far from the middle lines a thing is whose place is spoken of
+GAIN = 0.03  # relative range of the light
+TRIES = 20
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a thing is, without its place."""
+
+    shape: str
+    color: str
+    size: str
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn shape: its look, its centre, its radius and its rotation."""
+
+    look: Look
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. `gain` multiplies all light."""
+
+    background: str
+    things: tuple[Thing, ...]
+    gain: float = 1.0
+
+
+def random_look(random: Random, *, background: str, shape: str | None = None, color: str | None = None,
+                size: str | None = None) -> Look:
+    """A look with what is not given chosen freely; the colour is never the background's."""
+    return Look(shape or random.choice(SHAPES), color or random.choice([c for c in COLORS if c != background]),
+                size or random.choice(list(RADII)))
+
+
+def sized_looks(looks: Sequence[Look], free: Sequence[bool]) -> list[Look]:
+    """Looks that fit together: of three or more things at most two are large; `free` says whose size may change."""
+    fitted, large = list(looks), sum(look.size == "large" for look in looks)
+    for index in range(len(looks) - 1, -1, -1):
+        if len(looks) > 2 and large > 2 and free[index] and fitted[index].size == "large":
+            fitted[index], large = Look(looks[index].shape, looks[index].color, "small"), large - 1
+    return fitted
+
+
+def placed(random: Random, looks: Sequence[Look], *, relations: Sequence[tuple[int, str, int]] = (),
+           places: Sequence[str | None] = (), beside: Sequence[Thing] = ()) -> tuple[Thing, ...] | None:
+    """Free positions for `looks`, none touching another or one of `beside`; None when luck or room runs out.
+
+    `relations` are (index, one of RELATIONS, index) that must clearly hold; `places` a corner for each look, or None.
+    """
+    for _ in range(TRIES):
+        things = try_place(random, looks, list(places) or [None] * len(looks), list(beside))
+        if things is not None and all(related(things[i], name, things[j], APART_PIXELS) for i, name, j in relations):
+            return tuple(things)
+    return None
+
+
+def try_place(random: Random, looks: Sequence[Look], places: list[str | None], beside: list[Thing]) -> list[Thing] | None:
+    """One attempt: large things first, each at the first of some random points that is free."""
+    found: dict[int, Thing] = {}
+    for index in sorted(range(len(looks)), key=lambda i: looks[i].size != "large"):
+        radius = random.uniform(*RADII[looks[index].size])
+        reach = EXTENT * radius + BORDER_PIXELS
+        for _ in range(12):
+            x, y = (random.uniform(reach, SIDE_PIXELS - reach) for _ in range(2))
+            thing = Thing(looks[index], x, y, radius, random.uniform(-TILT, TILT))
+            if places[index] in (None, place_of(thing)) and all(clear(thing, other) for other in [*beside, *found.values()]):
+                found[index] = thing
+                break
+        else:
+            return None
+    return [found[index] for index in range(len(looks))]
+
+
+def clear(thing: Thing, other: Thing) -> bool:
+    """Whether two things keep their distance."""
+    return math.hypot(thing.x - other.x, thing.y - other.y) >= EXTENT * (thing.radius + other.radius) + GAP_PIXELS
+
+
+def related(thing: Thing, relation: str, other: Thing, apart: float) -> bool:
+    """Whether `thing` is `relation` `other` by at least `apart` pixels. Works on anything with x and y."""
+    difference = {"left of": other.x - thing.x, "right of": thing.x - other.x,
+                  "above": other.y - thing.y, "below": thing.y - other.y}[relation]
+    return difference >= apart
+
+
+def place_of(thing: Thing) -> str | None:
+    """The corner a thing is in, one of PLACES; None where it is too near a middle line to say."""
+    across, down = thing.x - SIDE_PIXELS / 2, thing.y - SIDE_PIXELS / 2
+    if min(abs(across), abs(down)) < CENTER_PIXELS:
+        return None
+    return f"{'top' if down < 0 else 'bottom'} {'left' if across < 0 else 'right'}"
+
+
+def random_scene(random: Random, *, count: int | None = None) -> Scene:
+    """Any scene: one to four things, or `count`."""
+    while True:
+        background = random.choice(list(COLORS))
+        number = count or random.choice((1, 1, 2, 2, 3, 3, 4))
+        looks = [random_look(random, background=background) for _ in range(number)]
+        if things := placed(random, sized_looks(looks, [True] * number)):
+            return Scene(background, things, random_gain(random))
+
+
+def random_gain(random: Random) -> float:
+    return random.uniform(1 - GAIN, 1 + GAIN)

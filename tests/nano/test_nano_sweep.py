@@ -1,0 +1,63 @@
+"""The sweep ships the setting that measured best, on other items than the score's, and records scores and honest failures."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reference.nano import benchmark, plot, sweep
+from reference.nano.painter import Sampling, stored_sampling
+
+BEST = Sampling(guidance=2.0, top_k=100, top_p=0.95)
+
+
+class Painter:
+    """Stands for a model that is best at BEST."""
+
+    sampling = Sampling()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sampling, int]]:
+    """What was measured, with which seed."""
+    calls: list[tuple[Sampling, int]] = []
+
+    def measure(painter: Painter, counts: dict[str, int], *, seed: int = benchmark.SEED) -> benchmark.Score:
+        calls.append((painter.sampling, seed))
+        score, s = benchmark.Score(psnr=31.0), painter.sampling
+        misses = 10 * abs(s.guidance - BEST.guidance) + 100 * abs(s.top_p - BEST.top_p) + (s.top_k != BEST.top_k)
+        for number in range(40):
+            for task in counts:
+                score.add(task, "any", number >= misses)
+        score.failures.append(("any", "a text|of two lines", np.zeros((64, 64, 3), np.uint8)))
+        return score
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    return calls
+
+
+def test_the_best_setting_is_chosen_and_shipped(tmp_path: Path, asked: list[tuple[Sampling, int]]) -> None:
+    assert stored_sampling(tmp_path) == Sampling(1.1, 1000, 0.8)
+    assert sweep.choose(Painter(), tmp_path, count=3) == BEST == stored_sampling(tmp_path)
+    points = len(sweep.GUIDANCES) + len(sweep.TOP_PS) + len(sweep.TOP_KS)
+    assert points == len(asked) == len(json.loads((tmp_path / "sweep.json").read_text()))
+    assert {seed for _, seed in asked} == {sweep.SWEEP_SEED} and sweep.SWEEP_SEED != benchmark.SEED
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+def test_the_score_is_recorded_small_and_full(tmp_path: Path, asked: list[tuple[Sampling, int]]) -> None:
+    made = sweep.record(Painter(), tmp_path)
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert benchmark.score_from_json(stored["full"]).right == made["full"].right and stored["small"]["psnr"] == 31.0
+    assert {seed for _, seed in asked} == {benchmark.SEED} and (tmp_path / "failures.png").exists()
+
+
+def test_a_chart_shows_its_lines_and_a_grid_its_pictures(tmp_path: Path) -> None:
+    from PIL import Image
+    image = np.asarray(plot.chart("t", {"flat": [(x, 1.0) for x in range(30)], "rising": [(0, 1.0), (30, 2.0)]}))
+    assert all((image == ink).all(-1).sum() > 100 for ink in plot.INKS[:2])
+    plot.write_grid(tmp_path / "g.png", [np.full((64, 64, 3), 200 + i, np.uint8) for i in range(8)], ["x"] * 8, across=6)
+    page = np.asarray(Image.open(tmp_path / "g.png"))
+    assert {200 + i for i in range(8)} <= set(np.unique(page).tolist())

@@ -1,0 +1,231 @@
+"""Training: every stage can learn, an interrupted run ends like an uninterrupted one, and the frozen base stays what it was."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from reference import tasks
+from reference.decoder import kv_cache_attention
+from reference.model import Star
+from reference.nano import layout, loop, recipe, stages, train
+from reference.nano.batches import IGNORED, base_batch, edit_batch, generate_batch
+from reference.nano.draw import draw
+from reference.nano.recipe import STAGES, Stage
+from reference.nano.stage_vq import Trainer, clusters, drawn, nearest, scenes_of
+from reference.nano.tokens import Rows
+from reference.weights import load_star, resolve_checkpoint
+
+QUICK = Stage("quick", steps=6, batch=1, learning_rate=0.1, warmup=2)
+
+
+def toy_job(module: nn.Linear, extra: torch.Tensor) -> loop.Job:
+    def losses(batch: dict, step: int) -> loop.Losses:
+        extra.add_(1)
+        return {"loss": (module(batch["x"]) - step).square().mean()}
+    return loop.Job(QUICK, {"toy": module}, lambda step: {"x": torch.full((1, 3), step / 6)}, losses, extra={"count": extra})
+
+
+def toy() -> nn.Linear:
+    module = nn.Linear(3, 1)
+    nn.init.constant_(module.weight, 0.5)
+    nn.init.zeros_(module.bias)
+    return module
+
+
+def run_toy(folder: Path, *, stop_after_steps: int | None = None) -> tuple[nn.Linear, torch.Tensor, bool]:
+    module, count = toy(), torch.zeros(1)
+    job, taken = toy_job(module, count), []
+    job.after = taken.append
+    folder.mkdir(exist_ok=True)
+    if stop_after_steps is None:
+        return module, count, loop.run(job, folder=folder, device=torch.device("cpu"), workers=0, tell=lambda line: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.time, "monotonic", lambda: 99.0 if len(taken) >= stop_after_steps else 0.1)
+        done = loop.run(job, folder=folder, device=torch.device("cpu"), workers=0, tell=lambda line: None, stop_after_seconds=50)
+    return module, count, done
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, count, done = run_toy(tmp_path / "whole")
+    assert done and count == 6 and not torch.equal(whole.weight, toy().weight)
+    for stop in (1, 3, 5):
+        folder = tmp_path / str(stop)
+        assert run_toy(folder, stop_after_steps=stop)[2] is False
+        module, again, done = run_toy(folder)
+        assert done and torch.equal(module.weight, whole.weight) and again == 6
+        logs = [[json.loads(line) for line in (place / "quick.jsonl").read_text().splitlines()]
+                for place in (folder, tmp_path / "whole")]
+        assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5, 6]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_learning_rate_goes_up_and_down() -> None:
+    stage = Stage("s", steps=100, batch=1, learning_rate=1.0, warmup=10)
+    rates = [loop.rate(stage, step) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[-1] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_wider_stage_sees_as_many_samples() -> None:
+    stage = Stage("s", steps=100, batch=8, learning_rate=1.0, warmup=50)
+    wide = train.scaled(stage, 2.0, wide=4)
+    assert (wide.steps, wide.batch, wide.warmup) == (50, 32, 5) and wide.learning_rate == 1.0
+    assert wide.steps * wide.batch == 2 * stage.steps * stage.batch
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
+    job = toy_job(toy(), torch.zeros(1))
+    job.losses = lambda batch, step: {"loss": (job.trained["toy"].weight * float("nan")).sum()}
+    with pytest.raises(FloatingPointError, match="stage quick, step 1"):
+        loop.run(job, folder=tmp_path, device=torch.device("cpu"), workers=0, tell=lambda line: None)
+
+
+def small_star(small_root: Path) -> tuple[Star, Rows]:
+    config = layout.write_config(small_root)
+    star = layout.new_star(config, attention=stages.causal_attention)
+    return star, Rows.from_file(small_root / recipe.BASE_FOLDER / "tokenizer.json", config.special)
+
+
+def overfit(job: loop.Job, batches: list[dict], *, steps: int, rate: float) -> list[dict[str, float]]:
+    """Losses of `steps` steps on the same batches in turn."""
+    parameters = [p for module in job.trained.values() for p in module.parameters() if p.requires_grad]
+    job.stage = Stage(job.stage.name, steps=steps, batch=1, learning_rate=rate, warmup=10, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(loop.groups(parameters, job.stage), lr=rate)
+    found = []
+    for step in range(steps):
+        losses = loop.train_step(job, optimiser, parameters, batches[step % len(batches)], step)
+        found.append({name: float(value) for name, value in losses.items()})
+    return found
+
+
+def test_the_base_learns_a_batch_by_heart(small_root: Path) -> None:
+    star, rows = small_star(small_root)
+    batch = base_batch(0, rows=rows, batch=12)
+    found = overfit(stages.base_job(star, rows, STAGES["base"]), [batch], steps=80, rate=4e-3)
+    assert found[0]["asked"] < 0.3 and found[-1]["asked"] > 0.95 and found[-1]["worded"] > 0.95
+
+
+def still(batch: dict) -> torch.Tensor:
+    """Pictures of a batch without noise."""
+    return draw(batch["things"], batch["backgrounds"], noise=None).float() / 127.5 - 1
+
+
+def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches in turn, one drawn and one edited, with the base frozen; without noise, so that pictures repeat."""
+    star, rows = small_star(small_root)
+    before = {name: tensor.clone() for name, tensor in star.state_dict().items()}
+    batches = [edit_batch(0, rows=rows, batch=2), generate_batch(1, rows=rows, batch=2, stage="edit")]
+    monkeypatch.setattr(stages, "drawn", lambda batch, step, stream=0: still(batch))
+    found = overfit(stages.edit_job(star, rows, STAGES["edit"]), batches, steps=110, rate=4e-3)
+    assert found[0]["loss"] > 3 and found[-1]["right"] > 0.85 and found[-2]["right"] > 0.85
+    assert "edited" in found[-2] and "drawn" in found[-1]
+    moved = {name.split(".")[0] for name, tensor in star.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == set(stages.TRAINED_PARTS)
+
+
+def test_the_vq_model_learns_pictures_by_heart(small_root: Path) -> None:
+    star, _ = small_star(small_root)
+    job = Trainer(star, Stage("vq", steps=80, batch=2, learning_rate=3e-3, warmup=10), torch.device("cpu"))
+    made = job.job()
+    batch = scenes_of(0, batch=2)
+    found = overfit(made, [batch], steps=80, rate=3e-3)
+    assert job.starts == 12 and found[job.starts]["used"] > 0.9
+    assert found[-1]["psnr"] > found[5]["psnr"] + 6 and found[-1]["loss"] < 0.25 * found[5]["loss"]
+    image = drawn(batch, 0)
+    with torch.no_grad():
+        made = star.vq_decoder(star.vq_encoder(image))  # by ids, as the release does
+    psnr = -10 * ((made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)) / 4).log10().mean()
+    assert abs(float(psnr) - found[-1]["psnr"]) < 1.5
+
+
+def test_clusters_are_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(16, 4, generator=generator) * 10
+    z = centres.repeat(200, 1) + 0.1 * torch.randn(3200, 4, generator=generator)
+    found, counts = clusters(z, 64)
+    assert (found[nearest(z, found)] - z).square().mean() < 0.02 and counts.sum() >= len(z)
+
+
+def test_whole_sequences_compute_what_the_cache_computes(small_root: Path) -> None:
+    star, _ = small_star(small_root)
+    cached = Star(star.config, attention=kv_cache_attention)
+    cached.load_state_dict(star.state_dict())
+    embeds = torch.randn(3, 9, recipe.HIDDEN, generator=torch.Generator().manual_seed(1))
+    positions = torch.randint(0, 40, (3, 3, 9), generator=torch.Generator().manual_seed(2))
+    expected = tasks.decode(cached.base_ar, embeds, positions, 0, cached.base_ar.new_cache(3, capacity_tokens=9))
+    torch.testing.assert_close(stages.whole(star.base_ar, embeds, positions), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_changes_nothing_before_it(small_root: Path) -> None:
+    star, rows = small_star(small_root)
+    batch = generate_batch(3, rows=rows, batch=4, stage="generate")
+    loss = stages.picture_losses(star, batch, 0)["loss"]
+    longer = batch | {"input_ids": torch.cat([batch["input_ids"], torch.full((4, 5), 7)], 1),
+                      "position_ids": torch.cat([batch["position_ids"], torch.full((3, 4, 5), 300)], 2)}
+    torch.testing.assert_close(stages.picture_losses(star, longer, 0)["loss"], loss, rtol=1e-3, atol=1e-4)
+
+
+def test_labels_are_the_answers_alone(nano_rows: Rows) -> None:
+    batch = base_batch(5, rows=nano_rows, batch=8)
+    for ids, labels in zip(batch["input_ids"], batch["labels"]):
+        said = labels != IGNORED
+        assert labels[said][-1] == nano_rows.special.im_end
+        assert torch.equal(ids[1:][said[:-1]], labels[said])  # each predicted from the one before
+        answer = nano_rows.text(labels[said].tolist())
+        assert answer and answer in nano_rows.text(ids.tolist())
+    assert len(batch["things"]) == 7 and (batch["input_ids"][:7] == nano_rows.special.image_pad).sum() == 7 * 16
+
+
+def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
+    """Teacher forcing on the drawn tokens gives the logits that drawing them gave, for a prompt and (positions!) for an edit."""
+    star, rows = small_star(small_root)
+    cached = Star(star.config)
+    cached.load_state_dict(star.state_dict())
+    row = rows.edit("make the circle red", image_tokens=64, merged_patches=16)
+    batch = edit_batch(0, rows=rows, batch=1) | {"input_ids": torch.tensor([row + [0] * 63])}
+    batch["position_ids"] = tasks.mrope_position_ids(batch["input_ids"][0], [(4, 4)], star.config.special)
+    ids = torch.tensor([row, row])
+    embeds = stages.prompt_with_pictures(star, {**batch, "input_ids": ids[:1]}, 0).repeat(2, 1, 1)
+    made = tasks.generate(cached, ids, guidance=1.0, top_k=1, top_p=1.0, uniforms=None, inputs_embeds=embeds,
+                          position_ids=tasks.mrope_position_ids(ids[0], [(4, 4)], star.config.special, trailing=64))
+    fed = torch.cat([embeds[:1], star.image_embedding(made.image_ids[:, :-1])], dim=1)
+    hidden = stages.whole(star.stacked_ar, stages.whole(star.base_ar, fed, batch["position_ids"]), batch["position_ids"])
+    logits = star.image_head(hidden[0, len(row) - 1:])
+    torch.testing.assert_close(logits, made.cfg_logits[:, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_all_stages_run_and_leave_the_frozen_base_bit_for_bit(small_root: Path) -> None:
+    out, seconds = small_root, None
+    options = {"device": torch.device("cpu"), "workers": 0, "scale": 1.0, "seconds": seconds}
+    assert train.train(out, names=["vq", "base"], **options)
+    rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", layout.read_config(out).special)
+    prompt = rows.question("two red stars")
+    before, base, generated = answers(out, prompt), train.digest(out), (out / "STAR-Nano.pt").read_bytes()
+    assert train.train(out, names=["generate"], **options)
+    middle = (out / "STAR-Nano.pt").read_bytes()
+    assert train.train(out, names=list(STAGES), **options)
+    assert train.digest(out) == base and all(torch.equal(a, b) for a, b in zip(answers(out, prompt), before))
+    assert len({generated, middle, (out / "STAR-Nano.pt").read_bytes()}) == 3  # while the rest was trained
+    assert {path.name for path in (out / "training").iterdir()} >= {"losses.png", "edit.done", "vq.jsonl", "base.ckpt"}
+    train.publish(out, out / "published")
+    assert load_star(resolve_checkpoint(out / "published")) and not (out / "published" / "training").exists()
+
+
+def answers(root: Path, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the base says, and its logits."""
+    star, ids = load_star(resolve_checkpoint(root)), torch.tensor([prompt])
+    positions = tasks.mrope_position_ids(ids[0], [], star.config.special)
+    cache = star.base_ar.new_cache(1, capacity_tokens=len(prompt))
+    hidden = tasks.decode(star.base_ar, star.token_embedding(ids), positions, 0, cache)
+    return tasks.answer(star, ids, positions, None, max_new_tokens=8), star.text_head(hidden)
+
+
+def test_the_stack_starts_as_the_bases_last_layers(small_root: Path) -> None:
+    star, _ = small_star(small_root)
+    stages.stack_from_base(star)
+    for ours, base in zip(star.stacked_ar.layers, star.base_ar.layers, strict=True):
+        assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in ours.state_dict().items())

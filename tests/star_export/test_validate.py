@@ -1,0 +1,149 @@
+"""The ladder passes what is right in every precision, and fails what is wrong with component, tensor, limit and value."""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from safetensors.numpy import load_file, save_file
+
+from engines.bundle import Bundle
+from engines.errors import InputError, MissingError, ParityError, UsageError
+from engines.files import sha256_of
+from star_export.cli import main
+from star_export.validate import validate
+
+
+@pytest.fixture
+def bundle(mini_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the miniature bundle to spoil."""
+    return shutil.copytree(mini_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("plans", "certificates"))
+
+
+def rehash(bundle: Path) -> None:
+    """Make the manifest true again: what is planted here are faults that no hash finds."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        entry |= {"size": (bundle / name).stat().st_size, "sha256": sha256_of(bundle / name)}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def spoil_weight(bundle: Path, component: str, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change one stored weight of `component` in place."""
+    path = bundle / component / "model.onnx"
+    model = onnx.load(path)
+    [weight] = [w for w in model.graph.initializer if f".{w.name}".endswith(f".{name}")]
+    array = numpy_helper.to_array(weight)
+    weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(array), array.dtype), weight.name))
+    (path.parent / "model.onnx.data").unlink()
+    onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data")
+    rehash(bundle)
+
+
+def spoil_golden(bundle: Path, file: str, change: Callable[[dict], dict]) -> None:
+    save_file({k: np.ascontiguousarray(v) for k, v in change(load_file(bundle / file)).items()}, bundle / file)
+    rehash(bundle)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
+def test_every_precision_passes_at_rounding_level(bundle_of: Callable[[str], Path], tmp_path: Path, precision: str) -> None:
+    root = shutil.copytree(bundle_of(precision), tmp_path / "b", ignore=shutil.ignore_patterns("plans", "certificates"))
+    certificate = validate(root, report=tmp_path / "r.html")
+    assert certificate.passed and [rung.name for rung in certificate.rungs] == ["files and graphs", "golden tensors", "decoder steps", "whole runs"]
+    checked = {row.component for rung in certificate.rungs for row in rung.rows}
+    assert checked == set(Bundle.open(root).manifest.components) | {"runtime"}
+    stored = json.loads((root / "certificates/onnxruntime-cpu.json").read_text())
+    assert stored["passed"] is True and stored["manifest_sha256"] == sha256_of(root / "manifest.json")
+    assert any("fp32 twins" in gap for gap in certificate.not_proven) is (precision != "fp32")
+    assert "passed" in (tmp_path / "r.html").read_text() and "FAILED" not in (tmp_path / "r.html").read_text()
+    assert Bundle.open(root).manifest.precision == precision  # a certificate is no file of the bundle
+
+
+FAULTS = {
+    "a bias dropped": ("base_ar", "layers.0.self_attn.q_proj.bias", np.zeros_like),
+    "a weight transposed": ("stacked_ar", "layers.1.self_attn.q_proj.weight", lambda w: w.T),
+    "a layer zeroed": ("vision_encoder", "blocks.2.attn.proj.weight", np.zeros_like),
+    "one wrong number": ("text_head", "text_head.weight", lambda w: w + 1e-1 * (np.arange(w.size).reshape(w.shape) == 70)),
+    "a number that is not one": ("base_ar", "layers.3.mlp.down_proj.weight", lambda w: np.where(np.arange(w.size).reshape(w.shape) == 7, np.nan, w)),
+    "channels reversed": ("vq_decoder", "conv_out.weight", lambda w: w[::-1]),
+    "head shifted by one id": ("image_head", "image_head.weight", lambda w: np.roll(w, 1, axis=1)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_named(bundle: Path, capsys: pytest.CaptureFixture, fault: str) -> None:
+    component, weight, change = FAULTS[fault]
+    spoil_weight(bundle, component, weight, change)
+    assert main(["validate", str(bundle), "--no-progress"]) == 4
+    what, where, fix = capsys.readouterr().err.strip().splitlines()
+    assert what.startswith("error: ") and fix.startswith("  fix: ")
+    assert f"where: {component}: case " in where and "expected" in where and "got" in where
+    assert json.loads((bundle / "certificates/onnxruntime-cpu.json").read_text())["passed"] is False
+
+
+def test_a_failed_validation_takes_the_old_certificate_away(bundle: Path) -> None:
+    path = bundle / "certificates/onnxruntime-cpu.json"
+    assert validate(bundle).passed and json.loads(path.read_text())["passed"] is True
+    spoil_weight(bundle, "base_ar", "layers.3.mlp.up_proj.weight", lambda w: w * 2)
+    with pytest.raises(ParityError):
+        validate(bundle)
+    assert json.loads(path.read_text())["passed"] is False
+
+
+def test_ids_of_whole_runs_are_compared(bundle: Path) -> None:
+    spoil_golden(bundle, "golden.safetensors", lambda g: g | {"sample/out/image_ids": g["sample/out/image_ids"] ^ 1})
+    with pytest.raises(ParityError, match="image_ids: expected at most 0, got 1") as caught:
+        validate(bundle)
+    assert caught.value.where.startswith("runtime: sample")
+
+
+def constant(golden: dict) -> dict:
+    return golden | {k: np.full_like(v, 2) for k, v in golden.items() if "/out/hidden_states" in k}
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda g: {}, "at least one case"),
+    (constant, "hidden_states"),
+    (lambda g: {k: np.zeros_like(v) if "/out/" in k else v for k, v in g.items()}, "zero"),
+    (lambda g: {k.replace("hidden_states", "hidden"): v for k, v in g.items()}, "hidden"),
+    (lambda g: {k: np.where(v == v.max(), np.inf, v).astype(v.dtype) if "/out/hidden" in k else v for k, v in g.items()}, "finite"),
+    (lambda g: {k: v for k, v in g.items() if "present.1.value" not in k}, "present.1.value"),
+], ids=["no case", "constant", "zeros", "renamed", "not finite", "one output less"])
+def test_a_golden_set_that_proves_nothing_is_refused(bundle: Path, change: Callable, words: str) -> None:
+    spoil_golden(bundle, "base_ar/golden.safetensors", change)
+    with pytest.raises(InputError) as caught:
+        validate(bundle)
+    assert not isinstance(caught.value, ParityError) and words in caught.value.where
+
+
+def test_a_graph_that_breaks_a_rule_is_refused(bundle: Path) -> None:
+    path = bundle / "base_ar/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    [attention] = [node for node in model.functions[0].node if node.op_type == "Attention"]
+    attention.attribute.append(onnx.helper.make_attribute("is_causal", 1))
+    path.write_bytes(model.SerializeToString())
+    rehash(bundle)
+    with pytest.raises(InputError, match="rule"):
+        validate(bundle)
+
+
+def test_a_changed_file_is_found_before_anything_runs(bundle: Path) -> None:
+    data = bytearray((bundle / "base_ar/model.onnx.data").read_bytes())
+    data[1000] ^= 1
+    (bundle / "base_ar/model.onnx.data").write_bytes(data)
+    with pytest.raises(InputError, match="not the one that was exported"):
+        validate(bundle)
+
+
+def test_what_cannot_be_validated_here_is_said(bundle: Path) -> None:
+    with pytest.raises(UsageError, match="No such target"):
+        validate(bundle, target="rtx-4091")
+    with pytest.raises(UsageError, match="No such backend"):
+        validate(bundle, backend="onnx")
+    with pytest.raises(MissingError):
+        validate(bundle, backend="onnxruntime-cuda")
