@@ -32,6 +32,7 @@ def test_the_wheel_holds_the_three_packages_and_no_tests(wheel: list[str]) -> No
     tops = {name.partition("/")[0] for name in wheel if ".dist-info/" not in name}
     assert tops == {"reference", "star_export", "engines"}
     assert {"engines/runtime.py", "engines/sessions/onnxruntime.py", "star_export/cli.py", "reference/model.py"} <= set(wheel)
+    assert {"engines/plugins/plugin.cpp", "engines/plugins/kv_attention.cuh", "engines/plugins/CMakeLists.txt"} <= set(wheel)
     assert any(name.endswith("LICENSE") for name in wheel)
 
 
