@@ -103,8 +103,8 @@ def picture_rows(full: list[list[int]]) -> dict:
 
 
 def padded(full: list[list[int]]) -> Tensor:
-    """Rows as one tensor [B, S], zeros behind each."""
-    width = max(map(len, full))
+    """Rows as one tensor [B, S], zeros behind each; S is a multiple of 16, which is faster than a few columns less."""
+    width = -(-max(map(len, full)) // 16) * 16
     return torch.tensor([row + [0] * (width - len(row)) for row in full])
 
 

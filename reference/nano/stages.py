@@ -28,8 +28,18 @@ TRAINED_PARTS = ("pixel_adapter", "stacked_ar", "image_head")
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, write_indices: Tensor,
                      mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`decoder.kv_cache_attention` on whole sequences from an empty cache, with gradients: every query sees itself and before."""
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True), past_key, past_value
+    """`decoder.kv_cache_attention` on whole sequences from an empty cache, with gradients: every query sees itself and before.
+
+    Written out, because on a CPU the gradient of torch's fused attention takes three times as long in bfloat16 at these lengths.
+    """
+    batch, heads, length, width = query.shape
+    pairs, group = batch * key.shape[1], heads // key.shape[1]
+    grouped = (query * width**-0.5).reshape(pairs, group * length, width)
+    scores = grouped @ key.reshape(pairs, length, width).transpose(1, 2)
+    future = torch.full((length, length), float("-inf"), dtype=scores.dtype, device=scores.device).triu(1)
+    weights = (scores.view(pairs, group, length, length) + future).softmax(-1).to(value.dtype)
+    found = weights.view(pairs, group * length, length) @ value.reshape(pairs, length, width)
+    return found.view(batch, heads, length, width), past_key, past_value
 
 
 def whole(decoder: Decoder, embeds: Tensor, positions: Tensor) -> Tensor:
@@ -101,9 +111,8 @@ def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
 def picture_losses(star: Star, batch: dict, step: int) -> Losses:
     """Cross entropy of the picture's tokens, and the share of them that is the most probable."""
     device, first = batch["input_ids"].device, batch["first"]
-    with torch.no_grad():
-        image_ids = star.vq_encoder(drawn(batch, step))  # [B, T]
     with torch.autocast(device.type, torch.bfloat16):
+        image_ids = ids_of(star, drawn(batch, step))
         embeds = prompt_with_pictures(star, batch, step)
         steps = torch.arange(IMAGE_TOKENS, device=device)
         fed = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=device)
@@ -118,6 +127,13 @@ def picture_losses(star: Star, batch: dict, step: int) -> Losses:
     return {"loss": loss, f"{kind}": loss.detach(), "right": (logits.argmax(-1) == image_ids).float().mean()}
 
 
+@torch.no_grad()
+def ids_of(star: Star, pictures: Tensor) -> Tensor:
+    """VQ ids [B, T] of pictures [B, 3, S, S]. In bfloat16, where four ids of a hundred are the next-nearest code, a tie as good as
+    broken; a third of the time of float32, which was half of a training step."""
+    return star.vq_encoder(pictures.contiguous(memory_format=torch.channels_last))
+
+
 def prompt_with_pictures(star: Star, batch: dict, step: int) -> Tensor:
     """Embeddings of the rows [B, S, H]; an edit's picture in its places, through the VQ and the vision encoder."""
     ids, special = batch["input_ids"], star.config.special
@@ -126,7 +142,7 @@ def prompt_with_pictures(star: Star, batch: dict, step: int) -> Tensor:
         return embeds
     before = drawn({"things": batch["before_things"], "backgrounds": batch["before_backgrounds"]}, step, stream=2)
     with torch.no_grad():
-        tokens = star.vq_encoder(before)
+        tokens = ids_of(star, before)
         vision = embeds_of(star.vision_encoder, seen(before, sharp=torch.ones(len(ids), dtype=torch.bool, device=ids.device)))
     embeds = embeds.masked_scatter((ids == special.vision_pad).unsqueeze(-1), star.image_embedding(tokens).to(embeds.dtype))
     return embeds.masked_scatter((ids == special.image_pad).unsqueeze(-1), vision.to(embeds.dtype))
