@@ -1,4 +1,4 @@
-"""Batches of stages 2 to 4 as tensors: rows of ids padded at their ends, scenes to draw, and where what belongs.
+"""Batches of stages 3 to 5 as tensors: rows of ids padded at their ends, scenes to draw, and where what belongs.
 
 A batch is a function of (seed, stage, step), made in a worker process. Causal attention never looks ahead, so padding at the end
 of a row changes nothing before it, and the rows need no mask, as in the release.
@@ -31,7 +31,7 @@ def drawn_from(random: Random, shares: dict[str, int]) -> str:
 
 
 def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
-    """Stage 2: questions about pictures, then prompts to put in plain words. Labels are the answers alone.
+    """Stage 3: questions about pictures, then prompts to put in plain words. Labels are the answers alone.
 
     input_ids [B, S], labels [B, S] (IGNORED elsewhere), position_ids [3, B, S], things and backgrounds of the first rows'
     pictures, `sharp`: which of them come as `edit` prepares them.
@@ -67,7 +67,7 @@ def add_answer(full: list[list[int]], starts: list[tuple[int, int]], rows: Rows,
 
 
 def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
-    """Stage 3: prompts and scenes that fulfil them. input_ids [B, S] with room for the picture behind each prompt, `first` [B]
+    """Stage 4: prompts and scenes that fulfil them. input_ids [B, S] with room for the picture behind each prompt, `first` [B]
     the column from which its first token is predicted, position_ids [3, B, S], things, backgrounds."""
     random, scenes, full = Random(f"{SEED} {stage} generate {step}"), [], []
     for _ in range(batch):
@@ -80,7 +80,7 @@ def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
 
 
 def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
-    """Stage 4: instructions on a picture. As `generate_batch`, and that picture as `before_things`, `before_backgrounds`."""
+    """Stage 5: instructions on a picture. As `generate_batch`, and that picture as `before_things`, `before_backgrounds`."""
     random, before, after, full = Random(f"{SEED} edit {step}"), [], [], []
     for _ in range(batch):
         edit = edits.random_edit(random, random.choice(edits.KINDS), test=False)

@@ -1,6 +1,6 @@
-"""Stages 2 to 4: the base on text and pictures, then, with the base frozen, the generating parts, then editing mixed in.
+"""Stages 3 to 5: the base on text and pictures, then, with the base frozen, the generating parts, then editing mixed in.
 
-The frozen base is the one on file: stage 3 starts by reading it back as it will be shipped, in float16, so the generating parts
+The frozen base is the one on file: stage 4 starts by reading it back as it will be shipped, in float16, so the generating parts
 are trained on exactly the base they will meet, and its answers cannot change.
 
 Source: STAR.md 1.2 (the stack starts as a copy of the base's last layers) and 4 (task-progressive training).
@@ -59,7 +59,7 @@ def freeze(star: Star, *, trained: tuple[str, ...]) -> dict:
 
 
 def base_job(star: Star, rows: Rows, stage: Stage) -> Job:
-    """Stage 2."""
+    """Stage 3."""
     batch_of = partial(base_batch, rows=rows, batch=stage.batch)
     return Job(stage, freeze(star, trained=BASE_PARTS), batch_of, partial(base_losses, star))
 
@@ -91,13 +91,13 @@ def stack_from_base(star: Star) -> None:
 
 
 def generate_job(star: Star, rows: Rows, stage: Stage) -> Job:
-    """Stage 3. The base must be the one on file already."""
+    """Stage 4. The base must be the one on file already."""
     batch_of = partial(generate_batch, rows=rows, batch=stage.batch, stage=stage.name)
     return Job(stage, freeze(star, trained=TRAINED_PARTS), batch_of, partial(picture_losses, star))
 
 
 def edit_job(star: Star, rows: Rows, stage: Stage) -> Job:
-    """Stage 4: every other batch edits, the rest draw."""
+    """Stage 5: every other batch edits, the rest draw."""
     batch_of = partial(mixed_batch, rows=rows, batch=stage.batch, stage=stage.name)
     return Job(stage, freeze(star, trained=TRAINED_PARTS), batch_of, partial(picture_losses, star))
 

@@ -23,10 +23,11 @@ from . import layout, recipe, stages
 from .loop import Job, run
 from .plot import write_curves
 from .recipe import STAGES, Stage
+from .stage_eyes import eyes_job
 from .stage_vq import Trainer
 from .tokens import Rows
 
-PART = {"vq": "vq", "base": "base", "generate": "trained", "edit": "trained"}  # which file a stage writes
+PART = {"vq": "vq", "eyes": "base", "base": "base", "generate": "trained", "edit": "trained"}  # which file a stage writes
 WORK = "training"  # folder of what training needs and a checkpoint does not
 
 
@@ -75,6 +76,8 @@ def job_of(star: Star, stage: Stage, out: Path, device: torch.device) -> Job:
     """What the stage of this name brings to the loop."""
     if stage.name == "vq":
         return Trainer(star, stage, device).job()
+    if stage.name == "eyes":
+        return eyes_job(star, stage, device)
     rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", star.config.special)
     if stage.name == "generate":
         stages.stack_from_base(star)

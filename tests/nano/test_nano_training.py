@@ -15,8 +15,10 @@ from reference.nano import layout, loop, recipe, stages, train
 from reference.nano.batches import IGNORED, base_batch, edit_batch, generate_batch
 from reference.nano.draw import draw
 from reference.nano.recipe import STAGES, Stage
+from reference.nano.stage_eyes import cells_of, eyes_batch, eyes_job
 from reference.nano.stage_vq import Trainer, clusters, drawn, nearest, scenes_of
 from reference.nano.tokens import Rows
+from reference.nano.world import COLORS, Look, Scene, Thing
 from reference.weights import load_star, resolve_checkpoint
 
 QUICK = Stage("quick", steps=6, batch=1, learning_rate=0.1, warmup=2)
@@ -107,6 +109,24 @@ def test_the_base_learns_a_batch_by_heart(small_root: Path) -> None:
     batch = base_batch(0, rows=rows, batch=12)
     found = overfit(stages.base_job(star, rows, STAGES["base"]), [batch], steps=80, rate=4e-3)
     assert found[0]["asked"] < 0.3 and found[-1]["asked"] > 0.95 and found[-1]["worded"] > 0.95
+
+
+def test_the_eyes_learn_a_batch_by_heart(small_root: Path) -> None:
+    star, _ = small_star(small_root)
+    before = {name: tensor.clone() for name, tensor in star.state_dict().items()}
+    job = eyes_job(star, STAGES["eyes"], torch.device("cpu"))
+    found = overfit(job, [eyes_batch(0, batch=8)], steps=200, rate=2e-3)
+    assert found[0]["shape"] < 0.5 and all(found[-1][name] > 0.9 for name in ("shape", "color", "size", "background"))
+    assert found[-1]["offset"] < 0.15 < found[0]["offset"]
+    moved = {name.split(".")[0] for name, tensor in star.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"vision_encoder"}
+
+
+def test_cells_tell_what_has_its_centre_there() -> None:
+    scene = Scene("blue", (Thing(Look("star", "red", "large"), x=36.0, y=8.0, radius=11.0, angle=0.0),))
+    classes, offsets = cells_of(scene)
+    assert classes[2] == [4, 0, 1, list(COLORS).index("blue")] and offsets[2] == [-0.5, 0.0]  # row 0, column 2
+    assert all(c == [0, IGNORED, IGNORED, list(COLORS).index("blue")] for i, c in enumerate(classes) if i != 2)
 
 
 def still(batch: dict) -> torch.Tensor:
@@ -201,7 +221,7 @@ def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
 def test_all_stages_run_and_leave_the_frozen_base_bit_for_bit(small_root: Path) -> None:
     out, seconds = small_root, None
     options = {"device": torch.device("cpu"), "workers": 0, "scale": 1.0, "seconds": seconds}
-    assert train.train(out, names=["vq", "base"], **options)
+    assert train.train(out, names=["vq", "eyes", "base"], **options)
     rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", layout.read_config(out).special)
     prompt = rows.question("two red stars")
     before, base, generated = answers(out, prompt), train.digest(out), (out / "STAR-Nano.pt").read_bytes()
