@@ -146,7 +146,7 @@ def _score(commands) -> None:
     c = _command(commands, "score", "how many of STAR-Nano's tasks a bundle of it does right", "star-nano-int4 --full")
     c.add_argument("bundle", metavar="BUNDLE")
     c.add_argument("--full", action="store_true", help="enough items for narrow intervals (default: a small fixed set)")
-    c.add_argument("--checkpoint", metavar="FOLDER", help="the trained checkpoint, for the reference's recorded score beside it")
+    c.add_argument("--pictures", metavar="FOLDER", help="also write grids of what was drawn, edited, answered and reasoned")
     c.add_argument("--backend", default="onnxruntime", metavar="NAME", help="onnxruntime (default), onnxruntime-cuda, or tensorrt:TARGET")
     _add_progress(c)
 

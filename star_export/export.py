@@ -17,7 +17,7 @@ from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 from . import golden, lint
 from .classic import classic_from_graph
 from .components import COMPONENTS
-from .model_spec import model_spec_from_checkpoint, tokenizer_files
+from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
 from .publish import check_out, staged, write_manifest
 from .quantize import PRECISIONS, Precision, attach_weights, rounded, set_precision, twin_from_graph
 from .trace import graph_from_config
@@ -57,7 +57,7 @@ def export(source: str, *, out: str | Path, precision: str = "fp32", checkpoint:
         if len(names) == len(COMPONENTS):
             golden.run_golden(oracle, stage / "golden.safetensors")
         step("hash and publish")
-        for file_name, data in tokenizer_files(files).items():
+        for file_name, data in (tokenizer_files(files) | score_files(files)).items():
             (stage / file_name).write_bytes(data)
         write_manifest(stage, precision=precision, model=model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16),
                        components={name: component_spec(name, config, PRECISIONS[precision]) for name in names})

@@ -12,6 +12,7 @@ from reference.config import DecoderConfig, StarConfig
 from reference.weights import CheckpointFiles
 
 from .components import TOP_K_LIMIT
+from .score import SCORE, SETS, score_from_bytes
 
 SAMPLING = "sampling.json"  # beside the configuration; STAR-Nano has one
 TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
@@ -52,6 +53,17 @@ def tokenizer_files(files: CheckpointFiles) -> dict[str, bytes]:
         raise InputError("The base model has no chat template", where=f"{folder / 'tokenizer_config.json'}: expected chat_template, got nothing",
                          fix="download the base model again, with tokenizer_config.json")
     return {"tokenizer.json": (folder / "tokenizer.json").read_bytes(), "chat_template.jinja": template.encode()}
+
+
+def score_files(files: CheckpointFiles) -> dict[str, bytes]:
+    """Bundle file name -> contents: the reference's score, where it was recorded beside the configuration. Raises InputError."""
+    path = files.config_json.parent / SCORE
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    for kind in SETS:
+        score_from_bytes(data, kind, where=str(path))
+    return {SCORE: data}
 
 
 def _token_spec(path: Path, config: StarConfig) -> TokenSpec:

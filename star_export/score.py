@@ -1,25 +1,29 @@
 """How well a bundle of STAR-Nano paints, edits, answers and reasons, beside what the reference reached on the same items.
 
 The items, random numbers and judges are `reference.nano.benchmark`'s; the pictures come from the runtime on any backend and in
-any precision. The reference's side is the one recorded with the weights.
+any precision. The reference's side was recorded with the weights, and travels in the bundle.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from engines.bundle import Bundle
 from engines.errors import InputError
 from engines.image import pictures_from_decoded
+from engines.manifest import value_from_json
 from engines.runtime import Star
 from engines.sessions import run
 from reference.nano import benchmark
-from reference.nano.painter import ANSWER_TOKENS
+from reference.nano.gallery import write_gallery
 from reference.nano.recipe import NAME
 
+SCORE = "score.json"  # beside a checkpoint's configuration, and in its bundle
+PSNR_SHORTFALL = 0.5  # dB: 6 % more error in the picture, which nobody sees
+SETS = {"small": benchmark.SMALL, "full": benchmark.FULL}
 Progress = Callable[[str, int, int], None]
 
 
@@ -44,7 +48,7 @@ class RuntimePainter:
         return [self.star.generate(prompt, seed=seed + i).images[0] for i, prompt in enumerate(prompts)]
 
     def reason(self, prompts: Sequence[str], *, seed: int) -> tuple[list[str], list[np.ndarray]]:
-        made = [self.star.generate(prompt, seed=seed + i, reason=True, max_new_tokens=ANSWER_TOKENS)
+        made = [self.star.generate(prompt, seed=seed + i, reason=True, max_new_tokens=benchmark.ANSWER_TOKENS)
                 for i, prompt in enumerate(prompts)]
         return [pictures.answer for pictures in made], [pictures.images[0] for pictures in made]
 
@@ -53,7 +57,7 @@ class RuntimePainter:
                 for i, (picture, text) in enumerate(zip(pictures, texts, strict=True))]
 
     def ask(self, pictures: Sequence[np.ndarray], questions: Sequence[str]) -> list[str]:
-        return [self.star.ask(picture, question, max_new_tokens=ANSWER_TOKENS).text
+        return [self.star.ask(picture, question, max_new_tokens=benchmark.ANSWER_TOKENS).text
                 for picture, question in zip(pictures, questions, strict=True)]
 
     def rebuild(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -65,24 +69,49 @@ class RuntimePainter:
         return made
 
 
-def score(bundle: str | Path, *, backend: str = "onnxruntime", full: bool = False, checkpoint: Path | None = None,
+def score(bundle: str | Path | Bundle, *, backend: str = "onnxruntime", full: bool = False, pictures: str | Path | None = None,
           progress: Progress = lambda what, done, total: None) -> Outcome:
     """Run the benchmark on `bundle`: a small fixed set, or with `full` enough items for narrow intervals.
 
-    `checkpoint` is where the reference's score is recorded. Raises InputError for a bundle of another model, and what the runtime
-    raises.
+    `pictures` is a folder for grids of what was drawn, edited, answered and reasoned. Raises InputError for a bundle of another
+    model, and what the runtime raises.
     """
+    kind = "full" if full else "small"
     with Star(bundle, backend=backend) as star:
         if star.model.name != NAME:
             raise InputError("This bundle is not STAR-Nano's", fix="train one: python -m reference.nano.train --out FOLDER, then export it",
-                             where=f"{bundle}: model: name: expected {NAME}, got {star.model.name}")
-        counts = benchmark.FULL if full else benchmark.SMALL
-        measured = benchmark.measure(RuntimePainter(star), counts, progress=progress)
-    reference = recorded_score(checkpoint, full=full)
+                             where=f"{star.bundle.path}: model: name: expected {NAME}, got {star.model.name}")
+        reference = recorded_score(star.bundle, kind)
+        measured = benchmark.measure(RuntimePainter(star), SETS[kind], progress=progress)
+    if pictures is not None:
+        write_gallery(Path(pictures), measured.results)
     return Outcome(measured, reference, benchmark.table(measured, reference))
 
 
-def recorded_score(checkpoint: Path | None, *, full: bool) -> benchmark.Score | None:
-    """What the reference reached, from `score.json` beside the weights; None where nothing is recorded."""
-    path = checkpoint and checkpoint / "score.json"
-    return benchmark.score_from_json(json.loads(path.read_text())["full" if full else "small"]) if path and path.exists() else None
+def recorded_score(bundle: Bundle, kind: str) -> benchmark.Score | None:
+    """What the reference reached on the small or full set; None in a bundle of weights that were not measured."""
+    return score_from_bytes(bundle.file(SCORE).read_bytes(), kind, where=str(bundle.path / SCORE)) if SCORE in bundle.manifest.files else None
+
+
+def score_from_bytes(data: bytes, kind: str, *, where: str) -> benchmark.Score:
+    """The score of a kind out of a recorded file's bytes. Raises InputError."""
+    try:
+        return benchmark.score_from_json(value_from_json(data.decode(), where=where)[kind])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError("The recorded score cannot be read", where=f"{where}: {kind}: {type(error).__name__}: {error}",
+                         fix="record it again: python -m reference.nano.sweep CHECKPOINT --record") from None
+
+
+def shortfalls(measured: benchmark.Score, reference: benchmark.Score) -> dict[str, tuple[float, float]]:
+    """Task -> how far the share of right results falls short of the reference's, and how far chance alone lets a reference's
+    share lie below itself: to the lower end of its 95 % interval. `rebuild`: of PSNR in dB."""
+    found = {"rebuild": (max(0.0, reference.psnr - measured.psnr), PSNR_SHORTFALL)}
+    for task in benchmark.GOALS:
+        (right, asked), (ours, _) = reference.overall(task), measured.overall(task)
+        found[task] = max(0.0, (right - ours) / asked), right / asked - benchmark.interval(right, asked)[0]
+    return found
+
+
+def shown(score: benchmark.Score, task: str) -> str:
+    """A task's overall score in a word."""
+    return f"{score.psnr:.2f} dB" if task == "rebuild" else "{}/{}".format(*score.overall(task))

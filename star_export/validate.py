@@ -1,7 +1,8 @@
 """The parity ladder: does a bundle compute, on this device, what the reference computed when it was exported?
 
-Four rungs, each on top of the last: files and graphs; every component against its golden tensors; the decoders step by step
-against their own prefill; the ids of whole runs. A rung that fails ends the climb. The numbers go into a certificate.
+Rungs, each on top of the last: files and graphs; every component against its golden tensors; the decoders step by step against
+their own prefill; the ids of whole runs; and for a model whose tasks can be judged, how many it does right. A rung that fails ends
+the climb. The numbers go into a certificate.
 """
 from __future__ import annotations
 
@@ -33,6 +34,7 @@ from .measure import extended, run_case
 from .parity import Result, compare, excess, verdict
 from .progress import Progress, silent
 from .rollout import check_decoder
+from .score import SCORE, score, shortfalls, shown
 
 ROLLOUT_TOKENS = 64
 RUNS = "golden.safetensors"
@@ -81,7 +83,7 @@ def validate(bundle: str | Path, *, backend: str = "onnxruntime", target: str | 
 def climb(subject: Subject, progress: Progress) -> Certificate:
     """All rungs up to the first that fails."""
     rungs: list[Rung] = []
-    for name, rung in rungs_of(subject.backend).items():
+    for name, rung in rungs_of(subject.backend, scored=SCORE in subject.bundle.manifest.files).items():
         started = time.monotonic()
         rows, note = rung(subject, progress)
         rungs.append(Rung(name, tuple(rows), round(time.monotonic() - started, 3), note))
@@ -90,12 +92,13 @@ def climb(subject: Subject, progress: Progress) -> Certificate:
     return new_certificate(subject.bundle, subject.backend, subject.compute, tuple(rungs))
 
 
-def rungs_of(backend: str) -> Mapping[str, Callable]:
-    """The rungs of a climb: networks are read back where there is a target, and nothing else can be where its device is not."""
-    if backend.startswith("tensorrt:"):
-        return RUNGS
-    return {name: rung for name, rung in RUNGS.items()
-            if name == "files and graphs" or (name == "read-back") == backend.startswith("readback")}
+def rungs_of(backend: str, *, scored: bool) -> Mapping[str, Callable]:
+    """The rungs of a climb: networks are read back where there is a target, and nothing else can be where its device is not; tasks
+    are scored where the bundle holds the reference's score."""
+    if backend.startswith("readback"):
+        return {name: RUNGS[name] for name in ("files and graphs", "read-back")}
+    left_out = {"read-back": not backend.startswith("tensorrt:"), "score": not scored}
+    return {name: rung for name, rung in RUNGS.items() if not left_out.get(name)}
 
 
 def _backend_of(target: str) -> str:
@@ -230,9 +233,18 @@ def _answer(star, case: Case) -> Mapping[str, np.ndarray]:
     return {"ids": star.answer_ids(case.inputs["input_ids"], case.inputs["position_ids"], max_new_tokens=len(case.outputs["ids"]))}
 
 
+def score_of_tasks(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
+    """The small task benchmark beside the score that the reference reached: `star_export.score`."""
+    found = score(subject.bundle, backend=subject.backend, progress=progress)
+    rows = [Row("runtime", f"{task}: {shown(found.score, task)}, the reference {shown(found.reference, task)}",
+                Result("shortfall", value, limit), 1) for task, (value, limit) in shortfalls(found.score, found.reference).items()]
+    return rows, ""
+
+
 RUN = {"generate": _generate, "sample": _generate, "answer": _answer}
 RUNGS: dict[str, Callable[[Subject, Progress], tuple[list[Row], str]]] = {
-    "files and graphs": files_and_graphs, "read-back": read_back, "golden tensors": golden_tensors, "decoder steps": decoder_steps, "whole runs": whole_runs}
+    "files and graphs": files_and_graphs, "read-back": read_back, "golden tensors": golden_tensors, "decoder steps": decoder_steps, "whole runs": whole_runs,
+    "score": score_of_tasks}
 
 
 def rows_from_results(component: str, check: str, results: Iterable[Result]) -> list[Row]:

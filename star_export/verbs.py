@@ -129,13 +129,16 @@ def bench(bundle: str, *, backend: str = "onnxruntime", progress: bool = True) -
                    + "\n".join(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()))
 
 
-def score(bundle: str, *, full: bool = False, checkpoint: str | None = None, backend: str = "onnxruntime", progress: bool = True) -> Outcome:
+def score(bundle: str, *, full: bool = False, pictures: str | None = None, backend: str = "onnxruntime", progress: bool = True) -> Outcome:
     """The task benchmark of STAR-Nano: `star_export.score.score`."""
+    from reference.nano.benchmark import json_from_score
+
     from .score import score as measure
 
+    _check_folder(pictures)
     with ProgressBar("score", shown=progress) as bar:
-        measured = measure(bundle, backend=backend, full=full, checkpoint=checkpoint and Path(checkpoint), progress=bar)
-    return Outcome({"score": dataclasses.asdict(measured.score), "reference": measured.reference and dataclasses.asdict(measured.reference)},
+        measured = measure(bundle, backend=backend, full=full, pictures=pictures, progress=bar)
+    return Outcome({"score": json_from_score(measured.score), "reference": measured.reference and json_from_score(measured.reference)},
                    measured.text)
 
 
@@ -218,6 +221,12 @@ def _check_parent(*paths: str | None) -> None:
         if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
             raise InputError("This file cannot be written", fix="create the folder first, or give another name",
                              where=f"{path}: expected a file name in a folder that exists")
+
+
+def _check_folder(path: str | None) -> None:
+    """Refuse, before any work, to write into a folder that is not there. Raises InputError."""
+    if path is not None and not Path(path).is_dir():
+        raise InputError("There is no such folder", where=f"{path}: expected a folder", fix="create it first")
 
 
 def _yes_or_no(refusal: str | None) -> str:

@@ -20,6 +20,7 @@ from .scorer import read
 from .world import SIDE_PIXELS, Scene, random_scene
 
 SEED = 2026
+ANSWER_TOKENS = 48  # at most
 SMALL = {"generate": 6, "edit": 5, "ask": 10, "reason": 4, "rebuild": 16}  # items per category
 FULL = {"generate": 150, "edit": 150, "ask": 200, "reason": 75, "rebuild": 500}
 GOALS = {"generate": 0.91, "edit": 0.90, "ask": 0.95, "reason": 0.85}  # overall; each category of generate 0.80
@@ -29,25 +30,43 @@ Progress = Callable[[str, int, int], None]  # what is measured, items done, item
 
 @dataclass(frozen=True)
 class Item:
-    """One thing asked for. `judge` says of a picture (or answer) whether it is right; `scene` is the picture it starts from."""
+    """One thing asked for. `judge` tells of a picture (or answer) which demands it meets; `scene` is the picture it starts from."""
 
     category: str
     text: str
-    judge: Callable[[Any], bool]
+    judge: Callable[[Any], dict[str, bool]]
     scene: Scene | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was made of an item of `task` from the picture `given`, where it starts from one: a picture, an answer, or both when it
+    was reasoned; and the demands that were met or not."""
+
+    task: str
+    item: Item
+    given: np.ndarray | None
+    picture: np.ndarray | None
+    answer: str | None
+    demands: dict[str, bool]
+
+    @property
+    def right(self) -> bool:
+        return all(self.demands.values())
 
 
 @dataclass
 class Score:
-    """How many items of each category were right, by task; and the mean PSNR of reconstruction in dB."""
+    """How many items of each category were right, by task; the mean PSNR of reconstruction in dB; and what was made."""
 
     right: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # task -> category -> (right, asked)
     psnr: float = math.nan
-    failures: list[tuple[str, str, np.ndarray]] = field(default_factory=list)  # category, text, picture
+    results: list[Result] = field(default_factory=list)
 
-    def add(self, task: str, category: str, right: bool) -> None:
-        got, asked = self.right.setdefault(task, {}).get(category, (0, 0))
-        self.right[task][category] = got + bool(right), asked + 1
+    def add(self, result: Result) -> None:
+        got, asked = self.right.setdefault(result.task, {}).get(result.item.category, (0, 0))
+        self.right[result.task][result.item.category] = got + result.right, asked + 1
+        self.results.append(result)
 
     def overall(self, task: str) -> tuple[int, int]:
         return tuple(map(sum, zip(*self.right[task].values())))
@@ -70,15 +89,15 @@ def make_item(random: Random, task: str, category: str) -> Item:
         return request_item(category, *riddles.random_riddle(random, category, test=True))
     if task == "edit":
         edit = edits.random_edit(random, category, test=True)
-        return Item(category, edit.text, lambda picture: all(edits.check(edit, read(picture)).values()), edit.before)
+        return Item(category, edit.text, lambda picture: edits.check(edit, read(picture)), edit.before)
     while True:
         scene = random_scene(random)
         if found := questions.random_question(random, scene, category, test=True):
-            return Item(category, found[0], lambda answer: answer.strip() == found[1], scene)
+            return Item(category, found[0], lambda answer: {"answer": answer.strip() == found[1]}, scene)
 
 
 def request_item(category: str, text: str, request: Request) -> Item:
-    return Item(category, text, lambda picture: all(prompts.check(request, read(picture)).values()))
+    return Item(category, text, lambda picture: prompts.check(request, read(picture)))
 
 
 def measure(painter, counts: dict[str, int], *, seed: int = SEED, progress: Progress = lambda what, done, total: None) -> Score:
@@ -91,13 +110,12 @@ def measure(painter, counts: dict[str, int], *, seed: int = SEED, progress: Prog
     for task, name in todo:
         for at in range(0, len(chosen[task]), painter.batch):
             part = chosen[task][at:at + painter.batch]
-            for item, result in zip(part, results(painter, name, part, seed + at), strict=True):
-                right = item.judge(result)
-                score.add(name, item.category, right)
-                if not right and name != "reason off":
-                    shown = result if isinstance(result, np.ndarray) else pictures_from_scenes([item.scene], seed=seed)[0]
-                    said = "" if isinstance(result, np.ndarray) else f"said {result}|"
-                    score.failures.append((item.category, said + item.text, shown))
+            given = [None] * len(part)
+            if part[0].scene:
+                given = list(pictures_from_scenes([item.scene for item in part], seed=seed + at))
+            made = made_of(painter, name, [item.text for item in part], given, seed=seed + at)
+            for item, before, (picture, answer) in zip(part, given, made, strict=True):
+                score.add(Result(name, item, before, picture, answer, item.judge(answer if picture is None else picture)))
             done += len(part)
             progress(name, done, total)
     if counts.get("rebuild"):
@@ -106,15 +124,16 @@ def measure(painter, counts: dict[str, int], *, seed: int = SEED, progress: Prog
     return score
 
 
-def results(painter, name: str, part: Sequence[Item], seed: int) -> list:
-    """What the painter makes of some items: pictures, or answers."""
-    texts = [item.text for item in part]
-    if name in ("generate", "reason off"):
-        return painter.draw(texts, seed=seed)
+def made_of(painter, name: str, texts: Sequence[str], given: Sequence[np.ndarray | None], *, seed: int
+            ) -> list[tuple[np.ndarray | None, str | None]]:
+    """What the painter makes of texts and the pictures given with them: a picture and an answer each, or None for either."""
+    if name == "ask":
+        return [(None, answer) for answer in painter.ask(given, texts)]
     if name == "reason":
-        return painter.reason(texts, seed=seed)[1]
-    pictures = list(pictures_from_scenes([item.scene for item in part], seed=seed))
-    return painter.edit(pictures, texts, seed=seed) if name == "edit" else painter.ask(pictures, texts)
+        answers, pictures = painter.reason(texts, seed=seed)
+        return list(zip(pictures, answers, strict=True))
+    pictures = painter.edit(given, texts, seed=seed) if name == "edit" else painter.draw(texts, seed=seed)
+    return [(picture, None) for picture in pictures]
 
 
 def reconstruction(painter, count: int, *, seed: int) -> float:
@@ -157,7 +176,7 @@ def table(score: Score, reference: Score | None = None) -> str:
 
 
 def json_from_score(score: Score) -> dict:
-    """A score without its failures, for a file."""
+    """A score without its results, for a file."""
     right = {task: {c: list(pair) for c, pair in found.items()} for task, found in score.right.items()}
     return {"right": right, "psnr": score.psnr}
 

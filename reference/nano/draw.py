@@ -1,4 +1,4 @@
-"""Scenes -> pictures, in torch, many at once and on any device.
+"""Scenes -> pictures, many at once: numpy arrays give numpy arrays, torch tensors give tensors on their device.
 
 Every shape is a signed distance: what lies within half a pixel of its outline is blended, so edges are smooth. Light noise is
 added, so that no two pictures are equal.
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .world import COLORS, MAX_THINGS, SHAPES, SIDE_PIXELS, Scene, Thing
+
+if TYPE_CHECKING:
+    import torch
+    Array = np.ndarray | torch.Tensor
 
 NOISE = 2.0  # standard deviation in levels of 255
 FIELDS = 9  # of a thing in an array: present, shape, x, y, radius, angle, red, green, blue
@@ -33,50 +36,61 @@ def arrays_from_scenes(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]
     return things, backgrounds
 
 
-def draw(things: Tensor, backgrounds: Tensor, *, noise: Tensor | None) -> Tensor:
+def namespace(array: Array):
+    """The module of an array's functions: numpy, or torch where it is a tensor."""
+    if isinstance(array, np.ndarray):
+        return np
+    import torch
+    return torch
+
+
+def draw(things: Array, backgrounds: Array, *, noise: Array | None) -> Array:
     """Pictures of scenes: things [N, 4, FIELDS], backgrounds [N, 3], noise [N, 3, 64, 64] of standard deviation one or None
-    -> uint8 [N, 3, 64, 64]. On the device of its arguments."""
-    picture = backgrounds[:, :, None, None].expand(-1, -1, SIDE_PIXELS, SIDE_PIXELS)
+    -> uint8 [N, 3, 64, 64]. All of numpy, or all of torch."""
+    xp = namespace(things)
+    picture = backgrounds[:, :, None, None]
     for m in range(things.shape[1]):
         present, shape, x, y, radius, angle = (things[:, m, i, None, None] for i in range(6))
-        alpha = (present * coverage(shape, x, y, radius, angle)).unsqueeze(1)  # [N, 1, 64, 64]
+        alpha = (present * coverage(shape, x, y, radius, angle))[:, None]  # [N, 1, 64, 64]
         picture = picture + alpha * (things[:, m, 6:, None, None] - picture)
     if noise is not None:
         picture = picture + NOISE * noise
-    return picture.round().clamp(0, 255).to(torch.uint8)
+    return xp.asarray(xp.clip(xp.round(picture), 0, 255), dtype=xp.uint8)
 
 
-def coverage(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor, angle: Tensor) -> Tensor:
+def coverage(shape: Array, x: Array, y: Array, radius: Array, angle: Array) -> Array:
     """How much of each pixel a shape covers. All [N, 1, 1]; shape holds indices of SHAPES -> [N, 64, 64] in 0 to 1."""
-    places = torch.arange(SIDE_PIXELS, device=x.device, dtype=torch.float32) + 0.5
+    xp = namespace(x)
+    places = xp.arange(SIDE_PIXELS, device=x.device, dtype=xp.float32) + 0.5
     across, down = places[None, None, :] - x, places[None, :, None] - y  # [N, 1, 64], [N, 64, 1]
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = xp.cos(angle), xp.sin(angle)
     u, v = across * cos + down * sin, down * cos - across * sin  # turned back: v < 0 is up
-    distance, theta = torch.hypot(u, v), torch.atan2(v, u) + math.pi / 2  # theta 0 is up
+    distance, theta = xp.hypot(u, v), xp.atan2(v, u) + math.pi / 2  # theta 0 is up
     distances = (distance - REACH["circle"] * radius,
                  to_points(distance, theta + math.pi / 4, 4, REACH["square"] * radius, math.cos(math.pi / 4)),
                  to_points(distance, theta, 3, REACH["triangle"] * radius, math.cos(math.pi / 3)),
                  to_points(distance, theta, 5, REACH["star"] * radius, STAR_INNER),
                  to_cross(u, v, radius))
     signed = sum(d * (shape == index) for index, d in enumerate(distances))
-    return (0.5 - signed).clamp(0, 1)
+    return xp.clip(0.5 - signed, 0, 1)
 
 
-def to_points(distance: Tensor, theta: Tensor, points: int, outer: Tensor, inner: float) -> Tensor:
+def to_points(distance: Array, theta: Array, points: int, outer: Array, inner: float) -> Array:
     """Signed distance to the outline of a figure with `points` tips at `outer` and notches at `inner` of it; a polygon where the
     notches lie on its edges."""
-    half = math.pi / points
-    folded = (torch.remainder(theta + half, 2 * half) - half).abs()  # 0 at a tip, half at a notch
-    along, beside = distance * folded.cos(), distance * folded.sin()
+    xp, half = namespace(distance), math.pi / points
+    folded = xp.abs(xp.remainder(theta + half, 2 * half) - half)  # 0 at a tip, half at a notch
+    along, beside = distance * xp.cos(folded), distance * xp.sin(folded)
     notch_x, notch_y = inner * math.cos(half), inner * math.sin(half)
     length = math.hypot(1 - notch_x, notch_y)
     return ((along - outer) * notch_y + beside * (1 - notch_x)) / length
 
 
-def to_cross(u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
+def to_cross(u: Array, v: Array, radius: Array) -> Array:
     """Signed distance to two crossed bars."""
-    far, near = torch.maximum(u.abs(), v.abs()), torch.minimum(u.abs(), v.abs())
-    return torch.maximum(near - CROSS_WIDTH * radius, far - CROSS_LENGTH * radius)
+    xp = namespace(u)
+    far, near = xp.maximum(xp.abs(u), xp.abs(v)), xp.minimum(xp.abs(u), xp.abs(v))
+    return xp.maximum(near - CROSS_WIDTH * radius, far - CROSS_LENGTH * radius)
 
 
 def unit_area(shape: str) -> float:
@@ -92,13 +106,14 @@ def unit_area(shape: str) -> float:
 
 def pictures_from_scenes(scenes: Sequence[Scene], *, seed: int | None) -> np.ndarray:
     """Pictures as uint8 [N, 64, 64, 3]; `seed` decides the noise, None leaves it out."""
-    things, backgrounds = map(torch.from_numpy, arrays_from_scenes(scenes))
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    noise = None if seed is None else torch.randn(len(scenes), 3, SIDE_PIXELS, SIDE_PIXELS, generator=generator)
-    return draw(things, backgrounds, noise=noise).permute(0, 2, 3, 1).contiguous().numpy()
+    noise = None
+    if seed is not None:
+        generator = np.random.Generator(np.random.Philox(key=seed))
+        noise = generator.standard_normal((len(scenes), 3, SIDE_PIXELS, SIDE_PIXELS), dtype=np.float32)
+    return np.ascontiguousarray(draw(*arrays_from_scenes(scenes), noise=noise).transpose(0, 2, 3, 1))
 
 
 def thing_coverage(thing: Thing) -> np.ndarray:
     """The coverage of one thing, float32 [64, 64]."""
     values = (SHAPES.index(thing.look.shape), thing.x, thing.y, thing.radius, thing.angle)
-    return coverage(*(torch.full((1, 1, 1), float(v)) for v in values))[0].numpy()
+    return coverage(*(np.full((1, 1, 1), v, np.float32) for v in values))[0]

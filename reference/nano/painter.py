@@ -17,10 +17,10 @@ from .. import tasks
 from ..model import Star
 from . import recipe
 from .batches import MERGED_PATCHES
+from .benchmark import ANSWER_TOKENS
 from .tokens import Rows
 from .vision import MERGED_SIDE, embeds_of, prepared
 
-ANSWER_TOKENS = 48
 ROWS = 256  # pictures drawn together
 
 

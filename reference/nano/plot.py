@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-WIDTH, HEIGHT, MARGIN = 460, 280, 46
+WIDTH, HEIGHT, MARGIN = 460, 280, 46  # of a chart, in pixels
+LETTER, LINE, GAP = 6.5, 12, 8  # of a grid's captions: the width of a letter, the height of a line
 INKS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207), (140, 86, 75))
 Series = dict[str, list[tuple[float, float]]]  # name -> points
 
@@ -67,17 +69,23 @@ def write_curves(folder: Path, stages: Sequence[str]) -> None:
         write_charts(folder / "losses.png", charts)
 
 
-def write_grid(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str], *, across: int = 6, scale: int = 2) -> None:
-    """Pictures uint8 [H, W, 3], enlarged, each over its caption (lines split at "|"), as one PNG file."""
+def write_grid(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str], *, across: int = 6, scale: int = 3) -> None:
+    """Pictures uint8 [H, W, 3] of one size, enlarged, each over its caption (lines split at "|" and where they are full), as one
+    PNG file."""
     from PIL import Image, ImageDraw
-    side, text = pictures[0].shape[0] * scale, 46
-    rows = -(-len(pictures) // across)
-    page = Image.new("RGB", ((side + 8) * across, (side + text) * rows), "white")
+    high, wide = (side * scale for side in pictures[0].shape[:2])
+    texts = [wrapped(caption, int(wide / LETTER)) for caption in captions]
+    below = LINE * max(map(len, texts)) + GAP
+    page = Image.new("RGB", ((wide + GAP) * min(across, len(pictures)), (high + below) * -(-len(pictures) // across)), "white")
     pen = ImageDraw.Draw(page)
-    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        at = (number % across * (side + 8), number // across * (side + text))
-        page.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), at)
-        limit = side // 6  # of the default font
-        lines = [part[i:i + limit] for part in caption.split("|") for i in range(0, max(1, len(part)), limit)]
-        pen.multiline_text((at[0], at[1] + side + 1), "\n".join(lines[:3]), fill="black", spacing=0)
+    for number, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
+        x, y = number % across * (wide + GAP), number // across * (high + below)
+        page.paste(Image.fromarray(picture).resize((wide, high), Image.Resampling.NEAREST), (x, y))
+        for index, line in enumerate(lines):
+            pen.text((x, y + high + 1 + LINE * index), line, fill="black")
     page.save(path)
+
+
+def wrapped(caption: str, limit: int) -> list[str]:
+    """Lines of at most `limit` letters, broken between words."""
+    return [line for part in caption.split("|") for line in textwrap.wrap(part, limit) or [""]]

@@ -46,7 +46,7 @@ class Stage:
 
 # Small batches: what is scarce is arithmetic, and on equally many pictures the VQ was far ahead in batches of 16.
 STAGES = {stage.name: stage for stage in (
-    Stage("vq", steps=9_000, batch=16, learning_rate=1e-3, weight_decay=0.0),
+    Stage("vq", steps=7_500, batch=16, learning_rate=1e-3, weight_decay=0.0),
     Stage("eyes", steps=4_000, batch=64, learning_rate=1e-3),
     Stage("base", steps=8_000, batch=32, learning_rate=6e-4),
     Stage("generate", steps=12_000, batch=32, learning_rate=6e-4),

@@ -7,6 +7,7 @@ Source: STAR.md 1.2 (the stack starts as a copy of the base's last layers) and 4
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -58,13 +59,20 @@ def freeze(star: Star, *, trained: tuple[str, ...]) -> dict:
     return modules
 
 
-def base_job(star: Star, rows: Rows, stage: Stage) -> Job:
+def fused(function: Callable, *, compiled: bool) -> Callable:
+    """The function, compiled for each width of a batch where that is asked for: small matrices leave most of a step's time to
+    what lies between them."""
+    return torch.compile(function, dynamic=False) if compiled else function
+
+
+def base_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
     """Stage 3."""
     batch_of = partial(base_batch, rows=rows, batch=stage.batch)
-    return Job(stage, freeze(star, trained=BASE_PARTS), batch_of, partial(base_losses, star))
+    losses = partial(base_losses, star, fused(whole, compiled=compiled))
+    return Job(stage, freeze(star, trained=BASE_PARTS), batch_of, losses)
 
 
-def base_losses(star: Star, batch: dict, step: int) -> Losses:
+def base_losses(star: Star, decode: Callable, batch: dict, step: int) -> Losses:
     """Cross entropy of the answers; and the share of answer tokens that the model would say, with a picture and without."""
     labels, count = batch["labels"], len(batch["things"])
     with torch.autocast(labels.device.type, torch.bfloat16):
@@ -74,7 +82,7 @@ def base_losses(star: Star, batch: dict, step: int) -> Losses:
         pictures = embeds_of(star.vision_encoder, seen(image, sharp=batch["sharp"]))  # [count, 16, H]
         embeds[:count][places] = pictures.flatten(0, 1).to(embeds.dtype)
         said = labels != IGNORED
-        hidden = whole(star.base_ar, embeds, batch["position_ids"])[said]  # [n, H]
+        hidden = decode(star.base_ar, embeds, batch["position_ids"])[said]  # [n, H]
         logits = star.text_head(hidden).float()
     right = logits.argmax(-1) == labels[said]
     asked = said.nonzero()[:, 0] < count
@@ -90,16 +98,18 @@ def stack_from_base(star: Star) -> None:
     star.stacked_ar.norm.load_state_dict(star.base_ar.norm.state_dict())
 
 
-def generate_job(star: Star, rows: Rows, stage: Stage) -> Job:
+def generate_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
     """Stage 4. The base must be the one on file already."""
     batch_of = partial(generate_batch, rows=rows, batch=stage.batch, stage=stage.name)
-    return Job(stage, freeze(star, trained=TRAINED_PARTS), batch_of, partial(picture_losses, star))
+    losses = partial(picture_losses, star, fused(token_losses, compiled=compiled))
+    return Job(stage, freeze(star, trained=TRAINED_PARTS), batch_of, losses)
 
 
-def edit_job(star: Star, rows: Rows, stage: Stage) -> Job:
+def edit_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
     """Stage 5: every other batch edits, the rest draw."""
     batch_of = partial(mixed_batch, rows=rows, batch=stage.batch, stage=stage.name)
-    return Job(stage, freeze(star, trained=TRAINED_PARTS), batch_of, partial(picture_losses, star))
+    losses = partial(picture_losses, star, fused(token_losses, compiled=compiled))
+    return Job(stage, freeze(star, trained=TRAINED_PARTS), batch_of, losses)
 
 
 def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
@@ -108,23 +118,27 @@ def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
     return edit_batch(step, rows=rows, batch=batch)
 
 
-def picture_losses(star: Star, batch: dict, step: int) -> Losses:
-    """Cross entropy of the picture's tokens, and the share of them that is the most probable."""
-    device, first = batch["input_ids"].device, batch["first"]
-    with torch.autocast(device.type, torch.bfloat16):
+def picture_losses(star: Star, losses_of: Callable, batch: dict, step: int) -> Losses:
+    """What `token_losses` says of a batch with its pictures drawn."""
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
         image_ids = ids_of(star, drawn(batch, step))
-        embeds = prompt_with_pictures(star, batch, step)
-        steps = torch.arange(IMAGE_TOKENS, device=device)
-        fed = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=device)
-        fed.scatter_(1, first[:, None] + 1 + steps[:-1], True)  # T - 1 places of each row, in order
-        embeds = embeds.masked_scatter(fed.unsqueeze(-1), star.image_embedding(image_ids[:, :-1]).to(embeds.dtype))
-        base_hidden = whole(star.base_ar, embeds, batch["position_ids"])
-        hidden = whole(star.stacked_ar, base_hidden, batch["position_ids"])
-        at = (first[:, None] + steps).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        logits = star.image_head(hidden.gather(1, at)).float()  # [B, T, K]
-    loss = F.cross_entropy(logits.flatten(0, 1), image_ids.flatten())
+        loss, right = losses_of(star, prompt_with_pictures(star, batch, step), image_ids, batch["first"], batch["position_ids"])
     kind = "edited" if "before_things" in batch else "drawn"
-    return {"loss": loss, f"{kind}": loss.detach(), "right": (logits.argmax(-1) == image_ids).float().mean()}
+    return {"loss": loss, kind: loss.detach(), "right": right}
+
+
+def token_losses(star: Star, embeds: Tensor, image_ids: Tensor, first: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of a picture's tokens, and the share of them that is the most probable.
+
+    embeds [B, S, H] of the prompts, image_ids [B, T], first [B]: the column from which the first token is predicted, positions
+    [3, B, S].
+    """
+    steps = torch.arange(IMAGE_TOKENS, device=embeds.device)
+    columns = (first[:, None] + steps).unsqueeze(-1).expand(-1, -1, embeds.shape[-1])  # [B, T, H]
+    embeds = embeds.scatter(1, columns[:, :-1] + 1, star.image_embedding(image_ids[:, :-1]).to(embeds.dtype))
+    hidden = whole(star.stacked_ar, whole(star.base_ar, embeds, positions), positions)
+    logits = star.image_head(hidden.gather(1, columns)).float()  # [B, T, K]
+    return F.cross_entropy(logits.flatten(0, 1), image_ids.flatten()), (logits.argmax(-1) == image_ids).float().mean()
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Measure a trained checkpoint and choose how it draws:
 
     python -m reference.nano.sweep CHECKPOINT --choose     guidance, top-k and top-p: sampling.json, sweep.json and sweep.png
-    python -m reference.nano.sweep CHECKPOINT --record     the reference's score, small and full: score.json, and failures.png
+    python -m reference.nano.sweep CHECKPOINT --record     the reference's score, small and full: score.json; pictures
+                                                           of the small set, and failures.png of the full one
 
 The sweep draws from other items than the score is measured on, so the choice cannot flatter it.
 """
@@ -15,11 +16,11 @@ from pathlib import Path
 
 from . import benchmark
 from .painter import Painter, Sampling
-from .plot import chart, write_charts, write_grid
+from .gallery import SHOWN, spread, write_gallery, write_results
+from .plot import chart, write_charts
 
 GUIDANCES, TOP_KS, TOP_PS = (1.0, 1.1, 1.5, 2.0, 3.0, 5.0), (20, 100, 1000), (0.8, 0.9, 0.95, 1.0)
 SWEEP_SEED = 7_000_000
-SHOWN = 36
 
 
 def share(painter: Painter, count: int) -> float:
@@ -49,13 +50,14 @@ def choose(painter: Painter, folder: Path, *, count: int) -> Sampling:
 
 
 def record(painter: Painter, folder: Path) -> dict[str, benchmark.Score]:
-    """Measure the small and the full set; write both, and a grid of honest failures of the full one."""
+    """Measure the small and the full set; write both scores, pictures of the small set, and honest failures of the full one."""
     scores = {"small": benchmark.measure(painter, benchmark.SMALL), "full": benchmark.measure(painter, benchmark.FULL)}
     stored = {name: benchmark.json_from_score(score) for name, score in scores.items()}
     (folder / "score.json").write_text(json.dumps(stored, indent=1) + "\n")
-    every = max(1, len(scores["full"].failures) // SHOWN)
-    if failures := scores["full"].failures[::every][:SHOWN]:
-        write_grid(folder / "failures.png", [f[2] for f in failures], [f"{category}: {text}" for category, text, _ in failures])
+    write_gallery(folder, scores["small"].results)
+    (folder / "failures.png").unlink(missing_ok=True)
+    if wrong := [r for r in scores["full"].results if not r.right and r.task != "reason off"]:
+        write_results(folder / "failures.png", spread(wrong, SHOWN))
     return scores
 
 

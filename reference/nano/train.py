@@ -32,9 +32,9 @@ WORK = "training"  # folder of what training needs and a checkpoint does not
 
 
 def train(out: Path, *, names: list[str], device: torch.device, workers: int, scale: float, seconds: float | None,
-          wide: int = 1) -> bool:
-    """Run the named stages in `out`, each with `scale` times its samples in batches `wide` times as large. False when `seconds`
-    ran out before the end."""
+          wide: int = 1, compiled: bool = False) -> bool:
+    """Run the named stages in `out`, each with `scale` times its samples in batches `wide` times as large, the decoders compiled
+    or not. False when `seconds` ran out before the end."""
     work, began = out / WORK, time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     if not (out / f"{recipe.NAME}.pt").exists():
@@ -45,7 +45,7 @@ def train(out: Path, *, names: list[str], device: torch.device, workers: int, sc
         left = None if seconds is None else seconds - (time.monotonic() - began)
         stage = scaled(STAGES[name], scale, wide=wide)
         star = training_star(out, device)
-        job = job_of(star, stage, out, device)
+        job = job_of(star, stage, out, device, compiled=compiled)
         base_before = digest(out)
         finished = run(job, folder=work, device=device, workers=workers, tell=tell, stop_after_seconds=left)
         write_curves(work, list(STAGES))
@@ -72,7 +72,7 @@ def training_star(out: Path, device: torch.device) -> Star:
     return star.to(device)
 
 
-def job_of(star: Star, stage: Stage, out: Path, device: torch.device) -> Job:
+def job_of(star: Star, stage: Stage, out: Path, device: torch.device, *, compiled: bool = False) -> Job:
     """What the stage of this name brings to the loop."""
     if stage.name == "vq":
         return Trainer(star, stage, device).job()
@@ -81,7 +81,8 @@ def job_of(star: Star, stage: Stage, out: Path, device: torch.device) -> Job:
     rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", star.config.special)
     if stage.name == "generate":
         stages.stack_from_base(star)
-    return {"base": stages.base_job, "generate": stages.generate_job, "edit": stages.edit_job}[stage.name](star, rows, stage)
+    job = {"base": stages.base_job, "generate": stages.generate_job, "edit": stages.edit_job}[stage.name]
+    return job(star, rows, stage, compiled=compiled)
 
 
 def digest(out: Path) -> str:
@@ -111,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
     parser.add_argument("--scale", type=float, default=1.0, help="times each stage's samples (default: 1)")
     parser.add_argument("--wide", type=int, default=1, help="times its batch, which costs a GPU little (default: 1)")
+    parser.add_argument("--compile", action="store_true", help="compile the decoders, which takes a C++ compiler")
     parser.add_argument("--minutes", type=float, help="save and stop after so long, exit code 3; the same command goes on")
     parser.add_argument("--publish", type=Path, help="at the end copy the checkpoint here")
     options = parser.parse_args(argv)
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     finished = train(options.out, names=names, device=torch.device(options.device), workers=options.workers, scale=options.scale,
-                     wide=options.wide, seconds=None if options.minutes is None else 60 * options.minutes)
+                     wide=options.wide, compiled=options.compile, seconds=None if options.minutes is None else 60 * options.minutes)
     if finished and options.publish:
         publish(options.out, options.publish)
     return 0 if finished else 3

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reference.nano import benchmark, plot, sweep
+from reference.nano import benchmark, gallery, plot, sweep
 from reference.nano.painter import Sampling, stored_sampling
 
 BEST = Sampling(guidance=2.0, top_k=100, top_p=0.95)
@@ -30,8 +30,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sampling, int]]:
         misses = 10 * abs(s.guidance - BEST.guidance) + 100 * abs(s.top_p - BEST.top_p) + (s.top_k != BEST.top_k)
         for number in range(40):
             for task in counts:
-                score.add(task, "any", number >= misses)
-        score.failures.append(("any", "a text|of two lines", np.zeros((64, 64, 3), np.uint8)))
+                item = benchmark.Item("any", f"a text of {number}", lambda picture: {})
+                picture = None if task == "ask" else np.zeros((64, 64, 3), np.uint8)
+                score.add(benchmark.Result(task, item, np.ones((64, 64, 3), np.uint8) if task in ("ask", "edit") else None, picture,
+                                           "said" if task in ("ask", "reason") else None, {"count": number >= misses}))
         return score
 
     monkeypatch.setattr(benchmark, "measure", measure)
@@ -51,7 +53,13 @@ def test_the_score_is_recorded_small_and_full(tmp_path: Path, asked: list[tuple[
     made = sweep.record(Painter(), tmp_path)
     stored = json.loads((tmp_path / "score.json").read_text())
     assert benchmark.score_from_json(stored["full"]).right == made["full"].right and stored["small"]["psnr"] == 31.0
-    assert {seed for _, seed in asked} == {benchmark.SEED} and (tmp_path / "failures.png").exists()
+    assert {seed for _, seed in asked} == {benchmark.SEED}
+    grids = {"generated.png", "edited.png", "answered.png", "reasoned.png"}
+    assert grids | {"failures.png"} <= {path.name for path in tmp_path.iterdir()}
+    best = Painter()
+    best.sampling = BEST
+    sweep.record(best, tmp_path)
+    assert not (tmp_path / "failures.png").exists()
 
 
 def test_a_chart_shows_its_lines_and_a_grid_its_pictures(tmp_path: Path) -> None:
@@ -61,3 +69,14 @@ def test_a_chart_shows_its_lines_and_a_grid_its_pictures(tmp_path: Path) -> None
     plot.write_grid(tmp_path / "g.png", [np.full((64, 64, 3), 200 + i, np.uint8) for i in range(8)], ["x"] * 8, across=6)
     page = np.asarray(Image.open(tmp_path / "g.png"))
     assert {200 + i for i in range(8)} <= set(np.unique(page).tolist())
+
+
+def test_a_caption_tells_the_verdict_the_text_and_the_answer() -> None:
+    item = benchmark.Item("any", "as many stars as a hand has fingers", lambda picture: {})
+    blank = np.zeros((64, 64, 3), np.uint8)
+    result = benchmark.Result("reason", item, None, blank, "five stars", {"count": False, "things": True, "relation": False})
+    assert gallery.caption(result) == "WRONG: count, relation|as many stars as a hand has fingers|-> five stars"
+    edited = benchmark.Result("edit", item, blank, blank + 1, None, {"done": True})
+    assert gallery.caption(edited) == f"right|{item.text}" and gallery.panel(edited).shape == (64, 132, 3)
+    assert plot.wrapped("a b c|d", 3) == ["a b", "c", "d"]
+    assert gallery.spread([edited] * 3, 36) == [edited] * 3 and len(gallery.spread([edited] * 100, 36)) == 36

@@ -183,10 +183,10 @@ def test_whole_sequences_compute_what_the_cache_computes(small_root: Path) -> No
 def test_padding_changes_nothing_before_it(small_root: Path) -> None:
     star, rows = small_star(small_root)
     batch = generate_batch(3, rows=rows, batch=4, stage="generate")
-    loss = stages.picture_losses(star, batch, 0)["loss"]
+    loss = stages.picture_losses(star, stages.token_losses, batch, 0)["loss"]
     longer = batch | {"input_ids": torch.cat([batch["input_ids"], torch.full((4, 5), 7)], 1),
                       "position_ids": torch.cat([batch["position_ids"], torch.full((3, 4, 5), 300)], 2)}
-    torch.testing.assert_close(stages.picture_losses(star, longer, 0)["loss"], loss, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(stages.picture_losses(star, stages.token_losses, longer, 0)["loss"], loss, rtol=1e-3, atol=1e-4)
 
 
 def test_labels_are_the_answers_alone(nano_rows: Rows) -> None:

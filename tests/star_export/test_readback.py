@@ -145,10 +145,10 @@ def test_a_plan_is_needed_and_a_target_that_cannot_be_read_is_left_out(bundle_of
 def test_with_the_device_both_run(monkeypatch):
     monkeypatch.setattr(validate, "check_runnable", lambda target: None)
     assert validate._backend_of(TARGET) == f"tensorrt:{TARGET}"
-    assert list(validate.rungs_of(f"tensorrt:{TARGET}")) == [
+    assert list(validate.rungs_of(f"tensorrt:{TARGET}", scored=False)) == [
         "files and graphs", "read-back", "golden tensors", "decoder steps", "whole runs"
     ]
-    assert list(validate.rungs_of("onnxruntime")) == ["files and graphs", "golden tensors", "decoder steps", "whole runs"]
+    assert list(validate.rungs_of("onnxruntime", scored=True)) == ["files and graphs", "golden tensors", "decoder steps", "whole runs", "score"]
     monkeypatch.setattr(validate, "check_runnable", here_is_no_gpu)
     monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
     with pytest.raises(MissingError, match="tensorrt_rtx is not installed"):
