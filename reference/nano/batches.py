@@ -16,13 +16,14 @@ from .draw import arrays_from_scenes
 from .recipe import DROPPED_PROMPTS, IMAGE_TOKENS, SEED
 from .tokens import Rows
 from .vision import MERGED_SIDE
-from .world import Scene, random_scene
+from .world import COLORS, RADII, SHAPES, SIDE_PIXELS, Scene, random_scene
 
-QUESTIONS = {"color": 12, "shape": 14, "count": 16, "position": 14, "yes/no": 16, "describe": 28}  # shares
+QUESTIONS = {"color": 12, "shape": 10, "count": 20, "position": 16, "yes/no": 24, "describe": 18}  # shares
 PROMPTS = {"mixed": 30, "attributes": 15, "position": 20, "counting": 15, "two": 10, "colors": 5, "single": 5}
 TEXT_SHARE = 0.125  # rows of the base stage without a picture, half of them riddles; text is learnt long before seeing
 MAGIC_SHARE = 0.3  # prompts worded as a reasoned answer, with what the release appends
 MERGED_PATCHES = MERGED_SIDE**2
+CELL_PIXELS = SIDE_PIXELS // MERGED_SIDE
 IGNORED = -100
 
 
@@ -34,7 +35,7 @@ def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
     """Stage 3: questions about pictures, then prompts to put in plain words. Labels are the answers alone.
 
     input_ids [B, S], labels [B, S] (IGNORED elsewhere), position_ids [3, B, S], things and backgrounds of the first rows'
-    pictures, `sharp`: which of them come as `edit` prepares them.
+    pictures, what `cell_tensors` tells of them, `sharp`: which of them come as `edit` prepares them.
     """
     random, texts = Random(f"{SEED} base {step}"), int(TEXT_SHARE * batch)
     scenes, full, starts = [], [], []
@@ -56,7 +57,7 @@ def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
         labels[row, length - 1:] = IGNORED
     positions = torch.arange(ids.shape[1]).expand(3, batch, -1).clone()
     positions[:, :len(scenes)] = mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, **scene_tensors(scenes),
+    return {"input_ids": ids, "labels": labels, "position_ids": positions, **scene_tensors(scenes), **cell_tensors(scenes),
             "sharp": torch.rand(len(scenes), generator=torch.Generator().manual_seed(step)) < 0.3}
 
 
@@ -111,3 +112,23 @@ def padded(full: list[list[int]]) -> Tensor:
 def scene_tensors(scenes: list[Scene]) -> dict[str, Tensor]:
     things, backgrounds = arrays_from_scenes(scenes)
     return {"things": torch.from_numpy(things), "backgrounds": torch.from_numpy(backgrounds)}
+
+
+def cell_tensors(scenes: list[Scene]) -> dict[str, Tensor]:
+    """What each merged patch shows: classes [B, 16, 4], a shape (0 for none), its colour, its size and the background, IGNORED where
+    there is none; and `offsets` [B, 16, 2] of a thing's centre from the patch's, -1 to 1 right and down."""
+    found = [cells_of(scene) for scene in scenes]
+    return {"classes": torch.tensor([classes for classes, _ in found]), "offsets": torch.tensor([offsets for _, offsets in found])}
+
+
+def cells_of(scene: Scene) -> tuple[list[list[int]], list[list[float]]]:
+    """Classes and offsets of each merged patch, row by row."""
+    background = list(COLORS).index(scene.background)
+    classes = [[0, IGNORED, IGNORED, background] for _ in range(MERGED_SIDE**2)]
+    offsets = [[0.0, 0.0] for _ in classes]
+    for thing in scene.things:
+        column, row = int(thing.x // CELL_PIXELS), int(thing.y // CELL_PIXELS)
+        look, cell = thing.look, row * MERGED_SIDE + column
+        classes[cell] = [1 + SHAPES.index(look.shape), list(COLORS).index(look.color), list(RADII).index(look.size), background]
+        offsets[cell] = [2 * (thing.x / CELL_PIXELS - column) - 1, 2 * (thing.y / CELL_PIXELS - row) - 1]
+    return classes, offsets

@@ -49,6 +49,12 @@ class Steps(Dataset):
         return self.batch_of(step)
 
 
+def fused(function: Callable, *, compiled: bool) -> Callable:
+    """The function, compiled for each width of a batch where that is asked for: small matrices leave most of a step's time to
+    what lies between them."""
+    return torch.compile(function, dynamic=False) if compiled else function
+
+
 def rate(stage: Stage, step: int) -> float:
     """Learning rate at a step: linear warm-up, then a cosine to nothing."""
     if step < stage.warmup:

@@ -43,9 +43,11 @@ def ask_shape(random: Random, scene: Scene) -> Question | None:
 
 
 def ask_count(random: Random, scene: Scene) -> Question | None:
-    shape, color = some_kind(random, scene)
+    kinds = [some_kind(random, scene) for _ in range(8)]
+    counts = [sum(shape in (None, t.look.shape) and color in (None, t.look.color) for t in scene.things) for shape, color in kinds]
+    count = random.choice(sorted(set(counts)))  # or nearly all answers would be "one"
+    shape, color = kinds[counts.index(count)]
     name = described(random, shape=shape, color=color, plural=True)
-    count = sum(shape in (None, t.look.shape) and color in (None, t.look.color) for t in scene.things)
     return random.choice((f"how many {name} are there?", f"how many {name} do you see?", f"count the {name}",
                           f"what is the number of {name}?")), words.NUMBERS[count]
 

@@ -1,10 +1,12 @@
 """Stage 2: the vision encoder alone, before any question is asked, as the release's was trained before its language model.
 
 From each merged patch a linear head, which is not kept, reads what has its centre there: shape, colour, size and where in the
-patch; and the background. Questions alone teach seeing far too slowly: 256,000 of them left shapes and places at chance.
+patch; and the background. Questions alone teach seeing far too slowly: 256,000 of them left shapes and places at chance. (Where in
+the picture cannot be learnt here: the encoder's positions are relative, and on an empty background all patches are alike.)
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from random import Random
 
@@ -13,58 +15,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import Star
-from .batches import IGNORED, scene_tensors
-from .loop import Job, Losses
+from .batches import IGNORED, cell_tensors, scene_tensors
+from .loop import Job, Losses, fused
 from .recipe import SEED, Stage
 from .stage_vq import drawn
-from .vision import MERGED_SIDE, embeds_of, seen
-from .world import COLORS, RADII, SHAPES, SIDE_PIXELS, Scene, random_scene
+from .vision import embeds_of, seen
+from .world import COLORS, RADII, SHAPES, random_scene
 
-CELL_PIXELS = SIDE_PIXELS // MERGED_SIDE
 CLASSES = (1 + len(SHAPES), len(COLORS), len(RADII), len(COLORS))  # nothing or a shape, its colour, its size, the background
+OUTPUTS = sum(CLASSES) + 2
 SHARP_SHARE = 0.3  # of pictures, as `edit` prepares them
 
 
 def eyes_batch(step: int, *, batch: int) -> dict:
-    """Scenes, and of each merged patch its classes [B, 16, 4] (IGNORED where there is none) and `offsets` [B, 16, 2] of a centre
-    from the patch's, -1 to 1 right and down."""
+    """Scenes, and what `cell_tensors` tells of them."""
     random = Random(f"{SEED} eyes {step}")
     scenes = [random_scene(random) for _ in range(batch)]
-    found = [cells_of(scene) for scene in scenes]
-    return {**scene_tensors(scenes), "classes": torch.tensor([classes for classes, _ in found]),
-            "offsets": torch.tensor([offsets for _, offsets in found]),
+    return {**scene_tensors(scenes), **cell_tensors(scenes),
             "sharp": torch.rand(batch, generator=torch.Generator().manual_seed(step)) < SHARP_SHARE}
 
 
-def cells_of(scene: Scene) -> tuple[list[list[int]], list[list[float]]]:
-    """Classes and offsets of each merged patch, row by row."""
-    background = list(COLORS).index(scene.background)
-    classes = [[0, IGNORED, IGNORED, background] for _ in range(MERGED_SIDE**2)]
-    offsets = [[0.0, 0.0] for _ in classes]
-    for thing in scene.things:
-        column, row = int(thing.x // CELL_PIXELS), int(thing.y // CELL_PIXELS)
-        look, cell = thing.look, row * MERGED_SIDE + column
-        classes[cell] = [1 + SHAPES.index(look.shape), list(COLORS).index(look.color), list(RADII).index(look.size), background]
-        offsets[cell] = [2 * (thing.x / CELL_PIXELS - column) - 1, 2 * (thing.y / CELL_PIXELS - row) - 1]
-    return classes, offsets
-
-
-def eyes_job(star: Star, stage: Stage, device: torch.device) -> Job:
+def eyes_job(star: Star, stage: Stage, device: torch.device, *, compiled: bool = False) -> Job:
+    """Stage 2."""
     star.requires_grad_(False)
     star.vision_encoder.requires_grad_(True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        head = nn.Linear(star.token_embedding.embedding_dim, sum(CLASSES) + 2).to(device)
+    head = new_head(star.token_embedding.embedding_dim, device)
+    see = partial(fused(embeds_of, compiled=compiled), star.vision_encoder)
     return Job(stage, {"vision_encoder": star.vision_encoder, "head": head}, partial(eyes_batch, batch=stage.batch),
-               partial(eyes_losses, star, head))
+               partial(eyes_losses, see, head))
 
 
-def eyes_losses(star: Star, head: nn.Linear, batch: dict, step: int) -> Losses:
-    """Cross entropy of the classes and squared error of the offsets; shares of what is there that is told right."""
+def eyes_losses(see: Callable[[Tensor], Tensor], head: nn.Linear, batch: dict, step: int) -> Losses:
     image = drawn(batch, step, stream=3)
     with torch.autocast(image.device.type, torch.bfloat16):
-        read = head(embeds_of(star.vision_encoder, seen(image, sharp=batch["sharp"])))
-    *scores, offsets = read.float().split((*CLASSES, 2), dim=-1)
+        read = head(see(seen(image, sharp=batch["sharp"])))
+    return read_losses(read.float(), batch)
+
+
+def new_head(width: int, device: torch.device, *, outputs: int = OUTPUTS) -> nn.Linear:
+    """A linear head from hidden states [..., width], the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return nn.Linear(width, outputs).to(device)
+
+
+def read_losses(read: Tensor, batch: dict) -> Losses:
+    """What a head read [B, 16, OUTPUTS]: cross entropy of the classes and squared error of the offsets; shares of what is there
+    that is told right."""
+    *scores, offsets = read.split((*CLASSES, 2), dim=-1)
     there = batch["classes"][..., 1] != IGNORED  # [B, 16]
     loss = F.mse_loss(offsets[there], batch["offsets"][there])
     losses = {}

@@ -12,18 +12,20 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..decoder import Decoder
 from ..model import Star
 from .batches import IGNORED, base_batch, edit_batch, generate_batch
-from .loop import Job, Losses
+from .loop import Job, Losses, fused
 from .recipe import IMAGE_TOKENS, Stage
+from .stage_eyes import OUTPUTS, new_head, read_losses
 from .stage_vq import drawn
 from .tokens import Rows
-from .vision import embeds_of, seen
+from .vision import MERGED_SIDE, embeds_of, seen
 
 BASE_PARTS = ("token_embedding", "vision_encoder", "base_ar")  # text_head is token_embedding, tied
+READ_LAYER = 1  # of the base, counted from 0: what patches show is read after it
 TRAINED_PARTS = ("pixel_adapter", "stacked_ar", "image_head")
 
 
@@ -43,11 +45,19 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor
     return found.view(batch, heads, length, width), past_key, past_value
 
 
+def hidden_states(decoder: Decoder, embeds: Tensor, positions: Tensor) -> list[Tensor]:
+    """A decoder with `causal_attention` on whole sequences: embeds [B, S, H], positions [3, B, S] -> [B, S, H] after each layer, and
+    after the final norm."""
+    cos, sin = (t.to(embeds.dtype) for t in decoder.rotary(positions))
+    unused, states = embeds.new_empty(1, 1, 1, 1), [embeds]
+    for layer in decoder.layers:
+        states.append(layer(states[-1], cos, sin, (unused, unused), unused, unused)[0])
+    return [*states[1:], decoder.norm(states[-1])]
+
+
 def whole(decoder: Decoder, embeds: Tensor, positions: Tensor) -> Tensor:
-    """A decoder with `causal_attention` on whole sequences: embeds [B, S, H], positions [3, B, S] -> hidden states [B, S, H]."""
-    nothing = embeds.new_empty(1, 1, 1, 1)
-    start = torch.zeros(len(embeds), dtype=torch.int64, device=embeds.device)
-    return decoder(embeds, positions, start, [(nothing, nothing)] * len(decoder.layers))[0]
+    """The last of `hidden_states`."""
+    return hidden_states(decoder, embeds, positions)[-1]
 
 
 def freeze(star: Star, *, trained: tuple[str, ...]) -> dict:
@@ -59,35 +69,39 @@ def freeze(star: Star, *, trained: tuple[str, ...]) -> dict:
     return modules
 
 
-def fused(function: Callable, *, compiled: bool) -> Callable:
-    """The function, compiled for each width of a batch where that is asked for: small matrices leave most of a step's time to
-    what lies between them."""
-    return torch.compile(function, dynamic=False) if compiled else function
-
-
 def base_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
-    """Stage 3."""
-    batch_of = partial(base_batch, rows=rows, batch=stage.batch)
-    losses = partial(base_losses, star, fused(whole, compiled=compiled))
-    return Job(stage, freeze(star, trained=BASE_PARTS), batch_of, losses)
+    """Stage 3. A linear head, which is not kept, goes on reading what each patch shows, now from the decoder's hidden states after its
+    first layers, and where the patch lies: that is found out far too slowly by answering alone, for the vision encoder's positions are
+    relative."""
+    parts = freeze(star, trained=BASE_PARTS)
+    weight = star.token_embedding.weight
+    parts["head"] = new_head(weight.shape[1], weight.device, outputs=OUTPUTS + 2 * MERGED_SIDE)
+    losses = partial(base_losses, star, parts["head"], fused(embeds_of, compiled=compiled), fused(hidden_states, compiled=compiled))
+    return Job(stage, parts, partial(base_batch, rows=rows, batch=stage.batch), losses)
 
 
-def base_losses(star: Star, decode: Callable, batch: dict, step: int) -> Losses:
-    """Cross entropy of the answers; and the share of answer tokens that the model would say, with a picture and without."""
+def base_losses(star: Star, head: nn.Linear, see: Callable, decode: Callable, batch: dict, step: int) -> Losses:
+    """Cross entropy of the answers, and `read_losses` and cross entropy of the patches' rows and columns; the shares of answer tokens
+    that the model would say, with a picture and without, of shapes read right and of rows and columns."""
     labels, count = batch["labels"], len(batch["things"])
     with torch.autocast(labels.device.type, torch.bfloat16):
         embeds = star.token_embedding(batch["input_ids"]).clone()
         image = drawn(batch, step, stream=1)
-        places = batch["input_ids"][:count] == star.config.special.image_pad  # [count, S]
-        pictures = embeds_of(star.vision_encoder, seen(image, sharp=batch["sharp"]))  # [count, 16, H]
-        embeds[:count][places] = pictures.flatten(0, 1).to(embeds.dtype)
+        patches = batch["input_ids"][:count] == star.config.special.image_pad  # [count, S]
+        pictures = see(star.vision_encoder, seen(image, sharp=batch["sharp"]))  # [count, 16, H]
+        embeds[:count][patches] = pictures.flatten(0, 1).to(embeds.dtype)
         said = labels != IGNORED
-        hidden = decode(star.base_ar, embeds, batch["position_ids"])[said]  # [n, H]
-        logits = star.text_head(hidden).float()
+        states = decode(star.base_ar, embeds, batch["position_ids"])
+        logits = star.text_head(states[-1][said]).float()  # [n, V]
+        read = head(states[READ_LAYER][:count][patches]).float().unflatten(0, (count, -1))  # [count, 16, outputs]
+    shown, placed = read_losses(read[..., :OUTPUTS], batch), read[..., OUTPUTS:].unflatten(-1, (2, MERGED_SIDE))
+    cells = torch.arange(MERGED_SIDE**2, device=labels.device)
+    places = torch.stack((cells // MERGED_SIDE, cells % MERGED_SIDE), dim=1).expand(count, -1, -1)  # [count, 16, 2]
+    loss = F.cross_entropy(logits, labels[said]) + shown["loss"] + F.cross_entropy(placed.flatten(0, 2), places.flatten())
     right = logits.argmax(-1) == labels[said]
     asked = said.nonzero()[:, 0] < count
-    return {"loss": F.cross_entropy(logits, labels[said]), "asked": right[asked].float().mean(),
-            "worded": right[~asked].float().mean()}
+    return {"loss": loss, "asked": right[asked].float().mean(), "worded": right[~asked].float().mean(), "shape": shown["shape"],
+            "placed": (placed.argmax(-1) == places).float().mean()}
 
 
 def stack_from_base(star: Star) -> None:

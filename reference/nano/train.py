@@ -29,6 +29,7 @@ from .tokens import Rows
 
 PART = {"vq": "vq", "eyes": "base", "base": "base", "generate": "trained", "edit": "trained"}  # which file a stage writes
 WORK = "training"  # folder of what training needs and a checkpoint does not
+SHIPPED = (".json", ".pt", ".safetensors", ".png", ".jsonl", ".done")
 
 
 def train(out: Path, *, names: list[str], device: torch.device, workers: int, scale: float, seconds: float | None,
@@ -77,7 +78,7 @@ def job_of(star: Star, stage: Stage, out: Path, device: torch.device, *, compile
     if stage.name == "vq":
         return Trainer(star, stage, device).job()
     if stage.name == "eyes":
-        return eyes_job(star, stage, device)
+        return eyes_job(star, stage, device, compiled=compiled)
     rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", star.config.special)
     if stage.name == "generate":
         stages.stack_from_base(star)
@@ -95,10 +96,11 @@ def tell(line: str) -> None:
 
 
 def publish(out: Path, target: Path) -> None:
-    """Copy the checkpoint, without what only training needs, to `target`."""
+    """Copy the checkpoint to `target`, with what was measured of it, its loss curves and which stages are complete, so that training
+    can go on from a copy; but without the optimisers' state."""
     for path in sorted(out.rglob("*")):
-        relative = path.relative_to(out)
-        if path.is_file() and relative.parts[0] != WORK and path.suffix in (".json", ".pt", ".safetensors"):
+        if path.suffix in SHIPPED:
+            relative = path.relative_to(out)
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)
 
