@@ -20,6 +20,7 @@ from .world import COLORS, RADII, SHAPES, SIDE_PIXELS, Scene, random_scene
 
 QUESTIONS = {"color": 12, "shape": 10, "count": 20, "position": 16, "yes/no": 24, "describe": 18}  # shares
 PROMPTS = {"mixed": 30, "attributes": 15, "position": 20, "counting": 15, "two": 10, "colors": 5, "single": 5}
+QUESTIONS_A_PICTURE = 5  # in one conversation: drawing and seeing a picture costs as much as four more questions
 TEXT_SHARE = 0.125  # rows of the base stage without a picture, half of them riddles; text is learnt long before seeing
 MAGIC_SHARE = 0.3  # prompts worded as a reasoned answer, with what the release appends
 MERGED_PATCHES = MERGED_SIDE**2
@@ -32,39 +33,39 @@ def drawn_from(random: Random, shares: dict[str, int]) -> str:
 
 
 def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
-    """Stage 3: questions about pictures, then prompts to put in plain words. Labels are the answers alone.
+    """Stage 3: conversations about pictures, then prompts to put in plain words. Labels are the answers alone.
 
     input_ids [B, S], labels [B, S] (IGNORED elsewhere), position_ids [3, B, S], things and backgrounds of the first rows'
     pictures, what `cell_tensors` tells of them, `sharp`: which of them come as `edit` prepares them.
     """
     random, texts = Random(f"{SEED} base {step}"), int(TEXT_SHARE * batch)
-    scenes, full, starts = [], [], []
+    scenes, turns = [], []  # turns: of each row, what is given and what is to be said
     while len(scenes) < batch - texts:
         scene = random_scene(random)
-        if found := questions.random_question(random, scene, drawn_from(random, QUESTIONS), test=False):
+        if found := conversation(random, scene):
             scenes.append(scene)
-            add_answer(full, starts, rows, rows.ask(found[0], merged_patches=MERGED_PATCHES), found[1])
+            first, *others = found
+            turns.append([(rows.ask(first[0], merged_patches=MERGED_PATCHES), first[1]), *((rows.again(q), a) for q, a in others)])
     for turn in range(texts):
         if turn % 2:
             text, request = riddles.random_riddle(random, random.choice(riddles.KINDS), test=False)
         else:
             text, request = prompts.random_prompt(random, drawn_from(random, PROMPTS), test=False)
-        add_answer(full, starts, rows, rows.question(text), prompts.caption(request))
-    ids = padded(full)
-    labels = ids.roll(-1, dims=1)
-    for row, (start, length) in enumerate(starts):
-        labels[row, :start - 1] = IGNORED
-        labels[row, length - 1:] = IGNORED
+        turns.append([(rows.question(text), prompts.caption(request))])
+    said = [[(given, [*rows.ids(answer), rows.special.im_end]) for given, answer in row] for row in turns]
+    ids = padded([[i for given, answer in row for i in given + answer] for row in said], multiple=32)
+    labels = padded([[i for given, answer in row for i in [IGNORED] * len(given) + answer] for row in said], multiple=32, fill=IGNORED)
     positions = torch.arange(ids.shape[1]).expand(3, batch, -1).clone()
     positions[:, :len(scenes)] = mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, **scene_tensors(scenes), **cell_tensors(scenes),
-            "sharp": torch.rand(len(scenes), generator=torch.Generator().manual_seed(step)) < 0.3}
+    return {"input_ids": ids, "labels": labels.roll(-1, dims=1), "position_ids": positions, **scene_tensors(scenes),
+            **cell_tensors(scenes), "sharp": torch.rand(len(scenes), generator=torch.Generator().manual_seed(step)) < 0.3}
 
 
-def add_answer(full: list[list[int]], starts: list[tuple[int, int]], rows: Rows, row: list[int], answer: str) -> None:
-    """Append a row with its answer and end mark, and (where the answer starts, the length)."""
-    full.append([*row, *rows.ids(answer), rows.special.im_end])
-    starts.append((len(row), len(full[-1])))
+def conversation(random: Random, scene: Scene) -> list[questions.Question]:
+    """Questions of different wording about a scene; a description, which tells everything, comes last."""
+    kinds = sorted((drawn_from(random, QUESTIONS) for _ in range(QUESTIONS_A_PICTURE)), key=lambda kind: kind == "describe")
+    found = [questions.random_question(random, scene, kind, test=False) for kind in kinds]
+    return list(dict.fromkeys(question for question in found if question))
 
 
 def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
@@ -103,10 +104,10 @@ def picture_rows(full: list[list[int]]) -> dict:
     return {"input_ids": ids, "first": torch.tensor([len(row) - 1 for row in full]), "position_ids": positions}
 
 
-def padded(full: list[list[int]]) -> Tensor:
-    """Rows as one tensor [B, S], zeros behind each; S is a multiple of 16, which is faster than a few columns less."""
-    width = -(-max(map(len, full)) // 16) * 16
-    return torch.tensor([row + [0] * (width - len(row)) for row in full])
+def padded(full: list[list[int]], *, multiple: int = 16, fill: int = 0) -> Tensor:
+    """Rows as one tensor [B, S], filled behind each; few widths S are faster than a few columns less."""
+    width = -(-max(map(len, full)) // multiple) * multiple
+    return torch.tensor([row + [fill] * (width - len(row)) for row in full])
 
 
 def scene_tensors(scenes: list[Scene]) -> dict[str, Tensor]:

@@ -82,6 +82,10 @@ class Rows:
         """A question about a picture."""
         return self.prefix + self.picture(merged_patches) + self.ids(question) + self.suffix
 
+    def again(self, question: str) -> list[int]:
+        """The next question of a conversation, after an answer and its `<|im_end|>`."""
+        return self.newline + self.ids("<|im_start|>user\n") + self.ids(question) + self.suffix
+
     def edit(self, instruction: str, *, image_tokens: int, merged_patches: int) -> list[int]:
         """An instruction with the picture's places before it, up to `<|vision_start|>`."""
         special = self.special
