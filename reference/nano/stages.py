@@ -7,6 +7,7 @@ Source: STAR.md 1.2 (the stack starts as a copy of the base's last layers) and 4
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -25,6 +26,7 @@ from .tokens import Rows
 from .vision import MERGED_SIDE, embeds_of, seen
 
 BASE_PARTS = ("token_embedding", "vision_encoder", "base_ar")  # text_head is token_embedding, tied
+TOKENS_SIDE = math.isqrt(IMAGE_TOKENS)
 READ_LAYER = 1  # of the base, counted from 0: what patches show is read after it
 TRAINED_PARTS = ("pixel_adapter", "stacked_ar", "image_head")
 
@@ -114,16 +116,21 @@ def stack_from_base(star: Star) -> None:
 
 def generate_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
     """Stage 4. The base must be the one on file already."""
-    batch_of = partial(generate_batch, rows=rows, batch=stage.batch, stage=stage.name)
-    losses = partial(picture_losses, star, fused(token_losses, compiled=compiled))
-    return Job(stage, freeze(star, trained=TRAINED_PARTS), batch_of, losses)
+    return picture_job(star, stage, partial(generate_batch, rows=rows, batch=stage.batch, stage=stage.name), compiled=compiled)
 
 
 def edit_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
     """Stage 5: every other batch edits, the rest draw."""
-    batch_of = partial(mixed_batch, rows=rows, batch=stage.batch, stage=stage.name)
-    losses = partial(picture_losses, star, fused(token_losses, compiled=compiled))
-    return Job(stage, freeze(star, trained=TRAINED_PARTS), batch_of, losses)
+    return picture_job(star, stage, partial(mixed_batch, rows=rows, batch=stage.batch, stage=stage.name), compiled=compiled)
+
+
+def picture_job(star: Star, stage: Stage, batch_of: Callable[[int], dict], *, compiled: bool) -> Job:
+    """Training of the generating parts. A linear head, which is not kept, tells the row and column of a picture's next token after the
+    stack's first layer, for the same reason as in the base."""
+    parts = freeze(star, trained=TRAINED_PARTS)
+    weight = star.image_head.weight
+    parts["head"] = new_head(weight.shape[1], weight.device, outputs=2 * TOKENS_SIDE)
+    return Job(stage, parts, batch_of, partial(picture_losses, star, parts["head"], fused(token_losses, compiled=compiled)))
 
 
 def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
@@ -132,17 +139,19 @@ def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
     return edit_batch(step, rows=rows, batch=batch)
 
 
-def picture_losses(star: Star, losses_of: Callable, batch: dict, step: int) -> Losses:
+def picture_losses(star: Star, head: nn.Linear, losses_of: Callable, batch: dict, step: int) -> Losses:
     """What `token_losses` says of a batch with its pictures drawn."""
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
         image_ids = ids_of(star, drawn(batch, step))
-        loss, right = losses_of(star, prompt_with_pictures(star, batch, step), image_ids, batch["first"], batch["position_ids"])
+        embeds = prompt_with_pictures(star, batch, step)
+        loss, right, placed = losses_of(star, head, embeds, image_ids, batch["first"], batch["position_ids"])
     kind = "edited" if "before_things" in batch else "drawn"
-    return {"loss": loss, kind: loss.detach(), "right": right}
+    return {"loss": loss + placed, kind: loss.detach(), "right": right, "placed": placed.detach()}
 
 
-def token_losses(star: Star, embeds: Tensor, image_ids: Tensor, first: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy of a picture's tokens, and the share of them that is the most probable.
+def token_losses(star: Star, head: nn.Linear, embeds: Tensor, image_ids: Tensor, first: Tensor,
+                 positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropy of a picture's tokens, the share of them that is the most probable, and cross entropy of their rows and columns.
 
     embeds [B, S, H] of the prompts, image_ids [B, T], first [B]: the column from which the first token is predicted, positions
     [3, B, S].
@@ -150,9 +159,12 @@ def token_losses(star: Star, embeds: Tensor, image_ids: Tensor, first: Tensor, p
     steps = torch.arange(IMAGE_TOKENS, device=embeds.device)
     columns = (first[:, None] + steps).unsqueeze(-1).expand(-1, -1, embeds.shape[-1])  # [B, T, H]
     embeds = embeds.scatter(1, columns[:, :-1] + 1, star.image_embedding(image_ids[:, :-1]).to(embeds.dtype))
-    hidden = whole(star.stacked_ar, whole(star.base_ar, embeds, positions), positions)
-    logits = star.image_head(hidden.gather(1, columns)).float()  # [B, T, K]
-    return F.cross_entropy(logits.flatten(0, 1), image_ids.flatten()), (logits.argmax(-1) == image_ids).float().mean()
+    states = hidden_states(star.stacked_ar, whole(star.base_ar, embeds, positions), positions)
+    logits = star.image_head(states[-1].gather(1, columns)).float()  # [B, T, K]
+    placed = head(states[0].gather(1, columns)).float().unflatten(-1, (2, TOKENS_SIDE))
+    places = torch.stack((steps // TOKENS_SIDE, steps % TOKENS_SIDE), dim=1).expand(len(embeds), -1, -1)  # [B, T, 2]
+    loss = F.cross_entropy(logits.flatten(0, 1), image_ids.flatten())
+    return loss, (logits.argmax(-1) == image_ids).float().mean(), F.cross_entropy(placed.flatten(0, 2), places.flatten())
 
 
 @torch.no_grad()
