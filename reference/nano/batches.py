@@ -18,7 +18,7 @@ from .tokens import Rows
 from .vision import MERGED_SIDE
 from .world import COLORS, RADII, SHAPES, SIDE_PIXELS, Scene, random_scene
 
-QUESTIONS = {"color": 12, "shape": 10, "count": 20, "position": 16, "yes/no": 24, "describe": 18}  # shares
+QUESTIONS = {"color": 16, "shape": 8, "count": 16, "position": 20, "yes/no": 32, "describe": 8}  # shares
 PROMPTS = {"mixed": 30, "attributes": 15, "position": 20, "counting": 15, "two": 10, "colors": 5, "single": 5}
 QUESTIONS_A_PICTURE = 5  # in one conversation: drawing and seeing a picture costs as much as four more questions
 TEXT_SHARE = 0.125  # rows of the base stage without a picture, half of them riddles; text is learnt long before seeing

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -95,12 +96,15 @@ def new_star(config: StarConfig, *, seed: int = recipe.SEED, **options) -> Star:
     return star
 
 
-def save_star(star: Star, root: Path, *, parts: tuple[str, ...] = ("base", "trained", "vq")) -> None:
+def weight_files(root: Path) -> dict[str, Path]:
+    """Where the weights of each part of a checkpoint lie."""
+    return {"base": root / recipe.BASE_FOLDER / "model.safetensors", "trained": root / f"{recipe.NAME}.pt", "vq": root / "VQ-Model.pt"}
+
+
+def save_star(star: Star, root: Path, *, parts: Iterable[str] = ("base", "trained", "vq")) -> None:
     """Write weights in the release's layout, names and shapes into `root`, each file whole or not at all."""
     from safetensors.torch import save_file
-    state = star.state_dict()
-    places = {"base": root / recipe.BASE_FOLDER / "model.safetensors", "trained": root / f"{recipe.NAME}.pt",
-              "vq": root / "VQ-Model.pt"}
+    state, places = star.state_dict(), weight_files(root)
     for part in parts:
         tensors = {release: state[ours].detach().to("cpu", STORED).reshape(stored).contiguous()
                    for release, (ours, stored, _) in expected_tensors(star.config)[part].items()}

@@ -38,8 +38,9 @@ def train(out: Path, *, names: list[str], device: torch.device, workers: int, sc
     or not. False when `seconds` ran out before the end."""
     work, began = out / WORK, time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
-    if not (out / f"{recipe.NAME}.pt").exists():
-        layout.save_star(layout.new_star(layout.write_config(out)), out)
+    config = layout.write_config(out)
+    if missing := [part for part, path in layout.weight_files(out).items() if not path.exists()]:
+        layout.save_star(layout.new_star(config), out, parts=missing)
     for name in names:
         if (work / f"{name}.done").exists():
             continue

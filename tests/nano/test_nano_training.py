@@ -240,6 +240,16 @@ def test_all_stages_run_and_leave_the_frozen_base_bit_for_bit(small_root: Path) 
     assert train.train(out / "published", names=list(STAGES), **options) and train.digest(out / "published") == base
 
 
+def test_parts_that_are_there_are_kept_and_the_others_made(small_root: Path) -> None:
+    options = {"device": torch.device("cpu"), "workers": 0, "scale": 1.0, "seconds": None}
+    assert train.train(small_root, names=["vq", "base"], **options)
+    files = layout.weight_files(small_root)
+    files["trained"].unlink()
+    kept = {part: files[part].read_bytes() for part in ("base", "vq")}
+    assert train.train(small_root, names=["vq", "base"], **options) and files["trained"].exists()
+    assert all(files[part].read_bytes() == data for part, data in kept.items())
+
+
 def answers(root: Path, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the base says, and its logits."""
     star, ids = load_star(resolve_checkpoint(root)), torch.tensor([prompt])
