@@ -96,7 +96,11 @@ def recorded_score(bundle: Bundle, kind: str) -> benchmark.Score | None:
 def score_from_bytes(data: bytes, kind: str, *, where: str) -> benchmark.Score:
     """The score of a kind out of a recorded file's bytes. Raises InputError."""
     try:
-        return benchmark.score_from_json(value_from_json(data.decode(), where=where)[kind])
+        found = benchmark.score_from_json(value_from_json(data.decode(), where=where)[kind])
+        pairs = [found.overall(task) for task in benchmark.GOALS]
+        if not all(0 <= right <= asked and asked for right, asked in pairs) or not found.psnr > 0:
+            raise ValueError(f"expected 0 <= right <= asked of each task and a PSNR above 0, got {pairs} and {found.psnr}")
+        return found
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError("The recorded score cannot be read", where=f"{where}: {kind}: {type(error).__name__}: {error}",
                          fix="record it again: python -m reference.nano.sweep CHECKPOINT --record") from None
@@ -107,8 +111,8 @@ def shortfalls(measured: benchmark.Score, reference: benchmark.Score) -> dict[st
     share lie below itself: to the lower end of its 95 % interval. `rebuild`: of PSNR in dB."""
     found = {"rebuild": (max(0.0, reference.psnr - measured.psnr), PSNR_SHORTFALL)}
     for task in benchmark.GOALS:
-        (right, asked), (ours, _) = reference.overall(task), measured.overall(task)
-        found[task] = max(0.0, (right - ours) / asked), right / asked - benchmark.interval(right, asked)[0]
+        (right, asked), (ours, tried) = reference.overall(task), measured.overall(task)
+        found[task] = max(0.0, right / asked - ours / tried), right / asked - benchmark.interval(right, asked)[0]
     return found
 
 

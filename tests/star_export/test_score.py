@@ -191,9 +191,13 @@ def test_a_score_may_fall_short_as_far_as_chance_goes() -> None:
     found = scoring.shortfalls(ours, reference)
     assert found["rebuild"][0] == 0 and {task: value <= limit for task, (value, limit) in found.items()} == {
         "rebuild": True, "generate": True, "edit": False, "ask": True, "reason": True}
+    ours.right["edit"] = {"any": (9, 10)}  # fewer items of the same share
+    assert scoring.shortfalls(ours, reference)["edit"][0] == 0
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"small": {"right": 3, "psnr": 1}}', '{"small": null}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"small": {"right": 3, "psnr": 1}}', '{"small": null}',
+                                  '{"small": {"right": {}, "psnr": 30}}', json.dumps({"small": {"psnr": 30, "right": {
+                                      task: {"any": [2, 1]} for task in benchmark.GOALS}}})])
 def test_a_recorded_score_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="score.json"):
         scoring.score_from_bytes(text.encode(), "small", where="score.json")
