@@ -15,14 +15,17 @@ setup: .venv/installed
 
 demo: setup
 	rm -rf demo && mkdir demo
-	$(BIN)/python -m reference.mini demo/checkpoint
-	$(BIN)/star-export export demo/checkpoint --out demo/bundle --precision bf16
+	$(BIN)/star-export export nano --out demo/bundle --precision bf16
 	$(BIN)/star-export build demo/bundle --target $(TARGET)
 	$(BIN)/star-export validate demo/bundle --report demo/report.html
-	$(BIN)/star-export generate demo/bundle "a photo of a red cat" -o demo/picture.png
-	$(BIN)/star-export edit demo/bundle demo/picture.png "change the color of the cat to blue" -o demo/edited.png
-	$(BIN)/star-export ask demo/bundle demo/picture.png "what is the color of the star?" --max-new-tokens 12
-	@echo "bundle and plans: demo/bundle   pictures: demo/picture.png demo/edited.png   parity report: demo/report.html"
+	$(BIN)/star-export score demo/bundle --pictures demo
+	$(BIN)/star-export generate demo/bundle "two blue circles and a small red star on a yellow background" -o demo/picture.png
+	$(BIN)/star-export edit demo/bundle demo/picture.png "change the color of the star to green" -o demo/picture-edited.png
+	$(BIN)/star-export ask demo/bundle demo/picture-edited.png "how many circles are there?"
+	$(BIN)/star-export generate demo/bundle "as many red circles as a triangle has corners" --reason -o demo/riddle.png
+	@echo "bundle and plans: demo/bundle   parity report: demo/report.html"
+	@echo "drawn, edited, answered and reasoned, each with its verdict: demo/generated.png edited.png answered.png reasoned.png"
+	@echo "made just now: demo/picture.png picture-edited.png riddle.png"
 
 test: setup
 	$(BIN)/python -m pytest

@@ -136,16 +136,15 @@ class VQEncoder(nn.Module):
         x = self.conv_out(F.silu(self.norm_out(self.mid(x))))
         return self.quant_conv(x)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """image [N, 3, R, R] in [-1, 1] -> image_ids [N, T] int64.
-
-        The distance |z - e|^2 is compared in float32 without its |z|^2, which is the same for every entry e. On a tie
-        the lowest index wins.
-        """
-        z = self.latents(image).flatten(2).transpose(1, 2).float()  # [N, T, codebook_dim]
+    def distances(self, latents: Tensor) -> Tensor:
+        """latents [N, codebook_dim, h, w] -> [N, T, K], |z - e|^2 to every entry e in float32, without |z|^2, which is the same for all."""
+        z = latents.flatten(2).transpose(1, 2).float()  # [N, T, codebook_dim]
         entries = self.codebook.weight.float()  # [K, codebook_dim]
-        distances = entries.square().sum(-1) - 2 * (z @ entries.T)  # [N, T, K]
-        return distances.argmin(-1)
+        return entries.square().sum(-1) - 2 * (z @ entries.T)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image [N, 3, R, R] in [-1, 1] -> image_ids [N, T] int64: the nearest entries. On a tie the lowest index wins."""
+        return self.distances(self.latents(image)).argmin(-1)
 
 
 class VQDecoder(nn.Module):

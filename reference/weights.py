@@ -19,6 +19,7 @@ from .strict_json import Section, read_object
 LOADED_DTYPES = {torch.float64: torch.float32, torch.float32: torch.float32,  # stored -> loaded
                  torch.bfloat16: torch.bfloat16, torch.float16: torch.float16}
 TOLD = 10  # differences named in one error
+SHIPPED = {"nano": Path(__file__).parent / "nano" / "weights"}  # source -> a checkpoint of this package
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ def resolve_checkpoint(source: str | Path, *, checkpoint: str | Path | None = No
                        vq: str | Path | None = None) -> CheckpointFiles:
     """The files of a checkpoint.
 
-    `source` is a folder in the release layout, the release's config JSON, or a hub id (`owner/name`, downloaded to the hub's
-    cache). `checkpoint` (STAR-*.pt), `base` (Qwen's folder) and `vq` (VQ-Model.pt), each a path or a hub id, replace what is
-    found beside the JSON or under the paths it states. Raises CheckpointError naming what was not found, and where.
+    `source` is a folder in the release layout, the release's config JSON, `nano` (STAR-Nano, which lies in this package; a folder
+    of that name is `./nano`), or a hub id (`owner/name`, downloaded to the hub's cache). `checkpoint` (STAR-*.pt), `base` (Qwen's
+    folder) and `vq` (VQ-Model.pt), each a path or a hub id, replace what is found beside the JSON or under the paths it states.
+    Raises CheckpointError naming what was not found, and where.
     """
-    config_json = file_in(local(source), "STAR*.json", fix="give the JSON of the release's repository, and --checkpoint")
+    place = SHIPPED.get(str(source)) or local(source)
+    config_json = file_in(place, "STAR*.json", fix="give the JSON of the release's repository, and --checkpoint")
     star_pt = file_in(local(checkpoint) if checkpoint else config_json.parent, "STAR*.pt", fix="give the file with --checkpoint")
     values = Section(read_object(config_json), source=config_json)
     qwen = local(base) if base else stated(values.section("language_model"), flag="--base")

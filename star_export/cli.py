@@ -72,8 +72,9 @@ def _command(commands, name: str, help: str, *examples: str) -> Parser:
 
 def _export(commands) -> None:
     c = _command(commands, "export", "a checkpoint to a bundle of ONNX components with golden tensors",
+                 "nano --out star-nano",
                  "MM-MVR/STAR-3B --base Qwen/Qwen2.5-VL-3B-Instruct --out star-3b-bf16 --precision bf16")
-    c.add_argument("source", metavar="SOURCE", help="a folder in the release layout, its config JSON, or a hub id")
+    c.add_argument("source", metavar="SOURCE", help="a folder in the release layout, its config JSON, nano (shipped here), or a hub id")
     c.add_argument("--out", required=True, metavar="BUNDLE", help="the bundle to make; must not exist")
     c.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16", "int8", "int4"), help="default: fp32")
     for part, what in (("checkpoint", "STAR-*.pt"), ("base", "the Qwen2.5-VL folder"), ("vq", "VQ-Model.pt")):

@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, steps done, st
 def export(source: str, *, out: str | Path, precision: str = "fp32", checkpoint: str | None = None, base: str | None = None,
            vq: str | None = None, rope_bf16: bool = True, components: list[str] | None = None,
            progress: Progress = lambda what, done, total: None) -> Path:
-    """Export `source` (a folder in the release layout, its config JSON, or a hub id) to the new bundle `out`.
+    """Export `source` (a folder in the release layout, its config JSON, `nano`, or a hub id) to the new bundle `out`.
 
     `checkpoint`, `base` and `vq` override parts; `rope_bf16=False` keeps the rotary frequencies in float32 (STAR.md 0.2).
     `components` limits the export to some rows of the table. Returns the bundle's path.

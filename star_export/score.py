@@ -79,7 +79,7 @@ def score(bundle: str | Path | Bundle, *, backend: str = "onnxruntime", full: bo
     kind = "full" if full else "small"
     with Star(bundle, backend=backend) as star:
         if star.model.name != NAME:
-            raise InputError("This bundle is not STAR-Nano's", fix="train one: python -m reference.nano.train --out FOLDER, then export it",
+            raise InputError("This bundle is not STAR-Nano's", fix="star-export export nano --out BUNDLE",
                              where=f"{star.bundle.path}: model: name: expected {NAME}, got {star.model.name}")
         reference = recorded_score(star.bundle, kind)
         measured = benchmark.measure(RuntimePainter(star), SETS[kind], progress=progress)

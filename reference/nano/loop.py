@@ -26,13 +26,15 @@ Losses = dict[str, Tensor]  # the one named "loss" is minimised, the others are 
 @dataclass
 class Job:
     """What a stage brings to the loop. `batch_of(step)` runs in worker processes and returns a dict of tensors; `losses` computes
-    them; `after` runs behind each optimiser step; `trained` are the modules whose parameters move, `extra` what else is saved."""
+    them; `after` runs behind each optimiser step, `finish` once behind the last; `trained` are the modules whose parameters move,
+    `extra` what else is saved."""
 
     stage: Stage
     trained: dict[str, nn.Module]
     batch_of: Callable[[int], dict]
     losses: Callable[[dict, int], Losses]
     after: Callable[[int], None] = lambda step: None
+    finish: Callable[[], None] = lambda: None
     extra: dict[str, Tensor] | None = None
 
 

@@ -7,6 +7,7 @@ Source: van den Oord et al. 2017, appendix A.1 (running means); the rest is comm
 """
 from __future__ import annotations
 
+import math
 from functools import partial
 from random import Random
 
@@ -38,6 +39,11 @@ def drawn(batch: dict, step: int, *, stream: int = 0) -> Tensor:
     device = batch["things"].device
     generator = torch.Generator(device).manual_seed(SEED * 1_000_003 + 7 * step + stream)
     noise = torch.randn(len(batch["things"]), 3, SIDE_PIXELS, SIDE_PIXELS, generator=generator, device=device)
+    return image_from_scenes(batch, noise=noise)
+
+
+def image_from_scenes(batch: dict, *, noise: Tensor | None) -> Tensor:
+    """Pictures of a batch, float32 [B, 3, 64, 64] in [-1, 1], with noise [B, 3, 64, 64] or without."""
     return draw(batch["things"], batch["backgrounds"], noise=noise).float() / 127.5 - 1
 
 
@@ -54,7 +60,8 @@ class Trainer:
 
     def job(self) -> Job:
         return Job(self.stage, {"vq_encoder": self.star.vq_encoder, "vq_decoder": self.star.vq_decoder},
-                   partial(scenes_of, batch=self.stage.batch), self.losses, extra={"counts": self.counts, "sums": self.sums})
+                   partial(scenes_of, batch=self.stage.batch), self.losses, extra={"counts": self.counts, "sums": self.sums},
+                   finish=partial(scale_latents, self.star))
 
     def losses(self, batch: dict, step: int) -> Losses:
         """Squared error of the picture, and the distance of latents from their entries, weighed so that neither outgrows the
@@ -108,6 +115,20 @@ class Trainer:
         self.counts.copy_(counts / KMEANS_BATCHES)
         self.sums.copy_(centres * self.counts[:, None])
         self.star.codebook.weight.copy_(centres)
+
+
+@torch.no_grad()
+def scale_latents(star: Star) -> None:
+    """Make entries about 1 in size, by a power of two, which changes no picture and no id.
+
+    Nothing in training keeps latents small (those here came out near 500), and the pixel adapter is fed with entries: embeddings of
+    that size drown whatever the base's layers add to them, so that its hidden states tell neither a token's place nor its prompt.
+    """
+    encoder, decoder, entries = star.vq_encoder, star.vq_decoder, star.codebook.weight
+    scale = 2.0 ** -round(math.log2(float(entries.square().mean().sqrt())))
+    for tensor in (entries, encoder.quant_conv.weight, encoder.quant_conv.bias):
+        tensor.mul_(scale)
+    decoder.post_quant_conv.weight.div_(scale)
 
 
 def decoded(star: Star, latents: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from ..decoder import Decoder
 from ..model import Star
 from .batches import IGNORED, base_batch, edit_batch, generate_batch
 from .loop import Job, Losses, fused
-from .recipe import IMAGE_TOKENS, Stage
+from .recipe import IMAGE_TOKENS, SEED, Stage
 from .stage_eyes import OUTPUTS, new_head, read_losses
-from .stage_vq import drawn
+from .stage_vq import drawn, image_from_scenes
 from .tokens import Rows
 from .vision import MERGED_SIDE, embeds_of, seen
 
@@ -29,6 +29,7 @@ BASE_PARTS = ("token_embedding", "vision_encoder", "base_ar")  # text_head is to
 TOKENS_SIDE = math.isqrt(IMAGE_TOKENS)
 READ_LAYER = 1  # of the base, counted from 0: what patches show is read after it
 TRAINED_PARTS = ("pixel_adapter", "stacked_ar", "image_head")
+POINTED, EMBEDDED = 0.1, 8.0  # how far a new head's latents lie from zero, in sizes of an entry; size of a new adapter's embeddings
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, write_indices: Tensor,
@@ -114,8 +115,27 @@ def stack_from_base(star: Star) -> None:
     star.stacked_ar.norm.load_state_dict(star.base_ar.norm.state_dict())
 
 
+@torch.no_grad()
+def start_from_codebook(star: Star, *, seed: int = SEED) -> None:
+    """New adapter and image head that know from the first step on which entries of the codebook are alike.
+
+    The head is the likelihood of each entry e around a latent that the stack points at, -|P h - e|^2 / T, which is linear in h. The
+    adapter's embeddings are large beside what the base's layers add to them, which was not made for image tokens.
+    """
+    entries = star.codebook.weight  # [K, d]
+    size = entries.square().mean().sqrt()  # of one number of an entry
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(star.image_head.in_features, entries.shape[1], generator=generator))[0].to(entries)  # [H, d]
+    star.image_head.weight.copy_(entries @ (POINTED * directions.T) / size)
+    star.image_head.bias.copy_(-entries.square().sum(1) / (2 * size**2))
+    made = star.pixel_adapter(entries)  # [K, H]
+    star.pixel_adapter[-1].weight.mul_(EMBEDDED / (made - made.mean(0)).square().mean().sqrt())
+
+
 def generate_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
-    """Stage 4. The base must be the one on file already."""
+    """Stage 4. The base must be the one on file already; the stack starts as a copy of it."""
+    stack_from_base(star)
+    start_from_codebook(star)
     return picture_job(star, stage, partial(generate_batch, rows=rows, batch=stage.batch, stage=stage.name), compiled=compiled)
 
 
@@ -140,9 +160,10 @@ def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
 
 
 def picture_losses(star: Star, head: nn.Linear, losses_of: Callable, batch: dict, step: int) -> Losses:
-    """What `token_losses` says of a batch with its pictures drawn."""
+    """What `token_losses` says of a batch with its pictures drawn. What is to be painted has no noise: nobody can foresee it, and
+    it turns one id in four into a neighbour's."""
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
-        image_ids = ids_of(star, drawn(batch, step))
+        image_ids = ids_of(star, image_from_scenes(batch, noise=None))
         embeds = prompt_with_pictures(star, batch, step)
         loss, right, placed = losses_of(star, head, embeds, image_ids, batch["first"], batch["position_ids"])
     kind = "edited" if "before_things" in batch else "drawn"
@@ -168,10 +189,12 @@ def token_losses(star: Star, head: nn.Linear, embeds: Tensor, image_ids: Tensor,
 
 
 @torch.no_grad()
-def ids_of(star: Star, pictures: Tensor) -> Tensor:
-    """VQ ids [B, T] of pictures [B, 3, S, S]. In bfloat16, where four ids of a hundred are the next-nearest code, a tie as good as
-    broken; a third of the time of float32, which was half of a training step."""
-    return star.vq_encoder(pictures.contiguous(memory_format=torch.channels_last))
+def ids_of(star: Star, image: Tensor) -> Tensor:
+    """VQ ids [B, T] of pictures [B, 3, S, S]. Latents in bfloat16, a third of the time of float32, which was half of a training step;
+    the nearest entry in float32."""
+    latents = star.vq_encoder.latents(image.contiguous(memory_format=torch.channels_last))
+    with torch.autocast(image.device.type, enabled=False):
+        return star.vq_encoder.distances(latents).argmin(-1)
 
 
 def prompt_with_pictures(star: Star, batch: dict, step: int) -> Tensor:

@@ -29,7 +29,7 @@ from .tokens import Rows
 
 PART = {"vq": "vq", "eyes": "base", "base": "base", "generate": "trained", "edit": "trained"}  # which file a stage writes
 WORK = "training"  # folder of what training needs and a checkpoint does not
-SHIPPED = (".json", ".pt", ".safetensors", ".png", ".jsonl", ".done")
+PUBLISHED = (".json", ".pt", ".safetensors", ".png", ".jsonl", ".done")
 
 
 def train(out: Path, *, names: list[str], device: torch.device, workers: int, scale: float, seconds: float | None,
@@ -53,6 +53,7 @@ def train(out: Path, *, names: list[str], device: torch.device, workers: int, sc
         write_curves(work, list(STAGES))
         if not finished:
             return False
+        job.finish()
         layout.save_star(star, out, parts=(PART[name],))
         if name in ("generate", "edit") and digest(out) != base_before:
             raise RuntimeError("the frozen base has changed")
@@ -81,8 +82,6 @@ def job_of(star: Star, stage: Stage, out: Path, device: torch.device, *, compile
     if stage.name == "eyes":
         return eyes_job(star, stage, device, compiled=compiled)
     rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", star.config.special)
-    if stage.name == "generate":
-        stages.stack_from_base(star)
     job = {"base": stages.base_job, "generate": stages.generate_job, "edit": stages.edit_job}[stage.name]
     return job(star, rows, stage, compiled=compiled)
 
@@ -100,7 +99,7 @@ def publish(out: Path, target: Path) -> None:
     """Copy the checkpoint to `target`, with what was measured of it, its loss curves and which stages are complete, so that training
     can go on from a copy; but without the optimisers' state."""
     for path in sorted(out.rglob("*")):
-        if path.suffix in SHIPPED:
+        if path.suffix in PUBLISHED:
             relative = path.relative_to(out)
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)

@@ -13,11 +13,10 @@ from reference.decoder import kv_cache_attention
 from reference.model import Star
 from reference.nano import layout, loop, recipe, stages, train
 from reference.nano.batches import IGNORED, base_batch, edit_batch, generate_batch
-from reference.nano.draw import draw
 from reference.nano.recipe import STAGES, Stage
 from reference.nano.batches import cells_of
 from reference.nano.stage_eyes import eyes_batch, eyes_job
-from reference.nano.stage_vq import Trainer, clusters, drawn, nearest, scenes_of
+from reference.nano.stage_vq import Trainer, clusters, drawn, image_from_scenes, nearest, scale_latents, scenes_of
 from reference.nano.tokens import Rows
 from reference.nano.world import COLORS, Look, Scene, Thing
 from reference.weights import load_star, resolve_checkpoint
@@ -130,17 +129,12 @@ def test_cells_tell_what_has_its_centre_there() -> None:
     assert all(c == [0, IGNORED, IGNORED, list(COLORS).index("blue")] for i, c in enumerate(classes) if i != 2)
 
 
-def still(batch: dict) -> torch.Tensor:
-    """Pictures of a batch without noise."""
-    return draw(batch["things"], batch["backgrounds"], noise=None).float() / 127.5 - 1
-
-
 def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches in turn, one drawn and one edited, with the base frozen; without noise, so that pictures repeat."""
     star, rows = small_star(small_root)
     before = {name: tensor.clone() for name, tensor in star.state_dict().items()}
     batches = [edit_batch(0, rows=rows, batch=2), generate_batch(1, rows=rows, batch=2, stage="edit")]
-    monkeypatch.setattr(stages, "drawn", lambda batch, step, stream=0: still(batch))
+    monkeypatch.setattr(stages, "drawn", lambda batch, step, stream=0: image_from_scenes(batch, noise=None))
     found = overfit(stages.edit_job(star, rows, STAGES["edit"]), batches, steps=110, rate=4e-3)
     assert found[0]["loss"] > 3 and found[-1]["right"] > 0.85 and found[-2]["right"] > 0.85
     assert "edited" in found[-2] and "drawn" in found[-1]
@@ -161,6 +155,33 @@ def test_the_vq_model_learns_pictures_by_heart(small_root: Path) -> None:
         made = star.vq_decoder(star.vq_encoder(image))  # by ids, as the release does
     psnr = -10 * ((made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)) / 4).log10().mean()
     assert abs(float(psnr) - found[-1]["psnr"]) < 1.5
+
+
+def test_latents_are_scaled_and_nothing_else_changes(small_root: Path) -> None:
+    star, _ = small_star(small_root)
+    with torch.no_grad():
+        for tensor in (star.codebook.weight, star.vq_encoder.quant_conv.weight, star.vq_encoder.quant_conv.bias):
+            tensor.mul_(700)
+        star.vq_decoder.post_quant_conv.weight.div_(700)
+        image = drawn(scenes_of(0, batch=2), 0)
+        ids = star.vq_encoder(image)
+        picture = star.vq_decoder(ids)
+        scale_latents(star)
+        assert 0.7 < float(star.codebook.weight.square().mean().sqrt()) < 1.5
+        assert torch.equal(star.vq_encoder(image), ids) and torch.equal(star.vq_decoder(ids), picture)
+
+
+def test_a_new_image_head_points_at_entries(small_root: Path) -> None:
+    """Whatever the stack says, entries that are alike are about as probable; and embeddings of image tokens are large."""
+    star, _ = small_star(small_root)
+    stages.start_from_codebook(star)
+    entries = star.codebook.weight
+    logits = star.image_head(torch.randn(50, recipe.HIDDEN, generator=torch.Generator().manual_seed(3)))  # [n, K]
+    apart = torch.cdist(entries, entries)
+    nearest_one, farthest = (apart + 1e9 * torch.eye(len(apart))).argmin(1), apart.argmax(1)
+    assert (logits[:, nearest_one] - logits).abs().mean() < 0.5 * (logits[:, farthest] - logits).abs().mean()
+    made = star.image_embedding(torch.arange(len(entries))).detach()
+    assert float((made - made.mean(0)).square().mean().sqrt()) == pytest.approx(stages.EMBEDDED, rel=1e-3)
 
 
 def test_clusters_are_found() -> None:
