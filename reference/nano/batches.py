@@ -16,6 +16,7 @@ from .draw import arrays_from_scenes
 from .recipe import DROPPED_PROMPTS, IMAGE_TOKENS, SEED
 from .tokens import Rows
 from .vision import MERGED_SIDE
+from .wanted import request_of_scene, wanted_tensors
 from .world import COLORS, RADII, SHAPES, SIDE_PIXELS, Scene, random_scene
 
 QUESTIONS = {"color": 16, "shape": 8, "count": 16, "position": 20, "yes/no": 32, "describe": 8}  # shares
@@ -70,27 +71,30 @@ def conversation(random: Random, scene: Scene) -> list[questions.Question]:
 
 def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
     """Stage 4: prompts and scenes that fulfil them. input_ids [B, S] with room for the picture behind each prompt, `first` [B]
-    the column from which its first token is predicted, position_ids [3, B, S], things, backgrounds."""
-    random, scenes, full = Random(f"{SEED} {stage} generate {step}"), [], []
+    the column from which its first token is predicted, position_ids [3, B, S], things, backgrounds, and `wanted_tensors`."""
+    random, requests, scenes, full, told = Random(f"{SEED} {stage} generate {step}"), [], [], [], []
     for _ in range(batch):
         text, request = prompts.random_prompt(random, drawn_from(random, PROMPTS), test=False)
+        requests.append(request)
         scenes.append(prompts.scene_of(random, request))
         magic = random.random() < MAGIC_SHARE
         row = rows.draw(prompts.caption(request) if magic and random.random() < 0.7 else text, magic=magic)
-        full.append(rows.unconditional(row) if random.random() < DROPPED_PROMPTS else row)
-    return picture_rows(full) | scene_tensors(scenes)
+        told.append(random.random() >= DROPPED_PROMPTS)
+        full.append(row if told[-1] else rows.unconditional(row))
+    return picture_rows(full) | scene_tensors(scenes) | wanted_tensors(requests, scenes, told)
 
 
 def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
     """Stage 5: instructions on a picture. As `generate_batch`, and that picture as `before_things`, `before_backgrounds`."""
-    random, before, after, full = Random(f"{SEED} edit {step}"), [], [], []
+    random, before, after, full, told = Random(f"{SEED} edit {step}"), [], [], [], []
     for _ in range(batch):
         edit = edits.random_edit(random, random.choice(edits.KINDS), test=False)
         before.append(edit.before)
         after.append(edit.after)
         row = rows.edit(edit.text, image_tokens=IMAGE_TOKENS, merged_patches=MERGED_PATCHES)
-        full.append(rows.unconditional(row) if random.random() < DROPPED_PROMPTS else row)
-    found = picture_rows(full) | scene_tensors(after)
+        told.append(random.random() >= DROPPED_PROMPTS)
+        full.append(row if told[-1] else rows.unconditional(row))
+    found = picture_rows(full) | scene_tensors(after) | wanted_tensors([request_of_scene(scene) for scene in after], after, told)
     length = found["input_ids"].shape[1]
     positions = mrope_position_ids(found["input_ids"][0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
     found["position_ids"] = positions[:, :, :length].expand(-1, batch, -1).contiguous()

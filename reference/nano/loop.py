@@ -9,17 +9,19 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from .recipe import Stage
 
 SAVE_SECONDS = 120.0
+DECAYING = 0.4  # of a stage's steps
 Losses = dict[str, Tensor]  # the one named "loss" is minimised, the others are recorded
 
 
@@ -27,7 +29,7 @@ Losses = dict[str, Tensor]  # the one named "loss" is minimised, the others are 
 class Job:
     """What a stage brings to the loop. `batch_of(step)` runs in worker processes and returns a dict of tensors; `losses` computes
     them; `after` runs behind each optimiser step, `finish` once behind the last; `trained` are the modules whose parameters move,
-    `extra` what else is saved."""
+    `by_muon` those of the parameters that Muon moves and not AdamW, `extra` what else is saved."""
 
     stage: Stage
     trained: dict[str, nn.Module]
@@ -35,6 +37,7 @@ class Job:
     losses: Callable[[dict, int], Losses]
     after: Callable[[int], None] = lambda step: None
     finish: Callable[[], None] = lambda: None
+    by_muon: Sequence[Tensor] = ()
     extra: dict[str, Tensor] | None = None
 
 
@@ -58,10 +61,12 @@ def fused(function: Callable, *, compiled: bool) -> Callable:
 
 
 def rate(stage: Stage, step: int) -> float:
-    """Learning rate at a step: linear warm-up, then a cosine to nothing."""
+    """Learning rate at a step: linear warm-up, flat, then a cosine to nothing over the last DECAYING of the steps. So a stage that is
+    to be longer can still be made so while it is flat."""
     if step < stage.warmup:
         return stage.learning_rate * (step + 1) / stage.warmup
-    share = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
+    flat = max(stage.warmup, (1 - DECAYING) * stage.steps)
+    share = max(0.0, step - flat) / max(1, stage.steps - flat)
     return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
@@ -73,8 +78,8 @@ def run(job: Job, *, folder: Path, device: torch.device, workers: int, tell: Cal
     first: the same call goes on from there.
     """
     stage, parameters = job.stage, [p for module in job.trained.values() for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(groups(parameters, stage), lr=stage.learning_rate, betas=(0.9, 0.98))
-    first, began, saved = restore(job, optimiser, folder), time.monotonic(), time.monotonic()
+    optimisers = optimisers_of(job, parameters)
+    first, began, saved = restore(job, optimisers, folder), time.monotonic(), time.monotonic()
     if first >= stage.steps:
         return True
     loader = DataLoader(Steps(job.batch_of, stage.steps), batch_size=None, sampler=range(first, stage.steps),
@@ -82,7 +87,7 @@ def run(job: Job, *, folder: Path, device: torch.device, workers: int, tell: Cal
     recorded, every, seen = [], max(1, stage.steps // 1000), 0
     for step, batch in enumerate(loader, start=first):
         on_device = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        losses = train_step(job, optimiser, parameters, on_device, step)
+        losses = train_step(job, optimisers, parameters, on_device, step)
         seen += stage.batch
         recorded.append(losses)
         if (step + 1) % every == 0 or step + 1 == stage.steps:
@@ -91,24 +96,37 @@ def run(job: Job, *, folder: Path, device: torch.device, workers: int, tell: Cal
             recorded = []
         out_of_time = stop_after_seconds is not None and time.monotonic() - began > stop_after_seconds
         if time.monotonic() - saved > SAVE_SECONDS or out_of_time or step + 1 == stage.steps:
-            save(job, optimiser, folder, step + 1)
+            save(job, optimisers, folder, step + 1)
             saved = time.monotonic()
         if out_of_time and step + 1 < stage.steps:
             return False
     return True
 
 
-def train_step(job: Job, optimiser, parameters: list[Tensor], batch: dict, step: int) -> Losses:
-    """One optimiser step. Raises FloatingPointError when the loss is not finite (checked when it is recorded)."""
-    for group in optimiser.param_groups:
-        group["lr"] = rate(job.stage, step)
-    optimiser.zero_grad(set_to_none=True)
+def train_step(job: Job, optimisers: list[Optimizer], parameters: list[Tensor], batch: dict, step: int) -> Losses:
+    """One step. Raises FloatingPointError when the loss is not finite (checked when it is recorded)."""
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = rate(job.stage, step)
+        optimiser.zero_grad(set_to_none=True)
     losses = job.losses(batch, step)
     losses["loss"].backward()
     torch.nn.utils.clip_grad_norm_(parameters, job.stage.clip)
-    optimiser.step()
+    for optimiser in optimisers:
+        optimiser.step()
     job.after(step)
     return {name: value.detach() for name, value in losses.items()}
+
+
+def optimisers_of(job: Job, parameters: list[Tensor]) -> list[Optimizer]:
+    """AdamW, and Muon for what the job gives it (Jordan et al. 2024; steps as large as AdamW's: Liu et al. 2025, 2.2)."""
+    stage, taken = job.stage, {id(p) for p in job.by_muon}
+    rest = groups([p for p in parameters if id(p) not in taken], stage)
+    made: list[Optimizer] = [torch.optim.AdamW(rest, lr=stage.learning_rate, betas=(0.9, 0.98))]
+    if taken:
+        made.append(torch.optim.Muon(job.by_muon, lr=stage.learning_rate, weight_decay=stage.weight_decay,
+                                     adjust_lr_fn="match_rms_adamw"))
+    return made
 
 
 def groups(parameters: list[Tensor], stage: Stage) -> list[dict]:
@@ -128,16 +146,16 @@ def record(stage: Stage, folder: Path, step: int, recorded: list[Losses], speed:
     return f"{stage.name} {step}/{stage.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()) + f"  {speed:.0f}/s"
 
 
-def save(job: Job, optimiser, folder: Path, step: int) -> None:
+def save(job: Job, optimisers: list[Optimizer], folder: Path, step: int) -> None:
     """Write the checkpoint beside its name, then move it there."""
     state = {"step": step, "modules": {name: module.state_dict() for name, module in job.trained.items()},
-             "optimiser": optimiser.state_dict(), "extra": job.extra or {}}
+             "optimisers": [o.state_dict() for o in optimisers], "extra": job.extra or {}}
     path = folder / f"{job.stage.name}.ckpt"
     torch.save(state, path.with_suffix(".partial"))
     os.replace(path.with_suffix(".partial"), path)
 
 
-def restore(job: Job, optimiser, folder: Path) -> int:
+def restore(job: Job, optimisers: list[Optimizer], folder: Path) -> int:
     """Load the stage's checkpoint and cut its log there; the number of the next step. 0 when there is none."""
     path, log = folder / f"{job.stage.name}.ckpt", folder / f"{job.stage.name}.jsonl"
     if not path.exists():
@@ -146,7 +164,8 @@ def restore(job: Job, optimiser, folder: Path) -> int:
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, module in job.trained.items():
         module.load_state_dict(state["modules"][name])
-    optimiser.load_state_dict(state["optimiser"])
+    for optimiser, stored in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(stored)
     for name, tensor in (job.extra or {}).items():
         tensor.copy_(state["extra"][name])
     if log.exists():

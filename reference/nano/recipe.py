@@ -24,7 +24,8 @@ VISION = {"depth": 4, "hidden_size": 128, "num_heads": 2, "intermediate_size": 2
 # 64 channels give the 32 norm groups two each. With 32 they would norm every channel by itself, which forgets colours: trained on
 # equally many pictures, that was 2 to 4 dB worse from the start.
 VQ = {"ch": 64, "ch_mult": [1, 1, 1, 2], "res_blocks": 1, "z_channels": 64, "num_heads": 2}
-CODEBOOK_SIZE, CODEBOOK_DIM, IMAGE_TOKENS = 2048, 8, 64
+CODEBOOK_SIZE, CODEBOOK_DIM, TOKENS_SIDE = 2048, 8, 8
+IMAGE_TOKENS = TOKENS_SIDE**2
 ADAPTER_DEPTH = 2
 
 # Sampling of the release's README until the sweep has chosen; `sampling.json` beside the weights holds what it chose.
@@ -49,7 +50,7 @@ STAGES = {stage.name: stage for stage in (
     Stage("vq", steps=7_500, batch=16, learning_rate=1e-3, weight_decay=0.0),
     Stage("eyes", steps=4_000, batch=64, learning_rate=1e-3),
     Stage("base", steps=13_500, batch=32, learning_rate=6e-4),
-    Stage("generate", steps=5_500, batch=32, learning_rate=6e-4, warmup=100),
+    Stage("generate", steps=6_000, batch=32, learning_rate=2e-3, warmup=100),
     Stage("edit", steps=5_500, batch=32, learning_rate=4e-4))}
 VQ_UNQUANTISED = 0.15  # share of the vq stage before the codebook exists
 DROPPED_PROMPTS = 0.1  # share of generation and editing samples whose prompt is the unconditional one

@@ -7,7 +7,6 @@ Source: STAR.md 1.2 (the stack starts as a copy of the base's last layers) and 4
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -19,14 +18,15 @@ from ..decoder import Decoder
 from ..model import Star
 from .batches import IGNORED, base_batch, edit_batch, generate_batch
 from .loop import Job, Losses, fused
-from .recipe import IMAGE_TOKENS, SEED, Stage
+from .recipe import IMAGE_TOKENS, SEED, TOKENS_SIDE, Stage
 from .stage_eyes import OUTPUTS, new_head, read_losses
 from .stage_vq import drawn, image_from_scenes
 from .tokens import Rows
 from .vision import MERGED_SIDE, embeds_of, seen
+from .wanted import OUTPUTS as WANTED_OUTPUTS
+from .wanted import wanted_loss
 
 BASE_PARTS = ("token_embedding", "vision_encoder", "base_ar")  # text_head is token_embedding, tied
-TOKENS_SIDE = math.isqrt(IMAGE_TOKENS)
 READ_LAYER = 1  # of the base, counted from 0: what patches show is read after it
 TRAINED_PARTS = ("pixel_adapter", "stacked_ar", "image_head")
 POINTED, EMBEDDED = 0.1, 8.0  # how far a new head's latents lie from zero, in sizes of an entry; size of a new adapter's embeddings
@@ -145,12 +145,16 @@ def edit_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) ->
 
 
 def picture_job(star: Star, stage: Stage, batch_of: Callable[[int], dict], *, compiled: bool) -> Job:
-    """Training of the generating parts. A linear head, which is not kept, tells the row and column of a picture's next token after the
-    stack's first layer, for the same reason as in the base."""
+    """Training of the generating parts. Linear heads, which are not kept, tell the row and column of a picture's next token after the
+    stack's first layer, for the same reason as in the base, and what is wanted and what is left after the second and third."""
     parts = freeze(star, trained=TRAINED_PARTS)
-    weight = star.image_head.weight
-    parts["head"] = new_head(weight.shape[1], weight.device, outputs=2 * TOKENS_SIDE)
-    return Job(stage, parts, batch_of, partial(picture_losses, star, parts["head"], fused(token_losses, compiled=compiled)))
+    width, device = star.image_head.in_features, star.image_head.weight.device
+    outputs = {"placed": 2 * TOKENS_SIDE, **WANTED_OUTPUTS}
+    parts["heads"] = nn.ModuleDict({name: new_head(width, device, outputs=count) for name, count in outputs.items()})
+    for name in WANTED_OUTPUTS:
+        nn.init.zeros_(parts["heads"][name].weight)  # or what they first say of counts is wrong by hundreds, and learning starts with that
+    losses = partial(picture_losses, star, parts["heads"], fused(token_losses, compiled=compiled))
+    return Job(stage, parts, batch_of, losses, by_muon=[p for p in star.stacked_ar.parameters() if p.ndim == 2])
 
 
 def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
@@ -159,33 +163,39 @@ def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
     return edit_batch(step, rows=rows, batch=batch)
 
 
-def picture_losses(star: Star, head: nn.Linear, losses_of: Callable, batch: dict, step: int) -> Losses:
+def picture_losses(star: Star, heads: nn.ModuleDict, losses_of: Callable, batch: dict, step: int) -> Losses:
     """What `token_losses` says of a batch with its pictures drawn. What is to be painted has no noise: nobody can foresee it, and
     it turns one id in four into a neighbour's."""
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
         image_ids = ids_of(star, image_from_scenes(batch, noise=None))
         embeds = prompt_with_pictures(star, batch, step)
-        loss, right, placed = losses_of(star, head, embeds, image_ids, batch["first"], batch["position_ids"])
+        asked = {name: batch[name] for name in ("kinds", "begins", "background", "relation", "told")}
+        losses = losses_of(star, heads, embeds, image_ids, batch["first"], batch["position_ids"], asked)
     kind = "edited" if "before_things" in batch else "drawn"
-    return {"loss": loss + placed, kind: loss.detach(), "right": right, "placed": placed.detach()}
+    return {"loss": losses["tokens"] + losses["placed"] + losses["wanted"], kind: losses.pop("tokens").detach(), **losses}
 
 
-def token_losses(star: Star, head: nn.Linear, embeds: Tensor, image_ids: Tensor, first: Tensor,
-                 positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropy of a picture's tokens, the share of them that is the most probable, and cross entropy of their rows and columns.
+def token_losses(star: Star, heads: nn.ModuleDict, embeds: Tensor, image_ids: Tensor, first: Tensor, positions: Tensor,
+                 asked: dict[str, Tensor]) -> Losses:
+    """`tokens`: cross entropy of a picture's tokens, and `right`, the share of them that is the most probable; `placed`: cross entropy of
+    their rows and columns; `wanted` and `left`: what `wanted_loss` says.
 
     embeds [B, S, H] of the prompts, image_ids [B, T], first [B]: the column from which the first token is predicted, positions
-    [3, B, S].
+    [3, B, S], asked: `wanted_tensors`.
     """
     steps = torch.arange(IMAGE_TOKENS, device=embeds.device)
     columns = (first[:, None] + steps).unsqueeze(-1).expand(-1, -1, embeds.shape[-1])  # [B, T, H]
     embeds = embeds.scatter(1, columns[:, :-1] + 1, star.image_embedding(image_ids[:, :-1]).to(embeds.dtype))
     states = hidden_states(star.stacked_ar, whole(star.base_ar, embeds, positions), positions)
     logits = star.image_head(states[-1].gather(1, columns)).float()  # [B, T, K]
-    placed = head(states[0].gather(1, columns)).float().unflatten(-1, (2, TOKENS_SIDE))
+    placed, wanted, left = (heads[name](F.rms_norm(states[layer].gather(1, columns), columns.shape[-1:])).float()
+                            for layer, name in enumerate(("placed", "wanted", "left")))
     places = torch.stack((steps // TOKENS_SIDE, steps % TOKENS_SIDE), dim=1).expand(len(embeds), -1, -1)  # [B, T, 2]
-    loss = F.cross_entropy(logits.flatten(0, 1), image_ids.flatten())
-    return loss, (logits.argmax(-1) == image_ids).float().mean(), F.cross_entropy(placed.flatten(0, 2), places.flatten())
+    missed, known = wanted_loss(wanted, left, asked)
+    return {"tokens": F.cross_entropy(logits.flatten(0, 1), image_ids.flatten()),
+            "right": (logits.argmax(-1) == image_ids).float().mean(),
+            "placed": F.cross_entropy(placed.unflatten(-1, (2, TOKENS_SIDE)).flatten(0, 2), places.flatten()),
+            "wanted": missed, "left": known}
 
 
 @torch.no_grad()
