@@ -33,6 +33,9 @@ def test_the_wheel_holds_the_three_packages_and_no_tests(wheel: list[str]) -> No
     assert tops == {"reference", "star_export", "engines"}
     assert {"engines/runtime.py", "engines/sessions/onnxruntime.py", "star_export/cli.py", "reference/model.py"} <= set(wheel)
     assert {"engines/plugins/plugin.cpp", "engines/plugins/kv_attention.cuh", "engines/plugins/CMakeLists.txt"} <= set(wheel)
+    nano = {name.removeprefix("reference/nano/weights/") for name in wheel if name.startswith("reference/nano/weights/")}
+    assert {"STAR-Nano.json", "STAR-Nano.pt", "VQ-Model.pt", "sampling.json", "score.json", "Qwen2.5-VL-nano/config.json",
+            "Qwen2.5-VL-nano/model.safetensors", "Qwen2.5-VL-nano/tokenizer.json"} <= nano and not any("training/" in n for n in nano)
     assert any(name.endswith("LICENSE") for name in wheel)
 
 

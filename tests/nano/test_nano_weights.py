@@ -11,6 +11,7 @@ import torch
 import reference.nano
 from reference.nano import benchmark, layout, prompts, riddles, train
 from reference.nano.painter import Painter
+from star_export.score import SCORE, score_from_bytes, shortfalls
 
 WEIGHTS = Path(reference.nano.__file__).parent / "weights"
 WEIGHTS_LIMIT = 20_000_000
@@ -21,13 +22,20 @@ def painter(tmp_path_factory: pytest.TempPathFactory) -> Painter:
     """Of a copy, as training goes on from it: parts that are not trained yet are made new."""
     out = shutil.copytree(WEIGHTS, tmp_path_factory.mktemp("shipped") / "checkpoint")
     done = [path.stem for path in (out / "training").glob("*.done")]
-    assert {"vq", "eyes", "base"} <= set(done)
+    assert {"vq", "eyes", "base", "generate"} <= set(done)
     assert train.train(out, names=done, device=torch.device("cpu"), workers=0, scale=1.0, seconds=None)
     kept = [part for part, path in layout.weight_files(WEIGHTS).items() if path.exists()]
-    assert {"vq", "base"} <= set(kept)
+    assert {"vq", "base", "trained"} == set(kept)
     assert all(layout.weight_files(out)[part].read_bytes() == layout.weight_files(WEIGHTS)[part].read_bytes() for part in kept)
     assert sum(path.stat().st_size for path in layout.weight_files(out).values()) <= WEIGHTS_LIMIT
     return Painter.from_checkpoint(out)
+
+
+def test_what_was_recorded_is_reached(painter: Painter) -> None:
+    """On the small set, up to what chance does to a reference's own share."""
+    recorded = score_from_bytes((WEIGHTS / SCORE).read_bytes(), "small", where=SCORE)
+    found = shortfalls(benchmark.measure(painter, benchmark.SMALL), recorded)
+    assert all(value <= limit for value, limit in found.values()), found
 
 
 def test_pictures_are_rebuilt(painter: Painter) -> None:

@@ -17,6 +17,16 @@ def test_a_folder_and_its_json_mean_the_same(mini_checkpoint: Path) -> None:
     assert resolve_checkpoint(str(mini_checkpoint / "STAR-mini.json")) == expected
 
 
+def test_the_checkpoint_that_is_shipped_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = resolve_checkpoint("nano")
+    assert all(path.exists() for path in (files.config_json, files.star_pt, files.qwen_folder, files.vq_pt))
+    (tmp_path / "nano").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_checkpoint("nano") == files
+    with refused("nano: expected one STAR*.json, got none", "--checkpoint"):
+        resolve_checkpoint("./nano")
+
+
 def test_parts_can_be_replaced(mini_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "STAR-mini.json").symlink_to(mini_checkpoint / "STAR-mini.json")
     qwen = tmp_path / "elsewhere"

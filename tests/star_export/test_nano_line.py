@@ -1,0 +1,28 @@
+"""The whole line on weights that mean something: STAR-Nano as shipped, exported in 16 bits, climbs every rung to its score."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engines.bundle import Bundle
+from star_export.export import export
+from star_export.score import SCORE
+from star_export.validate import validate
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export("nano", out=tmp_path_factory.mktemp("nano") / "bundle", precision="bf16")
+
+
+def test_the_bundle_holds_what_the_reference_reached_and_how_it_draws(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    assert SCORE in manifest.files and manifest.model.name == "STAR-Nano" and manifest.precision == "bf16"
+
+
+def test_every_rung_is_climbed(bundle: Path) -> None:
+    certificate = validate(bundle)
+    assert certificate.passed
+    assert [rung.name for rung in certificate.rungs] == ["files and graphs", "golden tensors", "decoder steps", "whole runs", "score"]
+    assert {row.check.split(":")[0] for row in certificate.rungs[-1].rows} == {"generate", "edit", "ask", "reason", "rebuild"}
