@@ -18,10 +18,10 @@ from torch import Tensor
 from ..model import Star
 from .draw import arrays_from_scenes, draw
 from .loop import Job, Losses
-from .recipe import SEED, VQ_UNQUANTISED, Stage
+from .recipe import SEED, TOKENS_SIDE, VQ_UNQUANTISED, Stage
 from .world import SIDE_PIXELS, random_scene
 
-DECAY, COMMITMENT = 0.99, 0.25
+DECAY, COMMITMENT, LOCALITY = 0.99, 0.25, 10.0
 DEAD = 0.1  # running count below which an entry starts again; the mean is 2
 RESTART_EVERY = 20  # steps
 KMEANS_BATCHES, KMEANS_ROUNDS = 8, 10
@@ -47,6 +47,22 @@ def image_from_scenes(batch: dict, *, noise: Tensor | None) -> Tensor:
     return draw(batch["things"], batch["backgrounds"], noise=noise).float() / 127.5 - 1
 
 
+def with_fewer_things(batch: dict, step: int) -> tuple[dict, Tensor]:
+    """The scenes with about half of their things, and where they show what they showed: 1.0 for latents [B, h, w] in whose cell and the
+    eight around it no pixel changed.
+
+    The encoder's norms and attention see the whole picture, and unless told otherwise it says of all that is in it wherever there is
+    room. Then ids of an empty background tell of things to come, and whoever paints row by row must know them all at the first.
+    """
+    things = batch["things"]
+    generator = torch.Generator(things.device).manual_seed(SEED * 1_000_003 + 7 * step + 5)
+    kept = torch.rand(things.shape[:2], generator=generator, device=things.device) < 0.5
+    fewer = batch | {"things": torch.cat([things[..., :1] * kept.unsqueeze(-1), things[..., 1:]], dim=-1)}
+    changed = (image_from_scenes(batch, noise=None) != image_from_scenes(fewer, noise=None)).any(1, keepdim=True).float()
+    cells = F.max_pool2d(F.max_pool2d(changed, SIDE_PIXELS // TOKENS_SIDE), 3, stride=1, padding=1)  # [B, 1, h, w]
+    return fewer, 1 - cells.squeeze(1)
+
+
 class Trainer:
     """The VQ half of a model and the running sums behind its codebook."""
 
@@ -64,13 +80,15 @@ class Trainer:
                    finish=partial(scale_latents, self.star))
 
     def losses(self, batch: dict, step: int) -> Losses:
-        """Squared error of the picture, and the distance of latents from their entries, weighed so that neither outgrows the
-        other: as a share of the latents' variance, times the picture's error. `psnr` in dB, `used`: share of entries."""
+        """Squared error of the picture, the distance of latents from their entries and of latents where nothing changed when things
+        elsewhere went, weighed so that none outgrows the others: as shares of the latents' variance, times the picture's error.
+        `psnr` in dB, `used`: share of entries, `moved`: the last of the shares."""
         image = drawn(batch, step)
+        fewer, same = with_fewer_things(batch, step)
         if step == self.starts:
             self.start_codebook(step, len(image))
         with torch.autocast(image.device.type, torch.bfloat16):
-            latents = self.star.vq_encoder.latents(image).float()  # [B, d, h, w]
+            latents, others = self.star.vq_encoder.latents(torch.cat([image, drawn(fewer, step, stream=2)])).float().chunk(2)  # [B, d, h, w]
             z = latents.permute(0, 2, 3, 1).flatten(0, 2)  # [B*T, d]
             quantised, commitment, used = z, z.new_zeros(()), z.new_zeros(())
             if step >= self.starts:
@@ -81,7 +99,9 @@ class Trainer:
             made = decoded(self.star, quantised.view(len(image), *latents.shape[2:], -1).permute(0, 3, 1, 2)).float()
         error = F.mse_loss(made, image)
         psnr = -10 * (made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)).div(4).log10().mean()
-        return {"loss": error + COMMITMENT * commitment / z.detach().var(0).mean() * error.detach(), "psnr": psnr, "used": used}
+        moved = ((latents - others).square().mean(1) * same).sum() / same.sum().clamp(min=1)
+        shares = (COMMITMENT * commitment + LOCALITY * moved) / z.detach().var(0).mean()
+        return {"loss": error + shares * error.detach(), "psnr": psnr, "used": used, "moved": moved.detach() / z.detach().var(0).mean()}
 
     @torch.no_grad()
     def follow(self, z: Tensor, step: int) -> Tensor:

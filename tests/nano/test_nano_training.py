@@ -15,8 +15,9 @@ from reference.nano import layout, loop, recipe, stages, train
 from reference.nano.batches import IGNORED, base_batch, edit_batch, generate_batch
 from reference.nano.recipe import STAGES, Stage
 from reference.nano.batches import cells_of
+from reference.nano.draw import arrays_from_scenes
 from reference.nano.stage_eyes import eyes_batch, eyes_job
-from reference.nano.stage_vq import Trainer, clusters, drawn, image_from_scenes, nearest, scale_latents, scenes_of
+from reference.nano.stage_vq import Trainer, clusters, drawn, image_from_scenes, nearest, scale_latents, scenes_of, with_fewer_things
 from reference.nano.tokens import Rows
 from reference.nano.world import COLORS, Look, Scene, Thing
 from reference.weights import load_star, resolve_checkpoint
@@ -169,6 +170,19 @@ def test_latents_are_scaled_and_nothing_else_changes(small_root: Path) -> None:
         scale_latents(star)
         assert 0.7 < float(star.codebook.weight.square().mean().sqrt()) < 1.5
         assert torch.equal(star.vq_encoder(image), ids) and torch.equal(star.vq_decoder(ids), picture)
+
+
+def test_where_nothing_changed_is_told() -> None:
+    """Of three things in corners some go; latents are held only where neither their cell nor one beside it shows a change."""
+    look = Look("square", "red", "small")
+    scene = Scene("white", tuple(Thing(look, x, y, 7.0, 0.0) for x, y in ((9.0, 9.0), (55.0, 9.0), (9.0, 55.0))))
+    things, backgrounds = (torch.from_numpy(array) for array in arrays_from_scenes([scene] * 8))
+    fewer, same = with_fewer_things({"things": things, "backgrounds": backgrounds}, 3)
+    kept = fewer["things"][:, :3, 0] == 1
+    assert same.shape == (8, 8, 8) and 0 < kept.float().mean() < 1
+    for corner, held in ((0, same[:, :3, :3]), (1, same[:, :3, 5:]), (2, same[:, 5:, :3])):
+        assert torch.equal(held.amin((1, 2)) == 1, kept[:, corner]) and torch.equal(held[:, 1, 1] == 1, kept[:, corner])
+    assert (same[:, 5:, 5:] == 1).all()
 
 
 def test_a_new_image_head_points_at_entries(small_root: Path) -> None:
