@@ -22,7 +22,7 @@ from .components import COMPONENTS
 Case = dict[str, np.ndarray]  # input name -> value
 POISON = 1e4  # in cache slots that may not be read; finite, because an executor may multiply it by a weight of 0
 CAPACITY = 24
-PROMPT_TOKENS, IMAGE_TOKENS, ANSWER_TOKENS = 12, 16, 8
+PROMPT_TOKENS, IMAGE_TOKENS, ANSWER_TOKENS, TRIES = 12, 16, 8, 50
 
 
 def component_golden(name: str, star: wrappers.FoldedStar, path: Path) -> None:
@@ -42,23 +42,34 @@ def component_golden(name: str, star: wrappers.FoldedStar, path: Path) -> None:
 def run_golden(star: wrappers.FoldedStar, path: Path) -> None:
     """Record short whole runs by `reference.tasks`: greedy and sampled image ids, and an answer's ids."""
     rng, config = _rng("run"), star.config
-    cond = rng.integers(0, config.vocab_size, (1, PROMPT_TOKENS))
+    positions = np.broadcast_to(np.arange(PROMPT_TOKENS), (3, 1, PROMPT_TOKENS))
+    cond, ids = _telling_answer(star, rng, positions)
     rows = np.concatenate([cond, rng.integers(0, config.vocab_size, (1, PROMPT_TOKENS))])
     tokens = min(IMAGE_TOKENS, config.vq.image_tokens)
     guidance, top_k, top_p = np.float32(3.0), min(100, config.vq.codebook_size), np.float32(0.9)
     draws = uniforms(seed=7, tokens=tokens, num_images=1)
-    positions = np.broadcast_to(np.arange(PROMPT_TOKENS), (3, 1, PROMPT_TOKENS))
     common = {"input_ids": rows, "guidance": np.array([guidance])}
     with torch.inference_mode():
         greedy = tasks.generate(star, torch.from_numpy(rows), guidance=float(guidance), top_k=1, top_p=1.0, uniforms=None, image_tokens=tokens)
         sampled = tasks.generate(star, torch.from_numpy(rows), guidance=float(guidance), top_k=top_k, top_p=float(top_p),
                                  uniforms=torch.from_numpy(draws), image_tokens=tokens)
-        ids = tasks.answer(star, torch.from_numpy(cond), torch.from_numpy(positions.copy()), None, max_new_tokens=ANSWER_TOKENS)
     recorded = {f"generate/in/{k}": v for k, v in common.items()} | {f"sample/in/{k}": v for k, v in common.items()}
     recorded |= {"generate/out/image_ids": greedy.image_ids.numpy(), "sample/out/image_ids": sampled.image_ids.numpy(),
                  "sample/in/top_k": np.array([top_k]), "sample/in/top_p": np.array([top_p]), "sample/in/uniforms": draws,
-                 "answer/in/input_ids": cond, "answer/in/position_ids": positions, "answer/out/ids": ids.numpy()}
+                 "answer/in/input_ids": cond, "answer/in/position_ids": positions, "answer/out/ids": ids}
     save_file({k: np.ascontiguousarray(v) for k, v in recorded.items()}, path)
+
+
+def _telling_answer(star: wrappers.FoldedStar, rng: np.random.Generator, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt of random ids [1, S], and its answer, which has different ids if any of TRIES has: a trained model may well say one word
+    over and over, and that would prove nothing."""
+    for _ in range(TRIES):
+        cond = rng.integers(0, star.config.vocab_size, (1, PROMPT_TOKENS))
+        with torch.inference_mode():
+            ids = tasks.answer(star, torch.from_numpy(cond), torch.from_numpy(positions.copy()), None, max_new_tokens=ANSWER_TOKENS).numpy()
+        if len(set(ids.tolist())) > 2:
+            break
+    return cond, ids
 
 
 def _rng(name: str) -> np.random.Generator:

@@ -5,6 +5,7 @@ any precision. The reference's side was recorded with the weights, and travels i
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +108,15 @@ def score_from_bytes(data: bytes, kind: str, *, where: str) -> benchmark.Score:
 
 
 def shortfalls(measured: benchmark.Score, reference: benchmark.Score) -> dict[str, tuple[float, float]]:
-    """Task -> how far the share of right results falls short of the reference's, and how far chance alone lets a reference's
-    share lie below itself: to the lower end of its 95 % interval. `rebuild`: of PSNR in dB."""
+    """Task -> how far the share of right results falls short of the reference's, and how far chance alone may make it: the 95 % limit
+    of a difference of two shares (Newcombe 1998, method 10). Both are samples: where rounding turns one draw, all that follow are
+    others, so the same seed in another precision is another sample. `rebuild`: of PSNR in dB."""
     found = {"rebuild": (max(0.0, reference.psnr - measured.psnr), PSNR_SHORTFALL)}
     for task in benchmark.GOALS:
         (right, asked), (ours, tried) = reference.overall(task), measured.overall(task)
-        found[task] = max(0.0, right / asked - ours / tried), right / asked - benchmark.interval(right, asked)[0]
+        below = right / asked - benchmark.interval(right, asked)[0]
+        above = benchmark.interval(ours, tried)[1] - ours / tried
+        found[task] = max(0.0, right / asked - ours / tried), math.hypot(below, above)
     return found
 
 
