@@ -88,7 +88,8 @@ class Trainer:
         if step == self.starts:
             self.start_codebook(step, len(image))
         with torch.autocast(image.device.type, torch.bfloat16):
-            latents, others = self.star.vq_encoder.latents(torch.cat([image, drawn(fewer, step, stream=2)])).float().chunk(2)  # [B, d, h, w]
+            both = torch.cat([image, drawn(fewer, step, stream=2)])
+            latents, others = self.star.vq_encoder.latents(both).float().chunk(2)  # [B, d, h, w]
             z = latents.permute(0, 2, 3, 1).flatten(0, 2)  # [B*T, d]
             quantised, commitment, used = z, z.new_zeros(()), z.new_zeros(())
             if step >= self.starts:
