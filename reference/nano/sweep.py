@@ -19,7 +19,7 @@ from .painter import Painter, Sampling
 from .gallery import SHOWN, spread, write_gallery, write_results
 from .plot import chart, write_charts
 
-GUIDANCES, TOP_KS, TOP_PS = (1.0, 1.1, 1.5, 2.0, 3.0), (20, 100, 1000), (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+GUIDANCES, TOP_KS, TOP_PS = (1.0, 1.1, 1.5, 2.0, 3.0, 5.0), (20, 100, 1000), (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 SWEEP_SEED = 7_000_000
 
 
