@@ -1,7 +1,8 @@
 """One training loop for all stages: optimiser, learning rate, data, checkpoints, resume, losses on file.
 
 What happens at step i is a function of (seed, stage, i) and of the weights before it, so a run that was interrupted and goes on
-ends with the same weights as one that was not.
+ends with the same weights as one that was not. Where torch's process group is open, its processes share each batch and average
+their gradients: on two cores, two processes of one thread do a fifth more than one of two.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -22,12 +24,13 @@ from .recipe import Stage
 
 SAVE_SECONDS = 120.0
 DECAYING = 0.4  # of a stage's steps
+OTHERS = 10_000_000  # a second process takes its batches from step 10,000,000 on, a third from twice that
 Losses = dict[str, Tensor]  # the one named "loss" is minimised, the others are recorded
 
 
 @dataclass
 class Job:
-    """What a stage brings to the loop. `batch_of(step)` runs in worker processes and returns a dict of tensors; `losses` computes
+    """What a stage brings to the loop, its batch this process's part. `batch_of(step)` runs in worker processes and returns a dict of tensors; `losses` computes
     them; `after` runs behind each optimiser step, `finish` once behind the last; `trained` are the modules whose parameters move,
     `by_muon` those of the parameters that Muon moves and not AdamW, `extra` what else is saved."""
 
@@ -42,16 +45,21 @@ class Job:
 
 
 class Steps(Dataset):
-    """Batches by number, for the loader's workers."""
+    """Batches by number, for the loader's workers: of this process alone where there are several, then as small a part of the stage's."""
 
     def __init__(self, batch_of: Callable[[int], dict], steps: int):
-        self.batch_of, self.steps = batch_of, steps
+        self.batch_of, self.steps, self.first = batch_of, steps, OTHERS * process()[0]
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> dict:
-        return self.batch_of(step)
+        return self.batch_of(self.first + step)
+
+
+def process() -> tuple[int, int]:
+    """Which process this is, and of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def fused(function: Callable, *, compiled: bool) -> Callable:
@@ -82,25 +90,35 @@ def run(job: Job, *, folder: Path, device: torch.device, workers: int, tell: Cal
     first, began, saved = restore(job, optimisers, folder), time.monotonic(), time.monotonic()
     if first >= stage.steps:
         return True
+    if job.extra and process()[1] > 1:
+        raise ValueError(f"stage {stage.name} keeps sums of its own, which several processes do not share: train it in one")
     loader = DataLoader(Steps(job.batch_of, stage.steps), batch_size=None, sampler=range(first, stage.steps),
                         num_workers=workers, prefetch_factor=4 if workers else None, persistent_workers=False)
-    recorded, every, seen = [], max(1, stage.steps // 1000), 0
+    recorded, every, seen, (rank, processes) = [], max(1, stage.steps // 1000), 0, process()
     for step, batch in enumerate(loader, start=first):
         on_device = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         losses = train_step(job, optimisers, parameters, on_device, step)
-        seen += stage.batch
+        seen += stage.batch * processes
         recorded.append(losses)
-        if (step + 1) % every == 0 or step + 1 == stage.steps:
+        if rank == 0 and ((step + 1) % every == 0 or step + 1 == stage.steps):
             speed = seen / max(time.monotonic() - began, 1e-9)
             tell(record(stage, folder, step + 1, recorded, speed))
             recorded = []
-        out_of_time = stop_after_seconds is not None and time.monotonic() - began > stop_after_seconds
-        if time.monotonic() - saved > SAVE_SECONDS or out_of_time or step + 1 == stage.steps:
+        out_of_time = stop_after_seconds is not None and on_the_first(time.monotonic() - began > stop_after_seconds)
+        if rank == 0 and (time.monotonic() - saved > SAVE_SECONDS or out_of_time or step + 1 == stage.steps):
             save(job, optimisers, folder, step + 1)
             saved = time.monotonic()
         if out_of_time and step + 1 < stage.steps:
             return False
     return True
+
+
+def on_the_first(answer: bool) -> bool:
+    """What the first process answers, in all of them."""
+    said = torch.tensor(answer)
+    if process()[1] > 1:
+        dist.broadcast(said, src=0)
+    return bool(said)
 
 
 def train_step(job: Job, optimisers: list[Optimizer], parameters: list[Tensor], batch: dict, step: int) -> Losses:
@@ -111,11 +129,22 @@ def train_step(job: Job, optimisers: list[Optimizer], parameters: list[Tensor], 
         optimiser.zero_grad(set_to_none=True)
     losses = job.losses(batch, step)
     losses["loss"].backward()
+    average_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, job.stage.clip)
     for optimiser in optimisers:
         optimiser.step()
     job.after(step)
     return {name: value.detach() for name, value in losses.items()}
+
+
+def average_gradients(parameters: list[Tensor]) -> None:
+    """The mean over all processes, in place."""
+    if process()[1] > 1:
+        gradients = [p.grad for p in parameters]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, (flat / process()[1]).split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def optimisers_of(job: Job, parameters: list[Tensor]) -> list[Optimizer]:
@@ -159,7 +188,8 @@ def restore(job: Job, optimisers: list[Optimizer], folder: Path) -> int:
     """Load the stage's checkpoint and cut its log there; the number of the next step. 0 when there is none."""
     path, log = folder / f"{job.stage.name}.ckpt", folder / f"{job.stage.name}.jsonl"
     if not path.exists():
-        log.unlink(missing_ok=True)
+        if process()[0] == 0:
+            log.unlink(missing_ok=True)
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, module in job.trained.items():
@@ -168,7 +198,7 @@ def restore(job: Job, optimisers: list[Optimizer], folder: Path) -> int:
         optimiser.load_state_dict(stored)
     for name, tensor in (job.extra or {}).items():
         tensor.copy_(state["extra"][name])
-    if log.exists():
+    if log.exists() and process()[0] == 0:
         lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
         log.write_text("".join(line + "\n" for line in lines))
     return state["step"]

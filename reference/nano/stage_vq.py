@@ -1,4 +1,5 @@
-"""Stage 1: the VQ model. An autoencoder first, then with a codebook that follows the latents.
+"""Stages 1 and 2: the VQ model. An autoencoder first, then with a codebook that follows the latents; stage 2 does that again, from
+where stage 1 ended, with a term that makes latents local.
 
 The codebook is not trained by gradients: it starts as cluster centres of real latents and then is the running mean of what is
 assigned to each entry; entries that nothing uses start again at a latent. Pictures are drawn on the device that trains.
@@ -18,10 +19,10 @@ from torch import Tensor
 from ..model import Star
 from .draw import arrays_from_scenes, draw
 from .loop import Job, Losses
-from .recipe import SEED, TOKENS_SIDE, VQ_UNQUANTISED, Stage
+from .recipe import LOCALITY, SEED, TOKENS_SIDE, VQ_UNQUANTISED, Stage
 from .world import SIDE_PIXELS, random_scene
 
-DECAY, COMMITMENT, LOCALITY = 0.99, 0.25, 10.0
+DECAY, COMMITMENT = 0.99, 0.25
 DEAD = 0.1  # running count below which an entry starts again; the mean is 2
 RESTART_EVERY = 20  # steps
 KMEANS_BATCHES, KMEANS_ROUNDS = 8, 10
@@ -67,7 +68,7 @@ class Trainer:
     """The VQ half of a model and the running sums behind its codebook."""
 
     def __init__(self, star: Star, stage: Stage, device: torch.device):
-        self.star, self.stage = star, stage
+        self.star, self.stage, self.locality = star, stage, LOCALITY[stage.name]
         self.starts = int(VQ_UNQUANTISED * stage.steps)
         weight = star.codebook.weight
         weight.requires_grad_(False)
@@ -84,14 +85,16 @@ class Trainer:
         elsewhere went, weighed so that none outgrows the others: as shares of the latents' variance, times the picture's error.
         `psnr` in dB, `used`: share of entries, `moved`: the last of the shares."""
         image = drawn(batch, step)
-        fewer, same = with_fewer_things(batch, step)
+        pictures = [image]
+        if self.locality:
+            fewer, same = with_fewer_things(batch, step)
+            pictures.append(drawn(fewer, step, stream=2))
         if step == self.starts:
             self.start_codebook(step, len(image))
         with torch.autocast(image.device.type, torch.bfloat16):
-            both = torch.cat([image, drawn(fewer, step, stream=2)])
-            latents, others = self.star.vq_encoder.latents(both).float().chunk(2)  # [B, d, h, w]
+            latents, *others = self.star.vq_encoder.latents(torch.cat(pictures)).float().split(len(image))  # [B, d, h, w] each
             z = latents.permute(0, 2, 3, 1).flatten(0, 2)  # [B*T, d]
-            quantised, commitment, used = z, z.new_zeros(()), z.new_zeros(())
+            quantised, commitment, used, moved = z, *z.new_zeros(3)
             if step >= self.starts:
                 entries = self.follow(z.detach(), step)
                 commitment = F.mse_loss(z, entries)
@@ -100,9 +103,11 @@ class Trainer:
             made = decoded(self.star, quantised.view(len(image), *latents.shape[2:], -1).permute(0, 3, 1, 2)).float()
         error = F.mse_loss(made, image)
         psnr = -10 * (made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)).div(4).log10().mean()
-        moved = ((latents - others).square().mean(1) * same).sum() / same.sum().clamp(min=1)
-        shares = (COMMITMENT * commitment + LOCALITY * moved) / z.detach().var(0).mean()
-        return {"loss": error + shares * error.detach(), "psnr": psnr, "used": used, "moved": moved.detach() / z.detach().var(0).mean()}
+        if self.locality:
+            moved = ((latents - others[0]).square().mean(1) * same).sum() / same.sum().clamp(min=1)
+        variance = z.detach().var(0).mean()
+        shares = (COMMITMENT * commitment + self.locality * moved) / variance
+        return {"loss": error + shares * error.detach(), "psnr": psnr, "used": used, "moved": moved.detach() / variance}
 
     @torch.no_grad()
     def follow(self, z: Tensor, step: int) -> Tensor:

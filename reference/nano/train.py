@@ -2,6 +2,8 @@
 
     python -m reference.nano.train --out FOLDER
 
+    torchrun --nproc-per-node 2 -m reference.nano.train --out FOLDER --threads 1
+
 FOLDER becomes a checkpoint in the release's layout; beside it lie each stage's optimiser state, losses as text and as a picture.
 Stages run in order; one that is complete is skipped. The same seed, machine and number of threads give the same weights.
 """
@@ -10,24 +12,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from ..model import Star
 from ..weights import load_star, resolve_checkpoint
 from . import layout, recipe, stages
-from .loop import Job, run
+from .loop import Job, process, run
 from .plot import write_curves
 from .recipe import STAGES, Stage
 from .stage_eyes import eyes_job
 from .stage_vq import Trainer
 from .tokens import Rows
 
-PART = {"vq": "vq", "eyes": "base", "base": "base", "generate": "trained", "edit": "trained"}  # which file a stage writes
+PART = {"vq": "vq", "local": "vq", "eyes": "base", "base": "base", "generate": "trained", "edit": "trained"}  # which file a stage writes
 WORK = "training"  # folder of what training needs and a checkpoint does not
 PUBLISHED = (".json", ".pt", ".safetensors", ".png", ".jsonl", ".done")
 
@@ -36,29 +40,46 @@ def train(out: Path, *, names: list[str], device: torch.device, workers: int, sc
           wide: int = 1, compiled: bool = False) -> bool:
     """Run the named stages in `out`, each with `scale` times its samples in batches `wide` times as large, the decoders compiled
     or not. False when `seconds` ran out before the end."""
-    work, began = out / WORK, time.monotonic()
-    work.mkdir(parents=True, exist_ok=True)
-    config = layout.write_config(out)
-    if missing := [part for part, path in layout.weight_files(out).items() if not path.exists()]:
-        layout.save_star(layout.new_star(config), out, parts=missing)
+    work, began, (rank, processes) = out / WORK, time.monotonic(), process()
+    if rank == 0:
+        begin(out)
     for name in names:
+        meet()
         if (work / f"{name}.done").exists():
             continue
         left = None if seconds is None else seconds - (time.monotonic() - began)
         stage = scaled(STAGES[name], scale, wide=wide)
+        stage = dataclasses.replace(stage, batch=stage.batch // processes)
         star = training_star(out, device)
         job = job_of(star, stage, out, device, compiled=compiled)
         base_before = digest(out)
         finished = run(job, folder=work, device=device, workers=workers, tell=tell, stop_after_seconds=left)
-        write_curves(work, list(STAGES))
+        if rank == 0:
+            write_curves(work, list(STAGES))
         if not finished:
             return False
+        if rank:
+            continue
         job.finish()
         layout.save_star(star, out, parts=(PART[name],))
         if name in ("generate", "edit") and digest(out) != base_before:
             raise RuntimeError("the frozen base has changed")
-        (work / f"{name}.done").write_text(f"{stage.steps} steps of {stage.batch}\n")
+        (work / f"{name}.done").write_text(f"{stage.steps} steps of {stage.batch * processes}\n")
     return True
+
+
+def begin(out: Path) -> None:
+    """Make what the checkpoint in `out` lacks: its configuration, and new weights."""
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    config = layout.write_config(out)
+    if missing := [part for part, path in layout.weight_files(out).items() if not path.exists()]:
+        layout.save_star(layout.new_star(config), out, parts=missing)
+
+
+def meet() -> None:
+    """Wait until every process is here."""
+    if process()[1] > 1:
+        dist.barrier()
 
 
 def scaled(stage: Stage, scale: float, *, wide: int) -> Stage:
@@ -77,7 +98,7 @@ def training_star(out: Path, device: torch.device) -> Star:
 
 def job_of(star: Star, stage: Stage, out: Path, device: torch.device, *, compiled: bool = False) -> Job:
     """What the stage of this name brings to the loop."""
-    if stage.name == "vq":
+    if stage.name in recipe.LOCALITY:
         return Trainer(star, stage, device).job()
     if stage.name == "eyes":
         return eyes_job(star, stage, device, compiled=compiled)
@@ -121,11 +142,13 @@ def main(argv: list[str] | None = None) -> int:
     names = options.stages.split(",")
     if wrong := [name for name in names if name not in STAGES]:
         parser.error(f"no such stage: {', '.join(wrong)}; there are {', '.join(STAGES)}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group("gloo")
     if options.threads:
         torch.set_num_threads(options.threads)
     finished = train(options.out, names=names, device=torch.device(options.device), workers=options.workers, scale=options.scale,
                      wide=options.wide, compiled=options.compile, seconds=None if options.minutes is None else 60 * options.minutes)
-    if finished and options.publish:
+    if finished and options.publish and process()[0] == 0:
         publish(options.out, options.publish)
     return 0 if finished else 3
 

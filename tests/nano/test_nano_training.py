@@ -66,6 +66,31 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def share_a_run(rank: int, folder: Path) -> None:
+    """One of two processes: trains, and leaves its weights in `folder`."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    module = toy()
+    job = toy_job(module, torch.zeros(1))
+    job.extra, job.batch_of = None, lambda step: {"x": torch.full((1, 3), step % 7 / 6)}
+    assert loop.run(job, folder=folder, device=torch.device("cpu"), workers=0, tell=lambda line: None)
+    torch.save(module.state_dict(), folder / f"{rank}.pt")
+
+
+def test_two_processes_train_what_one_would_on_both_their_batches(tmp_path: Path) -> None:
+    for name in ("shared", "whole"):
+        (tmp_path / name).mkdir()
+    torch.multiprocessing.start_processes(share_a_run, args=(tmp_path / "shared",), nprocs=2, start_method="fork")
+    first, second = (torch.load(tmp_path / "shared" / f"{rank}.pt", weights_only=True) for rank in range(2))
+    module = toy()
+    job = toy_job(module, torch.zeros(1))
+    job.batch_of = lambda step: {"x": torch.tensor([[step % 7 / 6] * 3, [(loop.OTHERS + step) % 7 / 6] * 3])}
+    assert loop.run(job, folder=tmp_path / "whole", device=torch.device("cpu"), workers=0, tell=lambda line: None)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name, tensor in module.state_dict().items():
+        torch.testing.assert_close(first[name], tensor, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(first["weight"], toy().weight) and len((tmp_path / "shared" / "quick.jsonl").read_text().splitlines()) == 6
+
+
 def test_the_learning_rate_goes_up_and_down() -> None:
     stage = Stage("s", steps=100, batch=1, learning_rate=1.0, warmup=10)
     rates = [loop.rate(stage, step) for step in range(100)]
@@ -143,9 +168,10 @@ def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeyp
     assert moved == set(stages.TRAINED_PARTS)
 
 
-def test_the_vq_model_learns_pictures_by_heart(small_root: Path) -> None:
+@pytest.mark.parametrize("name", ["vq", "local"])
+def test_the_vq_model_learns_pictures_by_heart(name: str, small_root: Path) -> None:
     star, _ = small_star(small_root)
-    job = Trainer(star, Stage("vq", steps=80, batch=2, learning_rate=3e-3, warmup=10), torch.device("cpu"))
+    job = Trainer(star, Stage(name, steps=80, batch=2, learning_rate=3e-3, warmup=10), torch.device("cpu"))
     made = job.job()
     batch = scenes_of(0, batch=2)
     found = overfit(made, [batch], steps=80, rate=3e-3)
