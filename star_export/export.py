@@ -52,8 +52,9 @@ def export(source: str, *, out: str | Path, precision: str = "fp32", checkpoint:
             write_component(model, tensors, PRECISIONS[precision], stage / name)
         step("record golden tensors")
         oracle = rounded_star(config, tensors, PRECISIONS[precision], rope_bf16=rope_bf16)
+        compute = getattr(torch, PRECISIONS[precision].dtype_name)
         for name in names:
-            golden.component_golden(name, oracle, stage / name / "golden.safetensors")
+            golden.component_golden(name, oracle, stage / name / "golden.safetensors", compute=compute)
         if len(names) == len(COMPONENTS):
             golden.run_golden(oracle, stage / "golden.safetensors")
         step("hash and publish")

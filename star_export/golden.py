@@ -6,18 +6,24 @@ level in every precision. A case is one forward call; its file keys are `case/in
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
+from torch.func import functional_call
 
+from engines.manifest import TensorSpec
 from engines.sampler import uniforms
+from engines.sessions.binding import PRESENT, present_name
 from reference import tasks, vision
 from reference.config import DecoderConfig, StarConfig
 
 from . import wrappers
 from .components import COMPONENTS
+from .measure import written_slots
+from .parity import compare, limit_of
 
 Case = dict[str, np.ndarray]  # input name -> value
 POISON = 1e4  # in cache slots that may not be read; finite, because an executor may multiply it by a weight of 0
@@ -25,18 +31,48 @@ CAPACITY = 24
 PROMPT_TOKENS, IMAGE_TOKENS, ANSWER_TOKENS, TRIES = 12, 16, 8, 50
 
 
-def component_golden(name: str, star: wrappers.FoldedStar, path: Path) -> None:
-    """Record every case of component `name` of `star` (float32, on CPU, with rounded weights) to `path`."""
+def component_golden(name: str, star: wrappers.FoldedStar, path: Path, *, compute: torch.dtype) -> None:
+    """Record every case of component `name` of `star` (float32, on CPU, with rounded weights) to `path`; where `compute` has 16 bits,
+    with the noise of the same module computing in it."""
     module = getattr(wrappers, COMPONENTS[name].wrapper)(star).eval()
+    narrow = {n: p.to(compute) for n, p in module.named_parameters()} if compute != torch.float32 else None
     inputs, outputs = COMPONENTS[name].boundary(star.config, "float32")
     recorded = {}
     for case, feeds in CASES[name](star.config, _rng(name)).items():
-        with torch.inference_mode():
-            results = module(*(torch.from_numpy(feeds[spec.name].copy()) for spec in inputs))
-        results = results if isinstance(results, tuple) else (results,)
+        results = _outputs(module, feeds, inputs, outputs)
         recorded |= {f"{case}/in/{spec.name}": np.ascontiguousarray(feeds[spec.name]) for spec in inputs}
-        recorded |= {f"{case}/out/{spec.name}": r.contiguous().numpy() for spec, r in zip(outputs, results, strict=True)}
+        recorded |= {f"{case}/out/{key}": array for key, array in results.items()}
+        if narrow:
+            rounded = _outputs(lambda *given: functional_call(module, narrow, given), feeds, inputs, outputs, compute=compute)
+            noise = _noise(rounded, results, feeds, limits=COMPONENTS[name].limits)
+            recorded |= {f"{case}/noise/{key}": np.array(value, np.float32) for key, value in noise.items()}
     save_file(recorded, path)
+
+
+def _outputs(module: Callable, feeds: Case, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *,
+             compute: torch.dtype = torch.float32) -> Case:
+    """What a module returns, by name, in float32 or int64; caches go in, and come back from, the type `compute`."""
+    given = [torch.from_numpy(feeds[spec.name].copy()) for spec in inputs]
+    given = [t.to(compute) if present_name(spec.name) else t for spec, t in zip(inputs, given, strict=True)]
+    with torch.inference_mode():
+        results = module(*given)
+    results = results if isinstance(results, tuple) else (results,)
+    return {spec.name: (r if r.dtype == torch.int64 else r.float()).contiguous().numpy() for spec, r in zip(outputs, results, strict=True)}
+
+
+def _noise(got: Case, wanted: Case, feeds: Case, *, limits: dict[str, float]) -> dict[str, float]:
+    """How far each output is from its float32 self: the largest difference in standard deviations, as `parity` measures it, of the
+    family's tensors; of caches, where they were written. Only of outputs that are not exact."""
+    def seen(name: str, array: np.ndarray) -> np.ndarray:
+        return written_slots(array, feeds["write_indices"], feeds["inputs_embeds"].shape[1]) if name.startswith(PRESENT) else array
+
+    bounded = [name for name in wanted if limit_of(name, limits) > 0]
+    found = compare({n: seen(n, got[n]) for n in bounded}, {n: seen(n, wanted[n]) for n in bounded}, limits=limits)
+    noise: dict[str, float] = {}
+    for result in found:
+        family = result.tensor.partition(".")[0]
+        noise[family] = max(result.value, noise.get(family, 0.0))
+    return noise
 
 
 def run_golden(star: wrappers.FoldedStar, path: Path) -> None:

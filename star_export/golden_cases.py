@@ -21,23 +21,25 @@ DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 
 @dataclass
 class Case:
-    """One recorded call: input name -> array, output name -> array. Floats are float32 (caches too), ids int64."""
+    """One recorded call: input name -> array, output name -> array. Floats are float32 (caches too), ids int64. `noise`: name of an
+    output -> how far the reference itself is from it in the bundle's 16-bit type (`limits`); nothing in a fp32 bundle."""
 
     inputs: Tensors = field(default_factory=dict)
     outputs: Tensors = field(default_factory=dict)
+    noise: Tensors = field(default_factory=dict)
 
 
 def cases_from_file(path: Path) -> dict[str, Case]:
-    """Case name -> case, from keys `case/in/name` and `case/out/name`. Raises InputError for a set that cannot prove anything."""
+    """Case name -> case, from keys `case/in/name`, `case/out/name` and `case/noise/name`. Raises InputError for a set that cannot prove anything."""
     cases: dict[str, Case] = {}
     for key, array in tensors_from_file(path).items():
         case, side, name = (key.split("/", 2) + ["", ""])[:3]
-        if side not in ("in", "out") or not name:
-            raise _refusal(path, "keys case/in/name and case/out/name", repr(key))
+        if side not in ("in", "out", "noise") or not name:
+            raise _refusal(path, "keys case/in/name, case/out/name and case/noise/name", repr(key))
         if not np.isfinite(array).all():
             raise _refusal(f"{path}: {key}", "finite numbers", "NaN or Inf")
         entry = cases.setdefault(case, Case())
-        (entry.inputs if side == "in" else entry.outputs)[name] = array
+        {"in": entry.inputs, "out": entry.outputs, "noise": entry.noise}[side][name] = array
     if not cases:
         raise _refusal(path, "at least one case", "none")
     for case, entry in cases.items():

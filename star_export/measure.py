@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from engines.errors import MissingError
+from engines.sampler import sample
 from engines.sessions.binding import PRESENT, bound_tensors, present_name
 
 from .golden_cases import Case, Tensors
@@ -18,9 +19,11 @@ from .parity import Result, compare
 POISON = 1e4  # in cache slots that may not be read; finite, because an executor may multiply it by a weight of 0
 
 
-def run_case(session, case: Case, *, limits: Mapping[str, float], capacity_tokens: int | None = None) -> list[Result]:
+def run_case(session, case: Case, *, limits: Mapping[str, float], capacity_tokens: int | None = None,
+             own_draws: bool = False) -> list[Result]:
     """Run `case` once and compare every output. `capacity_tokens`: the fixed capacity of a plan, to which caches are extended by
-    poison. Written cache slots are held to the limits; all others must keep their bits."""
+    poison. Written cache slots are held to the limits; all others must keep their bits. `own_draws`: ids that are drawn are held to
+    the executor's own logits, not to the recorded ones."""
     feeds = {name: extended(array, capacity_tokens) if present_name(name) else array for name, array in case.inputs.items()}
     buffers = {}
     for tensor in bound_tensors(session.spec):
@@ -31,7 +34,10 @@ def run_case(session, case: Case, *, limits: Mapping[str, float], capacity_token
     before = read_caches(buffers)
     session.bind(buffers)()
     outputs = {name: array for name, array in case.outputs.items() if not name.startswith(PRESENT)}
-    results = compare(*where_ids_agree({name: buffers[name].read() for name in outputs}, outputs), limits=limits)
+    got, wanted = where_ids_agree({name: buffers[name].read() for name in outputs}, outputs)
+    if own_draws:
+        wanted = wanted | redrawn(got, feeds)
+    results = compare(got, wanted, limits=limits)
     if before:
         wanted = {name: array for name, array in case.outputs.items() if name not in outputs}
         results += compare_caches(read_caches(buffers), wanted, before=before, limits=limits,
@@ -50,6 +56,14 @@ def where_ids_agree(got: Tensors, wanted: Tensors) -> tuple[Tensors, Tensors]:
     rows = wanted["inputs_embeds"].reshape(-1, wanted["inputs_embeds"].shape[-1])
     kept = same.repeat(len(rows) // same.size)
     return got | {"inputs_embeds": got["inputs_embeds"].reshape(rows.shape)[kept]}, wanted | {"inputs_embeds": rows[kept]}
+
+
+def redrawn(got: Tensors, feeds: Tensors) -> Tensors:
+    """The ids that the sampler's definition draws from an executor's own logits [N,V]; nothing of a component that draws none. In 16
+    bits a number that falls near the border of two candidates gives either, and where hundreds are about as probable it mostly does."""
+    if not {"logits", "uniform"} <= got.keys() | feeds.keys() or not np.isfinite(got["logits"]).all():
+        return {}
+    return {"image_ids": sample(got["logits"], top_k=int(feeds["top_k"][0]), top_p=float(feeds["top_p"][0]), uniform=feeds["uniform"])}
 
 
 def read_caches(buffers: Mapping[str, object]) -> Tensors:

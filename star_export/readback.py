@@ -170,7 +170,7 @@ def ties(subject: Subject, progress: Progress) -> list[Row]:
             continue
         for case, recorded in component_cases(subject.bundle.file(spec.golden), spec).items():
             found += rows_from_results(name, f"fp32: case {case}, ties the other way",
-                                       run_case(session, recorded, limits=limits_of(name, "fp32")))
+                                       run_case(session, recorded, limits=limits_of(name, "fp32", {})))
     return found
 
 
@@ -187,7 +187,7 @@ def look_at_golden(bundle: Bundle) -> Callable[[str, Parsed], None]:
             raise InputError("No golden case fits this network", fix="build with a larger capacity, or without this check",
                              where=f"{component}: expected a capacity that holds one of {', '.join(cases)}, got {capacity}")
         for case, recorded in fitting.items():
-            results = run_case(session, recorded, limits=limits_of(component, "fp32"), capacity_tokens=capacity)
+            results = run_case(session, recorded, limits=limits_of(component, "fp32", {}), capacity_tokens=capacity)
             check(results, where=f"{component}, read back: case {case}")
 
     return look

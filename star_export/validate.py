@@ -29,7 +29,7 @@ from engines.trt import check_runnable, tensorrt_of
 
 from .certificate import Certificate, Row, Rung, certificate_path, device_name, json_from_certificate, new_certificate
 from .golden_cases import Case, cases_from_file, component_cases
-from .limits import compute_type, limits_of
+from .limits import compute_type, largest_noise, limits_of
 from .measure import extended, run_case
 from .parity import Result, compare, excess, verdict
 from .progress import Progress, silent
@@ -159,7 +159,7 @@ def golden_tensors(subject: Subject, progress: Progress) -> tuple[list[Row], str
     rows, left_out, components = [], [], subject.bundle.manifest.components
     for i, (name, spec) in enumerate(components.items()):
         progress(f"{name} against its golden tensors", i, len(components))
-        cases, limits = component_cases(subject.bundle.file(spec.golden), spec), limits_of(name, subject.compute)
+        cases = component_cases(subject.bundle.file(spec.golden), spec)
         session = open_session(subject.bundle, name, backend=subject.backend)
         try:
             outside = [case for case, recorded in cases.items() if not _fits(subject, name, session, recorded)]
@@ -168,7 +168,9 @@ def golden_tensors(subject: Subject, progress: Progress) -> tuple[list[Row], str
                                  fix="build the plans with more rows, or a larger capacity")
             left_out += [f"{name} {case}" for case in outside]
             for case in sorted(cases.keys() - set(outside)):
-                results = run_case(session, cases[case], limits=limits, capacity_tokens=session.capacity_tokens)
+                limits = limits_of(name, subject.compute, cases[case].noise)
+                results = run_case(session, cases[case], limits=limits, capacity_tokens=session.capacity_tokens,
+                                   own_draws=subject.compute != "fp32")
                 rows += rows_from_results(name, f"case {case}", results)
         finally:
             session.close()
@@ -189,12 +191,13 @@ def decoder_steps(subject: Subject, progress: Progress, *, tokens: int = ROLLOUT
     rows, model = [], subject.bundle.manifest.model
     decoders = [name for name in model.cache if name in subject.bundle.manifest.components]
     for i, name in enumerate(decoders):
+        spec = subject.bundle.component(name)
+        limits = limits_of(name, subject.compute, largest_noise(component_cases(subject.bundle.file(spec.golden), spec).values()))
         session = open_session(subject.bundle, name, backend=subject.backend)
         try:
             capacity = session.capacity_tokens or min(tokens, model.max_positions)
             steps, chunk = (min(n, capacity, session.prefill_tokens or capacity) for n in (tokens, chunk_tokens))
-            checks = check_decoder(session, tokens=steps, chunk_tokens=chunk, capacity_tokens=capacity, limits=limits_of(name, subject.compute),
-                                   seed=zlib.crc32(name.encode()), tick=_ticker(progress, name, steps, i, len(decoders)))
+            checks = check_decoder(session, tokens=steps, chunk_tokens=chunk, capacity_tokens=capacity, limits=limits, seed=zlib.crc32(name.encode()), tick=_ticker(progress, name, steps, i, len(decoders)))
         finally:
             session.close()
         for check, results in checks.items():

@@ -69,7 +69,7 @@ class Trainer:
 
     def __init__(self, star: Star, stage: Stage, device: torch.device):
         self.star, self.stage, self.locality = star, stage, LOCALITY[stage.name]
-        self.starts = int(VQ_UNQUANTISED * stage.steps)
+        self.starts = int(VQ_UNQUANTISED[stage.name] * stage.steps)
         weight = star.codebook.weight
         weight.requires_grad_(False)
         self.counts = torch.ones(weight.shape[0], device=device)

@@ -175,7 +175,7 @@ def test_the_vq_model_learns_pictures_by_heart(name: str, small_root: Path) -> N
     made = job.job()
     batch = scenes_of(0, batch=2)
     found = overfit(made, [batch], steps=80, rate=3e-3)
-    assert job.starts == 12 and found[job.starts]["used"] > 0.9
+    assert job.starts == {"vq": 12, "local": 15}[name] and found[job.starts]["used"] > 0.9
     assert found[-1]["psnr"] > found[5]["psnr"] + 6 and found[-1]["loss"] < 0.25 * found[5]["loss"]
     image = drawn(batch, 0)
     with torch.no_grad():

@@ -37,7 +37,7 @@ def read_back(path, spec, cases, name):
     """`passes`, `fails`, or `refuses` with the words."""
     try:
         session = ReadBackSession(Network(parsed_file(path, 24), wide=True), spec)
-        results = [r for case in cases.values() for r in run_case(session, case, limits=limits_of(name, "fp32"))]
+        results = [r for case in cases.values() for r in run_case(session, case, limits=limits_of(name, "fp32", {}))]
     except InputError as error:
         return f"refuses: {error.where}"
     return "passes" if all(r.passed for r in results) else "fails"
@@ -54,7 +54,7 @@ def on_onnxruntime(path, cases, name):
         names, results = [o.name for o in session.get_outputs()], []
         for case in cases.values():
             got = dict(zip(names, session.run(None, case.inputs)))
-            results += compare(got, case.outputs, limits=limits_of(name, "fp32"))
+            results += compare(got, case.outputs, limits=limits_of(name, "fp32", {}))
     except Exception as error:  # the library raises bare exceptions
         return f"refuses: {error}"
     return "passes" if all(r.passed for r in results) else "fails"
