@@ -1,13 +1,14 @@
-"""Stages 1 and 2: the VQ model. An autoencoder first, then with a codebook that follows the latents; stage 2 does that again, from
-where stage 1 ended, with a term that makes latents local.
+"""Stages 1 to 3: the VQ model. An autoencoder first, then with a codebook that follows the latents; then latents are made local; then
+they get a new codebook, and the decoder learns to read it.
 
-The codebook is not trained by gradients: it starts as cluster centres of real latents and then is the running mean of what is
-assigned to each entry; entries that nothing uses start again at a latent. Pictures are drawn on the device that trains.
+The codebook is not trained by gradients: it starts as cluster centres of real latents and then, in stage 1, is the running mean of
+what is assigned to each entry; entries that nothing uses start again at a latent. Pictures are drawn on the device that trains.
 
 Source: van den Oord et al. 2017, appendix A.1 (running means); the rest is common practice.
 """
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from random import Random
@@ -19,13 +20,14 @@ from torch import Tensor
 from ..model import Star
 from .draw import arrays_from_scenes, draw
 from .loop import Job, Losses
-from .recipe import LOCALITY, SEED, TOKENS_SIDE, VQ_UNQUANTISED, Stage
+from .recipe import SEED, TOKENS_SIDE, VQ_UNQUANTISED, Stage
 from .world import SIDE_PIXELS, random_scene
 
-DECAY, COMMITMENT = 0.99, 0.25
+DECAY, COMMITMENT, LOCALITY = 0.99, 0.25, 10.0
+EMPTY_SHARE = 0.05  # of the empty background's latents count for the codebook of stage 3
 DEAD = 0.1  # running count below which an entry starts again; the mean is 2
 RESTART_EVERY = 20  # steps
-KMEANS_BATCHES, KMEANS_ROUNDS = 8, 10
+KMEANS_BATCHES, LOCAL_KMEANS_BATCHES, KMEANS_ROUNDS = 8, 300, 25
 
 
 def scenes_of(step: int, *, batch: int, seed: int = SEED) -> dict:
@@ -48,28 +50,38 @@ def image_from_scenes(batch: dict, *, noise: Tensor | None) -> Tensor:
     return draw(batch["things"], batch["backgrounds"], noise=noise).float() / 127.5 - 1
 
 
-def with_fewer_things(batch: dict, step: int) -> tuple[dict, Tensor]:
-    """The scenes with about half of their things, and where they show what they showed: 1.0 for latents [B, h, w] in whose cell and the
-    eight around it no pixel changed.
+def without(batch: dict, kept: Tensor) -> dict:
+    """The scenes with those of their things alone that are `kept` [B, 4]."""
+    things = batch["things"]
+    return batch | {"things": torch.cat([things[..., :1] * kept.unsqueeze(-1), things[..., 1:]], dim=-1)}
 
-    The encoder's norms and attention see the whole picture, and unless told otherwise it says of all that is in it wherever there is
-    room. Then ids of an empty background tell of things to come, and whoever paints row by row must know them all at the first.
-    """
+
+def with_fewer_things(batch: dict, step: int) -> dict:
+    """The scenes with about half of their things."""
     things = batch["things"]
     generator = torch.Generator(things.device).manual_seed(SEED * 1_000_003 + 7 * step + 5)
-    kept = torch.rand(things.shape[:2], generator=generator, device=things.device) < 0.5
-    fewer = batch | {"things": torch.cat([things[..., :1] * kept.unsqueeze(-1), things[..., 1:]], dim=-1)}
-    changed = (image_from_scenes(batch, noise=None) != image_from_scenes(fewer, noise=None)).any(1, keepdim=True).float()
-    cells = F.max_pool2d(F.max_pool2d(changed, SIDE_PIXELS // TOKENS_SIDE), 3, stride=1, padding=1)  # [B, 1, h, w]
-    return fewer, 1 - cells.squeeze(1)
+    return without(batch, torch.rand(things.shape[:2], generator=generator, device=things.device) < 0.5)
+
+
+def same_cells(batch: dict, other: dict) -> Tensor:
+    """1.0 for tokens [B, h, w] whose pixels are the same in both, before noise."""
+    changed = (image_from_scenes(batch, noise=None) != image_from_scenes(other, noise=None)).any(1, keepdim=True).float()
+    return 1 - F.max_pool2d(changed, SIDE_PIXELS // TOKENS_SIDE).squeeze(1)
+
+
+def empty_cells(batch: dict) -> Tensor:
+    """1.0 for tokens [B, h, w] that show nothing but background."""
+    return same_cells(batch, without(batch, torch.zeros(batch["things"].shape[:2], dtype=torch.bool, device=batch["things"].device)))
 
 
 class Trainer:
-    """The VQ half of a model and the running sums behind its codebook."""
+    """Stage 1: the VQ half of a model and the running sums behind its codebook."""
+
+    clustered = KMEANS_BATCHES  # batches of pictures whose latents the codebook starts from
 
     def __init__(self, star: Star, stage: Stage, device: torch.device):
-        self.star, self.stage, self.locality = star, stage, LOCALITY[stage.name]
-        self.starts = int(VQ_UNQUANTISED[stage.name] * stage.steps)
+        self.star, self.stage = star, stage
+        self.starts = int(VQ_UNQUANTISED * stage.steps)
         weight = star.codebook.weight
         weight.requires_grad_(False)
         self.counts = torch.ones(weight.shape[0], device=device)
@@ -81,33 +93,22 @@ class Trainer:
                    finish=partial(scale_latents, self.star))
 
     def losses(self, batch: dict, step: int) -> Losses:
-        """Squared error of the picture, the distance of latents from their entries and of latents where nothing changed when things
-        elsewhere went, weighed so that none outgrows the others: as shares of the latents' variance, times the picture's error.
-        `psnr` in dB, `used`: share of entries, `moved`: the last of the shares."""
+        """Squared error of the picture, and the distance of latents from their entries, weighed so that neither outgrows the other:
+        as a share of the latents' variance, times the picture's error. `psnr` in dB, `used`: share of entries."""
         image = drawn(batch, step)
-        pictures = [image]
-        if self.locality:
-            fewer, same = with_fewer_things(batch, step)
-            pictures.append(drawn(fewer, step, stream=2))
         if step == self.starts:
             self.start_codebook(step, len(image))
         with torch.autocast(image.device.type, torch.bfloat16):
-            latents, *others = self.star.vq_encoder.latents(torch.cat(pictures)).float().split(len(image))  # [B, d, h, w] each
+            latents = self.star.vq_encoder.latents(image).float()  # [B, d, h, w]
             z = latents.permute(0, 2, 3, 1).flatten(0, 2)  # [B*T, d]
-            quantised, commitment, used, moved = z, *z.new_zeros(3)
+            quantised, commitment, used = latents, *z.new_zeros(2)
             if step >= self.starts:
                 entries = self.follow(z.detach(), step)
                 commitment = F.mse_loss(z, entries)
-                quantised = z + (entries - z).detach()
+                quantised = latents + (as_map(entries, latents) - latents).detach()
                 used = (self.counts > DEAD).float().mean()
-            made = decoded(self.star, quantised.view(len(image), *latents.shape[2:], -1).permute(0, 3, 1, 2)).float()
-        error = F.mse_loss(made, image)
-        psnr = -10 * (made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)).div(4).log10().mean()
-        if self.locality:
-            moved = ((latents - others[0]).square().mean(1) * same).sum() / same.sum().clamp(min=1)
-        variance = z.detach().var(0).mean()
-        shares = (COMMITMENT * commitment + self.locality * moved) / variance
-        return {"loss": error + shares * error.detach(), "psnr": psnr, "used": used, "moved": moved.detach() / variance}
+            error, psnr = compared(decoded(self.star, quantised), image)
+        return {"loss": error + COMMITMENT * commitment / z.detach().var(0).mean() * error.detach(), "psnr": psnr, "used": used}
 
     @torch.no_grad()
     def follow(self, z: Tensor, step: int) -> Tensor:
@@ -133,14 +134,99 @@ class Trainer:
     def start_codebook(self, step: int, batch: int) -> None:
         """Cluster centres of latents of pictures made for this."""
         device, latents = self.counts.device, []
-        for number in range(KMEANS_BATCHES):
+        for number in range(self.clustered):
             scenes = {k: v.to(device) for k, v in scenes_of(-1 - number, batch=batch).items()}
-            z = self.star.vq_encoder.latents(drawn(scenes, step, stream=1 + number))
-            latents.append(z.permute(0, 2, 3, 1).flatten(0, 2))
+            with torch.autocast(device.type, torch.bfloat16):
+                found = self.star.vq_encoder.latents(drawn(scenes, step, stream=1 + number)).float()
+            latents.append(self.counted(found.permute(0, 2, 3, 1).flatten(0, 2), scenes, number))
         centres, counts = clusters(torch.cat(latents), len(self.counts))
-        self.counts.copy_(counts / KMEANS_BATCHES)
+        self.counts.copy_(counts / self.clustered)
         self.sums.copy_(centres * self.counts[:, None])
         self.star.codebook.weight.copy_(centres)
+
+    def counted(self, z: Tensor, scenes: dict, number: int) -> Tensor:
+        """Those of the latents z [n, d] of a batch that count for the codebook."""
+        return z
+
+
+class LocalTrainer(Trainer):
+    """Stage 2: the autoencoder goes on, without a codebook, until latents tell of what is near them alone."""
+
+    def job(self) -> Job:
+        return dataclasses.replace(super().job(), extra=None)
+
+    def losses(self, batch: dict, step: int) -> Losses:
+        """Squared error of the picture, and `moved` (on a quarter of the batch) and `apart` as shares of the latents' variance, times
+        that error."""
+        image = drawn(batch, step)
+        part = {name: tensor[:max(1, len(image) // 4)] for name, tensor in batch.items()}
+        fewer = with_fewer_things(part, step)
+        with torch.autocast(image.device.type, torch.bfloat16):
+            found = self.star.vq_encoder.latents(torch.cat([image, drawn(fewer, step, stream=2)])).float()
+            latents, others = found.split([len(image), len(found) - len(image)])
+            error, psnr = compared(decoded(self.star, latents), image)
+        variance = latents.detach().var((0, 2, 3)).mean()
+        terms = {"moved": moved(latents[:len(others)], others, same_cells(part, fewer)) / variance,
+                 "apart": apart(latents, empty_cells(batch)) / variance}
+        return {"loss": error + LOCALITY * sum(terms.values()) * error.detach(), "psnr": psnr, **terms}
+
+
+class DecoderTrainer(Trainer):
+    """Stage 3: a codebook of cluster centres, once; then, with encoder and codebook frozen, the decoder."""
+
+    clustered = LOCAL_KMEANS_BATCHES
+
+    def job(self) -> Job:
+        self.star.vq_encoder.requires_grad_(False)
+        return dataclasses.replace(super().job(), extra=None)
+
+    def losses(self, batch: dict, step: int) -> Losses:
+        """Squared error of the picture, and its PSNR."""
+        image, entries = drawn(batch, step), self.star.codebook.weight
+        if step == 0:
+            self.start_codebook(step, len(image))
+        with torch.autocast(image.device.type, torch.bfloat16):
+            with torch.no_grad():
+                latents = self.star.vq_encoder.latents(image).float()
+                found = as_map(entries[nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), entries)], latents)
+            error, psnr = compared(decoded(self.star, found), image)
+        return {"loss": error, "psnr": psnr}
+
+    def counted(self, z: Tensor, scenes: dict, number: int) -> Tensor:
+        """All but most of the empty background: entries go where tokens are, dozens would differ by a tenth of a level of one colour, and
+        which of them is next nobody could tell."""
+        generator = torch.Generator().manual_seed(SEED * 11 + number)
+        return z[torch.rand(len(z), generator=generator).to(z.device) < 1 - (1 - EMPTY_SHARE) * empty_cells(scenes).flatten()]
+
+
+VQ_TRAINERS = {"vq": Trainer, "local": LocalTrainer, "decoder": DecoderTrainer}
+
+
+def compared(made: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error of pictures [B, 3, H, W] in [-1, 1], and their mean PSNR in dB."""
+    made = made.float()
+    return F.mse_loss(made, image), -10 * (made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)).div(4).log10().mean()
+
+
+def as_map(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows [B*h*w, d] as a map [B, d, h, w], the shape of `like`."""
+    return rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def moved(latents: Tensor, others: Tensor, same: Tensor) -> Tensor:
+    """How far latents [B, d, h, w] of the cells that show the `same` [B, h, w] are from those of a picture that is another elsewhere.
+
+    The encoder's norms and attention see the whole picture, and unless told otherwise it says of all that is in it wherever there is
+    room. Then ids of an empty background tell of things to come, and whoever paints row by row must know them all at the first.
+    """
+    return ((latents - others).square().mean(1) * same).sum() / same.sum().clamp(min=1)
+
+
+def apart(latents: Tensor, empty: Tensor) -> Tensor:
+    """How far latents [B, d, h, w] of `empty` cells [B, h, w] are from their mean in each picture: one background, one id."""
+    weights = (empty / empty.sum((1, 2), keepdim=True).clamp(min=1)).unsqueeze(1)
+    mean = (latents * weights).sum((2, 3), keepdim=True)
+    return ((latents - mean).square().mean(1, keepdim=True) * weights).sum((1, 2, 3)).mean()
 
 
 @torch.no_grad()

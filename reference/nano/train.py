@@ -28,10 +28,10 @@ from .loop import Job, process, run
 from .plot import write_curves
 from .recipe import STAGES, Stage
 from .stage_eyes import eyes_job
-from .stage_vq import Trainer
+from .stage_vq import VQ_TRAINERS
 from .tokens import Rows
 
-PART = {"vq": "vq", "local": "vq", "eyes": "base", "base": "base", "generate": "trained", "edit": "trained"}  # which file a stage writes
+PART = {"vq": "vq", "local": "vq", "decoder": "vq", "eyes": "base", "base": "base", "generate": "trained", "edit": "trained"}  # which file a stage writes
 WORK = "training"  # folder of what training needs and a checkpoint does not
 PUBLISHED = (".json", ".pt", ".safetensors", ".png", ".jsonl", ".done")
 
@@ -98,8 +98,8 @@ def training_star(out: Path, device: torch.device) -> Star:
 
 def job_of(star: Star, stage: Stage, out: Path, device: torch.device, *, compiled: bool = False) -> Job:
     """What the stage of this name brings to the loop."""
-    if stage.name in recipe.LOCALITY:
-        return Trainer(star, stage, device).job()
+    if stage.name in VQ_TRAINERS:
+        return VQ_TRAINERS[stage.name](star, stage, device).job()
     if stage.name == "eyes":
         return eyes_job(star, stage, device, compiled=compiled)
     rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", star.config.special)

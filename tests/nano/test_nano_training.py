@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from reference.nano.recipe import STAGES, Stage
 from reference.nano.batches import cells_of
 from reference.nano.draw import arrays_from_scenes
 from reference.nano.stage_eyes import eyes_batch, eyes_job
-from reference.nano.stage_vq import Trainer, clusters, drawn, image_from_scenes, nearest, scale_latents, scenes_of, with_fewer_things
+from reference.nano.stage_vq import (VQ_TRAINERS, apart, clusters, drawn, empty_cells, image_from_scenes, moved, nearest, same_cells, scale_latents,
+                                    scenes_of, with_fewer_things)
 from reference.nano.tokens import Rows
 from reference.nano.world import COLORS, Look, Scene, Thing
 from reference.weights import load_star, resolve_checkpoint
@@ -168,20 +170,26 @@ def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeyp
     assert moved == set(stages.TRAINED_PARTS)
 
 
-@pytest.mark.parametrize("name", ["vq", "local"])
-def test_the_vq_model_learns_pictures_by_heart(name: str, small_root: Path) -> None:
+def test_the_vq_model_learns_pictures_by_heart(small_root: Path) -> None:
+    """First whole, then made local, then the decoder alone from a new codebook."""
     star, _ = small_star(small_root)
-    job = Trainer(star, Stage(name, steps=80, batch=2, learning_rate=3e-3, warmup=10), torch.device("cpu"))
-    made = job.job()
-    batch = scenes_of(0, batch=2)
-    found = overfit(made, [batch], steps=80, rate=3e-3)
-    assert job.starts == {"vq": 12, "local": 15}[name] and found[job.starts]["used"] > 0.9
-    assert found[-1]["psnr"] > found[5]["psnr"] + 6 and found[-1]["loss"] < 0.25 * found[5]["loss"]
+    batch, device = scenes_of(0, batch=4), torch.device("cpu")
+    found = {}
+    for name, steps in {"vq": 80, "local": 60, "decoder": 40}.items():
+        trainer = VQ_TRAINERS[name](star, Stage(name, steps=steps, batch=4, learning_rate=3e-3, warmup=10), device)
+        encoder = [p.clone() for p in star.vq_encoder.parameters()]
+        found[name] = overfit(trainer.job(), [batch], steps=steps, rate=3e-3)
+        moved_on = any(not torch.equal(p, q) for p, q in zip(star.vq_encoder.parameters(), encoder) if p.requires_grad)
+        assert moved_on == (name != "decoder")
+    first, local, last = found.values()
+    assert first[12]["used"] > 0.9 and first[-1]["psnr"] > first[5]["psnr"] + 6 and first[-1]["loss"] < 0.25 * first[5]["loss"]
+    assert mean(f["apart"] for f in local[-10:]) < 0.5 * mean(f["apart"] for f in local[:3])
+    assert last[-1]["psnr"] > last[0]["psnr"] + 2
     image = drawn(batch, 0)
     with torch.no_grad():
-        made = star.vq_decoder(star.vq_encoder(image))  # by ids, as the release does
-    psnr = -10 * ((made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)) / 4).log10().mean()
-    assert abs(float(psnr) - found[-1]["psnr"]) < 1.5
+        rebuilt = star.vq_decoder(star.vq_encoder(image))  # by ids, as the release does
+    psnr = -10 * ((rebuilt.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)) / 4).log10().mean()
+    assert abs(float(psnr) - last[-1]["psnr"]) < 1.5
 
 
 def test_latents_are_scaled_and_nothing_else_changes(small_root: Path) -> None:
@@ -198,17 +206,35 @@ def test_latents_are_scaled_and_nothing_else_changes(small_root: Path) -> None:
         assert torch.equal(star.vq_encoder(image), ids) and torch.equal(star.vq_decoder(ids), picture)
 
 
-def test_where_nothing_changed_is_told() -> None:
-    """Of three things in corners some go; latents are held only where neither their cell nor one beside it shows a change."""
+def test_cells_tell_what_is_the_same_and_what_is_empty() -> None:
+    """Of three things in corners some go; each covers tokens 0 to 1 of its corner."""
     look = Look("square", "red", "small")
     scene = Scene("white", tuple(Thing(look, x, y, 7.0, 0.0) for x, y in ((9.0, 9.0), (55.0, 9.0), (9.0, 55.0))))
     things, backgrounds = (torch.from_numpy(array) for array in arrays_from_scenes([scene] * 8))
-    fewer, same = with_fewer_things({"things": things, "backgrounds": backgrounds}, 3)
+    batch = {"things": things, "backgrounds": backgrounds}
+    fewer = with_fewer_things(batch, 3)
     kept = fewer["things"][:, :3, 0] == 1
-    assert same.shape == (8, 8, 8) and 0 < kept.float().mean() < 1
-    for corner, held in ((0, same[:, :3, :3]), (1, same[:, :3, 5:]), (2, same[:, 5:, :3])):
-        assert torch.equal(held.amin((1, 2)) == 1, kept[:, corner]) and torch.equal(held[:, 1, 1] == 1, kept[:, corner])
-    assert (same[:, 5:, 5:] == 1).all()
+    same, empty = same_cells(batch, fewer), empty_cells(batch)
+    assert same.shape == empty.shape == (8, 8, 8) and 0 < kept.float().mean() < 1
+    corners = [[(r < 2 or r > 5) and (c < 2 or c > 5) and not (r > 5 and c > 5) for c in range(8)] for r in range(8)]
+    assert torch.equal(empty, 1 - torch.tensor(corners).float().expand(8, -1, -1))
+    for corner, (row, column) in enumerate(((0, 0), (0, 7), (7, 0))):
+        assert torch.equal(same[:, row, column] == 1, kept[:, corner])
+    assert (same[:, 5:, 5:] == 1).all() and (same[:, 2:6, 2:6] == 1).all()
+
+
+def test_latents_are_held_where_they_should_be_equal() -> None:
+    latents = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    others, same, empty = latents.clone(), torch.ones(2, 4, 4), torch.zeros(2, 4, 4)
+    others[0, :, 1, 1] += 2.0
+    assert float(moved(latents, others, same)) == pytest.approx(4 / 32)
+    same[0, 1, 1] = 0  # there it may
+    assert float(moved(latents, others, same)) == 0
+    empty[1, 0] = 1
+    latents[1, :, 0] = torch.tensor([1.0, 2.0, 3.0])[:, None]
+    assert float(apart(latents, empty)) == pytest.approx(0, abs=1e-12)
+    latents[1, :, 0, :2] += 2.0  # two of four are 1 above their mean, two 1 below; a picture without empty cells counts as none
+    assert float(apart(latents, empty)) == pytest.approx(1 / 2)
 
 
 def test_a_new_image_head_points_at_entries(small_root: Path) -> None:
