@@ -2,7 +2,7 @@
 
 What happens at step i is a function of (seed, stage, i) and of the weights before it, so a run that was interrupted and goes on
 ends with the same weights as one that was not. Where torch's process group is open, its processes share each batch and average
-their gradients: on two cores, two processes of one thread do a fifth more than one of two.
+their gradients: on two cores, two processes of one thread do an eighth more than one of two.
 """
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Job:
 
 
 class Steps(Dataset):
-    """Batches by number, for the loader's workers: of this process alone where there are several, then as small a part of the stage's."""
+    """Batches by number, for the loader's workers. Several processes take others each, so theirs are a part of the stage's."""
 
     def __init__(self, batch_of: Callable[[int], dict], steps: int):
         self.batch_of, self.steps, self.first = batch_of, steps, OTHERS * process()[0]
