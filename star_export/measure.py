@@ -47,12 +47,14 @@ def run_case(session, case: Case, *, limits: Mapping[str, float], capacity_token
 
 def where_ids_agree(got: Tensors, wanted: Tensors) -> tuple[Tensors, Tensors]:
     """Both sides with `inputs_embeds` [..,H] only where `image_ids` agree: the row of another id is another row, and the share of such
-    ids has a limit of its own. Rows are the ids' in order, two for each id under guidance. All rows where no id agrees."""
+    ids has a limit of its own. Rows are the ids' in order, two for each id under guidance. Without them where no id agrees."""
     if not {"image_ids", "inputs_embeds"} <= wanted.keys() or got["image_ids"].shape != wanted["image_ids"].shape:
         return got, wanted
     same = (got["image_ids"] == wanted["image_ids"]).reshape(-1)
-    if same.all() or not same.any():
+    if same.all():
         return got, wanted
+    if not same.any():
+        return tuple({name: array for name, array in side.items() if name != "inputs_embeds"} for side in (got, wanted))
     rows = wanted["inputs_embeds"].reshape(-1, wanted["inputs_embeds"].shape[-1])
     kept = same.repeat(len(rows) // same.size)
     return got | {"inputs_embeds": got["inputs_embeds"].reshape(rows.shape)[kept]}, wanted | {"inputs_embeds": rows[kept]}
