@@ -30,7 +30,8 @@ class Case:
 
 
 def cases_from_file(path: Path) -> dict[str, Case]:
-    """Case name -> case, from keys `case/in/name`, `case/out/name` and `case/noise/name`. Raises InputError for a set that cannot prove anything."""
+    """Case name -> case, from keys `case/in/name`, `case/out/name` and `case/noise/name`. Raises InputError for a set that cannot prove
+    anything."""
     cases: dict[str, Case] = {}
     for key, array in tensors_from_file(path).items():
         case, side, name = (key.split("/", 2) + ["", ""])[:3]

@@ -30,9 +30,9 @@ Losses = dict[str, Tensor]  # the one named "loss" is minimised, the others are 
 
 @dataclass
 class Job:
-    """What a stage brings to the loop, its batch this process's part. `batch_of(step)` runs in worker processes and returns a dict of tensors; `losses` computes
-    them; `after` runs behind each optimiser step, `finish` once behind the last; `trained` are the modules whose parameters move,
-    `by_muon` those of the parameters that Muon moves and not AdamW, `extra` what else is saved."""
+    """What a stage brings to the loop, its batch this process's part. `batch_of(step)` runs in worker processes and returns a dict of
+    tensors; `losses` computes them; `after` runs behind each optimiser step, `finish` once behind the last; `trained` are the modules
+    whose parameters move, `by_muon` those of the parameters that Muon moves and not AdamW, `extra` what else is saved."""
 
     stage: Stage
     trained: dict[str, nn.Module]

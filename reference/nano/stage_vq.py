@@ -25,7 +25,7 @@ from .world import SIDE_PIXELS, random_scene
 
 DECAY, COMMITMENT, LOCALITY = 0.99, 0.25, 10.0
 EMPTY_SHARE = 0.05  # of the empty background's latents count for the codebook of stage 3
-DEAD = 0.1  # running count below which an entry starts again; the mean is 2
+DEAD = 0.1  # running count below which an entry starts again; the mean is 0.5
 RESTART_EVERY = 20  # steps
 KMEANS_BATCHES, LOCAL_KMEANS_BATCHES, KMEANS_ROUNDS = 8, 300, 25
 

@@ -145,6 +145,11 @@ def main(argv: list[str] | None = None) -> int:
     if wrong := [name for name in names if name not in STAGES]:
         parser.error(f"no such stage: {', '.join(wrong)}; there are {', '.join(STAGES)}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        processes = int(os.environ["WORLD_SIZE"])
+        if processes > 1 and "vq" in names:
+            parser.error("stage vq keeps sums that several processes do not share: train it in one, the others with --stages")
+        if odd := [name for name in names if STAGES[name].batch * options.wide % processes]:
+            parser.error(f"{processes} processes cannot share the batch of {STAGES[odd[0]].batch * options.wide} of stage {odd[0]} evenly")
         dist.init_process_group("gloo")
     if options.threads:
         torch.set_num_threads(options.threads)
