@@ -8,7 +8,7 @@ from engines.sampler import sample
 from star_export.components import COMPONENTS
 from star_export.golden_cases import component_cases
 from star_export.limits import FLIPPED_IDS, MARGIN, largest_noise, limits_of
-from star_export.measure import redrawn
+from star_export.measure import redrawn, run_case
 
 
 def noise_of(bundle: Bundle) -> dict[str, dict[str, float]]:
@@ -31,7 +31,7 @@ def test_the_limit_is_the_margin_times_the_noise_of_the_case() -> None:
     assert limits_of("image_head", "fp32", {}) == COMPONENTS["image_head"].limits
     for compute in ("bf16", "fp16"):
         found = limits_of("image_head", compute, noise)
-        assert found["logits"] == pytest.approx(MARGIN * 0.02) and found["image_ids"] == found["inputs_embeds"] == 0
+        assert MARGIN == 3 and found["logits"] == pytest.approx(0.06) and found["image_ids"] == found["inputs_embeds"] == 0
     assert limits_of("vq_encoder", "bf16", {}) == {"image_ids": FLIPPED_IDS, "inputs_embeds": 0.0}
 
 
@@ -47,3 +47,54 @@ def test_drawn_ids_are_held_to_the_executors_own_logits() -> None:
     assert np.array_equal(wanted, sample(logits, top_k=300, top_p=0.9, uniform=feeds["uniform"])) and len(set(wanted.tolist())) > 1
     assert not np.array_equal(redrawn({"logits": np.flip(logits, -1)}, feeds)["image_ids"], wanted)
     assert not redrawn({"logits": logits}, {}) and not redrawn({"logits": logits * np.nan}, feeds)  # text_head; NaN fails by itself
+
+
+class Buffer:
+    dtype = "float32"
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def write(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def read(self) -> np.ndarray:
+        return self.array
+
+
+class Head:
+    """An `image_head` that returns these outputs, whatever it is given."""
+
+    def __init__(self, bundle: Bundle, outputs: dict[str, np.ndarray]):
+        self.spec, self.outputs = bundle.component("image_head"), outputs
+
+    def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        return Buffer(np.zeros(shape))
+
+    def bind(self, buffers: dict[str, Buffer]):
+        return lambda: [buffers[name].write(array) for name, array in self.outputs.items()]
+
+
+def test_a_head_in_16_bits_is_judged_by_its_own_logits(bundle_of) -> None:
+    """Logits that differ a little may draw another id; ids that these logits do not draw fail, whether recorded or not."""
+    bundle = Bundle.open(bundle_of("bf16"))
+    spec = bundle.component("image_head")
+    case = component_cases(bundle.file(spec.golden), spec)["open"]
+    limits = limits_of("image_head", "bf16", case.noise)
+    recorded = case.outputs["logits"]
+    noise = np.random.Generator(np.random.Philox(5)).uniform(-1, 1, recorded.shape).astype(np.float32)
+    logits = recorded + noise * 0.9 * limits["logits"] * recorded.std()
+    for uniform in np.linspace(0, 1, 500, endpoint=False, dtype=np.float32):  # the first that the noise carries over a border
+        case.inputs["uniform"] = np.full(len(recorded), uniform)
+        ids, drawn = (redrawn({"logits": array}, case.inputs)["image_ids"] for array in (recorded, logits))
+        if (drawn == ids).any() and not (drawn == ids).all():
+            break
+    assert not np.array_equal(drawn, ids)
+    case.outputs["image_ids"] = ids
+
+    def fails(given: np.ndarray, *, own_draws: bool = True) -> set[str]:
+        head = Head(bundle, case.outputs | {"logits": logits, "image_ids": given})
+        return {r.tensor for r in run_case(head, case, limits=limits, own_draws=own_draws) if not r.passed}
+
+    assert fails(drawn) == set() and fails(drawn, own_draws=False) == {"image_ids"}
+    assert fails(drawn + 1) == {"image_ids"} and fails(ids) == {"image_ids"}
