@@ -18,8 +18,8 @@ from reference.nano.recipe import STAGES, Stage
 from reference.nano.batches import cells_of
 from reference.nano.draw import arrays_from_scenes
 from reference.nano.stage_eyes import eyes_batch, eyes_job
-from reference.nano.stage_vq import (VQ_TRAINERS, apart, clusters, drawn, empty_cells, image_from_scenes, moved, nearest, same_cells, scale_latents,
-                                    scenes_of, with_fewer_things)
+from reference.nano.stage_vq import (EMPTY_SHARE, VQ_TRAINERS, apart, clusters, drawn, empty_cells, image_from_scenes, moved, nearest, same_cells,
+                                    scale_latents, scenes_of, with_fewer_things)
 from reference.nano.tokens import Rows
 from reference.nano.world import COLORS, Look, Scene, Thing
 from reference.weights import load_star, resolve_checkpoint
@@ -177,10 +177,10 @@ def test_the_vq_model_learns_pictures_by_heart(small_root: Path) -> None:
     found = {}
     for name, steps in {"vq": 80, "local": 60, "decoder": 40}.items():
         trainer = VQ_TRAINERS[name](star, Stage(name, steps=steps, batch=4, learning_rate=3e-3, warmup=10), device)
-        encoder = [p.clone() for p in star.vq_encoder.parameters()]
+        encoder = {n: p.clone() for n, p in star.vq_encoder.named_parameters() if "codebook" not in n}
         found[name] = overfit(trainer.job(), [batch], steps=steps, rate=3e-3)
-        moved_on = any(not torch.equal(p, q) for p, q in zip(star.vq_encoder.parameters(), encoder) if p.requires_grad)
-        assert moved_on == (name != "decoder")
+        moved_on = [not torch.equal(star.vq_encoder.get_parameter(n), before) for n, before in encoder.items()]
+        assert len(moved_on) > 20 and (not any(moved_on) if name == "decoder" else any(moved_on))
     first, local, last = found.values()
     assert first[12]["used"] > 0.9 and first[-1]["psnr"] > first[5]["psnr"] + 6 and first[-1]["loss"] < 0.25 * first[5]["loss"]
     assert mean(f["apart"] for f in local[-10:]) < 0.5 * mean(f["apart"] for f in local[:3])
@@ -235,6 +235,16 @@ def test_latents_are_held_where_they_should_be_equal() -> None:
     assert float(apart(latents, empty)) == pytest.approx(0, abs=1e-12)
     latents[1, :, 0, :2] += 2.0  # two of four are 1 above their mean, two 1 below; a picture without empty cells counts as none
     assert float(apart(latents, empty)) == pytest.approx(1 / 2)
+
+
+def test_of_the_empty_background_little_counts_for_the_codebook(small_root: Path) -> None:
+    star, _ = small_star(small_root)
+    trainer = VQ_TRAINERS["decoder"](star, STAGES["decoder"], torch.device("cpu"))
+    scenes = scenes_of(0, batch=64)
+    empty = empty_cells(scenes).flatten()
+    counted = trainer.counted(empty.unsqueeze(1), scenes, 0)  # latents that tell which they are
+    assert (counted == 0).sum() == (empty == 0).sum() > 500  # all that show a thing
+    assert (counted == 1).sum() == pytest.approx(EMPTY_SHARE * float(empty.sum()), rel=0.25) and EMPTY_SHARE < 0.1
 
 
 def test_a_new_image_head_points_at_entries(small_root: Path) -> None:
