@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from random import Random
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..tasks import mrope_position_ids
 from . import edits, prompts, questions, riddles
 from .draw import arrays_from_scenes
-from .recipe import DROPPED_PROMPTS, IMAGE_TOKENS, SEED
+from .recipe import DROPPED_PROMPTS, IMAGE_TOKENS, SEED, TOKENS_SIDE
 from .tokens import Rows
 from .vision import MERGED_SIDE
-from .wanted import request_of_scene, wanted_tensors
-from .world import COLORS, RADII, SHAPES, SIDE_PIXELS, Scene, random_scene
+from .wanted import TOKEN_PIXELS, request_of_scene, wanted_tensors
+from .world import COLORS, MAX_THINGS, RADII, SHAPES, SIDE_PIXELS, Look, Scene, random_scene
 
 QUESTIONS = {"color": 16, "shape": 8, "count": 16, "position": 20, "yes/no": 32, "describe": 8}  # shares
 PROMPTS = {"mixed": 30, "attributes": 15, "position": 20, "counting": 15, "two": 10, "colors": 5, "single": 5}
@@ -26,6 +27,7 @@ TEXT_SHARE = 0.125  # rows of the base stage without a picture, half of them rid
 MAGIC_SHARE = 0.3  # prompts worded as a reasoned answer, with what the release appends
 MERGED_PATCHES = MERGED_SIDE**2
 CELL_PIXELS = SIDE_PIXELS // MERGED_SIDE
+REACHED_PIXELS = 3.0  # a token shows a thing whose radius ends at most so far from its centre
 IGNORED = -100
 
 
@@ -71,7 +73,8 @@ def conversation(random: Random, scene: Scene) -> list[questions.Question]:
 
 def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
     """Stage 4: prompts and scenes that fulfil them. input_ids [B, S] with room for the picture behind each prompt, `first` [B]
-    the column from which its first token is predicted, position_ids [3, B, S], things, backgrounds, and `wanted_tensors`."""
+    the column from which its first token is predicted, position_ids [3, B, S], things, backgrounds, and what `token_tensors` and
+    `wanted_tensors` tell."""
     random, requests, scenes, full, told = Random(f"{SEED} {stage} generate {step}"), [], [], [], []
     for _ in range(batch):
         text, request = prompts.random_prompt(random, drawn_from(random, PROMPTS), test=False)
@@ -81,11 +84,12 @@ def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
         row = rows.draw(prompts.caption(request) if magic and random.random() < 0.7 else text, magic=magic)
         told.append(random.random() >= DROPPED_PROMPTS)
         full.append(row if told[-1] else rows.unconditional(row))
-    return picture_rows(full) | scene_tensors(scenes) | wanted_tensors(requests, scenes, told)
+    return picture_rows(full) | scene_tensors(scenes) | token_tensors(scenes) | wanted_tensors(requests, scenes, told)
 
 
 def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
-    """Stage 5: instructions on a picture. As `generate_batch`, and that picture as `before_things`, `before_backgrounds`."""
+    """Stage 5: instructions on a picture. As `generate_batch`, and that picture as `before_things`, `before_backgrounds`, in the columns
+    `given` [B, T]."""
     random, before, after, full, told = Random(f"{SEED} edit {step}"), [], [], [], []
     for _ in range(batch):
         edit = edits.random_edit(random, random.choice(edits.KINDS), test=False)
@@ -94,8 +98,10 @@ def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
         row = rows.edit(edit.text, image_tokens=IMAGE_TOKENS, merged_patches=MERGED_PATCHES)
         told.append(random.random() >= DROPPED_PROMPTS)
         full.append(row if told[-1] else rows.unconditional(row))
-    found = picture_rows(full) | scene_tensors(after) | wanted_tensors([request_of_scene(scene) for scene in after], after, told)
+    found = picture_rows(full) | scene_tensors(after) | token_tensors(after)
+    found |= wanted_tensors([request_of_scene(scene) for scene in after], after, told)
     length = found["input_ids"].shape[1]
+    found["given"] = (found["input_ids"] == rows.special.vision_pad).nonzero()[:, 1].view(batch, IMAGE_TOKENS)
     positions = mrope_position_ids(found["input_ids"][0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
     found["position_ids"] = positions[:, :, :length].expand(-1, batch, -1).contiguous()
     return found | {f"before_{name}": tensor for name, tensor in scene_tensors(before).items()}
@@ -119,6 +125,32 @@ def scene_tensors(scenes: list[Scene]) -> dict[str, Tensor]:
     return {"things": torch.from_numpy(things), "backgrounds": torch.from_numpy(backgrounds)}
 
 
+def token_tensors(scenes: list[Scene]) -> dict[str, Tensor]:
+    """What each image token shows, as `cell_tensors` tells of patches: `classes` [B, T, 4] and `offsets` [B, T, 2], here of every token
+    that a thing reaches, in units of `TOKEN_PIXELS` from the token's centre to the thing's."""
+    things, _ = arrays_from_scenes(scenes)
+    x, y, radius = (things[:, None, :, index] for index in (2, 3, 4))  # [B, 1, 4]
+    index = np.arange(IMAGE_TOKENS)[:, None]
+    right = (x / TOKEN_PIXELS - index % TOKENS_SIDE - 0.5)  # [B, T, 4]
+    down = (y / TOKEN_PIXELS - index // TOKENS_SIDE - 0.5)
+    beyond = np.hypot(right, down) * TOKEN_PIXELS - radius + 1e6 * (things[:, None, :, 0] == 0)  # of a thing's edge, in pixels
+    nearest = beyond.argmin(-1)  # [B, T]
+    there = np.take_along_axis(beyond, nearest[..., None], -1)[..., 0] < REACHED_PIXELS
+    looks = np.full((len(scenes), MAX_THINGS, 3), IGNORED)
+    for n, scene in enumerate(scenes):
+        for m, thing in enumerate(scene.things):
+            looks[n, m] = look_classes(thing.look)
+    looks = np.where(there[..., None], np.take_along_axis(looks, nearest[..., None], 1), (0, IGNORED, IGNORED))  # [B, T, 3]
+    backgrounds = np.array([list(COLORS).index(scene.background) for scene in scenes])[:, None, None].repeat(IMAGE_TOKENS, 1)
+    offsets = np.concatenate([np.take_along_axis(v, nearest[..., None], -1) for v in (right, down)], -1) * there[..., None]
+    return {"classes": torch.from_numpy(np.concatenate([looks, backgrounds], -1)), "offsets": torch.from_numpy(offsets.astype(np.float32))}
+
+
+def look_classes(look: Look) -> list[int]:
+    """A shape, counted from 1, its colour and its size as numbers."""
+    return [1 + SHAPES.index(look.shape), list(COLORS).index(look.color), list(RADII).index(look.size)]
+
+
 def cell_tensors(scenes: list[Scene]) -> dict[str, Tensor]:
     """What each merged patch shows: classes [B, 16, 4], a shape (0 for none), its colour, its size and the background, IGNORED where
     there is none; and `offsets` [B, 16, 2] of a thing's centre from the patch's, -1 to 1 right and down."""
@@ -133,7 +165,7 @@ def cells_of(scene: Scene) -> tuple[list[list[int]], list[list[float]]]:
     offsets = [[0.0, 0.0] for _ in classes]
     for thing in scene.things:
         column, row = int(thing.x // CELL_PIXELS), int(thing.y // CELL_PIXELS)
-        look, cell = thing.look, row * MERGED_SIDE + column
-        classes[cell] = [1 + SHAPES.index(look.shape), list(COLORS).index(look.color), list(RADII).index(look.size), background]
+        cell = row * MERGED_SIDE + column
+        classes[cell] = [*look_classes(thing.look), background]
         offsets[cell] = [2 * (thing.x / CELL_PIXELS - column) - 1, 2 * (thing.y / CELL_PIXELS - row) - 1]
     return classes, offsets

@@ -167,7 +167,7 @@ def groups(parameters: list[Tensor], stage: Stage) -> list[dict]:
 def record(stage: Stage, folder: Path, step: int, recorded: list[Losses], speed: float) -> str:
     """Append the mean losses of the last steps to the stage's log; the line that is shown."""
     means = {name: float(torch.stack([losses[name].float() for losses in recorded if name in losses]).mean())
-             for name in recorded[-1]}
+             for name in dict.fromkeys(name for losses in recorded for name in losses)}
     if not math.isfinite(means["loss"]):
         raise FloatingPointError(f"stage {stage.name}, step {step}: the loss is {means['loss']}")
     with open(folder / f"{stage.name}.jsonl", "a", encoding="utf-8") as log:

@@ -60,13 +60,14 @@ def new_head(width: int, device: torch.device, *, outputs: int = OUTPUTS) -> nn.
 
 
 def read_losses(read: Tensor, batch: dict) -> Losses:
-    """What a head read [B, 16, OUTPUTS]: cross entropy of the classes and squared error of the offsets; shares of what is there
-    that is told right."""
+    """What a head read of n patches or tokens, [B, n, OUTPUTS]: cross entropy of the classes and squared error of the offsets; shares
+    of what is there that is told right."""
     *scores, offsets = read.split((*CLASSES, 2), dim=-1)
-    there = batch["classes"][..., 1] != IGNORED  # [B, 16]
-    loss = F.mse_loss(offsets[there], batch["offsets"][there])
+    there = (batch["classes"][..., 1] != IGNORED).to(read.dtype)  # [B, n]
+    count, errors = there.sum().clamp(min=1), offsets - batch["offsets"]
+    loss = (errors.square().mean(-1) * there).sum() / count
     losses = {}
     for name, logits, wanted in zip(("shape", "color", "size", "background"), scores, batch["classes"].unbind(-1), strict=True):
         loss = loss + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
-        losses[name] = (logits.argmax(-1) == wanted)[there].float().mean()
-    return {"loss": loss, **losses, "offset": (offsets - batch["offsets"])[there].abs().mean()}
+        losses[name] = ((logits.argmax(-1) == wanted) * there).sum() / count
+    return {"loss": loss, **losses, "offset": (errors.abs().mean(-1) * there).sum() / count}

@@ -28,6 +28,7 @@ from .wanted import wanted_loss
 
 BASE_PARTS = ("token_embedding", "vision_encoder", "base_ar")  # text_head is token_embedding, tied
 READ_LAYER = 1  # of the base, counted from 0: what patches show is read after it
+ASKED = ("kinds", "begins", "background", "relation", "told", "classes", "offsets", "given")  # of a batch, what heads are to tell
 TRAINED_PARTS = ("pixel_adapter", "stacked_ar", "image_head")
 POINTED, EMBEDDED = 0.1, 8.0  # how far a new head's latents lie from zero, in sizes of an entry; size of a new adapter's embeddings
 
@@ -146,10 +147,11 @@ def edit_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) ->
 
 def picture_job(star: Star, stage: Stage, batch_of: Callable[[int], dict], *, compiled: bool) -> Job:
     """Training of the generating parts. Linear heads, which are not kept, tell the row and column of a picture's next token after the
-    stack's first layer, for the same reason as in the base, and what is wanted and what is left after the second and third."""
+    stack's first layer, for the same reason as in the base, what is wanted after the second, and after the third what is left and what
+    the next token shows."""
     parts = freeze(star, trained=TRAINED_PARTS)
     width, device = star.image_head.in_features, star.image_head.weight.device
-    outputs = {"placed": 2 * TOKENS_SIDE, **WANTED_OUTPUTS}
+    outputs = {"placed": 2 * TOKENS_SIDE, **WANTED_OUTPUTS, "shown": OUTPUTS}
     parts["heads"] = nn.ModuleDict({name: new_head(width, device, outputs=count) for name, count in outputs.items()})
     for name in WANTED_OUTPUTS:
         nn.init.zeros_(parts["heads"][name].weight)  # or what they first say of counts is wrong by hundreds, and learning starts with that
@@ -169,33 +171,39 @@ def picture_losses(star: Star, heads: nn.ModuleDict, losses_of: Callable, batch:
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
         image_ids = ids_of(star, image_from_scenes(batch, noise=None))
         embeds = prompt_with_pictures(star, batch, step)
-        asked = {name: batch[name] for name in ("kinds", "begins", "background", "relation", "told")}
+        asked = {name: batch[name] for name in ASKED if name in batch}
         losses = losses_of(star, heads, embeds, image_ids, batch["first"], batch["position_ids"], asked)
     kind = "edited" if "before_things" in batch else "drawn"
-    return {"loss": losses["tokens"] + losses["placed"] + losses["wanted"], kind: losses.pop("tokens").detach(), **losses}
+    return {"loss": losses["tokens"] + losses["placed"] + losses["wanted"] + losses["shown"], kind: losses.pop("tokens").detach(), **losses}
 
 
 def token_losses(star: Star, heads: nn.ModuleDict, embeds: Tensor, image_ids: Tensor, first: Tensor, positions: Tensor,
                  asked: dict[str, Tensor]) -> Losses:
     """`tokens`: cross entropy of a picture's tokens, and `right`, the share of them that is the most probable; `placed`: cross entropy of
-    their rows and columns; `wanted` and `left`: what `wanted_loss` says.
+    their rows and columns, and of those of the given picture's; `wanted` and `left`: what `wanted_loss` says; `shown`: what
+    `read_losses` says of what the next token shows, and `foreseen`, the share of its shapes that is right.
 
     embeds [B, S, H] of the prompts, image_ids [B, T], first [B]: the column from which the first token is predicted, positions
-    [3, B, S], asked: `wanted_tensors`.
+    [3, B, S], asked: `wanted_tensors`, `token_tensors` and, for edits, `given`.
     """
     steps = torch.arange(IMAGE_TOKENS, device=embeds.device)
     columns = (first[:, None] + steps).unsqueeze(-1).expand(-1, -1, embeds.shape[-1])  # [B, T, H]
     embeds = embeds.scatter(1, columns[:, :-1] + 1, star.image_embedding(image_ids[:, :-1]).to(embeds.dtype))
     states = hidden_states(star.stacked_ar, whole(star.base_ar, embeds, positions), positions)
     logits = star.image_head(states[-1].gather(1, columns)).float()  # [B, T, K]
-    placed, wanted, left = (heads[name](F.rms_norm(states[layer].gather(1, columns), columns.shape[-1:])).float()
-                            for layer, name in enumerate(("placed", "wanted", "left")))
-    places = torch.stack((steps // TOKENS_SIDE, steps % TOKENS_SIDE), dim=1).expand(len(embeds), -1, -1)  # [B, T, 2]
-    missed, known = wanted_loss(wanted, left, asked)
+    told = {name: heads[name](F.rms_norm(states[layer].gather(1, columns), columns.shape[-1:])).float()
+            for name, layer in (("placed", 0), ("wanted", 1), ("left", 2), ("shown", 2))}
+    placed, places = told["placed"], torch.stack((steps // TOKENS_SIDE, steps % TOKENS_SIDE), dim=1).expand(len(embeds), -1, -1)  # [B, T, 2]
+    if "given" in asked:
+        columns = asked["given"].unsqueeze(-1).expand_as(columns)
+        given = heads["placed"](F.rms_norm(states[0].gather(1, columns), columns.shape[-1:])).float()
+        placed, places = torch.cat([placed, given], dim=1), torch.cat([places, places], dim=1)
+    missed, known = wanted_loss(told["wanted"], told["left"], asked)
+    shown = read_losses(told["shown"], asked)
     return {"tokens": F.cross_entropy(logits.flatten(0, 1), image_ids.flatten()),
             "right": (logits.argmax(-1) == image_ids).float().mean(),
             "placed": F.cross_entropy(placed.unflatten(-1, (2, TOKENS_SIDE)).flatten(0, 2), places.flatten()),
-            "wanted": missed, "left": known}
+            "wanted": missed, "left": known, "shown": shown["loss"], "foreseen": shown["shape"]}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from reference.model import Star
 from reference.nano import layout, loop, recipe, stages, train
 from reference.nano.batches import IGNORED, base_batch, edit_batch, generate_batch
 from reference.nano.recipe import STAGES, Stage
-from reference.nano.batches import cells_of
+from reference.nano.batches import cells_of, token_tensors
 from reference.nano.draw import arrays_from_scenes
 from reference.nano.stage_eyes import eyes_batch, eyes_job
 from reference.nano.stage_vq import (EMPTY_SHARE, VQ_TRAINERS, apart, clusters, drawn, empty_cells, image_from_scenes, moved, nearest, same_cells,
@@ -66,6 +66,12 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
                 for place in (folder, tmp_path / "whole")]
         assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5, 6]
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_what_only_some_steps_lose_is_recorded_too(tmp_path: Path) -> None:
+    even, odd = ({"loss": torch.tensor(v), name: torch.tensor(v)} for v, name in ((1.0, "edited"), (3.0, "drawn")))
+    loop.record(QUICK, tmp_path, 2, [even, odd], 1.0)
+    assert json.loads((tmp_path / "quick.jsonl").read_text()) == {"step": 2, "loss": 2.0, "edited": 1.0, "drawn": 3.0}
 
 
 def share_a_run(rank: int, folder: Path) -> None:
@@ -157,6 +163,22 @@ def test_cells_tell_what_has_its_centre_there() -> None:
     assert all(c == [0, IGNORED, IGNORED, list(COLORS).index("blue")] for i, c in enumerate(classes) if i != 2)
 
 
+def test_tokens_tell_which_thing_reaches_them() -> None:
+    """A large star over columns 2 to 5 and a small circle in the corner below; what is nearer is told where both reach."""
+    scene = Scene("blue", (Thing(Look("star", "red", "large"), x=32.0, y=32.0, radius=11.0, angle=0.0),
+                           Thing(Look("circle", "white", "small"), x=52.0, y=52.0, radius=7.0, angle=0.0)))
+    told = token_tensors([Scene("green", ()), scene])
+    classes, offsets = told["classes"].view(2, 8, 8, 4), told["offsets"].view(2, 8, 8, 2)
+    assert (classes[0] == torch.tensor([0, IGNORED, IGNORED, list(COLORS).index("green")])).all() and not offsets[0].any()
+    assert (classes[1, ..., 3] == list(COLORS).index("blue")).all()
+    shape = classes[1, ..., 0]
+    assert (shape[3:5, 2:6] == 4).all() and (shape[2:6, 3:5] == 4).all() and shape[2, 2] == 0  # the corner is 17 pixels away, 11 + 3 reach
+    assert (shape[6, 5:8] == 1).all() and not shape[:2].any() and not shape[:, :2].any()
+    assert classes[1, 6, 6].tolist() == [1, list(COLORS).index("white"), 0, list(COLORS).index("blue")]
+    assert offsets[1, 3, 5].tolist() == [-1.5, 0.5] and offsets[1, 6, 6].tolist() == [0.0, 0.0]
+    assert not offsets[1][shape == 0].any()
+
+
 def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches in turn, one drawn and one edited, with the base frozen; without noise, so that pictures repeat."""
     star, rows = small_star(small_root)
@@ -166,6 +188,7 @@ def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeyp
     found = overfit(stages.edit_job(star, rows, STAGES["edit"]), batches, steps=150, rate=4e-3)
     assert found[0]["loss"] > 3 and found[-1]["right"] > 0.85 and found[-2]["right"] > 0.85
     assert "edited" in found[-2] and "drawn" in found[-1]
+    assert all(losses["foreseen"] > 0.9 > found[0]["foreseen"] and losses["placed"] < 0.5 < found[0]["placed"] for losses in found[-2:])
     moved = {name.split(".")[0] for name, tensor in star.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == set(stages.TRAINED_PARTS)
 
