@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,13 @@ INKS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127
 Series = dict[str, list[tuple[float, float]]]  # name -> points
 
 
-def chart(title: str, series: Series, *, x_label: str = ""):
-    """One line chart with its own scale, as a Pillow image."""
+def chart(title: str, series: Series, *, x_label: str = "", logarithmic: bool = False):
+    """One line chart with its own scale, that of x `logarithmic` or not, as a Pillow image."""
     from PIL import Image, ImageDraw
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(image)
-    points = [point for line in series.values() for point in line]
+    along, back = (math.log, math.exp) if logarithmic else (float, float)
+    points = [(along(x), y) for line in series.values() for x, y in line]
     (left, bottom), (right, top) = (tuple(f(p[axis] for p in points) for axis in (0, 1)) for f in (min, max))
     wide, high = (right - left) or 1.0, (top - bottom) or 1.0
 
@@ -31,12 +33,12 @@ def chart(title: str, series: Series, *, x_label: str = ""):
         pen.line([place(left, y), place(right, y)], fill=(220, 220, 220))
         pen.text((4, place(left, y)[1] - 6), f"{y:.3g}", fill="black")
         x = left + share * wide
-        pen.text((place(x, bottom)[0] - 14 * share * 2, HEIGHT - 26), f"{x:g}", fill="black")
+        pen.text((place(x, bottom)[0] - 14 * share * 2, HEIGHT - 26), f"{back(x):.4g}", fill="black")
     pen.text((MARGIN, 6), title, fill="black")
     pen.text((WIDTH // 2, HEIGHT - 14), x_label, fill="black")
     for number, (name, line) in enumerate(series.items()):
         ink = INKS[number % len(INKS)]
-        drawn = [place(*point) for point in sorted(line)]
+        drawn = [place(along(x), y) for x, y in sorted(line)]
         pen.line(drawn, fill=ink, width=2)
         for x, y in drawn if len(drawn) < 20 else ():
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)

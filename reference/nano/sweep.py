@@ -46,7 +46,7 @@ def choose(painter: Painter, folder: Path, *, count: int, tasks: Sequence[str] =
             measured.append(asdict(painter.sampling) | {"right": found[-1][1]})
             print(f"{name} {value}: {found[-1][1]:.3f}", file=sys.stderr, flush=True)
         best = replace(best, **{name: max(found, key=lambda pair: pair[1])[0]})
-        charts.append(chart(f"right pictures by {name}", {name: found}, x_label=name))
+        charts.append(chart(f"right pictures by {name}", {name: found}, x_label=name, logarithmic=name == "top_k"))
     (folder / "sampling.json").write_text(json.dumps(asdict(best), indent=1) + "\n")
     (folder / "sweep.json").write_text(json.dumps(measured, indent=1) + "\n")
     write_charts(folder / "sweep.png", charts)

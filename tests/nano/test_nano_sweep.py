@@ -71,6 +71,16 @@ def test_a_chart_shows_its_lines_and_a_grid_its_pictures(tmp_path: Path) -> None
     assert {200 + i for i in range(8)} <= set(np.unique(page).tolist())
 
 
+def test_a_logarithmic_chart_has_ten_in_the_middle_of_one_and_a_hundred() -> None:
+    peak = [(1, 0.0), (10, 1.0), (100, 0.0)]
+    tips = []
+    for logarithmic in (True, False):
+        image = np.asarray(plot.chart("t", {"": peak}, logarithmic=logarithmic))
+        rows, columns = np.nonzero((image == plot.INKS[0]).all(-1))
+        tips.append((columns[rows == rows.min()].mean() - columns.min()) / np.ptp(columns))
+    assert abs(tips[0] - 0.5) < 0.02 and tips[1] < 0.15
+
+
 def test_a_caption_tells_the_verdict_the_text_and_the_answer() -> None:
     item = benchmark.Item("any", "as many stars as a hand has fingers", lambda picture: {})
     blank = np.zeros((64, 64, 3), np.uint8)
