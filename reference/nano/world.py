@@ -15,15 +15,15 @@ MAX_THINGS = 4
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (250, 225, 50),
           "purple": (140, 50, 170), "orange": (245, 125, 20), "white": (245, 245, 245), "black": (25, 25, 25)}
-RADII = {"small": (6.5, 7.5), "large": (10.0, 11.5)}  # ranges; a shape's points reach EXTENT times further
+RADII = {"small": (7.2, 7.8), "large": (10.6, 11.4)}  # ranges; a shape's points reach EXTENT times further
 RELATIONS = ("left of", "right of", "above", "below")
 PLACES = tuple(f"{v} {h}" for v in ("top", "bottom") for h in ("left", "right"))
 EXTENT = 1.25
 GAP_PIXELS, BORDER_PIXELS = 3.0, 1.0
-TILT = math.radians(12)  # slight rotation
+TILT = math.radians(5)  # slight rotation
 APART_PIXELS = 9.0  # how clearly a drawn relation holds
 CENTER_PIXELS = 4.0  # how far from the middle lines a thing is whose place is spoken of
-GAIN = 0.03  # relative range of the light
+GAIN = 0.01  # relative range of the light
 TRIES = 20
 
 
