@@ -193,7 +193,8 @@ def token_losses(star: Star, heads: nn.ModuleDict, embeds: Tensor, image_ids: Te
     logits = star.image_head(states[-1].gather(1, columns)).float()  # [B, T, K]
     told = {name: heads[name](F.rms_norm(states[layer].gather(1, columns), columns.shape[-1:])).float()
             for name, layer in (("placed", 0), ("wanted", 1), ("left", 2), ("shown", 2))}
-    placed, places = told["placed"], torch.stack((steps // TOKENS_SIDE, steps % TOKENS_SIDE), dim=1).expand(len(embeds), -1, -1)  # [B, T, 2]
+    placed = told["placed"]
+    places = torch.stack((steps // TOKENS_SIDE, steps % TOKENS_SIDE), dim=1).expand(len(embeds), -1, -1)  # [B, T, 2]
     if "given" in asked:
         columns = asked["given"].unsqueeze(-1).expand_as(columns)
         given = heads["placed"](F.rms_norm(states[0].gather(1, columns), columns.shape[-1:])).float()
