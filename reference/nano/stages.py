@@ -191,16 +191,17 @@ def token_losses(star: Star, heads: nn.ModuleDict, embeds: Tensor, image_ids: Te
     embeds = embeds.scatter(1, columns[:, :-1] + 1, star.image_embedding(image_ids[:, :-1]).to(embeds.dtype))
     states = hidden_states(star.stacked_ar, whole(star.base_ar, embeds, positions), positions)
     logits = star.image_head(states[-1].gather(1, columns)).float()  # [B, T, K]
-    told = {name: heads[name](F.rms_norm(states[layer].gather(1, columns), columns.shape[-1:])).float()
-            for name, layer in (("placed", 0), ("wanted", 1), ("left", 2), ("shown", 2))}
-    placed = told["placed"]
+
+    def told(name: str, layer: int, at: Tensor) -> Tensor:
+        return heads[name](F.rms_norm(states[layer].gather(1, at), at.shape[-1:])).float()
+
+    placed = told("placed", 0, columns)
     places = torch.stack((steps // TOKENS_SIDE, steps % TOKENS_SIDE), dim=1).expand(len(embeds), -1, -1)  # [B, T, 2]
     if "given" in asked:
-        columns = asked["given"].unsqueeze(-1).expand_as(columns)
-        given = heads["placed"](F.rms_norm(states[0].gather(1, columns), columns.shape[-1:])).float()
-        placed, places = torch.cat([placed, given], dim=1), torch.cat([places, places], dim=1)
-    missed, known = wanted_loss(told["wanted"], told["left"], asked)
-    shown = read_losses(told["shown"], asked)
+        placed = torch.cat([placed, told("placed", 0, asked["given"].unsqueeze(-1).expand_as(columns))], dim=1)
+        places = torch.cat([places, places], dim=1)
+    missed, known = wanted_loss(told("wanted", 1, columns), told("left", 2, columns), asked)
+    shown = read_losses(told("shown", 2, columns), asked)
     return {"tokens": F.cross_entropy(logits.flatten(0, 1), image_ids.flatten()),
             "right": (logits.argmax(-1) == image_ids).float().mean(),
             "placed": F.cross_entropy(placed.unflatten(-1, (2, TOKENS_SIDE)).flatten(0, 2), places.flatten()),

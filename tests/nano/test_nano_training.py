@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -13,9 +14,8 @@ from reference import tasks
 from reference.decoder import kv_cache_attention
 from reference.model import Star
 from reference.nano import layout, loop, recipe, stages, train
-from reference.nano.batches import IGNORED, base_batch, edit_batch, generate_batch
+from reference.nano.batches import IGNORED, base_batch, cells_of, edit_batch, generate_batch, token_tensors
 from reference.nano.recipe import STAGES, Stage
-from reference.nano.batches import cells_of, token_tensors
 from reference.nano.draw import arrays_from_scenes
 from reference.nano.stage_eyes import eyes_batch, eyes_job
 from reference.nano.stage_vq import (EMPTY_SHARE, VQ_TRAINERS, apart, clusters, drawn, empty_cells, image_from_scenes, moved, nearest, same_cells,
@@ -164,7 +164,7 @@ def test_cells_tell_what_has_its_centre_there() -> None:
 
 
 def test_tokens_tell_which_thing_reaches_them() -> None:
-    """A large star over columns 2 to 5 and a small circle in the corner below; what is nearer is told where both reach."""
+    """A large star over columns 2 to 5 and a small circle in the corner below; where both reach, the nearer."""
     scene = Scene("blue", (Thing(Look("star", "red", "large"), x=32.0, y=32.0, radius=11.0, angle=0.0),
                            Thing(Look("circle", "white", "small"), x=52.0, y=52.0, radius=7.0, angle=0.0)))
     told = token_tensors([Scene("green", ()), scene])
@@ -177,6 +177,19 @@ def test_tokens_tell_which_thing_reaches_them() -> None:
     assert classes[1, 6, 6].tolist() == [1, list(COLORS).index("white"), 0, list(COLORS).index("blue")]
     assert offsets[1, 3, 5].tolist() == [-1.5, 0.5] and offsets[1, 6, 6].tolist() == [0.0, 0.0]
     assert not offsets[1][shape == 0].any()
+    star, circle = scene.things
+    shape = token_tensors([Scene("blue", (star, replace(circle, x=48.0, y=32.0)))])["classes"].view(8, 8, 4)[..., 0]
+    assert shape[3].tolist() == [0, 0, 4, 4, 4, 1, 1, 0]  # the fifth's centre is 1.6 pixels from the star and in the circle
+
+
+def test_the_place_of_a_given_pictures_tokens_is_asked_too(small_root: Path) -> None:
+    star, rows = small_star(small_root)
+    job, batch = stages.edit_job(star, rows, STAGES["edit"]), edit_batch(0, rows=rows, batch=2)
+    assert torch.equal(batch["input_ids"].gather(1, batch["given"]), torch.full((2, recipe.IMAGE_TOKENS), star.config.special.vision_pad))
+    unasked, turned = {k: v for k, v in batch.items() if k != "given"}, batch | {"given": batch["given"].flip(1)}
+    with torch.no_grad():
+        placed = [float(job.losses(b, 0)["placed"]) for b in (batch, unasked, turned)]
+    assert len({round(loss, 4) for loss in placed}) == 3
 
 
 def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
