@@ -138,9 +138,9 @@ def train_step(job: Job, optimisers: list[Optimizer], parameters: list[Tensor], 
 
 
 def average_gradients(parameters: list[Tensor]) -> None:
-    """The mean over all processes, in place."""
+    """The mean over all processes, in place. What a step did not use has no gradient, in none of them: they take steps of one kind."""
     if process()[1] > 1:
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         for gradient, mean in zip(gradients, (flat / process()[1]).split([g.numel() for g in gradients]), strict=True):

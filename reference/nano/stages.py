@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from ..decoder import Decoder
 from ..model import Star
-from .batches import IGNORED, base_batch, edit_batch, generate_batch
+from .batches import IGNORED, base_batch, edit_batch, generate_batch, scene_tensors
 from .loop import Job, Losses, fused
 from .recipe import IMAGE_TOKENS, SEED, TOKENS_SIDE, Stage
 from .stage_eyes import OUTPUTS, new_head, read_losses
-from .stage_vq import drawn, image_from_scenes
+from .stage_vq import drawn, empty_cells, image_from_scenes, nearest
 from .tokens import Rows
 from .vision import MERGED_SIDE, embeds_of, seen
 from .wanted import OUTPUTS as WANTED_OUTPUTS
 from .wanted import wanted_loss
+from .world import COLORS, Scene
 
 BASE_PARTS = ("token_embedding", "vision_encoder", "base_ar")  # text_head is token_embedding, tied
 READ_LAYER = 1  # of the base, counted from 0: what patches show is read after it
@@ -147,15 +148,15 @@ def edit_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) ->
 
 def picture_job(star: Star, stage: Stage, batch_of: Callable[[int], dict], *, compiled: bool) -> Job:
     """Training of the generating parts. Linear heads, which are not kept, tell the row and column of a picture's next token after the
-    stack's first layer, for the same reason as in the base, what is wanted after the second, and after the third what is left and what
-    the next token shows."""
+    stack's first layer, for the same reason as in the base, after the second what is wanted and what an edit's own picture has at that
+    place, and after the third what is left and what the next token shows."""
     parts = freeze(star, trained=TRAINED_PARTS)
     width, device = star.image_head.in_features, star.image_head.weight.device
-    outputs = {"placed": 2 * TOKENS_SIDE, **WANTED_OUTPUTS, "shown": OUTPUTS}
+    outputs = {"placed": 2 * TOKENS_SIDE, **WANTED_OUTPUTS, "shown": OUTPUTS, "copied": star.codebook.embedding_dim}
     parts["heads"] = nn.ModuleDict({name: new_head(width, device, outputs=count) for name, count in outputs.items()})
     for name in WANTED_OUTPUTS:
         nn.init.zeros_(parts["heads"][name].weight)  # or what they first say of counts is wrong by hundreds, and learning starts with that
-    losses = partial(picture_losses, star, parts["heads"], fused(token_losses, compiled=compiled))
+    losses = partial(picture_losses, star, parts["heads"], background_ids(star), fused(token_losses, compiled=compiled))
     return Job(stage, parts, batch_of, losses, by_muon=[p for p in star.stacked_ar.parameters() if p.ndim == 2])
 
 
@@ -165,26 +166,28 @@ def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
     return edit_batch(step, rows=rows, batch=batch)
 
 
-def picture_losses(star: Star, heads: nn.ModuleDict, losses_of: Callable, batch: dict, step: int) -> Losses:
-    """What `token_losses` says of a batch with its pictures drawn. What is to be painted has no noise: nobody can foresee it, and
-    it turns one id in four into a neighbour's."""
+def picture_losses(star: Star, heads: nn.ModuleDict, backgrounds: Tensor, losses_of: Callable, batch: dict, step: int) -> Losses:
+    """What `token_losses` says of a batch with its pictures drawn; `backgrounds`: `background_ids`."""
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
-        image_ids = ids_of(star, image_from_scenes(batch, noise=None))
-        embeds = prompt_with_pictures(star, batch, step)
+        image_ids = painted_ids(star, backgrounds, batch)
         asked = {name: batch[name] for name in ASKED if name in batch}
+        embeds = star.token_embedding(batch["input_ids"])
+        if edits := "before_things" in batch:
+            embeds, asked["given_ids"] = with_pictures(star, embeds, batch, step)
         losses = losses_of(star, heads, embeds, image_ids, batch["first"], batch["position_ids"], asked)
-    kind = "edited" if "before_things" in batch else "drawn"
-    return {"loss": losses["tokens"] + losses["placed"] + losses["wanted"] + losses["shown"], kind: losses.pop("tokens").detach(), **losses}
+    told = sum(losses[name] for name in ("tokens", "placed", "wanted", "shown", "copied") if name in losses)
+    return {"loss": told, "edited" if edits else "drawn": losses.pop("tokens").detach(), **losses}
 
 
 def token_losses(star: Star, heads: nn.ModuleDict, embeds: Tensor, image_ids: Tensor, first: Tensor, positions: Tensor,
                  asked: dict[str, Tensor]) -> Losses:
     """`tokens`: cross entropy of a picture's tokens, and `right`, the share of them that is the most probable; `placed`: cross entropy of
     their rows and columns, and of those of the given picture's; `wanted` and `left`: what `wanted_loss` says; `shown`: what
-    `read_losses` says of what the next token shows, and `foreseen`, the share of its shapes that is right.
+    `read_losses` says of what the next token shows, and `foreseen`, the share of its shapes that is right; `copied`, of edits: squared
+    error of the entry that the given picture has where the next token is, as a share of the entries' variance.
 
     embeds [B, S, H] of the prompts, image_ids [B, T], first [B]: the column from which the first token is predicted, positions
-    [3, B, S], asked: `wanted_tensors`, `token_tensors` and, for edits, `given`.
+    [3, B, S], asked: `wanted_tensors`, `token_tensors` and, for edits, `given` and the ids there, `given_ids`.
     """
     steps = torch.arange(IMAGE_TOKENS, device=embeds.device)
     columns = (first[:, None] + steps).unsqueeze(-1).expand(-1, -1, embeds.shape[-1])  # [B, T, H]
@@ -200,12 +203,16 @@ def token_losses(star: Star, heads: nn.ModuleDict, embeds: Tensor, image_ids: Te
     if "given" in asked:
         placed = torch.cat([placed, told("placed", 0, asked["given"].unsqueeze(-1).expand_as(columns))], dim=1)
         places = torch.cat([places, places], dim=1)
+    losses = {}
+    if "given_ids" in asked:
+        entries = star.codebook.weight
+        losses["copied"] = F.mse_loss(told("copied", 1, columns), entries[asked["given_ids"]]) / entries.var(0).mean()
     missed, known = wanted_loss(told("wanted", 1, columns), told("left", 2, columns), asked)
     shown = read_losses(told("shown", 2, columns), asked)
     return {"tokens": F.cross_entropy(logits.flatten(0, 1), image_ids.flatten()),
             "right": (logits.argmax(-1) == image_ids).float().mean(),
             "placed": F.cross_entropy(placed.unflatten(-1, (2, TOKENS_SIDE)).flatten(0, 2), places.flatten()),
-            "wanted": missed, "left": known, "shown": shown["loss"], "foreseen": shown["shape"]}
+            "wanted": missed, "left": known, "shown": shown["loss"], "foreseen": shown["shape"], **losses}
 
 
 @torch.no_grad()
@@ -217,15 +224,27 @@ def ids_of(star: Star, image: Tensor) -> Tensor:
         return star.vq_encoder.distances(latents).argmin(-1)
 
 
-def prompt_with_pictures(star: Star, batch: dict, step: int) -> Tensor:
-    """Embeddings of the rows [B, S, H]; an edit's picture in its places, through the VQ and the vision encoder."""
+@torch.no_grad()
+def background_ids(star: Star) -> Tensor:
+    """The id [8] of each colour's empty background: the entry nearest to the mean latent of a picture with nothing on it."""
+    empty = {name: tensor.to(star.codebook.weight.device) for name, tensor in scene_tensors([Scene(color, ()) for color in COLORS]).items()}
+    return nearest(star.vq_encoder.latents(image_from_scenes(empty, noise=None)).mean((2, 3)), star.codebook.weight)
+
+
+def painted_ids(star: Star, backgrounds: Tensor, batch: dict) -> Tensor:
+    """VQ ids [B, T] of what is to be painted: of pictures without noise, and of empty background the same everywhere. Nobody can foresee
+    noise, which turns one id in four into a neighbour's, nor which of half a dozen alike ids an empty token has; and where those are
+    the most probable ones, sampling leaves no room for a thing to begin."""
+    ids = ids_of(star, image_from_scenes(batch, noise=None))
+    return torch.where(empty_cells(batch).flatten(1) > 0, backgrounds[batch["classes"][..., -1]], ids)
+
+
+def with_pictures(star: Star, embeds: Tensor, batch: dict, step: int) -> tuple[Tensor, Tensor]:
+    """An edit's embeddings [B, S, H] with its picture in its places, through the VQ and the vision encoder; that picture's ids [B, T]."""
     ids, special = batch["input_ids"], star.config.special
-    embeds = star.token_embedding(ids)
-    if "before_things" not in batch:
-        return embeds
     before = drawn({"things": batch["before_things"], "backgrounds": batch["before_backgrounds"]}, step, stream=2)
     with torch.no_grad():
         tokens = ids_of(star, before)
         vision = embeds_of(star.vision_encoder, seen(before, sharp=torch.ones(len(ids), dtype=torch.bool, device=ids.device)))
     embeds = embeds.masked_scatter((ids == special.vision_pad).unsqueeze(-1), star.image_embedding(tokens).to(embeds.dtype))
-    return embeds.masked_scatter((ids == special.image_pad).unsqueeze(-1), vision.to(embeds.dtype))
+    return embeds.masked_scatter((ids == special.image_pad).unsqueeze(-1), vision.to(embeds.dtype)), tokens

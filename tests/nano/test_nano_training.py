@@ -80,6 +80,7 @@ def share_a_run(rank: int, folder: Path) -> None:
     module = toy()
     job = toy_job(module, torch.zeros(1))
     job.extra, job.batch_of = None, lambda step: {"x": torch.full((1, 3), step % 7 / 6)}
+    job.trained["unused"] = nn.Linear(2, 2)  # has no gradient
     assert loop.run(job, folder=folder, device=torch.device("cpu"), workers=0, tell=lambda line: None)
     torch.save(module.state_dict(), folder / f"{rank}.pt")
 
@@ -192,6 +193,22 @@ def test_the_place_of_a_given_pictures_tokens_is_asked_too(small_root: Path) -> 
     assert len({round(loss, 4) for loss in placed}) == 3
 
 
+def test_empty_background_is_painted_with_one_id_of_each_colour(nano_rows: Rows) -> None:
+    """With the weights that are shipped: whatever the encoder says of an empty token; everything else as it says."""
+    star = load_star(resolve_checkpoint("nano"))
+    backgrounds = stages.background_ids(star)
+    with torch.no_grad():
+        made = star.vq_decoder(backgrounds[:, None].expand(-1, recipe.IMAGE_TOKENS)).mean((2, 3))  # [8, 3]
+    levels = torch.tensor(list(COLORS.values())).float()
+    assert torch.equal(torch.cdist(127.5 * (made + 1), levels).argmin(1), torch.arange(len(COLORS)))
+    batch = generate_batch(0, rows=nano_rows, batch=6, stage="generate")
+    natural, painted = stages.ids_of(star, image_from_scenes(batch, noise=None)), stages.painted_ids(star, backgrounds, batch)
+    empty = empty_cells(batch).flatten(1) == 1
+    assert torch.equal(painted[~empty], natural[~empty]) and (natural[empty] != painted[empty]).any()
+    for row, ids, found in zip(batch["classes"][:, 0, 3], painted, empty):
+        assert set(ids[found].tolist()) == {int(backgrounds[row])} and len(set(ids[~found].tolist())) > 1
+
+
 def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches in turn, one drawn and one edited, with the base frozen; without noise, so that pictures repeat."""
     star, rows = small_star(small_root)
@@ -202,6 +219,7 @@ def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeyp
     assert found[0]["loss"] > 3 and found[-1]["right"] > 0.85 and found[-2]["right"] > 0.85
     assert "edited" in found[-2] and "drawn" in found[-1]
     assert all(losses["foreseen"] > 0.9 > found[0]["foreseen"] and losses["placed"] < 0.5 < found[0]["placed"] for losses in found[-2:])
+    assert found[-2]["copied"] < 0.2 < found[0]["copied"] and "copied" not in found[-1]
     moved = {name.split(".")[0] for name, tensor in star.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == set(stages.TRAINED_PARTS)
 
@@ -344,7 +362,8 @@ def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
     batch = edit_batch(0, rows=rows, batch=1) | {"input_ids": torch.tensor([row + [0] * 63])}
     batch["position_ids"] = tasks.mrope_position_ids(batch["input_ids"][0], [(4, 4)], star.config.special)
     ids = torch.tensor([row, row])
-    embeds = stages.prompt_with_pictures(star, {**batch, "input_ids": ids[:1]}, 0).repeat(2, 1, 1)
+    embeds, _ = stages.with_pictures(star, star.token_embedding(ids[:1]), {**batch, "input_ids": ids[:1]}, 0)
+    embeds = embeds.repeat(2, 1, 1)
     made = tasks.generate(cached, ids, guidance=1.0, top_k=1, top_p=1.0, uniforms=None, inputs_embeds=embeds,
                           position_ids=tasks.mrope_position_ids(ids[0], [(4, 4)], star.config.special, trailing=64))
     fed = torch.cat([embeds[:1], star.image_embedding(made.image_ids[:, :-1])], dim=1)
