@@ -21,7 +21,7 @@ from ..model import Star
 from .draw import arrays_from_scenes, draw
 from .loop import Job, Losses
 from .recipe import SEED, TOKENS_SIDE, VQ_UNQUANTISED, Stage
-from .world import SIDE_PIXELS, random_scene
+from .world import COLORS, SIDE_PIXELS, Scene, random_scene
 
 DECAY, COMMITMENT, LOCALITY = 0.99, 0.25, 10.0
 EMPTY_SHARE = 0.05  # of the empty background's latents count for the codebook of stage 3
@@ -72,6 +72,23 @@ def same_cells(batch: dict, other: dict) -> Tensor:
 def empty_cells(batch: dict) -> Tensor:
     """1.0 for tokens [B, h, w] that show nothing but background."""
     return same_cells(batch, without(batch, torch.zeros(batch["things"].shape[:2], dtype=torch.bool, device=batch["things"].device)))
+
+
+@torch.no_grad()
+def background_ids(star: Star) -> Tensor:
+    """The id [8] of each colour's empty background: the entry nearest to the mean latent of a picture with nothing on it."""
+    things, backgrounds = (torch.from_numpy(array).to(star.codebook.weight.device)
+                           for array in arrays_from_scenes([Scene(color, ()) for color in COLORS]))
+    with torch.autocast(things.device.type, enabled=False):
+        latents = star.vq_encoder.latents(image_from_scenes({"things": things, "backgrounds": backgrounds}, noise=None))
+    return nearest(latents.mean((2, 3)), star.codebook.weight)
+
+
+def with_one_background(ids: Tensor, backgrounds: Tensor, batch: dict) -> Tensor:
+    """The ids [B, T] of a batch's pictures, of empty background the one in `backgrounds`, which are `background_ids`."""
+    levels = torch.tensor(list(COLORS.values()), dtype=torch.float32, device=ids.device)
+    colors = torch.cdist(batch["backgrounds"], levels).argmin(1)  # [B]
+    return torch.where(empty_cells(batch).flatten(1) > 0, backgrounds[colors].unsqueeze(1), ids)
 
 
 class Trainer:
@@ -172,9 +189,11 @@ class LocalTrainer(Trainer):
 
 
 class DecoderTrainer(Trainer):
-    """Stage 3: a codebook of cluster centres, once; then, with encoder and codebook frozen, the decoder."""
+    """Stage 3: a codebook of cluster centres, once; then, with encoder and codebook frozen, the decoder, of every other picture with
+    the background that the generating parts paint."""
 
     clustered = LOCAL_KMEANS_BATCHES
+    backgrounds: Tensor | None = None
 
     def job(self) -> Job:
         self.star.vq_encoder.requires_grad_(False)
@@ -188,7 +207,12 @@ class DecoderTrainer(Trainer):
         with torch.autocast(image.device.type, torch.bfloat16):
             with torch.no_grad():
                 latents = self.star.vq_encoder.latents(image).float()
-                found = as_map(entries[nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), entries)], latents)
+                ids = nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), entries).view(len(image), -1)  # [B, T]
+                if self.backgrounds is None:
+                    self.backgrounds = background_ids(self.star)
+                painted = torch.arange(len(image), device=ids.device).unsqueeze(1) % 2 == 0
+                ids = torch.where(painted, with_one_background(ids, self.backgrounds, batch), ids)
+                found = as_map(entries[ids.flatten()], latents)
             error, psnr = compared(decoded(self.star, found), image)
         return {"loss": error, "psnr": psnr}
 

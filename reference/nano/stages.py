@@ -16,16 +16,15 @@ from torch import Tensor, nn
 
 from ..decoder import Decoder
 from ..model import Star
-from .batches import IGNORED, base_batch, edit_batch, generate_batch, scene_tensors
+from .batches import IGNORED, base_batch, edit_batch, generate_batch
 from .loop import Job, Losses, fused
 from .recipe import IMAGE_TOKENS, SEED, TOKENS_SIDE, Stage
 from .stage_eyes import OUTPUTS, new_head, read_losses
-from .stage_vq import drawn, empty_cells, image_from_scenes, nearest
+from .stage_vq import background_ids, drawn, image_from_scenes, with_one_background
 from .tokens import Rows
 from .vision import MERGED_SIDE, embeds_of, seen
 from .wanted import OUTPUTS as WANTED_OUTPUTS
 from .wanted import wanted_loss
-from .world import COLORS, Scene
 
 BASE_PARTS = ("token_embedding", "vision_encoder", "base_ar")  # text_head is token_embedding, tied
 READ_LAYER = 1  # of the base, counted from 0: what patches show is read after it
@@ -224,19 +223,11 @@ def ids_of(star: Star, image: Tensor) -> Tensor:
         return star.vq_encoder.distances(latents).argmin(-1)
 
 
-@torch.no_grad()
-def background_ids(star: Star) -> Tensor:
-    """The id [8] of each colour's empty background: the entry nearest to the mean latent of a picture with nothing on it."""
-    empty = {name: tensor.to(star.codebook.weight.device) for name, tensor in scene_tensors([Scene(color, ()) for color in COLORS]).items()}
-    return nearest(star.vq_encoder.latents(image_from_scenes(empty, noise=None)).mean((2, 3)), star.codebook.weight)
-
-
 def painted_ids(star: Star, backgrounds: Tensor, batch: dict) -> Tensor:
     """VQ ids [B, T] of what is to be painted: of pictures without noise, and of empty background the same everywhere. Nobody can foresee
     noise, which turns one id in four into a neighbour's, nor which of half a dozen alike ids an empty token has; and where those are
     the most probable ones, sampling leaves no room for a thing to begin."""
-    ids = ids_of(star, image_from_scenes(batch, noise=None))
-    return torch.where(empty_cells(batch).flatten(1) > 0, backgrounds[batch["classes"][..., -1]], ids)
+    return with_one_background(ids_of(star, image_from_scenes(batch, noise=None)), backgrounds, batch)
 
 
 def with_pictures(star: Star, embeds: Tensor, batch: dict, step: int) -> tuple[Tensor, Tensor]:

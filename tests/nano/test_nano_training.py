@@ -18,8 +18,8 @@ from reference.nano.batches import IGNORED, base_batch, cells_of, edit_batch, ge
 from reference.nano.recipe import STAGES, Stage
 from reference.nano.draw import arrays_from_scenes
 from reference.nano.stage_eyes import eyes_batch, eyes_job
-from reference.nano.stage_vq import (EMPTY_SHARE, VQ_TRAINERS, apart, clusters, drawn, empty_cells, image_from_scenes, moved, nearest, same_cells,
-                                    scale_latents, scenes_of, with_fewer_things)
+from reference.nano.stage_vq import (EMPTY_SHARE, VQ_TRAINERS, apart, background_ids, clusters, drawn, empty_cells, image_from_scenes, moved,
+                                    nearest, same_cells, scale_latents, scenes_of, with_fewer_things)
 from reference.nano.tokens import Rows
 from reference.nano.world import COLORS, Look, Scene, Thing
 from reference.weights import load_star, resolve_checkpoint
@@ -196,7 +196,7 @@ def test_the_place_of_a_given_pictures_tokens_is_asked_too(small_root: Path) -> 
 def test_empty_background_is_painted_with_one_id_of_each_colour(nano_rows: Rows) -> None:
     """With the weights that are shipped: whatever the encoder says of an empty token; everything else as it says."""
     star = load_star(resolve_checkpoint("nano"))
-    backgrounds = stages.background_ids(star)
+    backgrounds = background_ids(star)
     with torch.no_grad():
         made = star.vq_decoder(backgrounds[:, None].expand(-1, recipe.IMAGE_TOKENS)).mean((2, 3))  # [8, 3]
     levels = torch.tensor(list(COLORS.values())).float()
