@@ -132,7 +132,7 @@ def token_tensors(scenes: list[Scene]) -> dict[str, Tensor]:
     x, y, radius = (things[:, None, :, index] for index in (2, 3, 4))  # [B, 1, 4]
     index = np.arange(IMAGE_TOKENS)[:, None]
     right = x / TOKEN_PIXELS - index % TOKENS_SIDE - 0.5  # [B, T, 4]
-    down = (y / TOKEN_PIXELS - index // TOKENS_SIDE - 0.5)
+    down = y / TOKEN_PIXELS - index // TOKENS_SIDE - 0.5
     beyond = np.hypot(right, down) * TOKEN_PIXELS - radius + 1e6 * (things[:, None, :, 0] == 0)  # of a thing's edge, in pixels
     nearest = beyond.argmin(-1)  # [B, T]
     there = np.take_along_axis(beyond, nearest[..., None], -1)[..., 0] < REACHED_PIXELS

@@ -207,14 +207,17 @@ class DecoderTrainer(Trainer):
         with torch.autocast(image.device.type, torch.bfloat16):
             with torch.no_grad():
                 latents = self.star.vq_encoder.latents(image).float()
-                ids = nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), entries).view(len(image), -1)  # [B, T]
-                if self.backgrounds is None:
-                    self.backgrounds = background_ids(self.star)
-                painted = torch.arange(len(image), device=ids.device).unsqueeze(1) % 2 == 0
-                ids = torch.where(painted, with_one_background(ids, self.backgrounds, batch), ids)
-                found = as_map(entries[ids.flatten()], latents)
+                found = as_map(entries[self.read_ids(latents, batch).flatten()], latents)
             error, psnr = compared(decoded(self.star, found), image)
         return {"loss": error, "psnr": psnr}
+
+    def read_ids(self, latents: Tensor, batch: dict) -> Tensor:
+        """The ids [B, T] that the decoder gets of a batch's latents [B, d, h, w]: in rows 0, 2, ... with one background."""
+        if self.backgrounds is None:
+            self.backgrounds = background_ids(self.star)
+        ids = nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), self.star.codebook.weight).view(len(latents), -1)
+        ids[::2] = with_one_background(ids, self.backgrounds, batch)[::2]
+        return ids
 
     def counted(self, z: Tensor, scenes: dict, number: int) -> Tensor:
         """All but most of the empty background: entries go where tokens are, dozens would differ by a tenth of a level of one colour, and

@@ -174,8 +174,8 @@ def picture_losses(star: Star, heads: nn.ModuleDict, backgrounds: Tensor, losses
         if edits := "before_things" in batch:
             embeds, asked["given_ids"] = with_pictures(star, embeds, batch, step)
         losses = losses_of(star, heads, embeds, image_ids, batch["first"], batch["position_ids"], asked)
-    told = sum(losses[name] for name in ("tokens", "placed", "wanted", "shown", "copied") if name in losses)
-    return {"loss": told, "edited" if edits else "drawn": losses.pop("tokens").detach(), **losses}
+    minimised = sum(losses[name] for name in ("tokens", "placed", "wanted", "shown", "copied") if name in losses)
+    return {"loss": minimised, "edited" if edits else "drawn": losses.pop("tokens").detach(), **losses}
 
 
 def token_losses(star: Star, heads: nn.ModuleDict, embeds: Tensor, image_ids: Tensor, first: Tensor, positions: Tensor,

@@ -209,6 +209,18 @@ def test_empty_background_is_painted_with_one_id_of_each_colour(nano_rows: Rows)
         assert set(ids[found].tolist()) == {int(backgrounds[row])} and len(set(ids[~found].tolist())) > 1
 
 
+def test_the_decoder_reads_every_other_picture_with_one_background() -> None:
+    star = load_star(resolve_checkpoint("nano"))
+    trainer, batch = VQ_TRAINERS["decoder"](star, STAGES["decoder"], torch.device("cpu")), scenes_of(0, batch=4)
+    image = drawn(batch, 0)
+    with torch.no_grad():
+        natural, found = star.vq_encoder(image), trainer.read_ids(star.vq_encoder.latents(image), batch)
+    empty = empty_cells(batch).flatten(1) == 1
+    assert torch.equal(found[1::2], natural[1::2]) and torch.equal(found[~empty], natural[~empty])
+    for ids, own, cells in zip(found[::2], natural[::2], empty[::2], strict=True):
+        assert len(set(ids[cells].tolist())) == 1 < len(set(own[cells].tolist()))
+
+
 def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches in turn, one drawn and one edited, with the base frozen; without noise, so that pictures repeat."""
     star, rows = small_star(small_root)
