@@ -9,21 +9,29 @@ from . import words
 from .questions import reference_to
 from .scorer import Found, Reading
 from .words import described
-from .world import COLORS, MAX_THINGS, PLACES, SHAPES, Look, Scene, Thing, placed, random_look, random_scene
+from .world import COLORS, MAX_THINGS, PLACES, SHAPES, Look, Scene, Thing, place_of, placed, random_look, random_scene
 
 KINDS = ("recolor", "replace", "add", "remove", "background")
 MOVED_PIXELS = 4.0  # how far a thing that stays may be from where it was
+SEEN_CENTER_PIXELS = 2.0  # of the middle lines, of a thing that is in a corner
 
 
 @dataclass(frozen=True)
 class Edit:
-    """`text` turns `before` into `after`; `added` is the index in `after` of a thing that may be anywhere; or None."""
+    """`text` turns `before` into `after`. `place` and `size` are what it says of a thing to be added, which is the last of `after` and may
+    otherwise be anywhere and of any size."""
 
     kind: str
     text: str
     before: Scene
     after: Scene
-    added: int | None = None
+    place: str | None = None
+    size: str | None = None
+
+    @property
+    def added(self) -> int | None:
+        """The index in `after` of the thing to be added."""
+        return len(self.before.things) if self.kind == "add" else None
 
 
 def random_edit(random: Random, kind: str, *, test: bool) -> Edit:
@@ -74,7 +82,7 @@ def add(random: Random, scene: Scene) -> Edit | None:
     text = random.choice((f"add {new}{where}", f"put {new}{where or ' in the picture'}", f"draw {new}{where} too",
                           f"place {new}{where or ' somewhere'}"))
     after = replace(scene, things=(*scene.things, *things))
-    return Edit("add", text, scene, after, added=None if place else len(scene.things))
+    return Edit("add", text, scene, after, place=place, size=said_size)
 
 
 def remove(random: Random, scene: Scene) -> Edit | None:
@@ -115,17 +123,22 @@ def check(edit: Edit, reading: Reading) -> dict[str, bool]:
     """Demand -> whether a picture meets it: `done` is the instruction, `rest unchanged` everything else."""
     free = list(reading.things)
     kept = [index for index in range(len(edit.after.things)) if index != edit.added]
-    changed = {i for i in kept if i >= len(edit.before.things) or edit.kind in ("recolor", "replace")
-               and edit.after.things[i].look != edit.before.things[i].look}
+    changed = {i for i in kept if edit.kind in ("recolor", "replace") and edit.after.things[i].look != edit.before.things[i].look}
     met = {index: taken(free, edit.after.things[index]) for index in kept}
     done = all(met[index] for index in changed)
     if edit.added is not None:
-        look = edit.after.things[edit.added].look
-        new = [thing for thing in free if (thing.shape, thing.color) == (look.shape, look.color)][:1]
+        new = [thing for thing in free if is_added(edit, thing)][:1]
         done, free = bool(new), [thing for thing in free if thing not in new]
     done = done and (edit.kind != "background" or reading.background == edit.after.background)
     rest = all(met[i] for i in kept if i not in changed) and reading.background == edit.after.background and not free
     return {"done": done and (edit.kind != "remove" or not free), "rest unchanged": rest}
+
+
+def is_added(edit: Edit, thing: Found) -> bool:
+    """Whether a found thing is what was to be added: nothing tells where in a corner, so that is anywhere in it."""
+    look = edit.after.things[edit.added].look
+    return ((thing.shape, thing.color) == (look.shape, look.color) and edit.size in (None, thing.size)
+            and edit.place in (None, place_of(thing, SEEN_CENTER_PIXELS)))
 
 
 def taken(free: list[Found], thing: Thing) -> bool:

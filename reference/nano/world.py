@@ -114,10 +114,11 @@ def related(thing: Thing, relation: str, other: Thing, apart: float) -> bool:
     return difference >= apart
 
 
-def place_of(thing: Thing) -> str | None:
-    """The corner a thing is in, one of PLACES; None where it is too near a middle line to say."""
+def place_of(thing: Thing, apart: float = CENTER_PIXELS) -> str | None:
+    """The corner a thing is in, one of PLACES; None where it is too near a middle line to say, less than `apart` pixels. Works on anything
+    with x and y."""
     across, down = thing.x - SIDE_PIXELS / 2, thing.y - SIDE_PIXELS / 2
-    if min(abs(across), abs(down)) < CENTER_PIXELS:
+    if min(abs(across), abs(down)) < apart:
         return None
     return f"{'top' if down < 0 else 'bottom'} {'left' if across < 0 else 'right'}"
 
