@@ -8,8 +8,8 @@ Source: van den Oord et al. 2017, appendix A.1 (running means); the rest is comm
 """
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -24,6 +24,7 @@ from .recipe import SEED, TOKENS_SIDE, VQ_UNQUANTISED, Stage
 from .world import COLORS, SIDE_PIXELS, Scene, random_scene
 
 DECAY, COMMITMENT, LOCALITY = 0.99, 0.25, 10.0
+BARE = 16  # scenes, of which one has nothing on it
 EMPTY_SHARE = 0.05  # of the empty background's latents count for the codebook of stage 3
 DEAD = 0.1  # running count below which an entry starts again; the mean is 0.5
 RESTART_EVERY = 20  # steps
@@ -31,9 +32,11 @@ KMEANS_BATCHES, LOCAL_KMEANS_BATCHES, KMEANS_ROUNDS = 8, 300, 25
 
 
 def scenes_of(step: int, *, batch: int, seed: int = SEED) -> dict:
-    """Scenes of a step as arrays for `draw`."""
+    """Scenes of a step as arrays for `draw`; in one of BARE nothing lies, as where an edit takes the only thing away."""
     random = Random(f"{seed} vq {step}")
-    things, backgrounds = arrays_from_scenes([random_scene(random) for _ in range(batch)])
+    scenes = [random_scene(random) for _ in range(batch)]
+    scenes[BARE - 2::BARE] = [replace(scene, things=()) for scene in scenes[BARE - 2::BARE]]
+    things, backgrounds = arrays_from_scenes(scenes)
     return {"things": torch.from_numpy(things), "backgrounds": torch.from_numpy(backgrounds)}
 
 
@@ -170,7 +173,7 @@ class LocalTrainer(Trainer):
     """Stage 2: the autoencoder goes on, without a codebook, until latents tell of what is near them alone."""
 
     def job(self) -> Job:
-        return dataclasses.replace(super().job(), extra=None)
+        return replace(super().job(), extra=None)
 
     def losses(self, batch: dict, step: int) -> Losses:
         """Squared error of the picture, and `moved` (on a quarter of the batch) and `apart` as shares of the latents' variance, times
@@ -197,7 +200,7 @@ class DecoderTrainer(Trainer):
 
     def job(self) -> Job:
         self.star.vq_encoder.requires_grad_(False)
-        return dataclasses.replace(super().job(), extra=None)
+        return replace(super().job(), extra=None)
 
     def losses(self, batch: dict, step: int) -> Losses:
         """Squared error of the picture, and its PSNR."""
