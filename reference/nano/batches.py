@@ -98,13 +98,19 @@ def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
         row = rows.edit(edit.text, image_tokens=IMAGE_TOKENS, merged_patches=MERGED_PATCHES)
         told.append(random.random() >= DROPPED_PROMPTS)
         full.append(row if told[-1] else rows.unconditional(row))
-    found = picture_rows(full) | scene_tensors(after) | token_tensors(after)
+    found = edit_rows(full, rows) | scene_tensors(after) | token_tensors(after)
     found |= wanted_tensors([request_of_scene(scene) for scene in after], after, told)
-    length = found["input_ids"].shape[1]
-    found["given"] = (found["input_ids"] == rows.special.vision_pad).nonzero()[:, 1].view(batch, IMAGE_TOKENS)
-    positions = mrope_position_ids(found["input_ids"][0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
-    found["position_ids"] = positions[:, :, :length].expand(-1, batch, -1).contiguous()
     return found | {f"before_{name}": tensor for name, tensor in scene_tensors(before).items()}
+
+
+def edit_rows(full: list[list[int]], rows: Rows) -> dict:
+    """`picture_rows` of edits, and the columns `given` [B, T] of their own pictures' tokens."""
+    found = picture_rows(full)
+    length = found["input_ids"].shape[1]
+    found["given"] = (found["input_ids"] == rows.special.vision_pad).nonzero()[:, 1].view(len(full), IMAGE_TOKENS)
+    positions = mrope_position_ids(found["input_ids"][0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
+    found["position_ids"] = positions[:, :, :length].expand(-1, len(full), -1).contiguous()
+    return found
 
 
 def picture_rows(full: list[list[int]]) -> dict:

@@ -53,6 +53,10 @@ STAGES = {stage.name: stage for stage in (
     Stage("eyes", steps=4_000, batch=64, learning_rate=1e-3),
     Stage("base", steps=13_500, batch=32, learning_rate=6e-4),
     Stage("generate", steps=6_000, batch=32, learning_rate=2e-3, warmup=100),
-    Stage("edit", steps=12_000, batch=32, learning_rate=1e-3, warmup=100))}
+    Stage("edit", steps=16_000, batch=32, learning_rate=1e-3, warmup=100),
+    Stage("reward", steps=240, batch=128, learning_rate=5e-5, warmup=10))}
 VQ_UNQUANTISED = 0.15  # share of the vq stage before the codebook exists
 DROPPED_PROMPTS = 0.1  # share of generation and editing samples whose prompt is the unconditional one
+ATTEMPTS = 8  # pictures of each prompt of the reward stage
+REWARD_TOP_K, REWARD_TOP_P = 20, 0.9  # how that stage samples, without guidance
+GIVEN_WEIGHT = 0.1  # of the pictures that fulfil those prompts

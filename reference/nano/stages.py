@@ -29,7 +29,8 @@ from .wanted import wanted_loss
 BASE_PARTS = ("token_embedding", "vision_encoder", "base_ar")  # text_head is token_embedding, tied
 READ_LAYER = 1  # of the base, counted from 0: what patches show is read after it
 ASKED = ("kinds", "begins", "background", "relation", "told", "classes", "offsets", "given")  # of a batch, what heads are to tell
-TRAINED_PARTS = ("pixel_adapter", "stacked_ar", "image_head")
+DRAWING_PARTS = ("stacked_ar", "image_head")
+TRAINED_PARTS = ("pixel_adapter", *DRAWING_PARTS)
 POINTED, EMBEDDED = 0.1, 8.0  # how far a new head's latents lie from zero, in sizes of an entry; size of a new adapter's embeddings
 
 
@@ -137,19 +138,21 @@ def generate_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False
     """Stage 4. The base must be the one on file already; the stack starts as a copy of it."""
     stack_from_base(star)
     start_from_codebook(star)
-    return picture_job(star, stage, partial(generate_batch, rows=rows, batch=stage.batch, stage=stage.name), compiled=compiled)
+    batch_of = partial(generate_batch, rows=rows, batch=stage.batch, stage=stage.name)
+    return picture_job(star, stage, batch_of, trained=TRAINED_PARTS, compiled=compiled)
 
 
 def edit_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
-    """Stage 5: every other batch edits, the rest draw."""
-    return picture_job(star, stage, partial(mixed_batch, rows=rows, batch=stage.batch, stage=stage.name), compiled=compiled)
+    """Stage 5: every other batch edits, the rest draw. The adapter stays as it is, so no gradient goes through the base."""
+    batch_of = partial(mixed_batch, rows=rows, batch=stage.batch, stage=stage.name)
+    return picture_job(star, stage, batch_of, trained=DRAWING_PARTS, compiled=compiled)
 
 
-def picture_job(star: Star, stage: Stage, batch_of: Callable[[int], dict], *, compiled: bool) -> Job:
+def picture_job(star: Star, stage: Stage, batch_of: Callable[[int], dict], *, trained: tuple[str, ...], compiled: bool) -> Job:
     """Training of the generating parts. Linear heads, which are not kept, tell the row and column of a picture's next token after the
     stack's first layer, for the same reason as in the base, after the second what is wanted and what an edit's own picture has at that
     place, and after the third what is left and what the next token shows."""
-    parts = freeze(star, trained=TRAINED_PARTS)
+    parts = freeze(star, trained=trained)
     width, device = star.image_head.in_features, star.image_head.weight.device
     outputs = {"placed": 2 * TOKENS_SIDE, **WANTED_OUTPUTS, "shown": OUTPUTS, "copied": star.codebook.embedding_dim}
     parts["heads"] = nn.ModuleDict({name: new_head(width, device, outputs=count) for name, count in outputs.items()})

@@ -30,10 +30,12 @@ from .loop import Job, process, run
 from .plot import write_curves
 from .recipe import STAGES, Stage
 from .stage_eyes import eyes_job
+from .stage_reward import reward_job
 from .stage_vq import VQ_TRAINERS
 from .tokens import Rows
 
-PART = {"vq": "vq", "local": "vq", "decoder": "vq", "eyes": "base", "base": "base", "generate": "trained", "edit": "trained"}  # which file a stage writes
+PART = {"vq": "vq", "local": "vq", "decoder": "vq", "eyes": "base", "base": "base",
+        "generate": "trained", "edit": "trained", "reward": "trained"}  # which file a stage writes
 WORK = "training"  # folder of what training needs and a checkpoint does not
 PUBLISHED = (".json", ".pt", ".safetensors", ".png", ".jsonl", ".done")
 
@@ -64,7 +66,7 @@ def train(out: Path, *, names: list[str], device: torch.device, workers: int, sc
             continue
         job.finish()
         layout.save_star(star, out, parts=(PART[name],))
-        if name in ("generate", "edit") and digest(out) != base_before:
+        if PART[name] == "trained" and digest(out) != base_before:
             raise RuntimeError("the frozen base has changed")
         (work / f"{name}.done").write_text(f"{stage.steps} steps of {stage.batch * processes}\n")
     return True
@@ -105,7 +107,7 @@ def job_of(star: Star, stage: Stage, out: Path, device: torch.device, *, compile
     if stage.name == "eyes":
         return eyes_job(star, stage, device, compiled=compiled)
     rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", star.config.special)
-    job = {"base": stages.base_job, "generate": stages.generate_job, "edit": stages.edit_job}[stage.name]
+    job = {"base": stages.base_job, "generate": stages.generate_job, "edit": stages.edit_job, "reward": reward_job}[stage.name]
     return job(star, rows, stage, compiled=compiled)
 
 

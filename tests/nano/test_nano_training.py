@@ -209,6 +209,12 @@ def test_empty_background_is_painted_with_one_id_of_each_colour(nano_rows: Rows)
         assert set(ids[found].tolist()) == {int(backgrounds[row])} and len(set(ids[~found].tolist())) > 1
 
 
+def test_one_scene_of_a_batch_is_bare() -> None:
+    """One that the decoder stage reads with one background, or it would never learn to paint what an edit empties."""
+    present = [scenes_of(step, batch=16)["things"][..., 0].any(1) for step in range(4)]
+    assert all((~row).nonzero().tolist() == [[14]] for row in present)
+
+
 def test_the_decoder_reads_every_other_picture_with_one_background() -> None:
     star = load_star(resolve_checkpoint("nano"))
     trainer, batch = VQ_TRAINERS["decoder"](star, STAGES["decoder"], torch.device("cpu")), scenes_of(0, batch=4)
@@ -233,7 +239,7 @@ def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeyp
     assert all(losses["foreseen"] > 0.9 > found[0]["foreseen"] and losses["placed"] < 0.5 < found[0]["placed"] for losses in found[-2:])
     assert found[-2]["copied"] < 0.2 < found[0]["copied"] and "copied" not in found[-1]
     moved = {name.split(".")[0] for name, tensor in star.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == set(stages.TRAINED_PARTS)
+    assert moved == set(stages.DRAWING_PARTS)
 
 
 def test_the_vq_model_learns_pictures_by_heart(small_root: Path) -> None:
