@@ -1,4 +1,4 @@
-"""Batches of stages 3 to 5 as tensors: rows of ids padded at their ends, scenes to draw, and where what belongs.
+"""Batches of the stages behind `eyes` as tensors: rows of ids padded at their ends, scenes to draw, and where what belongs.
 
 A batch is a function of (seed, stage, step), made in a worker process. Causal attention never looks ahead, so padding at the end
 of a row changes nothing before it, and the rows need no mask, as in the release.
@@ -36,7 +36,7 @@ def drawn_from(random: Random, shares: dict[str, int]) -> str:
 
 
 def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
-    """Stage 3: conversations about pictures, then prompts to put in plain words. Labels are the answers alone.
+    """Stage `base`: conversations about pictures, then prompts to put in plain words. Labels are the answers alone.
 
     input_ids [B, S], labels [B, S] (IGNORED elsewhere), position_ids [3, B, S], things and backgrounds of the first rows'
     pictures, what `cell_tensors` tells of them, `sharp`: which of them come as `edit` prepares them.
@@ -72,7 +72,7 @@ def conversation(random: Random, scene: Scene) -> list[questions.Question]:
 
 
 def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
-    """Stage 4: prompts and scenes that fulfil them. input_ids [B, S] with room for the picture behind each prompt, `first` [B]
+    """Stage `generate`: prompts and scenes that fulfil them. input_ids [B, S] with room for the picture behind each prompt, `first` [B]
     the column from which its first token is predicted, position_ids [3, B, S], things, backgrounds, and what `token_tensors` and
     `wanted_tensors` tell."""
     random, requests, scenes, full, told = Random(f"{SEED} {stage} generate {step}"), [], [], [], []
@@ -88,7 +88,7 @@ def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
 
 
 def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
-    """Stage 5: instructions on a picture. As `generate_batch`, and that picture as `before_things`, `before_backgrounds`, in the columns
+    """Stage `edit`: instructions on a picture. As `generate_batch`, and that picture as `before_things`, `before_backgrounds`, in the columns
     `given` [B, T]."""
     random, before, after, full, told = Random(f"{SEED} edit {step}"), [], [], [], []
     for _ in range(batch):

@@ -1,4 +1,4 @@
-"""Stage 2: the vision encoder alone, before any question is asked, as the release's was trained before its language model.
+"""Stage `eyes`: the vision encoder alone, before any question is asked, as the release's was trained before its language model.
 
 From each merged patch a linear head, which is not kept, reads what has its centre there: shape, colour, size and where in the
 patch; and the background. Questions alone teach seeing far too slowly: 256,000 of them left shapes and places at chance. (Where in
@@ -36,7 +36,7 @@ def eyes_batch(step: int, *, batch: int) -> dict:
 
 
 def eyes_job(star: Star, stage: Stage, device: torch.device, *, compiled: bool = False) -> Job:
-    """Stage 2."""
+    """Stage `eyes`."""
     star.requires_grad_(False)
     star.vision_encoder.requires_grad_(True)
     head = new_head(star.token_embedding.embedding_dim, device)

@@ -1,4 +1,4 @@
-"""The last stage: the stack draws each prompt several times, the scorer reads the pictures, and those it finds better than their fellows become
+"""Stage `reward`: the stack draws each prompt several times, the scorer reads the pictures, and those it finds better than their fellows become
 more probable.
 
 Cross entropy asks how likely a given picture is, token by token, after tokens that are given too; what becomes of the stack's own tokens it
@@ -37,7 +37,7 @@ Past = tuple[Tensor, ...]  # of a layer: keys and values of the prompt [P, KV, L
 
 
 def reward_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
-    """Every other batch edits, the rest draw. A batch is ATTEMPTS pictures of each of its prompts."""
+    """Stage `reward`: every other batch edits, the rest draw. A batch is ATTEMPTS pictures of each of its prompts."""
     if stage.batch % ATTEMPTS:
         raise ValueError(f"stage {stage.name}: {stage.batch} pictures a process are not a multiple of the {ATTEMPTS} attempts at a prompt; "
                          "train it in fewer processes")

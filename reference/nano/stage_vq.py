@@ -1,7 +1,7 @@
-"""Stages 1 to 3: the VQ model. An autoencoder first, then with a codebook that follows the latents; then latents are made local; then
-they get a new codebook, and the decoder learns to read it.
+"""Stages `vq`, `local` and `decoder`: the VQ model. An autoencoder first, then with a codebook that follows the latents; then latents are
+made local; then they get a new codebook, and the decoder learns to read it.
 
-The codebook is not trained by gradients: it starts as cluster centres of real latents and then, in stage 1, is the running mean of
+The codebook is not trained by gradients: it starts as cluster centres of real latents and then, in stage `vq`, is the running mean of
 what is assigned to each entry; entries that nothing uses start again at a latent. Pictures are drawn on the device that trains.
 
 Source: van den Oord et al. 2017, appendix A.1 (running means); the rest is common practice.
@@ -25,7 +25,7 @@ from .world import COLORS, SIDE_PIXELS, Scene, random_scene
 
 DECAY, COMMITMENT, LOCALITY = 0.99, 0.25, 10.0
 BARE = 16  # scenes, of which one has nothing on it
-EMPTY_SHARE = 0.05  # of the empty background's latents count for the codebook of stage 3
+EMPTY_SHARE = 0.05  # of the empty background's latents count for the codebook of stage `decoder`
 DEAD = 0.1  # running count below which an entry starts again; the mean is 0.5
 RESTART_EVERY = 20  # steps
 KMEANS_BATCHES, LOCAL_KMEANS_BATCHES, KMEANS_ROUNDS = 8, 300, 25
@@ -95,7 +95,7 @@ def with_one_background(ids: Tensor, backgrounds: Tensor, batch: dict) -> Tensor
 
 
 class Trainer:
-    """Stage 1: the VQ half of a model and the running sums behind its codebook."""
+    """Stage `vq`: the VQ half of a model and the running sums behind its codebook."""
 
     clustered = KMEANS_BATCHES  # batches of pictures whose latents the codebook starts from
 
@@ -170,7 +170,7 @@ class Trainer:
 
 
 class LocalTrainer(Trainer):
-    """Stage 2: the autoencoder goes on, without a codebook, until latents tell of what is near them alone."""
+    """Stage `local`: the autoencoder goes on, without a codebook, until latents tell of what is near them alone."""
 
     def job(self) -> Job:
         return replace(super().job(), extra=None)
@@ -192,7 +192,7 @@ class LocalTrainer(Trainer):
 
 
 class DecoderTrainer(Trainer):
-    """Stage 3: a codebook of cluster centres, once; then, with encoder and codebook frozen, the decoder, of every other picture with
+    """Stage `decoder`: a codebook of cluster centres, once; then, with encoder and codebook frozen, the decoder, of every other picture with
     the background that the generating parts paint."""
 
     clustered = LOCAL_KMEANS_BATCHES

@@ -1,6 +1,6 @@
-"""Stages 3 to 5: the base on text and pictures, then, with the base frozen, the generating parts, then editing mixed in.
+"""Stages `base`, `generate` and `edit`: the base on text and pictures, then, with the base frozen, the generating parts, then editing mixed in.
 
-The frozen base is the one on file: stage 4 starts by reading it back as it will be shipped, in float16, so the generating parts
+The frozen base is the one on file: stage `generate` starts by reading it back as it will be shipped, in float16, so the generating parts
 are trained on exactly the base they will meet, and its answers cannot change.
 
 Source: STAR.md 1.2 (the stack starts as a copy of the base's last layers) and 4 (task-progressive training).
@@ -75,7 +75,7 @@ def freeze(star: Star, *, trained: tuple[str, ...]) -> dict:
 
 
 def base_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
-    """Stage 3. A linear head, which is not kept, goes on reading what each patch shows, now from the decoder's hidden states after its
+    """Stage `base`. A linear head, which is not kept, goes on reading what each patch shows, now from the decoder's hidden states after its
     first layers, and where the patch lies: that is found out far too slowly by answering alone, for the vision encoder's positions are
     relative."""
     parts = freeze(star, trained=BASE_PARTS)
@@ -135,7 +135,7 @@ def start_from_codebook(star: Star, *, seed: int = SEED) -> None:
 
 
 def generate_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
-    """Stage 4. The base must be the one on file already; the stack starts as a copy of it."""
+    """Stage `generate`. The base must be the one on file already; the stack starts as a copy of it."""
     stack_from_base(star)
     start_from_codebook(star)
     batch_of = partial(generate_batch, rows=rows, batch=stage.batch, stage=stage.name)
@@ -143,7 +143,7 @@ def generate_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False
 
 
 def edit_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
-    """Stage 5: every other batch edits, the rest draw. The adapter stays as it is, so no gradient goes through the base."""
+    """Stage `edit`: every other batch edits, the rest draw. The adapter stays as it is, so no gradient goes through the base."""
     batch_of = partial(mixed_batch, rows=rows, batch=stage.batch, stage=stage.name)
     return picture_job(star, stage, batch_of, trained=DRAWING_PARTS, compiled=compiled)
 
