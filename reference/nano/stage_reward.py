@@ -24,7 +24,7 @@ from ..decoder import Decoder
 from ..model import Star
 from . import edits, prompts
 from .batches import MAGIC_SHARE, MERGED_PATCHES, drawn_from, edit_rows, picture_rows, scene_tensors
-from .loop import Job, Losses, fused, process
+from .loop import Job, Losses, process
 from .painter import pictures_of
 from .recipe import ATTEMPTS, GIVEN_WEIGHT, IMAGE_TOKENS, REWARD_TOP_K, REWARD_TOP_P, SEED, Stage
 from .scorer import read
@@ -36,7 +36,7 @@ REWARDED = {"mixed": 10, "single": 15, "two": 15, "counting": 15, "colors": 10, 
 Past = tuple[Tensor, ...]  # of a layer: keys and values of the prompt [P, KV, L, D], and of what was drawn since [B, KV, T, D]
 
 
-def reward_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
+def reward_job(star: Star, rows: Rows, stage: Stage) -> Job:
     """Stage `reward`: every other batch edits, the rest draw. A batch is ATTEMPTS pictures of each of its prompts."""
     if stage.batch % ATTEMPTS:
         raise ValueError(f"stage {stage.name}: {stage.batch} pictures a process are not a multiple of the {ATTEMPTS} attempts at a prompt; "
@@ -47,7 +47,7 @@ def reward_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) 
             layer.self_attn.attention = grouped_attention
     painter = copy.deepcopy(star).requires_grad_(False).bfloat16()
     batch_of = partial(reward_batch, rows=rows, count=stage.batch // ATTEMPTS)
-    return Job(stage, parts, batch_of, partial(reward_losses, star, painter, background_ids(star), fused(attempt_loss, compiled=compiled)))
+    return Job(stage, parts, batch_of, partial(reward_losses, star, painter, background_ids(star)))
 
 
 def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
@@ -69,7 +69,7 @@ def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
     return picture_rows(full) | scene_tensors(scenes) | {"judges": judges}
 
 
-def reward_losses(star: Star, painter: Star, backgrounds: Tensor, loss_of: Callable, batch: dict, step: int) -> Losses:
+def reward_losses(star: Star, painter: Star, backgrounds: Tensor, batch: dict, step: int) -> Losses:
     """ATTEMPTS pictures of each prompt, and what `attempt_loss` says of them. `edited` or `drawn`: the share of pictures at which all demands
     hold."""
     painter.load_state_dict(star.state_dict())
@@ -84,7 +84,7 @@ def reward_losses(star: Star, painter: Star, backgrounds: Tensor, loss_of: Calla
     pictures = pictures_of(painter.vq_decoder(made["ids"][:, :ATTEMPTS].flatten(0, 1)).float())
     reward, right = (found.to(device) for found in rewards(pictures, batch["judges"]))
     with torch.autocast(device.type, torch.bfloat16):
-        drawn, given = loss_of(star.stacked_ar, star.image_head, made, first, positions, evened(reward))
+        drawn, given = attempt_loss(star.stacked_ar, star.image_head, made, first, positions, evened(reward))
     return {"loss": drawn + GIVEN_WEIGHT * given, ("edited" if editing else "drawn"): right.mean(), "reward": reward.mean(),
             "given": given.detach()}
 

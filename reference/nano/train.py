@@ -107,7 +107,9 @@ def job_of(star: Star, stage: Stage, out: Path, device: torch.device, *, compile
     if stage.name == "eyes":
         return eyes_job(star, stage, device, compiled=compiled)
     rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", star.config.special)
-    job = {"base": stages.base_job, "generate": stages.generate_job, "edit": stages.edit_job, "reward": reward_job}[stage.name]
+    if stage.name == "reward":
+        return reward_job(star, rows, stage)
+    job = {"base": stages.base_job, "generate": stages.generate_job, "edit": stages.edit_job}[stage.name]
     return job(star, rows, stage, compiled=compiled)
 
 
