@@ -19,11 +19,12 @@ from . import benchmark
 from .painter import Painter, Sampling
 from .gallery import SHOWN, spread, write_gallery, write_results
 from .plot import chart, write_charts
+from .recipe import REWARD_TOP_K, REWARD_TOP_P
 
-GUIDANCES, TOP_KS, TOP_PS = (1.0, 1.1, 1.5, 2.0, 3.0, 4.0, 5.0), (3, 5, 10, 20, 100, 1000), (0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
-# Where a sweep starts. Not at the release's top-p of 0.8: background is nearly certain at every token, so that of a half-trained model a single
-# thing, which may begin at any of forty, is cut off at each of them. And not at a strong guidance, which makes a small top-k look best.
-START = Sampling(guidance=2.0, top_k=20, top_p=1.0)
+GUIDANCES, TOP_KS, TOP_PS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0), (3, 5, 10, 20, 100, 1000), (0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+# Where a sweep starts: as stage `reward` draws, with a little guidance. A strong one makes a small top-k look best, and where nothing but background
+# is probable the release's top-p of 0.8 leaves single things out, which may begin at any of forty tokens.
+START = Sampling(guidance=1.5, top_k=REWARD_TOP_K, top_p=REWARD_TOP_P)
 SWEEP_SEED, DRAWN = 7_000_000, ("generate", "edit")
 
 
