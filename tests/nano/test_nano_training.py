@@ -15,7 +15,9 @@ from reference.decoder import kv_cache_attention
 from reference.model import Star
 from reference.nano import layout, loop, recipe, stages, train
 from reference.nano.batches import IGNORED, base_batch, cells_of, edit_batch, generate_batch, token_tensors
+from reference.nano.painter import pictures_of
 from reference.nano.recipe import STAGES, Stage
+from reference.nano.scorer import Reading, read
 from reference.nano.draw import arrays_from_scenes
 from reference.nano.stage_eyes import eyes_batch, eyes_job
 from reference.nano.stage_vq import (EMPTY_SHARE, VQ_TRAINERS, apart, background_ids, clusters, drawn, empty_cells, image_from_scenes, moved,
@@ -198,9 +200,8 @@ def test_empty_background_is_painted_with_one_id_of_each_colour(nano_rows: Rows)
     star = load_star(resolve_checkpoint("nano"))
     backgrounds = background_ids(star)
     with torch.no_grad():
-        made = star.vq_decoder(backgrounds[:, None].expand(-1, recipe.IMAGE_TOKENS)).mean((2, 3))  # [8, 3]
-    levels = torch.tensor(list(COLORS.values())).float()
-    assert torch.equal(torch.cdist(127.5 * (made + 1), levels).argmin(1), torch.arange(len(COLORS)))
+        bare = pictures_of(star.vq_decoder(backgrounds[:, None].expand(-1, recipe.IMAGE_TOKENS)))
+    assert [read(picture) for picture in bare] == [Reading(color, ()) for color in COLORS]
     batch = generate_batch(0, rows=nano_rows, batch=6, stage="generate")
     natural, painted = stages.ids_of(star, image_from_scenes(batch, noise=None)), stages.painted_ids(star, backgrounds, batch)
     empty = empty_cells(batch).flatten(1) == 1
