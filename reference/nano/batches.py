@@ -80,8 +80,7 @@ def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
         text, request = prompts.random_prompt(random, drawn_from(random, PROMPTS), test=False)
         requests.append(request)
         scenes.append(prompts.scene_of(random, request))
-        magic = random.random() < MAGIC_SHARE
-        row = rows.draw(prompts.caption(request) if magic and random.random() < 0.7 else text, magic=magic)
+        row = prompt_row(random, rows, text, request)
         told.append(random.random() >= DROPPED_PROMPTS)
         full.append(row if told[-1] else rows.unconditional(row))
     return picture_rows(full) | scene_tensors(scenes) | token_tensors(scenes) | wanted_tensors(requests, scenes, told)
@@ -90,27 +89,31 @@ def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
 def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
     """Stage `edit`: instructions on a picture. As `generate_batch`, and that picture as `before_things`, `before_backgrounds`, in the columns
     `given` [B, T]."""
-    random, before, after, full, told = Random(f"{SEED} edit {step}"), [], [], [], []
+    random, asked, told = Random(f"{SEED} edit {step}"), [], []
     for _ in range(batch):
-        edit = edits.random_edit(random, random.choice(edits.KINDS), test=False)
-        before.append(edit.before)
-        after.append(edit.after)
-        row = rows.edit(edit.text, image_tokens=IMAGE_TOKENS, merged_patches=MERGED_PATCHES)
+        asked.append(edits.random_edit(random, random.choice(edits.KINDS), test=False))
         told.append(random.random() >= DROPPED_PROMPTS)
-        full.append(row if told[-1] else rows.unconditional(row))
-    found = edit_rows(full, rows) | scene_tensors(after) | token_tensors(after)
-    found |= wanted_tensors([request_of_scene(scene) for scene in after], after, told)
-    return found | {f"before_{name}": tensor for name, tensor in scene_tensors(before).items()}
+    after = [edit.after for edit in asked]
+    return edit_rows(asked, told, rows) | token_tensors(after) | wanted_tensors([request_of_scene(scene) for scene in after], after, told)
 
 
-def edit_rows(full: list[list[int]], rows: Rows) -> dict:
-    """`picture_rows` of edits, and the columns `given` [B, T] of their own pictures' tokens."""
-    found = picture_rows(full)
+def prompt_row(random: Random, rows: Rows, text: str, request: prompts.Request) -> list[int]:
+    """A prompt as it is worded, or now and then as a reasoned answer."""
+    magic = random.random() < MAGIC_SHARE
+    return rows.draw(prompts.caption(request) if magic and random.random() < 0.7 else text, magic=magic)
+
+
+def edit_rows(asked: list[edits.Edit], told: list[bool], rows: Rows) -> dict:
+    """`picture_rows` of edits, those that are not `told` without their text, the columns `given` [B, T] of their own pictures' tokens, and the
+    scenes after and `before_`."""
+    full = [rows.edit(edit.text, image_tokens=IMAGE_TOKENS, merged_patches=MERGED_PATCHES) for edit in asked]
+    found = picture_rows([row if said else rows.unconditional(row) for row, said in zip(full, told, strict=True)])
     length = found["input_ids"].shape[1]
     found["given"] = (found["input_ids"] == rows.special.vision_pad).nonzero()[:, 1].view(len(full), IMAGE_TOKENS)
     positions = mrope_position_ids(found["input_ids"][0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
     found["position_ids"] = positions[:, :, :length].expand(-1, len(full), -1).contiguous()
-    return found
+    before = scene_tensors([edit.before for edit in asked])
+    return found | scene_tensors([edit.after for edit in asked]) | {f"before_{name}": tensor for name, tensor in before.items()}
 
 
 def picture_rows(full: list[list[int]]) -> dict:

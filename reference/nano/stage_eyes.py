@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..model import Star
 from .batches import IGNORED, cell_tensors, scene_tensors
+from .cells import drawn
 from .loop import Job, Losses, fused
 from .recipe import SEED, Stage
-from .stage_vq import drawn
 from .vision import embeds_of, seen
 from .world import COLORS, RADII, SHAPES, random_scene
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..decoder import Decoder
 from ..model import Star
 from . import edits, prompts
-from .batches import MAGIC_SHARE, MERGED_PATCHES, drawn_from, edit_rows, picture_rows, scene_tensors
+from .batches import drawn_from, edit_rows, picture_rows, prompt_row, scene_tensors
 from .loop import Job, Losses, process
 from .painter import pictures_of
 from .recipe import ATTEMPTS, GIVEN_WEIGHT, IMAGE_TOKENS, REWARD_TOP_K, REWARD_TOP_P, SEED, Stage
@@ -56,14 +56,11 @@ def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
     random = Random(f"{SEED} reward {step}")
     if step % 2 == 0:
         asked = [edits.random_edit(random, random.choice(edits.KINDS), test=False) for _ in range(count)]
-        found = edit_rows([rows.edit(edit.text, image_tokens=IMAGE_TOKENS, merged_patches=MERGED_PATCHES) for edit in asked], rows)
-        before = {f"before_{name}": tensor for name, tensor in scene_tensors([edit.before for edit in asked]).items()}
-        return found | before | scene_tensors([e.after for e in asked]) | {"judges": [partial(edits.check, edit) for edit in asked]}
+        return edit_rows(asked, [True] * count, rows) | {"judges": [partial(edits.check, edit) for edit in asked]}
     full, scenes, judges = [], [], []
     for _ in range(count):
         text, request = prompts.random_prompt(random, drawn_from(random, REWARDED), test=False)
-        magic = random.random() < MAGIC_SHARE
-        full.append(rows.draw(prompts.caption(request) if magic and random.random() < 0.7 else text, magic=magic))
+        full.append(prompt_row(random, rows, text, request))
         scenes.append(prompts.scene_of(random, request))
         judges.append(partial(prompts.check, request))
     return picture_rows(full) | scene_tensors(scenes) | {"judges": judges}
@@ -137,7 +134,7 @@ def attempt_loss(stack: Decoder, head: nn.Linear, made: dict[str, Tensor], first
                  better: Tensor) -> tuple[Tensor, Tensor]:
     """Minus the mean over tokens of the log probability with which each was drawn, times how much `better` [P, A] than its fellows its
     picture is; and the cross entropy of the given pictures. `made`: what `attempts` returned."""
-    prompt, (groups, each, count) = made["prompt"], made["ids"].shape
+    prompt, (groups, each, _) = made["prompt"], made["ids"].shape
     states, past = through(stack, prompt, positions[:, :, :prompt.shape[1]], empty_past(stack, prompt), None)
     last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(each, 0)
     drawn, _ = through(stack, made["hidden"].flatten(0, 1), picture_positions(first, positions).repeat_interleave(each, 1),
@@ -221,4 +218,3 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, prompt_key: Ten
         of_prompt = of_prompt.reshape(groups * kv_heads, -1, before) @ prompt_value.reshape(groups * kv_heads, before, width)
         found = found + of_prompt.view(groups, kv_heads, each, -1, width).transpose(1, 2).reshape(found.shape)
     return found.view(batch, heads, length, width), prompt_key, prompt_value, key, value
-

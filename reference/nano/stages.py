@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..decoder import Decoder
 from ..model import Star
 from .batches import IGNORED, base_batch, edit_batch, generate_batch
+from .cells import drawn, image_from_scenes
 from .loop import Job, Losses, fused
 from .recipe import IMAGE_TOKENS, SEED, TOKENS_SIDE, Stage
 from .stage_eyes import OUTPUTS, new_head, read_losses
-from .stage_vq import background_ids, drawn, image_from_scenes, with_one_background
+from .stage_vq import background_ids, with_one_background
 from .tokens import Rows
 from .vision import MERGED_SIDE, embeds_of, seen
 from .wanted import OUTPUTS as WANTED_OUTPUTS

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -108,6 +109,12 @@ def test_what_is_better_becomes_more_probable(small_root: Path, monkeypatch: pyt
     assert "edited" in found[0] and "drawn" in found[1]
     moved = {name.split(".")[0] for name, tensor in star.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {"stacked_ar", "image_head"}
+
+
+def test_a_batch_that_breaks_groups_is_refused(small_root: Path) -> None:
+    star, rows = small_star(small_root)
+    with pytest.raises(ValueError, match=r"stage reward: 12 pictures .* multiple of the 8 attempts .* fewer processes"):
+        reward_job(star, rows, replace(STAGES["reward"], batch=12))
 
 
 def test_an_added_thing_may_be_anywhere_in_its_corner() -> None:

@@ -15,13 +15,13 @@ from reference.decoder import kv_cache_attention
 from reference.model import Star
 from reference.nano import layout, loop, recipe, stages, train
 from reference.nano.batches import IGNORED, base_batch, cells_of, edit_batch, generate_batch, token_tensors
+from reference.nano.cells import drawn, empty_cells, image_from_scenes, same_cells, scenes_of, with_fewer_things
 from reference.nano.painter import pictures_of
 from reference.nano.recipe import STAGES, Stage
 from reference.nano.scorer import Reading, read
 from reference.nano.draw import arrays_from_scenes
 from reference.nano.stage_eyes import eyes_batch, eyes_job
-from reference.nano.stage_vq import (EMPTY_SHARE, VQ_TRAINERS, apart, background_ids, clusters, drawn, empty_cells, image_from_scenes, moved,
-                                    nearest, same_cells, scale_latents, scenes_of, with_fewer_things)
+from reference.nano.stage_vq import EMPTY_SHARE, VQ_TRAINERS, apart, background_ids, clusters, moved, nearest, scale_latents
 from reference.nano.tokens import Rows
 from reference.nano.world import COLORS, Look, Scene, Thing
 from reference.weights import load_star, resolve_checkpoint
