@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .errors import InputError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,19 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """How the model draws when nothing else is asked for; the defaults are the release's (STAR.md 3.1)."""
+    """How a task draws when nothing else is asked for; the defaults are the release's (STAR.md 3.1)."""
 
     guidance: float = 1.1
     top_k: int = 1000
     top_p: float = 0.8
+
+
+@dataclass(frozen=True)
+class SamplingSpecs:
+    """How each task draws: a picture of a prompt may be one of many, an edited one is mostly given."""
+
+    generate: SamplingSpec = SamplingSpec()
+    edit: SamplingSpec = SamplingSpec()
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class ModelSpec:
     tokens: TokenSpec
     vision: VisionSpec
     cache: dict[str, CacheSpec]
-    sampling: SamplingSpec = SamplingSpec()
+    sampling: SamplingSpecs = SamplingSpecs()
 
 
 @dataclass(frozen=True)

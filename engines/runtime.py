@@ -14,6 +14,7 @@ from .bundle import Bundle
 from .decode import ImageLoop, Progress, TextLoop, silent
 from .errors import InputError, UsageError
 from .image import MAX_PIXELS, MIN_PIXELS, ask_inputs, edit_inputs, pictures_from_decoded
+from .manifest import SamplingSpec
 from .picture import check_picture, read_picture
 from .prompt import Chat, check_length, text_positions
 from .sampler import check_sampling, uniforms
@@ -83,7 +84,8 @@ class Star:
         The same seed draws the same pictures; `greedy` takes the arg-max after guidance; `cfg`, `top_k` and `top_p` are the model's
         own where None. Raises UsageError for settings out of range, InputError for an empty or over-long prompt.
         """
-        settings = self._settings(cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, num_images=num_images)
+        settings = self._settings(self.model.sampling.generate, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy,
+                                  num_images=num_images)
         answer = None
         if reason:
             answer = self._reason(prompt, max_new_tokens=max_new_tokens, progress=progress)
@@ -99,7 +101,7 @@ class Star:
              max_pixels: int = MAX_PIXELS, progress: Progress = silent) -> Pictures:
         """Change `image` (a PNG or JPEG file, or uint8 [H, W, 3]) by `instruction` (STAR.md 3.6). Settings as in `generate`;
         `min_pixels` and `max_pixels` bound the vision encoder's input."""
-        settings = self._settings(cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, num_images=1)
+        settings = self._settings(self.model.sampling.edit, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, num_images=1)
         vision, square = edit_inputs(_picture(image), self.model, min_pixels=min_pixels, max_pixels=max_pixels)
         rows = self.chat.edit_rows(instruction, grid_h=vision.grid_h, grid_w=vision.grid_w)
         self._check_length(rows.input_ids.shape[1] + self.model.image_tokens - 1, "base_ar", "stacked_ar")
@@ -167,9 +169,9 @@ class Star:
     def _decoded(self, image_ids: np.ndarray) -> np.ndarray:
         return pictures_from_decoded(run(self.session("vq_decoder"), {"image_ids": image_ids})["image"])
 
-    def _settings(self, *, cfg: float | None, top_k: int | None, top_p: float | None, seed: int, greedy: bool, num_images: int) -> dict:
-        """The draw's settings, checked; the model's own where None. A top_k beyond the codebook means all of it, as in the release."""
-        usual = self.model.sampling
+    def _settings(self, usual: SamplingSpec, *, cfg: float | None, top_k: int | None, top_p: float | None, seed: int, greedy: bool,
+                  num_images: int) -> dict:
+        """The draw's settings, checked; the `usual` ones where None. A top_k beyond the codebook means all of it, as in the release."""
         cfg, top_k, top_p = (given if given is not None else own for given, own in
                              ((cfg, usual.guidance), (top_k, usual.top_k), (top_p, usual.top_p)))
         _between("num_images", num_images, IMAGES_LIMIT)

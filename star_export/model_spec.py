@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from engines.errors import InputError
-from engines.manifest import CacheSpec, ModelSpec, SamplingSpec, TokenSpec, VisionSpec, strict, value_from_json
+from engines.manifest import CacheSpec, ModelSpec, SamplingSpecs, TokenSpec, VisionSpec, strict, value_from_json
 from reference.config import DecoderConfig, StarConfig
 from reference.weights import CheckpointFiles
 
@@ -33,14 +33,14 @@ def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, ro
                           window_size=v.window_size, head_dim=v.hidden_size // v.num_heads,
                           image_mean=tuple(map(float, picture["image_mean"])), image_std=tuple(map(float, picture["image_std"]))),
         cache={"base_ar": _cache_spec(config.base_ar), "stacked_ar": _cache_spec(config.stacked_ar)},
-        sampling=sampling_spec(files.config_json.parent / SAMPLING))
+        sampling=sampling_specs(files.config_json.parent / SAMPLING))
 
 
-def sampling_spec(path: Path) -> SamplingSpec:
-    """What a checkpoint that was tuned says of how to draw; the release's defaults where there is no such file. Raises InputError."""
+def sampling_specs(path: Path) -> SamplingSpecs:
+    """What a checkpoint that was tuned says of how each task draws; the release's defaults where there is no such file. Raises InputError."""
     if not path.exists():
-        return SamplingSpec()
-    return strict(SamplingSpec, value_from_json(path.read_text(encoding="utf-8"), where=str(path)), str(path))
+        return SamplingSpecs()
+    return strict(SamplingSpecs, value_from_json(path.read_text(encoding="utf-8"), where=str(path)), str(path))
 
 
 def tokenizer_files(files: CheckpointFiles) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from .draw import arrays_from_scenes
 from .recipe import DROPPED_PROMPTS, IMAGE_TOKENS, SEED, TOKENS_SIDE
 from .tokens import Rows
 from .vision import MERGED_SIDE
-from .wanted import TOKEN_PIXELS, request_of_scene, wanted_tensors
+from .wanted import TOKEN_PIXELS, meant_tensor, request_of_scene, wanted_tensors
 from .world import COLORS, MAX_THINGS, RADII, SHAPES, SIDE_PIXELS, Look, Scene, random_scene
 
 QUESTIONS = {"color": 16, "shape": 8, "count": 16, "position": 20, "yes/no": 32, "describe": 8}  # shares
@@ -28,6 +28,7 @@ MAGIC_SHARE = 0.3  # prompts worded as a reasoned answer, with what the release 
 MERGED_PATCHES = MERGED_SIDE**2
 CELL_PIXELS = SIDE_PIXELS // MERGED_SIDE
 REACHED_PIXELS = 3.0  # a token shows a thing whose radius ends at most so far from its centre
+EDITS_A_PICTURE = 4  # of stage `edit`: what comes before the instructions is more than half of a row
 IGNORED = -100
 
 
@@ -87,14 +88,25 @@ def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
 
 
 def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
-    """Stage `edit`: instructions on a picture. As `generate_batch`, and that picture as `before_things`, `before_backgrounds`, in the columns
-    `given` [B, T]."""
+    """Stage `edit`: instructions on pictures, EDITS_A_PICTURE each. As `generate_batch`, of what comes behind a picture; what comes before, the
+    same for all of its instructions, as prompt_ids [P, L] and prompt_positions [3, P, L], with the picture in the columns `given` [P, T] and as
+    `before_things` and `before_backgrounds`. Of each instruction `given_classes` and `given_offsets`, what `token_tensors` tell of that
+    picture, `meant` of `meant_tensor` and `touched` of `touched_tensor`."""
     random, asked, told = Random(f"{SEED} edit {step}"), [], []
-    for _ in range(batch):
-        asked.append(edits.random_edit(random, random.choice(edits.KINDS), test=False))
-        told.append(random.random() >= DROPPED_PROMPTS)
-    after = [edit.after for edit in asked]
-    return edit_rows(asked, told, rows) | token_tensors(after) | wanted_tensors([request_of_scene(scene) for scene in after], after, told)
+    for _ in range(batch // EDITS_A_PICTURE):
+        asked += edits.random_edits(random, EDITS_A_PICTURE, test=False)
+        told += [random.random() >= DROPPED_PROMPTS] * EDITS_A_PICTURE
+    before, after = [edit.before for edit in asked], [edit.after for edit in asked]
+    found = edit_rows(asked, told, rows)
+    ids, positions, one = found["input_ids"], found["position_ids"], slice(None, None, EDITS_A_PICTURE)
+    length = (ids[0] == rows.special.vision_end).nonzero()[-1].item() + 2  # with the line's end
+    found |= {"prompt_ids": ids[one, :length], "prompt_positions": positions[:, one, :length], "input_ids": ids[:, length:],
+              "position_ids": positions[:, :, length:], "first": found["first"] - length,
+              "given": (ids[one] == rows.special.vision_pad).nonzero()[:, 1].view(-1, IMAGE_TOKENS),
+              **{name: found[name][one] for name in ("before_things", "before_backgrounds")},
+              **{f"given_{name}": tensor for name, tensor in token_tensors(before).items()},
+              "meant": meant_tensor(asked), "touched": touched_tensor(asked)}
+    return found | token_tensors(after) | wanted_tensors([request_of_scene(scene) for scene in after], after, told)
 
 
 def prompt_row(random: Random, rows: Rows, text: str, request: prompts.Request) -> list[int]:
@@ -104,12 +116,10 @@ def prompt_row(random: Random, rows: Rows, text: str, request: prompts.Request) 
 
 
 def edit_rows(asked: list[edits.Edit], told: list[bool], rows: Rows) -> dict:
-    """`picture_rows` of edits, those that are not `told` without their text, the columns `given` [B, T] of their own pictures' tokens, and the
-    scenes after and `before_`."""
+    """`picture_rows` of edits, those that are not `told` without their text, and the scenes after and `before_`."""
     full = [rows.edit(edit.text, image_tokens=IMAGE_TOKENS, merged_patches=MERGED_PATCHES) for edit in asked]
     found = picture_rows([row if said else rows.unconditional(row) for row, said in zip(full, told, strict=True)])
     length = found["input_ids"].shape[1]
-    found["given"] = (found["input_ids"] == rows.special.vision_pad).nonzero()[:, 1].view(len(full), IMAGE_TOKENS)
     positions = mrope_position_ids(found["input_ids"][0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
     found["position_ids"] = positions[:, :, :length].expand(-1, len(full), -1).contiguous()
     before = scene_tensors([edit.before for edit in asked])
@@ -153,6 +163,12 @@ def token_tensors(scenes: list[Scene]) -> dict[str, Tensor]:
     backgrounds = np.array([list(COLORS).index(scene.background) for scene in scenes])[:, None, None].repeat(IMAGE_TOKENS, 1)
     offsets = np.concatenate([np.take_along_axis(v, nearest[..., None], -1) for v in (right, down)], -1) * there[..., None]
     return {"classes": torch.from_numpy(np.concatenate([looks, backgrounds], -1)), "offsets": torch.from_numpy(offsets.astype(np.float32))}
+
+
+def touched_tensor(asked: list[edits.Edit]) -> Tensor:
+    """1.0 for tokens [B, T] that what an edit changes or takes away reaches."""
+    alone = [Scene(edit.before.background, () if edit.meant is None else (edit.meant,)) for edit in asked]
+    return (token_tensors(alone)["classes"][..., 0] > 0).float()
 
 
 def look_classes(look: Look) -> list[int]:

@@ -33,6 +33,16 @@ class Edit:
         """The index in `after` of the thing to be added."""
         return len(self.before.things) if self.kind == "add" else None
 
+    @property
+    def meant(self) -> Thing | None:
+        """What it takes away or changes."""
+        return next((thing for thing in self.before.things if thing not in self.after.things), None)
+
+    @property
+    def made(self) -> Thing | None:
+        """What it adds or makes of what it changes."""
+        return next((thing for thing in self.after.things if thing not in self.before.things), None)
+
 
 def random_edit(random: Random, kind: str, *, test: bool) -> Edit:
     """An edit of a kind on a scene of its own, its wording held out or not."""
@@ -40,6 +50,16 @@ def random_edit(random: Random, kind: str, *, test: bool) -> Edit:
         edit = MAKERS[kind](random, random_scene(random))
         if edit is not None and words.held_out(edit.text) == test:
             return edit
+
+
+def random_edits(random: Random, count: int, *, test: bool) -> list[Edit]:
+    """Edits of one scene, of any kinds that it allows."""
+    found = [random_edit(random, random.choice(KINDS), test=test)]
+    while len(found) < count:
+        edit = MAKERS[random.choice(KINDS)](random, found[0].before)
+        if edit is not None and words.held_out(edit.text) == test:
+            found.append(edit)
+    return found
 
 
 def recolor(random: Random, scene: Scene) -> Edit | None:

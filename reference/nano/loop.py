@@ -24,15 +24,16 @@ from .recipe import Stage
 
 SAVE_SECONDS = 120.0
 DECAYING = 0.4  # of a stage's steps
-OTHERS = 10_000_000  # a second process takes its batches from step 10,000,000 on, a third from twice that
+OTHERS = 12_000_000  # a second process's batches begin there, a third's at twice that; a multiple of 2 and 3, so all take one kind
 Losses = dict[str, Tensor]  # the one named "loss" is minimised, the others are recorded
 
 
 @dataclass
 class Job:
-    """What a stage brings to the loop, its batch this process's part. `batch_of(step)` runs in worker processes and returns a dict of
-    tensors; `losses` computes them; `after` runs behind each optimiser step, `finish` once behind the last; `trained` are the modules
-    whose parameters move, `by_muon` those of the parameters that Muon moves and not AdamW, `extra` what else is saved."""
+    """What a stage brings to the loop, its batch this process's part. `batch_of(number)` runs in worker processes and returns a dict of
+    tensors; `losses` computes them of a batch and its number; `after` runs behind each optimiser step, `finish` once behind the last;
+    `trained` are the modules whose parameters move, those of `waiting` only after the stage's first `alone` steps, `by_muon` those of the
+    parameters that Muon moves and not AdamW, `extra` what else is saved."""
 
     stage: Stage
     trained: dict[str, nn.Module]
@@ -41,20 +42,21 @@ class Job:
     after: Callable[[int], None] = lambda step: None
     finish: Callable[[], None] = lambda: None
     by_muon: Sequence[Tensor] = ()
+    waiting: Sequence[Tensor] = ()
     extra: dict[str, Tensor] | None = None
 
 
 class Steps(Dataset):
-    """Batches by number, for the loader's workers. Several processes take others each, so theirs are a part of the stage's."""
+    """Batches of steps, for the loader's workers. Several processes take others each, so theirs are a part of the stage's."""
 
-    def __init__(self, batch_of: Callable[[int], dict], steps: int):
-        self.batch_of, self.steps, self.first = batch_of, steps, OTHERS * process()[0]
+    def __init__(self, job: Job):
+        self.batch_of, self.stage, self.first = job.batch_of, job.stage, OTHERS * process()[0]
 
     def __len__(self) -> int:
-        return self.steps
+        return self.stage.steps
 
     def __getitem__(self, step: int) -> dict:
-        return self.batch_of(self.first + step)
+        return self.batch_of(self.first + self.stage.number(step))
 
 
 def process() -> tuple[int, int]:
@@ -92,7 +94,7 @@ def run(job: Job, *, folder: Path, device: torch.device, workers: int, tell: Cal
         return True
     if job.extra and process()[1] > 1:
         raise ValueError(f"stage {stage.name} keeps sums of its own, which several processes do not share: train it in one")
-    loader = DataLoader(Steps(job.batch_of, stage.steps), batch_size=None, sampler=range(first, stage.steps),
+    loader = DataLoader(Steps(job), batch_size=None, sampler=range(first, stage.steps),
                         num_workers=workers, prefetch_factor=4 if workers else None, persistent_workers=False)
     recorded, every, seen, (rank, processes) = [], max(1, stage.steps // 1000), 0, process()
     for step, batch in enumerate(loader, start=first):
@@ -127,8 +129,11 @@ def train_step(job: Job, optimisers: list[Optimizer], parameters: list[Tensor], 
         for group in optimiser.param_groups:
             group["lr"] = rate(job.stage, step)
         optimiser.zero_grad(set_to_none=True)
-    losses = job.losses(batch, step)
+    losses = job.losses(batch, job.stage.number(step))
     losses["loss"].backward()
+    if step < job.stage.alone:
+        for parameter in job.waiting:
+            parameter.grad = None
     average_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, job.stage.clip)
     for optimiser in optimisers:

@@ -22,11 +22,12 @@ from .tokens import Rows
 from .vision import MERGED_SIDE, embeds_of, prepared
 
 ROWS = 256  # pictures drawn together
+SAMPLED = ("generate", "edit")  # tasks with a sampling of their own; reasoning draws as `generate`
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn."""
+    """How a task's pictures are drawn."""
 
     guidance: float = recipe.GUIDANCE
     top_k: int = recipe.TOP_K
@@ -40,16 +41,16 @@ def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
 
 
 class Painter:
-    """A STAR-Nano model that draws, edits, answers and reasons. Pictures are uint8 [64, 64, 3]."""
+    """A STAR-Nano model that draws, edits, answers and reasons. Pictures are uint8 [64, 64, 3]; `sampling`: how, by task of SAMPLED."""
 
     batch = 300
 
-    def __init__(self, star: Star, rows: Rows, sampling: Sampling):
+    def __init__(self, star: Star, rows: Rows, sampling: dict[str, Sampling]):
         self.star, self.rows, self.sampling = star, rows, sampling
         self.device = star.token_embedding.weight.device
 
     @classmethod
-    def from_checkpoint(cls, root: Path, *, device: str = "cpu", sampling: Sampling | None = None) -> Painter:
+    def from_checkpoint(cls, root: Path, *, device: str = "cpu", sampling: dict[str, Sampling] | None = None) -> Painter:
         from ..weights import load_star, resolve_checkpoint
         files = resolve_checkpoint(root)
         star = load_star(files, device=device)
@@ -120,7 +121,7 @@ class Painter:
             for placeholder, values in ((special.vision_pad, tokens), (special.image_pad, seen)):
                 embeds[ids == placeholder] = values.repeat_interleave(2, dim=0).flatten(0, 1)
             positions = tasks.mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], special, trailing=count)
-        s = self.sampling
+        s = self.sampling["generate" if pictures is None else "edit"]
         made = tasks.generate(star, ids, guidance=s.guidance, top_k=s.top_k, top_p=s.top_p, inputs_embeds=embeds,
                               position_ids=positions, uniforms=uniforms(seeds, count).to(self.device))
         return pictures_of(made.image)
@@ -135,8 +136,8 @@ def pictures_of(image: Tensor) -> list[np.ndarray]:
     return list(((image + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy())
 
 
-def stored_sampling(root: Path) -> Sampling:
-    """What the sweep chose, from `sampling.json` of a checkpoint; the release's defaults where there is none."""
+def stored_sampling(root: Path) -> dict[str, Sampling]:
+    """What the sweep chose for each task, from `sampling.json` of a checkpoint; the release's defaults where there is none."""
     import json
     path = root / "sampling.json"
-    return Sampling(**json.loads(path.read_text())) if path.exists() else Sampling()
+    return {task: Sampling(**json.loads(path.read_text())[task] if path.exists() else {}) for task in SAMPLED}

@@ -34,7 +34,8 @@ GUIDANCE, TOP_K, TOP_P = 1.1, 1000, 0.8
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: `steps` batches of `batch` samples, learning rate up over `warmup` steps and down by a cosine."""
+    """One stage of training: `steps` batches of `batch` samples, learning rate up over `warmup` steps and down by a cosine. After `distinct`
+    batches the same come again. For `alone` steps only heads that are not kept learn."""
 
     name: str
     steps: int
@@ -43,6 +44,19 @@ class Stage:
     warmup: int = 200
     weight_decay: float = 0.01
     clip: float = 1.0
+    distinct: int | None = None
+    alone: int = 0
+
+    def number(self, step: int) -> int:
+        """Which batch a step takes."""
+        return step % self.distinct if self.distinct else step
+
+    def groups(self, size: int, of: str) -> int:
+        """How many groups of `size` samples a batch is, `of`: what a group is. Raises ValueError when they do not come out even."""
+        if self.batch % size:
+            raise ValueError(f"stage {self.name}: the {self.batch} samples of a process are not a multiple of {size} {of}; "
+                             "train it in fewer processes")
+        return self.batch // size
 
 
 # Small batches: what is scarce is arithmetic, and on equally many pictures the VQ was far ahead in batches of 16.
@@ -53,7 +67,7 @@ STAGES = {stage.name: stage for stage in (
     Stage("eyes", steps=4_000, batch=64, learning_rate=1e-3),
     Stage("base", steps=13_500, batch=32, learning_rate=6e-4),
     Stage("generate", steps=6_000, batch=32, learning_rate=2e-3, warmup=100),
-    Stage("edit", steps=16_000, batch=32, learning_rate=1e-3, warmup=100),
+    Stage("edit", steps=16_000, batch=32, learning_rate=1e-3, warmup=100, distinct=6_000, alone=300),
     Stage("reward", steps=200, batch=128, learning_rate=5e-5, warmup=10))}
 VQ_UNQUANTISED = 0.15  # share of the vq stage before the codebook exists
 DROPPED_PROMPTS = 0.1  # share of generation and editing samples whose prompt is the unconditional one

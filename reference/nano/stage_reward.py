@@ -28,25 +28,20 @@ from .loop import Job, Losses, process
 from .painter import pictures_of
 from .recipe import ATTEMPTS, GIVEN_WEIGHT, IMAGE_TOKENS, REWARD_TOP_K, REWARD_TOP_P, SEED, Stage
 from .scorer import read
+from .sequences import behind_prompt, through
 from .stage_vq import background_ids
-from .stages import DRAWING_PARTS, freeze, painted_ids, with_pictures
+from .stages import DRAWING_PARTS, freeze, given_ids, painted_ids, with_pictures
 from .tokens import Rows
 
 REWARDED = {"mixed": 10, "single": 15, "two": 15, "counting": 15, "colors": 10, "position": 20, "attributes": 15}  # shares of prompts
-Past = tuple[Tensor, ...]  # of a layer: keys and values of the prompt [P, KV, L, D], and of what was drawn since [B, KV, T, D]
 
 
 def reward_job(star: Star, rows: Rows, stage: Stage) -> Job:
     """Stage `reward`: every other batch edits, the rest draw. A batch is ATTEMPTS pictures of each of its prompts."""
-    if stage.batch % ATTEMPTS:
-        raise ValueError(f"stage {stage.name}: {stage.batch} pictures a process are not a multiple of the {ATTEMPTS} attempts at a prompt; "
-                         "train it in fewer processes")
+    count = stage.groups(ATTEMPTS, "attempts at a prompt")
     parts = freeze(star, trained=DRAWING_PARTS)
-    for decoder in (star.base_ar, star.stacked_ar):
-        for layer in decoder.layers:
-            layer.self_attn.attention = grouped_attention
     painter = copy.deepcopy(star).requires_grad_(False).bfloat16()
-    batch_of = partial(reward_batch, rows=rows, count=stage.batch // ATTEMPTS)
+    batch_of = partial(reward_batch, rows=rows, count=count)
     return Job(stage, parts, batch_of, partial(reward_losses, star, painter, background_ids(star)))
 
 
@@ -73,9 +68,9 @@ def reward_losses(star: Star, painter: Star, backgrounds: Tensor, batch: dict, s
     device, first, positions = batch["input_ids"].device, batch["first"], batch["position_ids"]
     length = -(-(int(first.max()) + 1) // 16) * 16
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-        embeds, given = star.token_embedding(batch["input_ids"]), painted_ids(star, backgrounds, batch)
-        if editing := "before_things" in batch:
-            embeds, _ = with_pictures(star, embeds, batch, step)
+        given, editing = painted_ids(star, backgrounds, batch), "before_things" in batch
+        ids = batch["input_ids"]
+        embeds = with_pictures(star, ids, batch, step, given_ids(star, batch, step)) if editing else star.token_embedding(ids)
     generator = torch.Generator(device).manual_seed((SEED * 1_000_003 + step) * 64 + process()[0])
     made = attempts(painter, embeds[:, :length].bfloat16(), first, positions, given, generator)
     pictures = pictures_of(painter.vq_decoder(made["ids"][:, :ATTEMPTS].flatten(0, 1)).float())
@@ -109,10 +104,10 @@ def attempts(star: Star, embeds: Tensor, first: Tensor, positions: Tensor, given
     `kept` [P, A, T, k] what each was drawn from, -1 for what was not, and the base's hidden states, which the stack is fed:
     `prompt` [P, L, H] and `hidden` [P, A + 1, T - 1, H].
     """
-    prompt, base_past = through(star.base_ar, embeds, positions[:, :, :embeds.shape[1]], empty_past(star.base_ar, embeds), None)
-    states, stack_past = through(star.stacked_ar, prompt, positions[:, :, :embeds.shape[1]], empty_past(star.stacked_ar, embeds), None)
+    (*_, prompt), base_past = through(star.base_ar, embeds, positions[:, :, :embeds.shape[1]])
+    (*_, states), stack_past = through(star.stacked_ar, prompt, positions[:, :, :embeds.shape[1]])
     shown, places = prompt_mask(first, embeds.shape[1]), picture_positions(first, positions)  # [3, P, T - 1]
-    taught, _ = through(star.base_ar, star.image_embedding(given[:, :-1]), places, behind_prompt(base_past, 1), shown)
+    (*_, taught), _ = through(star.base_ar, star.image_embedding(given[:, :-1]), places, behind_prompt(base_past, 1), shown)
     last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(ATTEMPTS, 0)  # [B, 1, H]
     base_past, stack_past = (behind_prompt(past, ATTEMPTS) for past in (base_past, stack_past))
     ids, kept, hidden, places = [], [], [], places.repeat_interleave(ATTEMPTS, 1)
@@ -122,9 +117,9 @@ def attempts(star: Star, embeds: Tensor, first: Tensor, positions: Tensor, given
         kept.append(among)
         if step < IMAGE_TOKENS - 1:
             x, place = star.image_embedding(drawn)[:, None], places[:, :, step:step + 1]
-            x, base_past = through(star.base_ar, x, place, base_past, shown)
+            (*_, x), base_past = through(star.base_ar, x, place, base_past, shown)
             hidden.append(x)
-            last, stack_past = through(star.stacked_ar, x, place, stack_past, shown)
+            (*_, last), stack_past = through(star.stacked_ar, x, place, stack_past, shown)
     groups = (len(first), ATTEMPTS)
     return {"ids": torch.cat([torch.stack(ids, 1).unflatten(0, groups), given[:, None]], 1), "kept": torch.stack(kept, 1).unflatten(0, groups),
             "prompt": prompt, "hidden": torch.cat([torch.cat(hidden, 1).unflatten(0, groups), taught[:, None]], 1)}
@@ -135,9 +130,9 @@ def attempt_loss(stack: Decoder, head: nn.Linear, made: dict[str, Tensor], first
     """Minus the mean over tokens of the log probability with which each was drawn, times how much `better` [P, A] than its fellows its
     picture is; and the cross entropy of the given pictures. `made`: what `attempts` returned."""
     prompt, (groups, each, _) = made["prompt"], made["ids"].shape
-    states, past = through(stack, prompt, positions[:, :, :prompt.shape[1]], empty_past(stack, prompt), None)
+    (*_, states), past = through(stack, prompt, positions[:, :, :prompt.shape[1]])
     last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(each, 0)
-    drawn, _ = through(stack, made["hidden"].flatten(0, 1), picture_positions(first, positions).repeat_interleave(each, 1),
+    (*_, drawn), _ = through(stack, made["hidden"].flatten(0, 1), picture_positions(first, positions).repeat_interleave(each, 1),
                        behind_prompt(past, each), prompt_mask(first, prompt.shape[1]))
     logits = head(torch.cat([last, drawn], dim=1)).float().unflatten(0, (groups, each))  # [P, A + 1, T, K]
     chosen = logits.gather(-1, made["ids"].unsqueeze(-1)).squeeze(-1)  # [P, A + 1, T]
@@ -166,55 +161,3 @@ def prompt_mask(first: Tensor, length: int) -> Tensor:
     """0 for the columns of each prompt and -inf behind it, [P, length]."""
     behind = torch.arange(length, device=first.device) > first[:, None]
     return torch.zeros_like(behind, dtype=torch.float32).masked_fill(behind, float("-inf"))
-
-
-def through(decoder: Decoder, x: Tensor, positions: Tensor, past: list[Past], shown: Tensor | None) -> tuple[Tensor, list[Past]]:
-    """A decoder with `grouped_attention`: x [B, S, H], positions [3, B, S] -> hidden states after the final norm, and what is past now."""
-    cos, sin = (t.to(x.dtype) for t in decoder.rotary(positions))
-    now = []
-    for layer, layer_past in zip(decoder.layers, past, strict=True):
-        x, present = layer(x, cos, sin, layer_past, x, shown)
-        now.append(present)
-    return decoder.norm(x), now
-
-
-def empty_past(decoder: Decoder, like: Tensor) -> list[Past]:
-    """Nothing yet, for each layer."""
-    config = decoder.config
-    nothing = like.new_zeros(len(like), config.num_kv_heads, 0, config.head_dim)
-    return [(nothing,) * 4] * len(decoder.layers)
-
-
-def behind_prompt(past: list[Past], times: int) -> list[Past]:
-    """What was drawn becomes the prompt of `times` rows each."""
-    return [(key, value, *(key.new_zeros(len(key) * times, key.shape[1], 0, key.shape[3]),) * 2) for _, _, key, value in past]
-
-
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, past_key: Tensor,
-                      past_value: Tensor, _: Tensor, shown: Tensor | None) -> tuple[Tensor, ...]:
-    """`decoder.kv_cache_attention` where groups of rows share a prompt, whose keys and values are kept once.
-
-    query [B, heads, S, D], key and value [B, KV, S, D], prompt_key and prompt_value [P, KV, L, D], past_key and past_value [B, KV, T, D],
-    shown [P, L]: 0, or -inf where the prompt has ended -> output [B, heads, S, D] and what is past now.
-    """
-    batch, heads, length, width = query.shape
-    groups, kv_heads, before, _ = prompt_key.shape
-    each, ahead = batch // groups, past_key.shape[2]
-    key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
-    grouped = (query * width**-0.5).reshape(batch * kv_heads, heads // kv_heads * length, width)
-    scores = grouped @ key.reshape(batch * kv_heads, ahead + length, width).transpose(1, 2)
-    if length > 1:
-        future = torch.full((length, ahead + length), float("-inf"), dtype=scores.dtype, device=scores.device).triu(ahead + 1)
-        scores = (scores.view(batch * kv_heads, -1, length, ahead + length) + future).view_as(scores)
-    if before:
-        alike = grouped.view(groups, each, kv_heads, -1, width).transpose(1, 2).reshape(groups * kv_heads, -1, width)
-        to_prompt = (alike @ prompt_key.reshape(groups * kv_heads, before, width).transpose(1, 2)).view(groups, kv_heads, -1, before)
-        to_prompt = (to_prompt + shown[:, None, None].to(scores.dtype)).view(groups, kv_heads, each, -1, before)
-        scores = torch.cat([to_prompt.transpose(1, 2).reshape(batch * kv_heads, -1, before), scores], dim=-1)
-    weights = scores.softmax(-1).to(value.dtype)
-    found = weights[..., before:] @ value.reshape(batch * kv_heads, ahead + length, width)
-    if before:
-        of_prompt = weights[..., :before].reshape(groups, each, kv_heads, -1, before).transpose(1, 2)
-        of_prompt = of_prompt.reshape(groups * kv_heads, -1, before) @ prompt_value.reshape(groups * kv_heads, before, width)
-        found = found + of_prompt.view(groups, kv_heads, each, -1, width).transpose(1, 2).reshape(found.shape)
-    return found.view(batch, heads, length, width), prompt_key, prompt_value, key, value

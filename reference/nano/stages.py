@@ -14,56 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..decoder import Decoder
 from ..model import Star
-from .batches import IGNORED, base_batch, edit_batch, generate_batch
+from .batches import EDITS_A_PICTURE, IGNORED, base_batch, edit_batch, generate_batch
 from .cells import drawn, image_from_scenes
 from .loop import Job, Losses, fused
 from .recipe import IMAGE_TOKENS, SEED, TOKENS_SIDE, Stage
+from .sequences import behind_prompt, through
 from .stage_eyes import OUTPUTS, new_head, read_losses
 from .stage_vq import background_ids, with_one_background
 from .tokens import Rows
 from .vision import MERGED_SIDE, embeds_of, seen
+from .wanted import MEANT_OUTPUTS, meant_loss, touched_loss, wanted_loss
 from .wanted import OUTPUTS as WANTED_OUTPUTS
-from .wanted import wanted_loss
 
 BASE_PARTS = ("token_embedding", "vision_encoder", "base_ar")  # text_head is token_embedding, tied
 READ_LAYER = 1  # of the base, counted from 0: what patches show is read after it
-ASKED = ("kinds", "begins", "background", "relation", "told", "classes", "offsets", "given")  # of a batch, what heads are to tell
+ASKED = ("kinds", "begins", "background", "relation", "told", "classes", "offsets", "given", "meant", "touched", "given_classes",
+         "given_offsets")  # of a batch, what heads are to tell
 DRAWING_PARTS = ("stacked_ar", "image_head")
 TRAINED_PARTS = ("pixel_adapter", *DRAWING_PARTS)
+# Of what `token_losses` returns, how much it counts: what is large at first and not yet told would turn the stack from what it can do.
+WEIGHTS = {"tokens": 1.0, "placed": 1.0, "wanted": 1.0, "shown": 1.0, "copied": 1.0, "there": 0.3, "meant": 0.1, "touched": 1.0}
 POINTED, EMBEDDED = 0.1, 8.0  # how far a new head's latents lie from zero, in sizes of an entry; size of a new adapter's embeddings
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, write_indices: Tensor,
-                     mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`decoder.kv_cache_attention` on whole sequences from an empty cache, with gradients: every query sees itself and before.
-
-    Written out, because on a CPU the gradient of torch's fused attention takes three times as long in bfloat16 at these lengths.
-    """
-    batch, heads, length, width = query.shape
-    pairs, group = batch * key.shape[1], heads // key.shape[1]
-    grouped = (query * width**-0.5).reshape(pairs, group * length, width)
-    scores = grouped @ key.reshape(pairs, length, width).transpose(1, 2)
-    future = torch.full((length, length), float("-inf"), dtype=scores.dtype, device=scores.device).triu(1)
-    weights = (scores.view(pairs, group, length, length) + future).softmax(-1).to(value.dtype)
-    found = weights.view(pairs, group * length, length) @ value.reshape(pairs, length, width)
-    return found.view(batch, heads, length, width), past_key, past_value
-
-
-def hidden_states(decoder: Decoder, embeds: Tensor, positions: Tensor) -> list[Tensor]:
-    """A decoder with `causal_attention` on whole sequences: embeds [B, S, H], positions [3, B, S] -> [B, S, H] after each layer, and
-    after the final norm."""
-    cos, sin = (t.to(embeds.dtype) for t in decoder.rotary(positions))
-    unused, states = embeds.new_empty(1, 1, 1, 1), [embeds]
-    for layer in decoder.layers:
-        states.append(layer(states[-1], cos, sin, (unused, unused), unused, unused)[0])
-    return [*states[1:], decoder.norm(states[-1])]
-
-
-def whole(decoder: Decoder, embeds: Tensor, positions: Tensor) -> Tensor:
-    """The last of `hidden_states`."""
-    return hidden_states(decoder, embeds, positions)[-1]
 
 
 def freeze(star: Star, *, trained: tuple[str, ...]) -> dict:
@@ -82,7 +54,7 @@ def base_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) ->
     parts = freeze(star, trained=BASE_PARTS)
     weight = star.token_embedding.weight
     parts["head"] = new_head(weight.shape[1], weight.device, outputs=OUTPUTS + 2 * MERGED_SIDE)
-    losses = partial(base_losses, star, parts["head"], fused(embeds_of, compiled=compiled), fused(hidden_states, compiled=compiled))
+    losses = partial(base_losses, star, parts["head"], fused(embeds_of, compiled=compiled), fused(through, compiled=compiled))
     return Job(stage, parts, partial(base_batch, rows=rows, batch=stage.batch), losses)
 
 
@@ -97,7 +69,7 @@ def base_losses(star: Star, head: nn.Linear, see: Callable, decode: Callable, ba
         pictures = see(star.vision_encoder, seen(image, sharp=batch["sharp"]))  # [count, 16, H]
         embeds[:count][patches] = pictures.flatten(0, 1).to(embeds.dtype)
         said = labels != IGNORED
-        states = decode(star.base_ar, embeds, batch["position_ids"])
+        states, _ = decode(star.base_ar, embeds, batch["position_ids"])
         logits = star.text_head(states[-1][said]).float()  # [n, V]
         read = head(states[READ_LAYER][:count][patches]).float().unflatten(0, (count, -1))  # [count, 16, outputs]
     shown, placed = read_losses(read[..., :OUTPUTS], batch), read[..., OUTPUTS:].unflatten(-1, (2, MERGED_SIDE))
@@ -144,78 +116,115 @@ def generate_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False
 
 
 def edit_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
-    """Stage `edit`: every other batch edits, the rest draw. The adapter stays as it is, so no gradient goes through the base."""
+    """Stage `edit`: two batches of three edit, the rest draw. The adapter stays as it is, so no gradient goes through the base."""
+    stage.groups(EDITS_A_PICTURE, "instructions on a picture")
     batch_of = partial(mixed_batch, rows=rows, batch=stage.batch, stage=stage.name)
     return picture_job(star, stage, batch_of, trained=DRAWING_PARTS, compiled=compiled)
 
 
 def picture_job(star: Star, stage: Stage, batch_of: Callable[[int], dict], *, trained: tuple[str, ...], compiled: bool) -> Job:
     """Training of the generating parts. Linear heads, which are not kept, tell the row and column of a picture's next token after the
-    stack's first layer, for the same reason as in the base, after the second what is wanted and what an edit's own picture has at that
-    place, and after the third what is left and what the next token shows."""
+    stack's first layer, for the same reason as in the base, after the second what is wanted, what an edit means, and what its own picture
+    has and shows at that place, and after the third what is left, what the next token shows and whether the edit touches what is there."""
     parts = freeze(star, trained=trained)
     width, device = star.image_head.in_features, star.image_head.weight.device
-    outputs = {"placed": 2 * TOKENS_SIDE, **WANTED_OUTPUTS, "shown": OUTPUTS, "copied": star.codebook.embedding_dim}
+    outputs = {"placed": 2 * TOKENS_SIDE, **WANTED_OUTPUTS, "shown": OUTPUTS, "copied": star.codebook.embedding_dim,
+               "meant": MEANT_OUTPUTS, "there": OUTPUTS, "touched": 1}
     parts["heads"] = nn.ModuleDict({name: new_head(width, device, outputs=count) for name, count in outputs.items()})
     for name in WANTED_OUTPUTS:
         nn.init.zeros_(parts["heads"][name].weight)  # or what they first say of counts is wrong by hundreds, and learning starts with that
-    losses = partial(picture_losses, star, parts["heads"], background_ids(star), fused(token_losses, compiled=compiled))
-    return Job(stage, parts, batch_of, losses, by_muon=[p for p in star.stacked_ar.parameters() if p.ndim == 2])
+    losses = partial(picture_losses, star, parts["heads"], background_ids(star), fused(token_losses, compiled=compiled),
+                     {} if stage.distinct else None)
+    return Job(stage, parts, batch_of, losses, by_muon=[p for p in star.stacked_ar.parameters() if p.ndim == 2],
+               waiting=[p for name in trained for p in parts[name].parameters()])
 
 
 def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
-    if step % 2:
+    if step % 3 == 2:
         return generate_batch(step, rows=rows, batch=batch, stage=stage)
     return edit_batch(step, rows=rows, batch=batch)
 
 
-def picture_losses(star: Star, heads: nn.ModuleDict, backgrounds: Tensor, losses_of: Callable, batch: dict, step: int) -> Losses:
-    """What `token_losses` says of a batch with its pictures drawn; `backgrounds`: `background_ids`."""
+def picture_losses(star: Star, heads: nn.ModuleDict, backgrounds: Tensor, losses_of: Callable, known: dict | None, batch: dict,
+                   number: int) -> Losses:
+    """What `token_losses` says of a batch with its pictures drawn. `backgrounds`: `background_ids`. `known`: ids of batches by number, where
+    they come again: finding them is a third of a step's work."""
+    edits = "before_things" in batch
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
-        image_ids = painted_ids(star, backgrounds, batch)
+        if known is None or number not in known:
+            ids = {"image_ids": painted_ids(star, backgrounds, batch)} | ({"given_ids": given_ids(star, batch, number)} if edits else {})
+            if known is not None:
+                known[number] = {name: found.short() for name, found in ids.items()}
+        else:
+            ids = {name: found.long() for name, found in known[number].items()}
         asked = {name: batch[name] for name in ASKED if name in batch}
-        embeds = star.token_embedding(batch["input_ids"])
-        if edits := "before_things" in batch:
-            embeds, asked["given_ids"] = with_pictures(star, embeds, batch, step)
-        losses = losses_of(star, heads, embeds, image_ids, batch["first"], batch["position_ids"], asked)
-    minimised = sum(losses[name] for name in ("tokens", "placed", "wanted", "shown", "copied") if name in losses)
+        prompt = None
+        if edits:
+            asked["given_ids"] = ids["given_ids"].repeat_interleave(EDITS_A_PICTURE, 0)
+            prompt = with_pictures(star, batch["prompt_ids"], batch, number, ids["given_ids"]), batch["prompt_positions"]
+        losses = losses_of(star, heads, prompt, star.token_embedding(batch["input_ids"]), ids["image_ids"], batch["first"],
+                           batch["position_ids"], asked)
+    minimised = sum(weight * losses[name] for name, weight in WEIGHTS.items() if name in losses)
     return {"loss": minimised, "edited" if edits else "drawn": losses.pop("tokens").detach(), **losses}
 
 
-def token_losses(star: Star, heads: nn.ModuleDict, embeds: Tensor, image_ids: Tensor, first: Tensor, positions: Tensor,
-                 asked: dict[str, Tensor]) -> Losses:
+def token_losses(star: Star, heads: nn.ModuleDict, prompt: tuple[Tensor, Tensor] | None, embeds: Tensor, image_ids: Tensor, first: Tensor,
+                 positions: Tensor, asked: dict[str, Tensor]) -> Losses:
     """`tokens`: cross entropy of a picture's tokens, and `right`, the share of them that is the most probable; `placed`: cross entropy of
-    their rows and columns, and of those of the given picture's; `wanted` and `left`: what `wanted_loss` says; `shown`: what
-    `read_losses` says of what the next token shows, and `foreseen`, the share of its shapes that is right; `copied`, of edits: squared
-    error of the entry that the given picture has where the next token is, as a share of the entries' variance.
+    their rows and columns; `wanted` and `left`: what `wanted_loss` says; `shown`: what `read_losses` says of what the next token shows, and
+    `foreseen`, the share of its shapes that is right; of edits what `edit_losses` says.
 
-    embeds [B, S, H] of the prompts, image_ids [B, T], first [B]: the column from which the first token is predicted, positions
-    [3, B, S], asked: `wanted_tensors`, `token_tensors` and, for edits, `given` and the ids there, `given_ids`.
+    prompt: embeddings [P, L, H] and positions [3, P, L] of what comes first, each of as many rows, or None; embeds [B, S, H] of the rest,
+    image_ids [B, T], first [B]: the column from which the first token is predicted, positions [3, B, S], asked: `wanted_tensors`,
+    `token_tensors` and what `edit_losses` needs.
     """
-    steps = torch.arange(IMAGE_TOKENS, device=embeds.device)
-    columns = (first[:, None] + steps).unsqueeze(-1).expand(-1, -1, embeds.shape[-1])  # [B, T, H]
-    embeds = embeds.scatter(1, columns[:, :-1] + 1, star.image_embedding(image_ids[:, :-1]).to(embeds.dtype))
-    states = hidden_states(star.stacked_ar, whole(star.base_ar, embeds, positions), positions)
-    logits = star.image_head(states[-1].gather(1, columns)).float()  # [B, T, K]
+    columns = first[:, None] + torch.arange(IMAGE_TOKENS, device=embeds.device)  # [B, T]
+    widths = columns.unsqueeze(-1).expand(-1, -1, embeds.shape[-1])
+    embeds = embeds.scatter(1, widths[:, :-1] + 1, star.image_embedding(image_ids[:, :-1]).to(embeds.dtype))
+    base_past = stack_past = None
+    if prompt is not None:
+        (*_, hidden), base_past = through(star.base_ar, *prompt)
+        given, stack_past = through(star.stacked_ar, hidden, prompt[1])
+        base_past, stack_past = (behind_prompt(past, len(embeds) // len(hidden)) for past in (base_past, stack_past))
+    (*_, hidden), _ = through(star.base_ar, embeds, positions, base_past)
+    states, _ = through(star.stacked_ar, hidden, positions, stack_past)
+    logits = star.image_head(states[-1].gather(1, widths)).float()  # [B, T, K]
+    missed, known = wanted_loss(told(heads["wanted"], states[1], columns), told(heads["left"], states[2], columns), asked)
+    shown = read_losses(told(heads["shown"], states[2], columns), asked)
+    losses = {"tokens": F.cross_entropy(logits.flatten(0, 1), image_ids.flatten()),
+              "right": (logits.argmax(-1) == image_ids).float().mean(),
+              "placed": place_loss(told(heads["placed"], states[0], columns)),
+              "wanted": missed, "left": known, "shown": shown["loss"], "foreseen": shown["shape"]}
+    return losses if prompt is None else losses | edit_losses(heads, star.codebook.weight, given[0], states, columns, losses["placed"], asked)
 
-    def told(name: str, layer: int, at: Tensor) -> Tensor:
-        return heads[name](F.rms_norm(states[layer].gather(1, at), at.shape[-1:])).float()
 
-    placed = told("placed", 0, columns)
-    places = torch.stack((steps // TOKENS_SIDE, steps % TOKENS_SIDE), dim=1).expand(len(embeds), -1, -1)  # [B, T, 2]
-    if "given" in asked:
-        placed = torch.cat([placed, told("placed", 0, asked["given"].unsqueeze(-1).expand_as(columns))], dim=1)
-        places = torch.cat([places, places], dim=1)
-    losses = {}
-    if "given_ids" in asked:
-        entries = star.codebook.weight
-        losses["copied"] = F.mse_loss(told("copied", 1, columns), entries[asked["given_ids"]]) / entries.var(0).mean()
-    missed, known = wanted_loss(told("wanted", 1, columns), told("left", 2, columns), asked)
-    shown = read_losses(told("shown", 2, columns), asked)
-    return {"tokens": F.cross_entropy(logits.flatten(0, 1), image_ids.flatten()),
-            "right": (logits.argmax(-1) == image_ids).float().mean(),
-            "placed": F.cross_entropy(placed.unflatten(-1, (2, TOKENS_SIDE)).flatten(0, 2), places.flatten()),
-            "wanted": missed, "left": known, "shown": shown["loss"], "foreseen": shown["shape"], **losses}
+def edit_losses(heads: nn.ModuleDict, entries: Tensor, given: Tensor, states: list[Tensor], columns: Tensor, placed: Tensor,
+                asked: dict[str, Tensor]) -> Losses:
+    """`placed`: its mean with the cross entropy of the given picture's rows and columns; `copied`: squared error of the entry that the given
+    picture has where the next token is, as a share of the entries' variance; `there`: what `read_losses` says of what that picture shows
+    there, and `found`, the share of its shapes that is right; `meant`: what `meant_loss` says; `touched` and `hit`: what `touched_loss` says.
+
+    entries [K, d] of the codebook, given [P, L, H]: hidden states of what comes first, states [B, S, H] after each layer, columns [B, T] from
+    which tokens are predicted, asked: what `edit_batch` tells and `given_ids` [B, T].
+    """
+    copied = F.mse_loss(told(heads["copied"], states[1], columns), entries[asked["given_ids"]]) / entries.var(0).mean()
+    there = read_losses(told(heads["there"], states[1], columns), {name: asked["given_" + name] for name in ("classes", "offsets")})
+    touched, hit = touched_loss(told(heads["touched"], states[2], columns)[..., 0], asked)
+    return {"placed": 0.5 * (placed + place_loss(told(heads["placed"], given, asked["given"]))), "copied": copied, "there": there["loss"],
+            "found": there["shape"], "meant": meant_loss(told(heads["meant"], states[1], columns), asked), "touched": touched, "hit": hit}
+
+
+def told(head: nn.Linear, hidden: Tensor, columns: Tensor) -> Tensor:
+    """What a head tells from hidden states [B, S, H] at columns [B, T]."""
+    at = columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+    return head(F.rms_norm(hidden.gather(1, at), hidden.shape[-1:])).float()
+
+
+def place_loss(placed: Tensor) -> Tensor:
+    """Cross entropy of the rows and columns of a picture's tokens, [B, T, 2 * TOKENS_SIDE]."""
+    index = torch.arange(IMAGE_TOKENS, device=placed.device)
+    places = torch.stack((index // TOKENS_SIDE, index % TOKENS_SIDE), dim=1).expand(len(placed), -1, -1)  # [B, T, 2]
+    return F.cross_entropy(placed.unflatten(-1, (2, TOKENS_SIDE)).flatten(0, 2), places.flatten())
 
 
 @torch.no_grad()
@@ -234,12 +243,22 @@ def painted_ids(star: Star, backgrounds: Tensor, batch: dict) -> Tensor:
     return with_one_background(ids_of(star, image_from_scenes(batch, noise=None)), backgrounds, batch)
 
 
-def with_pictures(star: Star, embeds: Tensor, batch: dict, step: int) -> tuple[Tensor, Tensor]:
-    """An edit's embeddings [B, S, H] with its picture in its places, through the VQ and the vision encoder; that picture's ids [B, T]."""
-    ids, special = batch["input_ids"], star.config.special
-    before = drawn({"things": batch["before_things"], "backgrounds": batch["before_backgrounds"]}, step, stream=2)
+def given_picture(batch: dict, number: int) -> Tensor:
+    """An edit's own pictures [P, 3, S, S], with their noise."""
+    return drawn({"things": batch["before_things"], "backgrounds": batch["before_backgrounds"]}, number, stream=2)
+
+
+def given_ids(star: Star, batch: dict, number: int) -> Tensor:
+    """VQ ids [P, T] of an edit's own pictures."""
+    return ids_of(star, given_picture(batch, number))
+
+
+def with_pictures(star: Star, ids: Tensor, batch: dict, number: int, given: Tensor) -> Tensor:
+    """Embeddings [P, S, H] of rows ids [P, S] of edits with their pictures in their places: the VQ ids `given` [P, T], and what the vision
+    encoder sees."""
+    special, embeds = star.config.special, star.token_embedding(ids)
     with torch.no_grad():
-        tokens = ids_of(star, before)
-        vision = embeds_of(star.vision_encoder, seen(before, sharp=torch.ones(len(ids), dtype=torch.bool, device=ids.device)))
-    embeds = embeds.masked_scatter((ids == special.vision_pad).unsqueeze(-1), star.image_embedding(tokens).to(embeds.dtype))
-    return embeds.masked_scatter((ids == special.image_pad).unsqueeze(-1), vision.to(embeds.dtype)), tokens
+        sharp = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        vision = embeds_of(star.vision_encoder, seen(given_picture(batch, number), sharp=sharp))
+    embeds = embeds.masked_scatter((ids == special.vision_pad).unsqueeze(-1), star.image_embedding(given).to(embeds.dtype))
+    return embeds.masked_scatter((ids == special.image_pad).unsqueeze(-1), vision.to(embeds.dtype))

@@ -29,6 +29,7 @@ from . import layout, recipe, stages
 from .loop import Job, process, run
 from .plot import write_curves
 from .recipe import STAGES, Stage
+from .sequences import grouped_attention
 from .stage_eyes import eyes_job
 from .stage_reward import reward_job
 from .stage_vq import VQ_TRAINERS
@@ -95,7 +96,7 @@ def scaled(stage: Stage, scale: float, *, wide: int) -> Stage:
 def training_star(out: Path, device: torch.device) -> Star:
     """The model as it is on file, ready for training: whole sequences, gradients possible."""
     loaded = load_star(resolve_checkpoint(out))
-    star = Star(loaded.config, attention=stages.causal_attention)
+    star = Star(loaded.config, attention=grouped_attention)
     star.load_state_dict(loaded.state_dict())
     return star.to(device)
 

@@ -81,7 +81,7 @@ def attended(attn: VisionAttention, x: Tensor, cos: Tensor, sin: Tensor, mask: T
     """`VisionAttention.forward` for many pictures. x [N, P, h] -> [N, P, h]."""
     query, key, value = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in attn.qkv(x).chunk(3, dim=-1))
     query, key = (attn.rotate(part.float(), cos, sin).to(value.dtype) for part in (query, key))  # [N, heads, P, D]
-    scores = query * attn.head_dim**-0.5 @ key.transpose(-1, -2)  # written out for the gradient's sake: `stages.causal_attention`
+    scores = query * attn.head_dim**-0.5 @ key.transpose(-1, -2)  # written out for the gradient's sake: `sequences.grouped_attention`
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     output = scores.softmax(-1).to(value.dtype) @ value

@@ -62,10 +62,10 @@ def test_not_a_folder(root, tmp_path):
 
 @pytest.mark.parametrize("change, match", [
     (lambda t: t[:len(t) // 2], "strict JSON"),
-    (lambda t: t.replace('"schema": 1', '"schema": 2'), "schema: expected 1, got 2"),
-    (lambda t: t.replace('"schema": 1', '"schema": true'), "expected int"),
-    (lambda t: t.replace('"schema": 1', '"schema": 1, "extra": 0'), "no such key"),
-    (lambda t: t.replace('"schema": 1', '"schema": 1, "schema": 1'), "duplicate key"),
+    (lambda t: t.replace('"schema": 2', '"schema": 1'), "schema: expected 2, got 1"),
+    (lambda t: t.replace('"schema": 2', '"schema": true'), "expected int"),
+    (lambda t: t.replace('"schema": 2', '"schema": 2, "extra": 0'), "no such key"),
+    (lambda t: t.replace('"schema": 2', '"schema": 2, "schema": 2'), "duplicate key"),
     (lambda t: t.replace("1.05", "NaN"), "NaN is not a number"),
     (lambda t: t.replace("1.05", "1e999"), "a finite number"),
     (lambda t: "[]", "expected an object"),

@@ -14,7 +14,7 @@ from engines.prompt import Chat
 from reference import vision
 from reference.nano import layout, recipe
 from reference.nano.draw import pictures_from_scenes
-from reference.nano.painter import Painter, Sampling, pictures_of, uniforms
+from reference.nano.painter import SAMPLED, Painter, Sampling, pictures_of, uniforms
 from reference.nano.tokens import MAGIC_SUFFIX, Rows
 from reference.nano.vision import MERGED_SIDE, embeds_of, patches, prepared, seen
 from reference.nano.world import random_scene
@@ -130,7 +130,7 @@ def test_many_pictures_at_once_are_each_alone(nano_root: Path, pictures: np.ndar
 
 
 def test_the_painter_draws_in_any_order_what_it_draws_alone(nano_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    painter = Painter.from_checkpoint(nano_root, sampling=Sampling(2.0, 50, 0.9))
+    painter = Painter.from_checkpoint(nano_root, sampling=dict.fromkeys(SAMPLED, Sampling(2.0, 50, 0.9)))
     star = painter.star
     star.config = dataclasses.replace(star.config, vq=dataclasses.replace(star.config.vq, image_tokens=64))
     texts = ["a red circle", "three blue stars on a white background", "a green square"]
@@ -160,10 +160,12 @@ def test_an_over_long_prompt_is_refused_with_both_numbers(chat: Chat) -> None:
 
 
 def test_a_sampling_file_that_is_wrong_is_refused(tmp_path: Path) -> None:
-    from star_export.model_spec import sampling_spec
+    from star_export.model_spec import sampling_specs
     path = tmp_path / "sampling.json"
-    assert sampling_spec(path).top_k == 1000
-    for text in ("{}x", '{"guidance": "2"}', '{"guidance": NaN}', '{"cfg": 2.0}'):
+    assert sampling_specs(path).edit.top_k == 1000
+    path.write_text('{"edit": {"top_k": 1}}')
+    assert sampling_specs(path).edit.top_k == 1 and sampling_specs(path).generate.top_k == 1000
+    for text in ("{}x", '{"edit": {"guidance": "2"}}', '{"edit": {"guidance": NaN}}', '{"edit": {"cfg": 2.0}}', '{"guidance": 2.0}'):
         path.write_text(text)
         with pytest.raises(InputError):
-            sampling_spec(path)
+            sampling_specs(path)

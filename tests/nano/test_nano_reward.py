@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from reference import tasks
-from reference.nano import edits, layout, prompts, recipe, stage_reward, stages
+from reference.nano import edits, prompts, recipe, stage_reward
 from reference.nano.draw import pictures_from_scenes
 from reference.nano.prompts import Group, Request
 from reference.nano.recipe import ATTEMPTS, IMAGE_TOKENS, REWARD_TOP_K, REWARD_TOP_P, STAGES
 from reference.nano.scorer import Found, Reading, read
+from reference.nano.sequences import whole
 from reference.nano.stage_reward import attempt_loss, attempts, evened, reward_batch, reward_job, rewards, sampled
 from reference.nano.world import Look, Scene, Thing
 
@@ -28,9 +29,6 @@ CIRCLE, STAR = Thing(Look("circle", "red", "large"), 16.0, 16.0, 10.0, 0.0), Thi
 def test_losses_are_those_of_whole_sequences(small_root: Path, step: int) -> None:
     """Attempts share their prompt's keys and values, are drawn token by token, and their prompts end at different columns."""
     star, rows = small_star(small_root)
-    whole = layout.new_star(star.config, attention=stages.causal_attention)
-    whole.load_state_dict(star.state_dict())
-    reward_job(star, rows, STAGES["reward"])  # gives its attention to the decoders
     batch, generator = reward_batch(step, rows=rows, count=3), torch.Generator().manual_seed(1)
     first, positions, embeds = batch["first"], batch["position_ids"], star.token_embedding(batch["input_ids"])
     assert ("before_things" in batch) == (step == 0) and len(set(first.tolist())) > 1
@@ -43,11 +41,11 @@ def test_losses_are_those_of_whole_sequences(small_root: Path, step: int) -> Non
         logits = []
         for group in range(3):
             row = embeds[group].expand(ATTEMPTS + 1, -1, -1).clone()
-            row[:, columns[group, 1:]] = whole.image_embedding(ids[group, :, :-1])
+            row[:, columns[group, 1:]] = star.image_embedding(ids[group, :, :-1])
             places = positions[:, group:group + 1].expand(-1, ATTEMPTS + 1, -1)
-            hidden = stages.whole(whole.base_ar, row, places)
+            hidden = whole(star.base_ar, row, places)
             torch.testing.assert_close(made["hidden"][group], hidden[:, columns[group, 1:]], rtol=1e-4, atol=1e-5)
-            logits.append(whole.image_head(stages.whole(whole.stacked_ar, hidden, places)[:, columns[group]]))
+            logits.append(star.image_head(whole(star.stacked_ar, hidden, places)[:, columns[group]]))
         logits = torch.stack(logits)  # [3, A + 1, T, K]
     filtered = tasks.filtered_probabilities(logits[:, :-1].flatten(0, 2), REWARD_TOP_K, REWARD_TOP_P).view(*kept.shape[:3], -1)
     allowed = torch.nn.functional.one_hot(kept + 1, 65).sum(-2)[..., 1:] > 0  # -1 is none
@@ -113,7 +111,7 @@ def test_what_is_better_becomes_more_probable(small_root: Path, monkeypatch: pyt
 
 def test_a_batch_that_breaks_groups_is_refused(small_root: Path) -> None:
     star, rows = small_star(small_root)
-    with pytest.raises(ValueError, match=r"stage reward: 12 pictures .* multiple of the 8 attempts .* fewer processes"):
+    with pytest.raises(ValueError, match=r"stage reward: the 12 samples .* multiple of 8 attempts .* fewer processes"):
         reward_job(star, rows, replace(STAGES["reward"], batch=12))
 
 

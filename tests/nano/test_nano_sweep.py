@@ -8,28 +8,30 @@ import numpy as np
 import pytest
 
 from reference.nano import benchmark, gallery, plot, sweep
-from reference.nano.painter import Sampling, stored_sampling
+from reference.nano.painter import SAMPLED, Sampling, stored_sampling
+from reference.nano.recipe import REWARD_TOP_P
 
-BEST = Sampling(guidance=2.0, top_k=100, top_p=0.95)
+BEST = {"generate": Sampling(guidance=2.0, top_k=100, top_p=0.95), "edit": Sampling(guidance=1.1, top_k=1, top_p=REWARD_TOP_P)}
 
 
 class Painter:
     """Stands for a model that is best at BEST."""
 
-    sampling = Sampling()
+    sampling = dict.fromkeys(SAMPLED, Sampling())
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sampling, int]]:
-    """What was measured, with which seed."""
-    calls: list[tuple[Sampling, int]] = []
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Which tasks were measured, with which seed."""
+    calls: list[tuple[str, int]] = []
 
     def measure(painter: Painter, counts: dict[str, int], *, seed: int = benchmark.SEED) -> benchmark.Score:
-        calls.append((painter.sampling, seed))
-        score, s = benchmark.Score(psnr=31.0), painter.sampling
-        misses = 10 * abs(s.guidance - BEST.guidance) + 100 * abs(s.top_p - BEST.top_p) + (s.top_k != BEST.top_k)
+        calls.append((" ".join(counts), seed))
+        score = benchmark.Score(psnr=31.0)
         for number in range(40):
             for task in counts:
+                s, best = (of["edit" if task == "edit" else "generate"] for of in (painter.sampling, BEST))
+                misses = 10 * abs(s.guidance - best.guidance) + 100 * abs(s.top_p - best.top_p) + (s.top_k != best.top_k)
                 item = benchmark.Item("any", f"a text of {number}", lambda picture: {})
                 picture = None if task == "ask" else np.zeros((64, 64, 3), np.uint8)
                 score.add(benchmark.Result(task, item, np.ones((64, 64, 3), np.uint8) if task in ("ask", "edit") else None, picture,
@@ -40,16 +42,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sampling, int]]:
     return calls
 
 
-def test_the_best_setting_is_chosen_and_shipped(tmp_path: Path, asked: list[tuple[Sampling, int]]) -> None:
-    assert stored_sampling(tmp_path) == Sampling(1.1, 1000, 0.8)
+def test_the_best_setting_of_each_task_is_chosen_and_shipped(tmp_path: Path, asked: list[tuple[str, int]]) -> None:
+    assert stored_sampling(tmp_path) == dict.fromkeys(SAMPLED, Sampling(1.1, 1000, 0.8))
     assert sweep.choose(Painter(), tmp_path, count=3) == BEST == stored_sampling(tmp_path)
-    points = len(sweep.GUIDANCES) + len(sweep.TOP_PS) + len(sweep.TOP_KS)
+    points = 2 * (len(sweep.GUIDANCES) + len(sweep.TOP_KS)) + len(sweep.TOP_PS)  # with a top-k of 1 there is no top-p to choose
     assert points == len(asked) == len(json.loads((tmp_path / "sweep.json").read_text()))
     assert {seed for _, seed in asked} == {sweep.SWEEP_SEED} and sweep.SWEEP_SEED != benchmark.SEED
     assert (tmp_path / "sweep.png").stat().st_size > 1000
 
 
-def test_the_score_is_recorded_small_and_full(tmp_path: Path, asked: list[tuple[Sampling, int]]) -> None:
+def test_the_score_is_recorded_small_and_full(tmp_path: Path, asked: list[tuple[str, int]]) -> None:
     made = sweep.record(Painter(), tmp_path)
     stored = json.loads((tmp_path / "score.json").read_text())
     assert benchmark.score_from_json(stored["full"]).right == made["full"].right and stored["small"]["psnr"] == 31.0

@@ -14,16 +14,19 @@ from reference import tasks
 from reference.decoder import kv_cache_attention
 from reference.model import Star
 from reference.nano import layout, loop, recipe, stages, train
-from reference.nano.batches import IGNORED, base_batch, cells_of, edit_batch, generate_batch, token_tensors
+from reference.nano.batches import IGNORED, base_batch, cells_of, edit_batch, generate_batch, token_tensors, touched_tensor
 from reference.nano.cells import drawn, empty_cells, image_from_scenes, same_cells, scenes_of, with_fewer_things
+from reference.nano.edits import Edit
 from reference.nano.painter import pictures_of
 from reference.nano.recipe import STAGES, Stage
 from reference.nano.scorer import Reading, read
+from reference.nano.sequences import grouped_attention, whole
 from reference.nano.draw import arrays_from_scenes
 from reference.nano.stage_eyes import eyes_batch, eyes_job
 from reference.nano.stage_vq import EMPTY_SHARE, VQ_TRAINERS, apart, background_ids, clusters, moved, nearest, scale_latents
 from reference.nano.tokens import Rows
-from reference.nano.world import COLORS, Look, Scene, Thing
+from reference.nano.wanted import meant_by, touched_loss
+from reference.nano.world import COLORS, PLACES, RADII, SHAPES, Look, Scene, Thing
 from reference.weights import load_star, resolve_checkpoint
 
 QUICK = Stage("quick", steps=6, batch=1, learning_rate=0.1, warmup=2)
@@ -125,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
 
 def small_star(small_root: Path) -> tuple[Star, Rows]:
     config = layout.write_config(small_root)
-    star = layout.new_star(config, attention=stages.causal_attention)
+    star = layout.new_star(config, attention=grouped_attention)
     return star, Rows.from_file(small_root / recipe.BASE_FOLDER / "tokenizer.json", config.special)
 
 
@@ -185,14 +188,106 @@ def test_tokens_tell_which_thing_reaches_them() -> None:
     assert shape[3].tolist() == [0, 0, 4, 4, 4, 1, 1, 0]  # the fifth's centre is 1.6 pixels from the star and in the circle
 
 
-def test_the_place_of_a_given_pictures_tokens_is_asked_too(small_root: Path) -> None:
+def test_heads_are_asked_of_the_given_picture(small_root: Path) -> None:
+    """Of where its tokens are and what it shows, and what the instruction means by it."""
     star, rows = small_star(small_root)
-    job, batch = stages.edit_job(star, rows, STAGES["edit"]), edit_batch(0, rows=rows, batch=2)
-    assert torch.equal(batch["input_ids"].gather(1, batch["given"]), torch.full((2, recipe.IMAGE_TOKENS), star.config.special.vision_pad))
-    unasked, turned = {k: v for k, v in batch.items() if k != "given"}, batch | {"given": batch["given"].flip(1)}
+    job, batch = stages.edit_job(star, rows, STAGES["edit"]), edit_batch(0, rows=rows, batch=4)
+    assert torch.equal(batch["prompt_ids"].gather(1, batch["given"]), torch.full((1, recipe.IMAGE_TOKENS), star.config.special.vision_pad))
     with torch.no_grad():
-        placed = [float(job.losses(b, 0)["placed"]) for b in (batch, unasked, turned)]
-    assert len({round(loss, 4) for loss in placed}) == 3
+        losses = job.losses(batch, 0)
+        for name, part in {"placed": "given", "there": "given_offsets", "meant": "meant", "touched": "touched"}.items():
+            other = batch | {part: batch[part].flip(0 if part == "meant" else 1)}
+            changed = {key for key, value in job.losses(other, 0).items() if abs(value - losses[key]) > 1e-4}
+            assert name in changed and changed <= {name, "loss", "hit"}
+    parts = {name: float(losses["edited" if name == "tokens" else name]) for name in stages.WEIGHTS}
+    assert float(losses["loss"]) == pytest.approx(sum(weight * parts[name] for name, weight in stages.WEIGHTS.items()), rel=1e-4)
+
+
+def test_what_an_edit_means_is_told_as_numbers(nano_rows: Rows) -> None:
+    star, circle = (Thing(Look(shape, color, size), x, 32.0, 7.0, 0.0)
+                    for shape, color, size, x in (("star", "red", "small", 12.0), ("circle", "blue", "large", 48.0)))
+    scene, colors = Scene("white", (star, circle)), list(COLORS)
+    green, cross = (replace(star, look=look) for look in (Look("star", "green", "small"), Look("cross", "red", "small")))
+    new = Thing(Look("square", "black", "large"), 50.0, 50.0, 11.0, 0.0)
+    found = {edit.kind: (edit, meant_by(edit)) for edit in (
+        Edit("recolor", "", scene, Scene("white", (green, circle))), Edit("replace", "", scene, Scene("white", (cross, circle))),
+        Edit("add", "", scene, Scene("white", (star, circle, new)), place="bottom right"), Edit("remove", "", scene, Scene("white", (circle,))),
+        Edit("background", "", scene, Scene("black", (star, circle))))}
+    none, red_star = [len(SHAPES), len(colors), len(RADII)], [SHAPES.index("star"), colors.index("red"), 0]
+    assert {kind: numbers[1:4] for kind, (_, numbers) in found.items()} == {
+        "recolor": red_star, "replace": red_star, "add": none, "remove": red_star, "background": none}
+    assert {kind: numbers[4:] for kind, (_, numbers) in found.items()} == {
+        "recolor": [SHAPES.index("star"), colors.index("green"), 0, len(PLACES)], "replace": [SHAPES.index("cross"), colors.index("red"), 0, len(PLACES)],
+        "add": [SHAPES.index("square"), colors.index("black"), len(RADII), PLACES.index("bottom right")],  # nobody said how large
+        "remove": [*none, len(PLACES)], "background": [len(SHAPES), colors.index("black"), len(RADII), len(PLACES)]}
+    assert [numbers[0] for _, numbers in found.values()] == list(range(5))
+    touched = touched_tensor([edit for edit, _ in found.values()]).view(5, 8, 8)
+    assert touched[:, 3:5, :3].amin((1, 2)).tolist() == [1, 1, 0, 1, 0] and not touched[..., 4:].any()
+
+
+def test_an_edit_is_right_about_what_it_touches_or_not() -> None:
+    """Two of three tokens at which anything is; a row without its text does not count."""
+    logits = torch.tensor([[5.0, -5.0, 5.0, 5.0], [-5.0, -5.0, -5.0, -5.0]])
+    asked = {"touched": torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), "given_classes": torch.tensor([[1, 2, 3, 0]] * 2)[..., None],
+             "told": torch.tensor([True, False])}
+    loss, hit = touched_loss(logits, asked)
+    assert float(hit) == pytest.approx(2 / 3) and float(loss) == pytest.approx(5 / 3, abs=0.02)
+
+
+def test_instructions_share_their_picture(small_root: Path) -> None:
+    """What is computed of four instructions behind one picture is what is computed of each in a row of its own."""
+    star, rows = small_star(small_root)
+    job, batch = stages.edit_job(star, rows, STAGES["edit"]), edit_batch(1, rows=rows, batch=8)
+    own = dict(batch)
+    for name in ("prompt_ids", "before_things", "before_backgrounds", "given"):
+        own[name] = batch[name].repeat_interleave(4, 0)
+    own["prompt_positions"] = batch["prompt_positions"].repeat_interleave(4, 1)
+    assert len(batch["prompt_ids"]) == 2 and len({tuple(row) for row in batch["input_ids"].tolist()}) == 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "drawn", lambda batch, step, stream=0: image_from_scenes(batch, noise=None))
+        with torch.no_grad():
+            shared = job.losses(batch, 0)
+            patch.setattr(stages, "EDITS_A_PICTURE", 1)
+            alone = job.losses(own, 1)
+    for name, value in shared.items():
+        torch.testing.assert_close(alone[name], value, rtol=2e-2, atol=2e-3)
+
+
+def test_ids_of_batches_that_come_again_are_found_once(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    star, rows = small_star(small_root)
+    asked, ids_of = [], stages.ids_of
+    monkeypatch.setattr(stages, "ids_of", lambda star, image: asked.append(len(image)) or ids_of(star, image))
+    job, batch = stages.edit_job(star, rows, STAGES["edit"]), edit_batch(0, rows=rows, batch=4)
+    with torch.no_grad():
+        first, again = job.losses(batch, 0), job.losses(batch, 0)
+        assert asked == [4, 1] and all(torch.equal(first[name], again[name]) for name in first)
+        job.losses(batch, 1)
+    assert asked == [4, 1] * 2
+    stage = replace(QUICK, distinct=4)
+    assert [stage.number(step) for step in range(6)] == [0, 1, 2, 3, 0, 1] and QUICK.number(5) == 5
+    steps = loop.Steps(replace(toy_job(toy(), torch.zeros(1)), stage=stage, batch_of=lambda step: {"step": step}))
+    assert [steps[step]["step"] for step in range(6)] == [0, 1, 2, 3, 0, 1]
+
+
+def test_heads_may_learn_alone_first(tmp_path: Path) -> None:
+    """What waits is where it was after two steps, and moves in the third; the rest moves from the first on."""
+    found = {}
+    for steps in (2, 3):
+        head, waiting, folder = toy(), toy(), tmp_path / str(steps)
+        folder.mkdir()
+        job = toy_job(head, torch.zeros(1))
+        job.stage, job.trained, job.waiting = replace(QUICK, steps=steps, alone=2, warmup=1), job.trained | {"late": waiting}, [*waiting.parameters()]
+        job.losses = lambda batch, step: {"loss": (waiting(batch["x"]) + head(batch["x"]) - 1).square().mean()}
+        assert loop.run(job, folder=folder, device=torch.device("cpu"), workers=0, tell=lambda line: None)
+        found[steps] = [not torch.equal(module.weight, toy().weight) for module in (head, waiting)]
+    assert found == {2: [True, False], 3: [True, True]}
+
+
+def test_processes_take_batches_of_one_kind(nano_rows: Rows) -> None:
+    for step in range(6):
+        kinds = {"before_things" in stages.mixed_batch(process * loop.OTHERS + step, rows=nano_rows, batch=4, stage="edit") for process in range(3)}
+        assert kinds == {step % 3 != 2}
+    assert loop.OTHERS % 2 == 0  # stage `reward` turns between two kinds
 
 
 def test_empty_background_is_painted_with_one_id_of_each_colour(nano_rows: Rows) -> None:
@@ -232,13 +327,14 @@ def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeyp
     """Two batches in turn, one drawn and one edited, with the base frozen; without noise, so that pictures repeat."""
     star, rows = small_star(small_root)
     before = {name: tensor.clone() for name, tensor in star.state_dict().items()}
-    batches = [edit_batch(0, rows=rows, batch=2), generate_batch(1, rows=rows, batch=2, stage="edit")]
+    batches = [edit_batch(0, rows=rows, batch=4), generate_batch(1, rows=rows, batch=2, stage="edit")]
     monkeypatch.setattr(stages, "drawn", lambda batch, step, stream=0: image_from_scenes(batch, noise=None))
     found = overfit(stages.edit_job(star, rows, STAGES["edit"]), batches, steps=150, rate=4e-3)
     assert found[0]["loss"] > 3 and found[-1]["right"] > 0.85 and found[-2]["right"] > 0.85
     assert "edited" in found[-2] and "drawn" in found[-1]
     assert all(losses["foreseen"] > 0.9 > found[0]["foreseen"] and losses["placed"] < 0.5 < found[0]["placed"] for losses in found[-2:])
     assert found[-2]["copied"] < 0.2 < found[0]["copied"] and "copied" not in found[-1]
+    assert found[-2]["found"] > 0.9 > found[0]["found"] and found[-2]["hit"] > 0.9 and found[-2]["meant"] < 0.5 < found[0]["meant"]
     moved = {name.split(".")[0] for name, tensor in star.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == set(stages.DRAWING_PARTS)
 
@@ -348,7 +444,7 @@ def test_whole_sequences_compute_what_the_cache_computes(small_root: Path) -> No
     embeds = torch.randn(3, 9, recipe.HIDDEN, generator=torch.Generator().manual_seed(1))
     positions = torch.randint(0, 40, (3, 3, 9), generator=torch.Generator().manual_seed(2))
     expected = tasks.decode(cached.base_ar, embeds, positions, 0, cached.base_ar.new_cache(3, capacity_tokens=9))
-    torch.testing.assert_close(stages.whole(star.base_ar, embeds, positions), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole(star.base_ar, embeds, positions), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_changes_nothing_before_it(small_root: Path) -> None:
@@ -378,15 +474,15 @@ def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
     cached = Star(star.config)
     cached.load_state_dict(star.state_dict())
     row = rows.edit("make the circle red", image_tokens=64, merged_patches=16)
-    batch = edit_batch(0, rows=rows, batch=1) | {"input_ids": torch.tensor([row + [0] * 63])}
-    batch["position_ids"] = tasks.mrope_position_ids(batch["input_ids"][0], [(4, 4)], star.config.special)
+    batch = edit_batch(0, rows=rows, batch=4)
+    positions = tasks.mrope_position_ids(torch.tensor(row + [0] * 63), [(4, 4)], star.config.special)
     ids = torch.tensor([row, row])
-    embeds, _ = stages.with_pictures(star, star.token_embedding(ids[:1]), {**batch, "input_ids": ids[:1]}, 0)
+    embeds = stages.with_pictures(star, ids[:1], batch, 0, stages.given_ids(star, batch, 0))
     embeds = embeds.repeat(2, 1, 1)
     made = tasks.generate(cached, ids, guidance=1.0, top_k=1, top_p=1.0, uniforms=None, inputs_embeds=embeds,
                           position_ids=tasks.mrope_position_ids(ids[0], [(4, 4)], star.config.special, trailing=64))
     fed = torch.cat([embeds[:1], star.image_embedding(made.image_ids[:, :-1])], dim=1)
-    hidden = stages.whole(star.stacked_ar, stages.whole(star.base_ar, fed, batch["position_ids"]), batch["position_ids"])
+    hidden = whole(star.stacked_ar, whole(star.base_ar, fed, positions), positions)
     logits = star.image_head(hidden[0, len(row) - 1:])
     torch.testing.assert_close(logits, made.cfg_logits[:, 0], rtol=1e-3, atol=1e-3)
 

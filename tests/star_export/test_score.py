@@ -23,7 +23,7 @@ from star_export.cli import main
 from star_export.progress import silent
 from star_export.validate import Subject, score_of_tasks
 
-SAMPLING = {"guidance": 2.0, "top_k": 100, "top_p": 0.9}
+SAMPLING = {"generate": {"guidance": 2.0, "top_k": 100, "top_p": 0.9}, "edit": {"guidance": 1.5, "top_k": 3, "top_p": 0.8}}
 COUNTS = {"generate": 1, "edit": 1, "ask": 1, "reason": 1, "rebuild": 3}
 
 
@@ -124,7 +124,7 @@ def test_the_runtime_paints_what_the_reference_paints(nano: tuple[Path, Path]) -
     reference = Painter.from_checkpoint(checkpoint)
     with scoring.Star(bundle) as star:
         shipped = dataclasses.asdict(star.model.sampling)
-        assert shipped == dataclasses.asdict(reference.sampling) == SAMPLING
+        assert shipped == {task: dataclasses.asdict(s) for task, s in reference.sampling.items()} == SAMPLING
         runtime = scoring.RuntimePainter(star)
         for made in (lambda p: p.draw(["a red circle", "zwei Igel"], seed=5), lambda p: p.rebuild(pictures),
                      lambda p: p.edit(pictures, ["remove the star", "make it blue"], seed=6),
