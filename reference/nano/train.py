@@ -90,7 +90,8 @@ def meet() -> None:
 def scaled(stage: Stage, scale: float, *, wide: int) -> Stage:
     """A stage with `scale` times its samples, in batches `wide` times as large, at its own learning rate."""
     steps = max(1, int(stage.steps * scale / wide))
-    return dataclasses.replace(stage, steps=steps, batch=stage.batch * wide, warmup=min(stage.warmup, max(1, steps // 10)))
+    return dataclasses.replace(stage, steps=steps, batch=stage.batch * wide, warmup=min(stage.warmup, max(1, steps // 10)),
+                               alone=min(stage.alone, steps // 10), distinct=stage.distinct and max(1, stage.distinct // wide))
 
 
 def training_star(out: Path, device: torch.device) -> Star:

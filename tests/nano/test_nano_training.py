@@ -113,9 +113,10 @@ def test_the_learning_rate_goes_up_and_down() -> None:
 
 
 def test_a_wider_stage_sees_as_many_samples() -> None:
-    stage = Stage("s", steps=100, batch=8, learning_rate=1.0, warmup=50)
+    stage = Stage("s", steps=100, batch=8, learning_rate=1.0, warmup=50, distinct=40, alone=3)
     wide = train.scaled(stage, 2.0, wide=4)
-    assert (wide.steps, wide.batch, wide.warmup) == (50, 32, 5) and wide.learning_rate == 1.0
+    assert (wide.steps, wide.batch, wide.warmup, wide.distinct, wide.alone) == (50, 32, 5, 10, 3) and wide.learning_rate == 1.0
+    assert train.scaled(stage, 0.1, wide=1).alone == 1 and train.scaled(replace(stage, distinct=None), 1.0, wide=2).distinct is None
     assert wide.steps * wide.batch == 2 * stage.steps * stage.batch
 
 
