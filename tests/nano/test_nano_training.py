@@ -251,7 +251,7 @@ def test_instructions_share_their_picture(small_root: Path) -> None:
             patch.setattr(stages, "EDITS_A_PICTURE", 1)
             alone = job.losses(own, 1)
     for name, value in shared.items():
-        torch.testing.assert_close(alone[name], value, rtol=2e-2, atol=2e-3)
+        torch.testing.assert_close(alone[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_ids_of_batches_that_come_again_are_found_once(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
