@@ -137,7 +137,11 @@ def pictures_of(image: Tensor) -> list[np.ndarray]:
 
 
 def stored_sampling(root: Path) -> dict[str, Sampling]:
-    """What the sweep chose for each task, from `sampling.json` of a checkpoint; the release's defaults where there is none."""
+    """What the sweep chose for each task, from `sampling.json` of a checkpoint; the release's defaults where it says nothing. Raises
+    ValueError where it speaks of anything else."""
     import json
     path = root / "sampling.json"
-    return {task: Sampling(**json.loads(path.read_text())[task] if path.exists() else {}) for task in SAMPLED}
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if strange := sorted(set(stored) - set(SAMPLED)):
+        raise ValueError(f"{path}: expected only {' and '.join(SAMPLED)}, got {', '.join(strange)}; remove the file and sweep again with --choose")
+    return {task: Sampling(**stored.get(task, {})) for task in SAMPLED}

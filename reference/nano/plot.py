@@ -57,16 +57,17 @@ def write_charts(path: Path, charts: Sequence) -> None:
 
 
 def write_curves(folder: Path, stages: Sequence[str]) -> None:
-    """Loss curves of the stages that have a log in `folder`, as `losses.png`: a chart for each recorded number."""
+    """Loss curves of the stages that have a log in `folder`, as `losses.png`: a chart of the loss, and charts of what else was recorded, as many
+    as there are inks on each, what is of a size together."""
     charts = []
     for stage in stages:
         log = folder / f"{stage}.jsonl"
         if log.exists() and (lines := [json.loads(line) for line in log.read_text().splitlines()]):
-            names = sorted({name for line in lines for name in line} - {"step"})
-            for kind in (["loss"], [name for name in names if name != "loss"]):
-                found = {name: [(line["step"], line[name]) for line in lines if name in line] for name in kind}
-                series = {name: points for name, points in found.items() if points}
-                charts += [chart(f"{stage}: {', '.join(series)}", series, x_label="step")] if series else []
+            names = dict.fromkeys(name for line in lines for name in line if name != "step")
+            series = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
+            rest = sorted((name for name in names if name != "loss"), key=lambda name: max(y for _, y in series[name]))
+            for kind in (["loss"], *(rest[at:at + len(INKS)] for at in range(0, len(rest), len(INKS)))):
+                charts.append(chart(f"{stage}{': loss' if kind == ['loss'] else ''}", {name: series[name] for name in kind}, x_label="step"))
     if charts:
         write_charts(folder / "losses.png", charts)
 

@@ -26,11 +26,6 @@ def through(decoder: Decoder, x: Tensor, positions: Tensor, past: list[Past] | N
     return [*states, decoder.norm(x)], now
 
 
-def whole(decoder: Decoder, embeds: Tensor, positions: Tensor) -> Tensor:
-    """Hidden states [B, S, H] of whole sequences after the final norm."""
-    return through(decoder, embeds, positions)[0][-1]
-
-
 def empty_past(decoder: Decoder, like: Tensor) -> list[Past]:
     """Nothing yet, for each layer."""
     config = decoder.config
@@ -39,7 +34,7 @@ def empty_past(decoder: Decoder, like: Tensor) -> list[Past]:
 
 
 def behind_prompt(past: list[Past], times: int) -> list[Past]:
-    """What was drawn becomes the prompt of `times` rows each."""
+    """What is past becomes the prompt of `times` rows each."""
     return [(key, value, *(key.new_zeros(len(key) * times, key.shape[1], 0, key.shape[3]),) * 2) for _, _, key, value in past]
 
 

@@ -135,6 +135,16 @@ def test_an_edit_is_judged_by_both_pictures(kind: str) -> None:
         assert not all(edits.check(edit, replace(after, background=other)).values())
 
 
+def test_edits_of_one_scene_are_of_many_kinds() -> None:
+    kinds = set()
+    for seed in range(20):
+        made = edits.random_edits(Random(seed), 4, test=False)
+        assert len(made) == 4 and all(edit.before is made[0].before for edit in made)
+        assert not any(words.held_out(edit.text) for edit in made)
+        kinds |= {edit.kind for edit in made[1:]}
+    assert kinds == set(edits.KINDS)
+
+
 def test_an_edit_may_not_move_the_rest() -> None:
     edit = edits.Edit("recolor", "make the circle green", SCENE, edits.with_look(SCENE, 0, Look("circle", "green", "large")))
     things = (found("circle", "green", 16, 14, "large"), found("square", "blue", 48, 50))

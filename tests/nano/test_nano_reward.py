@@ -16,7 +16,7 @@ from reference.nano.draw import pictures_from_scenes
 from reference.nano.prompts import Group, Request
 from reference.nano.recipe import ATTEMPTS, IMAGE_TOKENS, REWARD_TOP_K, REWARD_TOP_P, STAGES
 from reference.nano.scorer import Found, Reading, read
-from reference.nano.sequences import whole
+from reference.nano.sequences import through
 from reference.nano.stage_reward import attempt_loss, attempts, evened, reward_batch, reward_job, rewards, sampled
 from reference.nano.world import Look, Scene, Thing
 
@@ -43,9 +43,9 @@ def test_losses_are_those_of_whole_sequences(small_root: Path, step: int) -> Non
             row = embeds[group].expand(ATTEMPTS + 1, -1, -1).clone()
             row[:, columns[group, 1:]] = star.image_embedding(ids[group, :, :-1])
             places = positions[:, group:group + 1].expand(-1, ATTEMPTS + 1, -1)
-            hidden = whole(star.base_ar, row, places)
+            hidden = through(star.base_ar, row, places)[0][-1]
             torch.testing.assert_close(made["hidden"][group], hidden[:, columns[group, 1:]], rtol=1e-4, atol=1e-5)
-            logits.append(star.image_head(whole(star.stacked_ar, hidden, places)[:, columns[group]]))
+            logits.append(star.image_head(through(star.stacked_ar, hidden, places)[0][-1][:, columns[group]]))
         logits = torch.stack(logits)  # [3, A + 1, T, K]
     filtered = tasks.filtered_probabilities(logits[:, :-1].flatten(0, 2), REWARD_TOP_K, REWARD_TOP_P).view(*kept.shape[:3], -1)
     allowed = torch.nn.functional.one_hot(kept + 1, 65).sum(-2)[..., 1:] > 0  # -1 is none

@@ -51,6 +51,15 @@ def test_the_best_setting_of_each_task_is_chosen_and_shipped(tmp_path: Path, ask
     assert (tmp_path / "sweep.png").stat().st_size > 1000
 
 
+def test_a_stored_sampling_may_say_little_but_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "sampling.json"
+    path.write_text('{"edit": {"top_k": 1}}')
+    assert stored_sampling(tmp_path) == {"generate": Sampling(), "edit": Sampling(top_k=1)}
+    path.write_text('{"guidance": 1.5, "top_k": 5, "top_p": 0.95}')  # as it was once, the same for all tasks
+    with pytest.raises(ValueError, match=r"sampling.json: expected only generate and edit, got guidance, top_k, top_p; remove"):
+        stored_sampling(tmp_path)
+
+
 def test_the_score_is_recorded_small_and_full(tmp_path: Path, asked: list[tuple[str, int]]) -> None:
     made = sweep.record(Painter(), tmp_path)
     stored = json.loads((tmp_path / "score.json").read_text())
@@ -62,6 +71,16 @@ def test_the_score_is_recorded_small_and_full(tmp_path: Path, asked: list[tuple[
     best.sampling = BEST
     sweep.record(best, tmp_path)
     assert not (tmp_path / "failures.png").exists()
+
+
+def test_curves_of_a_size_share_a_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large one among many small ones would flatten them; and there are seven inks."""
+    charts = []
+    monkeypatch.setattr(plot, "chart", lambda title, series, **_: charts.append((title, list(series))) or np.zeros((1, 1)))
+    monkeypatch.setattr(plot, "write_charts", lambda path, made: None)
+    (tmp_path / "edit.jsonl").write_text(json.dumps({"step": 1, "loss": 3.0, "large": 9.0} | {f"small {i}": 0.1 * i for i in range(7)}) + "\n")
+    plot.write_curves(tmp_path, ["edit", "reward"])
+    assert charts == [("edit: loss", ["loss"]), ("edit", [f"small {i}" for i in range(7)]), ("edit", ["large"])]
 
 
 def test_a_chart_shows_its_lines_and_a_grid_its_pictures(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from reference.nano.edits import Edit
 from reference.nano.painter import pictures_of
 from reference.nano.recipe import STAGES, Stage
 from reference.nano.scorer import Reading, read
-from reference.nano.sequences import grouped_attention, whole
+from reference.nano.sequences import grouped_attention, through
 from reference.nano.draw import arrays_from_scenes
 from reference.nano.stage_eyes import eyes_batch, eyes_job
 from reference.nano.stage_vq import EMPTY_SHARE, VQ_TRAINERS, apart, background_ids, clusters, moved, nearest, scale_latents
@@ -330,7 +330,9 @@ def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeyp
     before = {name: tensor.clone() for name, tensor in star.state_dict().items()}
     batches = [edit_batch(0, rows=rows, batch=4), generate_batch(1, rows=rows, batch=2, stage="edit")]
     monkeypatch.setattr(stages, "drawn", lambda batch, step, stream=0: image_from_scenes(batch, noise=None))
-    found = overfit(stages.edit_job(star, rows, STAGES["edit"]), batches, steps=150, rate=4e-3)
+    job = stages.edit_job(star, rows, STAGES["edit"])
+    assert {id(p) for p in job.waiting} == {id(p) for name in stages.DRAWING_PARTS for p in star.get_submodule(name).parameters()}
+    found = overfit(job, batches, steps=150, rate=4e-3)
     assert found[0]["loss"] > 3 and found[-1]["right"] > 0.85 and found[-2]["right"] > 0.85
     assert "edited" in found[-2] and "drawn" in found[-1]
     assert all(losses["foreseen"] > 0.9 > found[0]["foreseen"] and losses["placed"] < 0.5 < found[0]["placed"] for losses in found[-2:])
@@ -445,7 +447,7 @@ def test_whole_sequences_compute_what_the_cache_computes(small_root: Path) -> No
     embeds = torch.randn(3, 9, recipe.HIDDEN, generator=torch.Generator().manual_seed(1))
     positions = torch.randint(0, 40, (3, 3, 9), generator=torch.Generator().manual_seed(2))
     expected = tasks.decode(cached.base_ar, embeds, positions, 0, cached.base_ar.new_cache(3, capacity_tokens=9))
-    torch.testing.assert_close(whole(star.base_ar, embeds, positions), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(through(star.base_ar, embeds, positions)[0][-1], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_changes_nothing_before_it(small_root: Path) -> None:
@@ -483,7 +485,7 @@ def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
     made = tasks.generate(cached, ids, guidance=1.0, top_k=1, top_p=1.0, uniforms=None, inputs_embeds=embeds,
                           position_ids=tasks.mrope_position_ids(ids[0], [(4, 4)], star.config.special, trailing=64))
     fed = torch.cat([embeds[:1], star.image_embedding(made.image_ids[:, :-1])], dim=1)
-    hidden = whole(star.stacked_ar, whole(star.base_ar, fed, positions), positions)
+    hidden = through(star.stacked_ar, through(star.base_ar, fed, positions)[0][-1], positions)[0][-1]
     logits = star.image_head(hidden[0, len(row) - 1:])
     torch.testing.assert_close(logits, made.cfg_logits[:, 0], rtol=1e-3, atol=1e-3)
 
