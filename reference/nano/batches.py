@@ -29,6 +29,7 @@ MERGED_PATCHES = MERGED_SIDE**2
 CELL_PIXELS = SIDE_PIXELS // MERGED_SIDE
 REACHED_PIXELS = 3.0  # a token shows a thing whose radius ends at most so far from its centre
 EDITS_A_PICTURE = 4  # of stage `edit`: what comes before the instructions is more than half of a row
+WIDTHS = 32  # rows are padded to a multiple of it
 IGNORED = -100
 
 
@@ -57,8 +58,8 @@ def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
             text, request = prompts.random_prompt(random, drawn_from(random, PROMPTS), test=False)
         turns.append([(rows.question(text), prompts.caption(request))])
     said = [[(given, [*rows.ids(answer), rows.special.im_end]) for given, answer in row] for row in turns]
-    ids = padded([[i for given, answer in row for i in given + answer] for row in said], multiple=32)
-    labels = padded([[i for given, answer in row for i in [IGNORED] * len(given) + answer] for row in said], multiple=32, fill=IGNORED)
+    ids = padded([[i for given, answer in row for i in given + answer] for row in said])
+    labels = padded([[i for given, answer in row for i in [IGNORED] * len(given) + answer] for row in said], fill=IGNORED)
     positions = torch.arange(ids.shape[1]).expand(3, batch, -1).clone()
     positions[:, :len(scenes)] = mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
     return {"input_ids": ids, "labels": labels.roll(-1, dims=1), "position_ids": positions, **scene_tensors(scenes),
@@ -133,9 +134,9 @@ def picture_rows(full: list[list[int]]) -> dict:
     return {"input_ids": ids, "first": torch.tensor([len(row) - 1 for row in full]), "position_ids": positions}
 
 
-def padded(full: list[list[int]], *, multiple: int = 16, fill: int = 0) -> Tensor:
+def padded(full: list[list[int]], *, fill: int = 0) -> Tensor:
     """Rows as one tensor [B, S], filled behind each; few widths S are faster than a few columns less."""
-    width = -(-max(map(len, full)) // multiple) * multiple
+    width = -(-max(map(len, full)) // WIDTHS) * WIDTHS
     return torch.tensor([row + [fill] * (width - len(row)) for row in full])
 
 

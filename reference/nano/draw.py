@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,9 @@ FIELDS = 9  # of a thing in an array: present, shape, x, y, radius, angle, red, 
 STAR_INNER = 0.5  # of the outer radius
 CROSS_LENGTH, CROSS_WIDTH = 1.08, 0.40  # half of each, of the radius
 REACH = {"circle": 0.95, "square": 1.2, "triangle": 1.25, "star": 1.25}  # of the points, of the radius
+# Points, the angle of one when the shape is not turned (0 is up), and how far the notches between them reach, of the points: a polygon's
+# lie on its edges.
+POINTED = {"square": (4, -math.pi / 4, math.cos(math.pi / 4)), "triangle": (3, 0.0, math.cos(math.pi / 3)), "star": (5, 0.0, STAR_INNER)}
 
 
 def arrays_from_scenes(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]:
@@ -58,26 +62,23 @@ def draw(things: Array, backgrounds: Array, *, noise: Array | None) -> Array:
     return xp.asarray(xp.clip(xp.round(picture), 0, 255), dtype=xp.uint8)
 
 
-def coverage(shape: Array, x: Array, y: Array, radius: Array, angle: Array) -> Array:
-    """How much of each pixel a shape covers. All [N, 1, 1]; shape holds indices of SHAPES -> [N, 64, 64] in 0 to 1."""
+def coverage(shape: Array, x: Array, y: Array, radius: Array, angle: Array, *, shapes: Sequence[str] = SHAPES) -> Array:
+    """How much of each pixel a shape covers. All [N, 1, 1]; shape holds indices of SHAPES, of those in `shapes` -> [N, 64, 64] in 0 to 1."""
     xp = namespace(x)
     places = xp.arange(SIDE_PIXELS, device=x.device, dtype=xp.float32) + 0.5
     across, down = places[None, None, :] - x, places[None, :, None] - y  # [N, 1, 64], [N, 64, 1]
     cos, sin = xp.cos(angle), xp.sin(angle)
     u, v = across * cos + down * sin, down * cos - across * sin  # turned back: v < 0 is up
     distance, theta = xp.hypot(u, v), xp.atan2(v, u) + math.pi / 2  # theta 0 is up
-    distances = (distance - REACH["circle"] * radius,
-                 to_points(distance, theta + math.pi / 4, 4, REACH["square"] * radius, math.cos(math.pi / 4)),
-                 to_points(distance, theta, 3, REACH["triangle"] * radius, math.cos(math.pi / 3)),
-                 to_points(distance, theta, 5, REACH["star"] * radius, STAR_INNER),
-                 to_cross(u, v, radius))
-    signed = sum(d * (shape == index) for index, d in enumerate(distances))
+    distances = {"circle": lambda: distance - REACH["circle"] * radius, "cross": lambda: to_cross(u, v, radius)}
+    for name, (points, tip, inner) in POINTED.items():
+        distances[name] = partial(to_points, distance, theta - tip, points, REACH[name] * radius, inner)
+    signed = sum(distances[name]() * (shape == SHAPES.index(name)) for name in shapes)
     return xp.clip(0.5 - signed, 0, 1)
 
 
 def to_points(distance: Array, theta: Array, points: int, outer: Array, inner: float) -> Array:
-    """Signed distance to the outline of a figure with `points` tips at `outer` and notches at `inner` of it; a polygon where the
-    notches lie on its edges."""
+    """Signed distance to the outline of a figure with `points` tips at `outer`, one of them at `theta` 0, and notches at `inner` of it."""
     xp, half = namespace(distance), math.pi / points
     folded = xp.abs(xp.remainder(theta + half, 2 * half) - half)  # 0 at a tip, half at a notch
     along, beside = distance * xp.cos(folded), distance * xp.sin(folded)
@@ -99,8 +100,7 @@ def unit_area(shape: str) -> float:
         return math.pi * REACH[shape] ** 2
     if shape == "cross":
         return 4 * (2 * CROSS_LENGTH * CROSS_WIDTH - CROSS_WIDTH**2)
-    points = {"square": 4, "triangle": 3, "star": 5}[shape]
-    inner = STAR_INNER if shape == "star" else math.cos(math.pi / points)
+    points, _, inner = POINTED[shape]
     return points * REACH[shape] ** 2 * inner * math.sin(math.pi / points)
 
 
@@ -116,4 +116,4 @@ def pictures_from_scenes(scenes: Sequence[Scene], *, seed: int | None) -> np.nda
 def thing_coverage(thing: Thing) -> np.ndarray:
     """The coverage of one thing, float32 [64, 64]."""
     values = (SHAPES.index(thing.look.shape), thing.x, thing.y, thing.radius, thing.angle)
-    return coverage(*(np.full((1, 1, 1), v, np.float32) for v in values))[0]
+    return coverage(*(np.full((1, 1, 1), v, np.float32) for v in values), shapes=[thing.look.shape])[0]

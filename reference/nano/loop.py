@@ -95,7 +95,7 @@ def run(job: Job, *, folder: Path, device: torch.device, workers: int, tell: Cal
     if job.extra and process()[1] > 1:
         raise ValueError(f"stage {stage.name} keeps sums of its own, which several processes do not share: train it in one")
     loader = DataLoader(Steps(job), batch_size=None, sampler=range(first, stage.steps),
-                        num_workers=workers, prefetch_factor=4 if workers else None, persistent_workers=False)
+                        num_workers=workers, prefetch_factor=2 if workers else None, pin_memory=device.type == "cuda")
     recorded, every, seen, (rank, processes) = [], max(1, stage.steps // 1000), 0, process()
     for step, batch in enumerate(loader, start=first):
         on_device = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .draw import thing_coverage, unit_area
+from .draw import POINTED, thing_coverage, unit_area
 from .world import COLORS, RADII, SHAPES, SIDE_PIXELS, Look, Thing
 
 CONTRAST = 36.0  # levels (distance in RGB) from which a pixel is not background
@@ -117,7 +117,7 @@ def rotation(alpha: np.ndarray, x: float, y: float, fold: int, shape: str) -> fl
     rows, columns = np.indices(alpha.shape) + 0.5
     places = (columns - x) + 1j * (rows - y)
     moment = complex((alpha * places**fold).sum())
-    tip = -math.pi / 2 + (math.pi / 4 if shape == "square" else 0.0)  # where a tip is when the angle is 0
+    tip = -math.pi / 2 + (POINTED[shape][1] if shape in POINTED else 0.0)  # where a tip is when the angle is 0
     return (cmath.phase(moment) / fold - tip + math.pi / fold) % (2 * math.pi / fold) - math.pi / fold
 
 

@@ -11,6 +11,7 @@ Source: Williams 1992 (policy gradients); Shao et al. 2024, 4.1 (advantages with
 from __future__ import annotations
 
 import copy
+import multiprocessing
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
@@ -30,19 +31,22 @@ from .recipe import ATTEMPTS, GIVEN_WEIGHT, IMAGE_TOKENS, REWARD_TOP_K, REWARD_T
 from .scorer import read
 from .sequences import behind_prompt, through
 from .stage_vq import background_ids
-from .stages import DRAWING_PARTS, freeze, given_ids, painted_ids, with_pictures
+from .stages import DRAWING_PARTS, freeze, given_tensors, painted_ids, with_pictures
 from .tokens import Rows
 
+READ_TOGETHER = 16  # pictures that a process gets at a time
 REWARDED = {"mixed": 10, "single": 15, "two": 15, "counting": 15, "colors": 10, "position": 20, "attributes": 15}  # shares of prompts
 
 
-def reward_job(star: Star, rows: Rows, stage: Stage) -> Job:
-    """Stage `reward`: every other batch edits, the rest draw. A batch is ATTEMPTS pictures of each of its prompts."""
+def reward_job(star: Star, rows: Rows, stage: Stage, *, workers: int = 0) -> Job:
+    """Stage `reward`: every other batch edits, the rest draw. A batch is ATTEMPTS pictures of each of its prompts. Pictures are read in
+    `workers` processes, or in this one."""
     count = stage.groups(ATTEMPTS, "attempts at a prompt")
     parts = freeze(star, trained=DRAWING_PARTS)
     painter = copy.deepcopy(star).requires_grad_(False).bfloat16()
     batch_of = partial(reward_batch, rows=rows, count=count)
-    return Job(stage, parts, batch_of, partial(reward_losses, star, painter, background_ids(star)))
+    each = partial(multiprocessing.Pool(workers).map, chunksize=READ_TOGETHER) if workers else map
+    return Job(stage, parts, batch_of, partial(reward_losses, star, painter, background_ids(star), each))
 
 
 def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
@@ -61,32 +65,40 @@ def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
     return picture_rows(full) | scene_tensors(scenes) | {"judges": judges}
 
 
-def reward_losses(star: Star, painter: Star, backgrounds: Tensor, batch: dict, step: int) -> Losses:
-    """ATTEMPTS pictures of each prompt, and what `attempt_loss` says of them. `edited` or `drawn`: the share of pictures at which all demands
-    hold."""
+def reward_losses(star: Star, painter: Star, backgrounds: Tensor, each: Callable, batch: dict, step: int) -> Losses:
+    """ATTEMPTS pictures of each prompt, read by `each`, which is a `map`, and what `attempt_loss` says of them. `edited` or `drawn`: the
+    share of pictures at which all demands hold."""
     painter.load_state_dict(star.state_dict())
     device, first, positions = batch["input_ids"].device, batch["first"], batch["position_ids"]
     length = -(-(int(first.max()) + 1) // 16) * 16
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         given, editing = painted_ids(star, backgrounds, batch), "before_things" in batch
-        ids = batch["input_ids"]
-        embeds = with_pictures(star, ids, batch, step, given_ids(star, batch, step)) if editing else star.token_embedding(ids)
+        embeds = star.token_embedding(batch["input_ids"])
+        if editing:
+            own = given_tensors(star, batch, step)
+            embeds = with_pictures(star, batch["input_ids"], own["given_ids"].long(), own["vision"])
     generator = torch.Generator(device).manual_seed((SEED * 1_000_003 + step) * 64 + process()[0])
     made = attempts(painter, embeds[:, :length].bfloat16(), first, positions, given, generator)
     pictures = pictures_of(painter.vq_decoder(made["ids"][:, :ATTEMPTS].flatten(0, 1)).float())
-    reward, right = (found.to(device) for found in rewards(pictures, batch["judges"]))
+    reward, right = (found.to(device) for found in rewards(pictures, batch["judges"], each))
     with torch.autocast(device.type, torch.bfloat16):
         drawn, given = attempt_loss(star.stacked_ar, star.image_head, made, first, positions, evened(reward))
     return {"loss": drawn + GIVEN_WEIGHT * given, ("edited" if editing else "drawn"): right.mean(), "reward": reward.mean(),
             "given": given.detach()}
 
 
-def rewards(pictures: Sequence[np.ndarray], judges: Sequence[Callable]) -> tuple[Tensor, Tensor]:
+def rewards(pictures: Sequence[np.ndarray], judges: Sequence[Callable], each: Callable = map) -> tuple[Tensor, Tensor]:
     """Of ATTEMPTS pictures for each judge: the reward [P, A], half of it for the share of demands that hold and half for all; and whether all
     hold [P, A]."""
-    demands = [list(judges[index // ATTEMPTS](read(picture)).values()) for index, picture in enumerate(pictures)]
+    demands = list(each(demands_met, [(judges[index // ATTEMPTS], picture) for index, picture in enumerate(pictures)]))
     right = torch.tensor([float(all(met)) for met in demands]).view(-1, ATTEMPTS)
     return 0.5 * torch.tensor([sum(met) / len(met) for met in demands]).view(-1, ATTEMPTS) + 0.5 * right, right
+
+
+def demands_met(attempt: tuple[Callable, np.ndarray]) -> list[bool]:
+    """Which demands of a judge a picture meets."""
+    judge, picture = attempt
+    return list(judge(read(picture)).values())
 
 
 def evened(reward: Tensor) -> Tensor:

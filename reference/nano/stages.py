@@ -147,22 +147,22 @@ def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
 
 def picture_losses(star: Star, heads: nn.ModuleDict, backgrounds: Tensor, losses_of: Callable, known: dict | None, batch: dict,
                    number: int) -> Losses:
-    """What `token_losses` says of a batch with its pictures drawn. `backgrounds`: `background_ids`. `known`: ids of batches by number, where
-    they come again: finding them is a third of a step's work."""
+    """What `token_losses` says of a batch with its pictures drawn. `backgrounds`: `background_ids`. `known`: what was found of batches by
+    number, where they come again: finding it is a third of a step's work."""
     edits = "before_things" in batch
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
         if known is None or number not in known:
-            ids = {"image_ids": painted_ids(star, backgrounds, batch)} | ({"given_ids": given_ids(star, batch, number)} if edits else {})
+            found = {"image_ids": painted_ids(star, backgrounds, batch).short()} | (given_tensors(star, batch, number) if edits else {})
             if known is not None:
-                known[number] = {name: found.short() for name, found in ids.items()}
+                known[number] = found
         else:
-            ids = {name: found.long() for name, found in known[number].items()}
-        asked = {name: batch[name] for name in ASKED if name in batch}
-        prompt = None
+            found = known[number]
+        asked, prompt = {name: batch[name] for name in ASKED if name in batch}, None
         if edits:
-            asked["given_ids"] = ids["given_ids"].repeat_interleave(EDITS_A_PICTURE, 0)
-            prompt = with_pictures(star, batch["prompt_ids"], batch, number, ids["given_ids"]), batch["prompt_positions"]
-        losses = losses_of(star, heads, prompt, star.token_embedding(batch["input_ids"]), ids["image_ids"], batch["first"],
+            given = found["given_ids"].long()
+            asked["given_ids"] = given.repeat_interleave(EDITS_A_PICTURE, 0)
+            prompt = with_pictures(star, batch["prompt_ids"], given, found["vision"]), batch["prompt_positions"]
+        losses = losses_of(star, heads, prompt, star.token_embedding(batch["input_ids"]), found["image_ids"].long(), batch["first"],
                            batch["position_ids"], asked)
     minimised = sum(weight * losses[name] for name, weight in WEIGHTS.items() if name in losses)
     return {"loss": minimised, "edited" if edits else "drawn": losses.pop("tokens").detach(), **losses}
@@ -243,22 +243,17 @@ def painted_ids(star: Star, backgrounds: Tensor, batch: dict) -> Tensor:
     return with_one_background(ids_of(star, image_from_scenes(batch, noise=None)), backgrounds, batch)
 
 
-def given_picture(batch: dict, number: int) -> Tensor:
-    """An edit's own pictures [P, 3, S, S], with their noise."""
-    return drawn({"things": batch["before_things"], "backgrounds": batch["before_backgrounds"]}, number, stream=2)
+@torch.no_grad()
+def given_tensors(star: Star, batch: dict, number: int) -> dict[str, Tensor]:
+    """Of an edit's own pictures, with their noise: their VQ ids `given_ids` int16 [P, T], and what the vision encoder sees, `vision` [P, 16, H]."""
+    image = drawn({"things": batch["before_things"], "backgrounds": batch["before_backgrounds"]}, number, stream=2)
+    sharp = torch.ones(len(image), dtype=torch.bool, device=image.device)
+    return {"given_ids": ids_of(star, image).short(), "vision": embeds_of(star.vision_encoder, seen(image, sharp=sharp))}
 
 
-def given_ids(star: Star, batch: dict, number: int) -> Tensor:
-    """VQ ids [P, T] of an edit's own pictures."""
-    return ids_of(star, given_picture(batch, number))
-
-
-def with_pictures(star: Star, ids: Tensor, batch: dict, number: int, given: Tensor) -> Tensor:
+def with_pictures(star: Star, ids: Tensor, given: Tensor, vision: Tensor) -> Tensor:
     """Embeddings [P, S, H] of rows ids [P, S] of edits with their pictures in their places: the VQ ids `given` [P, T], and what the vision
-    encoder sees."""
+    encoder sees, `vision` [P, 16, H]."""
     special, embeds = star.config.special, star.token_embedding(ids)
-    with torch.no_grad():
-        sharp = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-        vision = embeds_of(star.vision_encoder, seen(given_picture(batch, number), sharp=sharp))
     embeds = embeds.masked_scatter((ids == special.vision_pad).unsqueeze(-1), star.image_embedding(given).to(embeds.dtype))
     return embeds.masked_scatter((ids == special.image_pad).unsqueeze(-1), vision.to(embeds.dtype))

@@ -42,9 +42,9 @@ PUBLISHED = (".json", ".pt", ".safetensors", ".png", ".jsonl", ".done")
 
 
 def train(out: Path, *, names: list[str], device: torch.device, workers: int, scale: float, seconds: float | None,
-          wide: int = 1, compiled: bool = False) -> bool:
-    """Run the named stages in `out`, each with `scale` times its samples in batches `wide` times as large, the decoders compiled
-    or not. False when `seconds` ran out before the end."""
+          wide: int = 1, rate: float = 1.0, compiled: bool = False) -> bool:
+    """Run the named stages in `out`, each with `scale` times its samples in batches `wide` times as large at `rate` times its learning
+    rate, the decoders compiled or not. False when `seconds` ran out before the end."""
     work, began, (rank, processes) = out / WORK, time.monotonic(), process()
     if rank == 0:
         begin(out)
@@ -53,10 +53,10 @@ def train(out: Path, *, names: list[str], device: torch.device, workers: int, sc
         if (work / f"{name}.done").exists():
             continue
         left = None if seconds is None else seconds - (time.monotonic() - began)
-        stage = scaled(STAGES[name], scale, wide=wide)
+        stage = scaled(STAGES[name], scale, wide=wide, rate=rate)
         stage = dataclasses.replace(stage, batch=stage.batch // processes)
         star = training_star(out, device)
-        job = job_of(star, stage, out, device, compiled=compiled)
+        job = job_of(star, stage, out, device, workers=workers, compiled=compiled)
         base_before = digest(out)
         finished = run(job, folder=work, device=device, workers=workers, tell=tell, stop_after_seconds=left)
         if rank == 0:
@@ -87,11 +87,12 @@ def meet() -> None:
         dist.barrier()
 
 
-def scaled(stage: Stage, scale: float, *, wide: int) -> Stage:
-    """A stage with `scale` times its samples, in batches `wide` times as large, at its own learning rate."""
+def scaled(stage: Stage, scale: float, *, wide: int, rate: float = 1.0) -> Stage:
+    """A stage with `scale` times its samples, in batches `wide` times as large, at `rate` times its learning rate."""
     steps = max(1, int(stage.steps * scale / wide))
-    return dataclasses.replace(stage, steps=steps, batch=stage.batch * wide, warmup=min(stage.warmup, max(1, steps // 10)),
-                               alone=min(stage.alone, steps // 10), distinct=stage.distinct and max(1, stage.distinct // wide))
+    return dataclasses.replace(stage, steps=steps, batch=stage.batch * wide, learning_rate=stage.learning_rate * rate,
+                               warmup=min(stage.warmup, max(1, steps // 10)), alone=min(stage.alone, steps // 10),
+                               distinct=stage.distinct and max(1, int(stage.distinct * scale / wide)))
 
 
 def training_star(out: Path, device: torch.device) -> Star:
@@ -102,7 +103,7 @@ def training_star(out: Path, device: torch.device) -> Star:
     return star.to(device)
 
 
-def job_of(star: Star, stage: Stage, out: Path, device: torch.device, *, compiled: bool = False) -> Job:
+def job_of(star: Star, stage: Stage, out: Path, device: torch.device, *, workers: int = 0, compiled: bool = False) -> Job:
     """What the stage of this name brings to the loop."""
     if stage.name in VQ_TRAINERS:
         return VQ_TRAINERS[stage.name](star, stage, device).job()
@@ -110,7 +111,7 @@ def job_of(star: Star, stage: Stage, out: Path, device: torch.device, *, compile
         return eyes_job(star, stage, device, compiled=compiled)
     rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", star.config.special)
     if stage.name == "reward":
-        return reward_job(star, rows, stage)
+        return reward_job(star, rows, stage, workers=workers)
     job = {"base": stages.base_job, "generate": stages.generate_job, "edit": stages.edit_job}[stage.name]
     return job(star, rows, stage, compiled=compiled)
 
@@ -143,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
     parser.add_argument("--scale", type=float, default=1.0, help="times each stage's samples (default: 1)")
     parser.add_argument("--wide", type=int, default=1, help="times its batch, which costs a GPU little (default: 1)")
+    parser.add_argument("--rate", type=float, default=1.0, help="times its learning rate (default: 1)")
     parser.add_argument("--compile", action="store_true", help="compile the decoders, which takes a C++ compiler")
     parser.add_argument("--minutes", type=float, help="save and stop after so long, exit code 3; the same command goes on")
     parser.add_argument("--publish", type=Path, help="at the end copy the checkpoint here")
@@ -160,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     finished = train(options.out, names=names, device=torch.device(options.device), workers=options.workers, scale=options.scale,
-                     wide=options.wide, compiled=options.compile, seconds=None if options.minutes is None else 60 * options.minutes)
+                     wide=options.wide, rate=options.rate, compiled=options.compile,
+                     seconds=None if options.minutes is None else 60 * options.minutes)
     if finished and options.publish and process()[0] == 0:
         publish(options.out, options.publish)
     return 0 if finished else 3

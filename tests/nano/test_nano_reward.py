@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,7 +76,10 @@ def test_rewards_tell_what_of_a_picture_is_good() -> None:
     scenes = [Scene("white", things) for things in ((CIRCLE, STAR), (green, STAR), (STAR,), ())]
     pictures = list(pictures_from_scenes(scenes, seed=1)) * 2
     assert len(pictures) == ATTEMPTS
-    reward, right = rewards(pictures, [partial(prompts.check, request)])
+    with multiprocessing.Pool(2) as pool:
+        found = [rewards(pictures, [partial(prompts.check, request)], each) for each in (map, pool.map)]
+    (reward, right), shared = found
+    assert torch.equal(reward, shared[0]) and torch.equal(right, shared[1])
     assert right.tolist() == [[1, 0, 0, 0] * 2] and reward[0, 0] == 1 and 0.5 > reward[0, 1] > reward[0, 2] >= reward[0, 3] > 0
 
 
@@ -90,7 +95,7 @@ def test_what_is_better_becomes_more_probable(small_root: Path, monkeypatch: pyt
     before = {name: tensor.clone() for name, tensor in star.state_dict().items()}
     seen = []
 
-    def liked(pictures: list, judges: list) -> tuple[torch.Tensor, ...]:
+    def liked(pictures: list, judges: list, each: Callable) -> tuple[torch.Tensor, ...]:
         low = (seen.pop() < 32).float()
         return low.mean(-1), low.mean(-1)
 

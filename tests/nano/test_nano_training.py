@@ -114,8 +114,8 @@ def test_the_learning_rate_goes_up_and_down() -> None:
 
 def test_a_wider_stage_sees_as_many_samples() -> None:
     stage = Stage("s", steps=100, batch=8, learning_rate=1.0, warmup=50, distinct=40, alone=3)
-    wide = train.scaled(stage, 2.0, wide=4)
-    assert (wide.steps, wide.batch, wide.warmup, wide.distinct, wide.alone) == (50, 32, 5, 10, 3) and wide.learning_rate == 1.0
+    wide = train.scaled(stage, 2.0, wide=4, rate=0.5)
+    assert (wide.steps, wide.batch, wide.warmup, wide.distinct, wide.alone) == (50, 32, 5, 20, 3) and wide.learning_rate == 0.5
     assert train.scaled(stage, 0.1, wide=1).alone == 1 and train.scaled(replace(stage, distinct=None), 1.0, wide=2).distinct is None
     assert wide.steps * wide.batch == 2 * stage.steps * stage.batch
 
@@ -480,7 +480,8 @@ def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
     batch = edit_batch(0, rows=rows, batch=4)
     positions = tasks.mrope_position_ids(torch.tensor(row + [0] * 63), [(4, 4)], star.config.special)
     ids = torch.tensor([row, row])
-    embeds = stages.with_pictures(star, ids[:1], batch, 0, stages.given_ids(star, batch, 0))
+    given = stages.given_tensors(star, batch, 0)
+    embeds = stages.with_pictures(star, ids[:1], given["given_ids"].long(), given["vision"])
     embeds = embeds.repeat(2, 1, 1)
     made = tasks.generate(cached, ids, guidance=1.0, top_k=1, top_p=1.0, uniforms=None, inputs_embeds=embeds,
                           position_ids=tasks.mrope_position_ids(ids[0], [(4, 4)], star.config.special, trailing=64))
