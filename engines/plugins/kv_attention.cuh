@@ -137,6 +137,7 @@ struct Attend {
 
     STAR_DEVICE void attend()
     {
+        if (begin >= end && call.splits > 1) return store_nothing();
         load_query();
         if (begin < end) load_tile(call.key_cache, begin, kKey);
         for (int t = begin; t < end; ++t) {
@@ -238,27 +239,55 @@ struct Attend {
         }
     }
 
-    // One packed row's columns `column` and `column + 1`: the result itself, or this split's share of it.
-    STAR_DEVICE void store(int row, int column, float x, float y, float row_top, float row_total) const
-    {
-        if (row >= call.shape.packed()) return;
-        if (call.splits == 1) {
-            auto* at = static_cast<uint16_t*>(call.output) + query_offset(row) + column;
-            *reinterpret_cast<uint32_t*>(at) = packed_from_floats<kElement>(x / row_total, y / row_total);
-            return;
+    // Where one packed row's result goes: to the output or, of a split, this split's share of it to the workspace.
+    struct Target {
+        bool whole;
+        uint16_t* output;
+        float* partial;
+        float inverse_total;
+
+        STAR_DEVICE void store(int column, float x, float y) const
+        {
+            if (whole) *reinterpret_cast<uint32_t*>(output + column) = packed_from_floats<kElement>(x * inverse_total, y * inverse_total);
+            else *reinterpret_cast<float2*>(partial + column) = float2{x, y};
         }
+    };
+
+    STAR_DEVICE Target target(int row, float row_total) const
+    {
+        return {call.splits == 1, static_cast<uint16_t*>(call.output) + query_offset(row), call.partial + split_index(row) * kDim,
+            1 / row_total};
+    }
+
+    STAR_DEVICE size_t split_index(int row) const  // of this split's share of packed row `row`
+    {
         Shape const& s = call.shape;
-        size_t const index = (size_t(split) * s.rows * s.kv_heads + b * s.kv_heads + kv) * s.packed() + row;
-        *reinterpret_cast<float2*>(call.partial + index * kDim + column) = float2{x, y};
-        if (column == 0) *reinterpret_cast<float2*>(call.stats + 2 * index) = float2{row_top * call.scale_log2, row_total};
+        return (size_t(split) * s.rows * s.kv_heads + b * s.kv_heads + kv) * s.packed() + row;
+    }
+
+    STAR_DEVICE void store_stats(int row, float row_top, float row_total) const
+    {
+        *reinterpret_cast<float2*>(call.stats + 2 * split_index(row)) = float2{row_top * call.scale_log2, row_total};
+    }
+
+    // The share of a split without keys: a total of 0, by which the merge knows that there are no sums.
+    STAR_DEVICE void store_nothing() const
+    {
+        for (int row = m_tile * kTileRows + thread(); row < least(call.shape.packed(), (m_tile + 1) * kTileRows); row += kThreads)
+            store_stats(row, -kInfinity, 0);
     }
 
     STAR_DEVICE void store_fragments() const
     {
         STAR_UNROLL for (int f = 0; f < kFragments; ++f)
-            STAR_UNROLL for (int h = 0; h < 2; ++h)
+            STAR_UNROLL for (int h = 0; h < 2; ++h) {
+                int const row = row_of(f, h);
+                if (row >= call.shape.packed()) continue;
+                Target const to = target(row, total[f][h]);
                 STAR_UNROLL for (int n = 0; n < kDim / 8; ++n)
-                    store(row_of(f, h), n * 8 + lane % 4 * 2, sums[f][n][2 * h], sums[f][n][2 * h + 1], top[f][h], total[f][h]);
+                    to.store(n * 8 + lane % 4 * 2, sums[f][n][2 * h], sums[f][n][2 * h + 1]);
+                if (call.splits > 1 && lane % 4 == 0) store_stats(row, top[f][h], total[f][h]);
+            }
     }
 
     // The warps saw different keys of the same 16 query rows: their results meet in shared memory.
@@ -277,7 +306,8 @@ struct Attend {
         }
         sync();
         for (int i = thread(); i < 16 * kDim / 2; i += kThreads) {
-            int const row = i / (kDim / 2), column = i % (kDim / 2) * 2;
+            int const row = i / (kDim / 2), column = i % (kDim / 2) * 2, packed = m_tile * kTileRows + row;
+            if (packed >= call.shape.packed()) break;
             float highest = -kInfinity, sum = 0, x = 0, y = 0;
             for (int w = 0; w < kWarpsN; ++w) highest = fmaxf(highest, tops[w * 16 + row]);
             for (int w = 0; w < kWarpsN; ++w) {
@@ -286,7 +316,8 @@ struct Attend {
                 float2 const part = *reinterpret_cast<float2 const*>(parts + (w * 16 + row) * kDim + column);
                 sum += weight * totals[w * 16 + row], x += weight * part.x, y += weight * part.y;
             }
-            store(m_tile * kTileRows + row, column, x, y, highest, sum);
+            target(packed, sum).store(column, x, y);
+            if (call.splits > 1 && column == 0) store_stats(packed, highest, sum);
         }
     }
 };

@@ -1,100 +1,215 @@
 """Time and share of memory bandwidth of the kernels beside torch's attention, on a GPU:
-`python tests/plugins/bench_kv_attention.py`.
+`python tests/plugins/bench_kv_attention.py [--profile]`.
 
-Peers: `index_copy_` into the cache and `scaled_dot_product_attention` over the used slots (torch chooses the backend), and
-FlashAttention with its KV cache where the package is installed. The bandwidth is that of a device copy of 1 GiB.
-One line of JSON per measurement, the machine first.
+Peers: `index_copy_` into the cache and `scaled_dot_product_attention` over the used slots, with the backend that torch chooses
+("sdpa") and with each one that takes the shape; FlashAttention with its KV cache where the package is installed. A line of JSON for
+the machine, for each measurement, and for each shape's goals. `us` is one call whose caches are not in the GPU's own; `graph_us` one
+of many in a CUDA graph, each with other caches, as layers of a decoder follow each other. `--profile` instead: the time of every
+kernel of a call and of the whole call from the first kernel's start to the last one's end.
 """
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import re
 import statistics
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_kernels import Attention
 
-HEADS = {"STAR-3B": (16, 2), "STAR-7B": (28, 4)}  # heads, key heads; head dim 128
-ROUNDS, COLD_BYTES = 50, 512 << 20
+DIM, ROUNDS = 128, 40
+COLD_BYTES = 1 << 30  # read before each call: no cache keeps what the call needs, and the host is ahead of the GPU meanwhile
+GRAPH_BYTES, GRAPH_CALLS = 256 << 20, 128  # caches of a graph's calls, together; calls at most
 
 
-def milliseconds(call) -> float:
-    """Median over ROUNDS, the caches of the GPU flushed before each."""
-    flush = torch.empty(COLD_BYTES // 4, dtype=torch.int32, device="cuda")
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    rows: int
+    heads: int
+    kv_heads: int
+    new: int
+    used: int  # slots after the call
+    capacity: int = 1280
+    int8: bool = False
+
+    def moved_bytes(self, peer: str) -> int:
+        """Of the caches, read once."""
+        return 2 * self.rows * self.kv_heads * self.used * (DIM + 4 if self.int8 and peer == "star" else 2 * DIM)
+
+
+MODELS = (("STAR-3B", 16, 2), ("STAR-7B", 28, 4))  # heads, key heads
+SHAPES = [Shape(f"{model} {'prefill' if new > 1 else 'decode'}{', int8' * int8}", 2, heads, kv_heads, new, used, int8=int8)
+          for model, heads, kv_heads in MODELS for new, used, int8 in
+          ((1, 640, False), (1, 960, False), (1, 1280, False), (1, 1280, True), (64, 64, False), (1250, 1250, False))]
+SHAPES += [Shape(f"large cache{', int8' * int8}", rows, 32, 8, 1, 4096, 4096, int8)  # bandwidth, not latency
+           for rows, int8 in ((4, False), (8, False), (8, True))]
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def inputs(shape: Shape) -> list[torch.Tensor]:
+    """query, key, value, key cache, value cache"""
+    sizes = [(shape.heads, shape.new), *[(shape.kv_heads, shape.new)] * 2, *[(shape.kv_heads, shape.capacity)] * 2]
+    return [normal(shape.rows, heads, tokens, DIM) for heads, tokens in sizes]
+
+
+def int8_cache(shape: Shape) -> torch.Tensor:
+    """[B, KV, C, D + 4]: every plane its codes, then its scales."""
+    planes = torch.randint(-127, 128, (shape.rows, shape.kv_heads, shape.capacity * (DIM + 4)), dtype=torch.int8, device="cuda")
+    planes[..., shape.capacity * DIM:].view(torch.float32).fill_(0.02)
+    return planes.view(shape.rows, shape.kv_heads, shape.capacity, DIM + 4)
+
+
+def star(shape: Shape):
+    query, key, value, *caches = inputs(shape)
+    caches = [int8_cache(shape) for _ in caches] if shape.int8 else caches
+    return Attention(query, key, value, *caches, torch.full((shape.rows,), shape.used - shape.new, device="cuda"))
+
+
+def sdpa(shape: Shape):
+    query, key, value, *caches = inputs(shape)
+    slots = torch.arange(shape.used - shape.new, shape.used, device="cuda")
+    assert shape.new in (1, shape.used)  # is_causal means the upper left
+
+    def call():
+        for cache, x in zip(caches, (key, value)):
+            cache.index_copy_(2, slots, x)
+        keys, values = (cache[:, :, :shape.used] for cache in caches)
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=shape.new > 1, enable_gqa=True)
+
+    return call
+
+
+def flash_attn(shape: Shape):
+    from flash_attn import flash_attn_with_kvcache
+    q, k, v, key_cache, value_cache = (x.transpose(1, 2).contiguous() for x in inputs(shape))
+    lengths = torch.full((shape.rows,), shape.used - shape.new, dtype=torch.int32, device="cuda")
+    return lambda: flash_attn_with_kvcache(q, key_cache, value_cache, k, v, cache_seqlens=lengths, causal=True)
+
+
+PEERS = {"star": (star, None), "sdpa": (sdpa, None), "sdpa flash": (sdpa, SDPBackend.FLASH_ATTENTION),
+         "sdpa cudnn": (sdpa, SDPBackend.CUDNN_ATTENTION), "sdpa efficient": (sdpa, SDPBackend.EFFICIENT_ATTENTION),
+         "flash-attn": (flash_attn, None)}
+
+
+def timed(call, *, before) -> float:
+    """Microseconds, the median over ROUNDS, with `before()` ahead of each and not counted."""
     times = []
     for _ in range(ROUNDS + 5):
-        flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before()
         start.record()
         call()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(1e3 * start.elapsed_time(end))
     return statistics.median(times[5:])
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a device copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (milliseconds(lambda: target.copy_(source)) / 1e3)
+def graph_of(calls: list) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls[0]()  # what a first call sets up is not captured
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph
 
 
-def measure(name: str, *, rows: int, heads: int, kv_heads: int, new: int, capacity: int, first: int, bandwidth: float,
-            int8: bool = False) -> None:
-    """Print one line for the kernels and for each peer."""
-    def normal(*shape):
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+def measure(shape: Shape, *, bandwidth: float, flush) -> None:
+    """A line for the kernels and for each peer, and one for the goals."""
+    found = {}
+    for peer, (make, backend) in PEERS.items():
+        line = {"shape": shape.name, "peer": peer, "rows": shape.rows, "new": shape.new, "used": shape.used}
+        try:
+            with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+                call, moved = make(shape), shape.moved_bytes(peer)
+                found[peer] = timed(call, before=flush)
+                calls = [make(shape) for _ in range(min(GRAPH_CALLS, 1 + GRAPH_BYTES // moved))]
+                in_graph = timed(graph_of(calls).replay, before=flush) / len(calls)
+        except (RuntimeError, ImportError) as error:
+            print(json.dumps(line | {"unavailable": str(error).splitlines()[0][:80]}), flush=True)
+            continue
+        plan = {"configuration": call.plan[0], "splits": call.plan[1]} if peer == "star" else {}
+        print(json.dumps(line | plan | {"cache_bytes": moved, "us": round(found[peer], 2), "graph_us": round(in_graph, 2),
+                                        "share_of_copy_bandwidth": round(moved / found[peer] * 1e6 / bandwidth, 3),
+                                        "graph_share": round(moved / in_graph * 1e6 / bandwidth, 3)}), flush=True)
+    ours = found.pop("star")
+    best = min(found, key=found.get)
+    share, speed = shape.moved_bytes("star") / ours * 1e6 / bandwidth, found[best] / ours
+    goals = {"0.7 of the best": speed >= 0.7} if shape.new > 1 else {"not slower than sdpa": ours <= found["sdpa"]}
+    if shape.new == 1 and shape.moved_bytes("star") > 64e6:
+        goals["0.8 of copy bandwidth"] = share >= 0.8
+    print(json.dumps({"shape": shape.name, "used": shape.used, "best": best, "best_over_star": round(speed, 3),
+                      "sdpa_over_star": round(found["sdpa"] / ours, 3), "share": round(share, 3), "goals": goals}), flush=True)
 
-    query, key, value = normal(rows, heads, new, 128), normal(rows, kv_heads, new, 128), normal(rows, kv_heads, new, 128)
-    caches = [normal(rows, kv_heads, capacity, 128) for _ in range(2)]
-    ours = [torch.zeros(rows, kv_heads, capacity, 132, dtype=torch.int8, device="cuda") for _ in range(2)] if int8 else caches
-    slots, used = torch.arange(first, first + new, device="cuda"), first + new
-    bias = causal_lower_right(new, used)
 
-    def with_sdpa():
-        for cache, x in zip(caches, (key, value)):
-            cache.index_copy_(2, slots, x)
-        keys, values = (cache[:, :, :used] for cache in caches)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=None if new == 1 else bias, enable_gqa=True)
+def profile(shape: Shape, *, flush) -> None:
+    """A line for the kernels and one for torch's choice: microseconds, medians over ROUNDS, by the driver's own records."""
+    for peer in ("star", "sdpa"):
+        call = PEERS[peer][0](shape)
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as records:
+            for _ in range(ROUNDS):
+                flush()
+                call()
+            torch.cuda.synchronize()
+        events = sorted((e for e in records.events() if e.device_type == torch.autograd.DeviceType.CUDA),
+                        key=lambda event: event.time_range.start)
+        rounds: list[list] = []
+        for event in events:
+            if "reduce_kernel" in event.name:
+                rounds.append([])
+            elif rounds and "Memset" not in event.name:  # the next flush's
+                rounds[-1].append(event)
+        totals = [Counter() for _ in rounds]
+        for total, round_ in zip(totals, rounds):
+            for event in round_:
+                total[short(event.name)] += event.time_range.elapsed_us()
+        spans = [r[-1].time_range.end - r[0].time_range.start for r in rounds if r]
+        print(json.dumps({"shape": shape.name, "peer": peer, "new": shape.new, "used": shape.used, "span_us": median(spans),
+                          "kernels": {name: median(total[name] for total in totals) for name in totals[-1]}}), flush=True)
 
-    calls = {"star": Attention(query, key, value, *ours, torch.full((rows,), first, device="cuda")), "sdpa": with_sdpa}
-    if flash := _flash(query, key, value, caches, first):
-        calls["flash-attn"] = flash
-    for peer, call in calls.items():
-        moved = 2 * rows * kv_heads * used * (132 if int8 and peer == "star" else 256)  # a cache row in bytes
-        time = milliseconds(call)
-        share = round(moved / (time / 1e3) / bandwidth, 3)
-        print(json.dumps({"case": name, "peer": peer, "rows": rows, "new": new, "used": used, "cache_bytes": moved,
-                          "ms": round(time, 4), "share_of_copy_bandwidth": share}), flush=True)
+
+def median(numbers) -> float:
+    return round(statistics.median(numbers), 2)
 
 
-def _flash(query, key, value, caches, first):
-    try:
-        from flash_attn import flash_attn_with_kvcache
-    except ImportError:
-        return None
-    tokens_first = [x.transpose(1, 2).contiguous() for x in (query, key, value, *caches)]
-    lengths = torch.full((query.shape[0],), first, dtype=torch.int32, device="cuda")
-    q, k, v, key_cache, value_cache = tokens_first
-    return lambda: flash_attn_with_kvcache(q, key_cache, value_cache, k, v, cache_seqlens=lengths, causal=True)
+def short(name: str) -> str:
+    """A kernel's name without its arguments; of ours the work that it does."""
+    ours = re.search(r"star::(Write|Attend|Merge)<", name)
+    return ours[1] if ours else re.sub(r"^void |[<(].*", "", name)[-60:]
 
 
 def main() -> None:
-    bandwidth = copy_bandwidth()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", action="store_true", help="time every kernel instead")
+    chosen = parser.parse_args()
+    cold = torch.ones(COLD_BYTES // 4, device="cuda")
+    target = torch.empty_like(cold)
+
+    def flush():  # by reading: after writing, the GPU would be busy with it for a while
+        cold.sum()
+
+    bandwidth = 2 * COLD_BYTES / timed(lambda: target.copy_(cold), before=flush) * 1e6
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
                       "torch": torch.__version__, "cuda": torch.version.cuda, "copy_bytes_per_s": round(bandwidth)}), flush=True)
-    for model, (heads, kv_heads) in HEADS.items():
-        sizes = {"heads": heads, "kv_heads": kv_heads, "bandwidth": bandwidth}
-        for used in (640, 960, 1280):
-            measure(f"{model} decode", rows=2, new=1, capacity=1280, first=used - 1, **sizes)
-        measure(f"{model} decode, int8", rows=2, new=1, capacity=1280, first=1279, int8=True, **sizes)
-        for new in (64, 1250):
-            measure(f"{model} prefill", rows=2, new=new, capacity=1280, first=0, **sizes)
-    for rows in (4, 8):  # caches of 64 MB and 128 MB: bandwidth, not latency
-        measure("large cache", rows=rows, heads=32, kv_heads=8, new=1, capacity=4096, first=4095, bandwidth=bandwidth)
-    measure("large cache, int8", rows=8, heads=32, kv_heads=8, new=1, capacity=4096, first=4095, bandwidth=bandwidth, int8=True)
+    for shape in SHAPES:
+        if chosen.profile:
+            profile(shape, flush=flush)
+        else:
+            measure(shape, bandwidth=bandwidth, flush=flush)
 
 
 if __name__ == "__main__":
