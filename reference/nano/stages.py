@@ -35,6 +35,7 @@ DRAWING_PARTS = ("stacked_ar", "image_head")
 TRAINED_PARTS = ("pixel_adapter", *DRAWING_PARTS)
 # Of what `token_losses` returns, how much it counts: what is large at first and not yet told would turn the stack from what it can do.
 WEIGHTS = {"tokens": 1.0, "placed": 1.0, "wanted": 1.0, "shown": 1.0, "copied": 1.0, "there": 0.3, "meant": 0.1, "touched": 1.0}
+LAYER_GRAPHS = 32  # with and without gradients, before and behind a prompt, of a few widths
 POINTED, EMBEDDED = 0.1, 8.0  # how far a new head's latents lie from zero, in sizes of an entry; size of a new adapter's embeddings
 
 
@@ -133,10 +134,20 @@ def picture_job(star: Star, stage: Stage, batch_of: Callable[[int], dict], *, tr
     parts["heads"] = nn.ModuleDict({name: new_head(width, device, outputs=count) for name, count in outputs.items()})
     for name in WANTED_OUTPUTS:
         nn.init.zeros_(parts["heads"][name].weight)  # or what they first say of counts is wrong by hundreds, and learning starts with that
-    losses = partial(picture_losses, star, parts["heads"], background_ids(star), fused(token_losses, compiled=compiled),
+    whole = compiled and device.type == "cpu"
+    if compiled and not whole:
+        compile_layers(star)
+    losses = partial(picture_losses, star, parts["heads"], background_ids(star), fused(token_losses, compiled=whole),
                      {} if stage.distinct else None)
     return Job(stage, parts, batch_of, losses, by_muon=[p for p in star.stacked_ar.parameters() if p.ndim == 2],
                waiting=[p for name in trained for p in parts[name].parameters()])
+
+
+def compile_layers(star: Star) -> None:
+    """Each decoder layer by itself: on a GPU that is most of what compiling all of `token_losses` gives, for a tenth of its compiling."""
+    torch._dynamo.config.recompile_limit = LAYER_GRAPHS
+    for layer in (*star.base_ar.layers, *star.stacked_ar.layers):
+        layer.compile(dynamic=False)
 
 
 def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
