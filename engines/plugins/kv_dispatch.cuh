@@ -10,19 +10,20 @@ struct Grid {
     int x, y, z;
 };
 
-// Write, attend and, where the keys were split, merge; returns the first status that is not 0.
+// Write, attend and, where the keys were split, merge; returns the first status that is not 0. A kernel with `kFollows` may start
+// before the one ahead of it ends, so every thread of it awaits that one before it ends.
 template <Element kElement, int kDim, bool kInt8, class Runner>
 int run_kernels(Runner& runner, Call const& call, Plan const& plan)
 {
     Shape const& s = call.shape;
     int const y = s.kv_heads, z = s.rows;
-    Grid const attend{plan.m_tiles * plan.splits, y, z};
+    Grid const attend{y * z, plan.m_tiles * plan.splits, 1};
     int status = runner.template run<Write<kElement, kDim, kInt8>>(Grid{divided_up(2 * s.new_tokens, kRowsPerBlock), y, z});
     if (status == 0 && plan.config == kDecode) status = runner.template run<Attend<kElement, kDim, kInt8, kDecode>>(attend);
     if (status == 0 && plan.config == kShort) status = runner.template run<Attend<kElement, kDim, kInt8, kShort>>(attend);
     if (status == 0 && plan.config == kLong) status = runner.template run<Attend<kElement, kDim, kInt8, kLong>>(attend);
     if (status == 0 && plan.splits > 1)
-        status = runner.template run<Merge<kElement, kDim>>(Grid{divided_up(s.packed(), kRowsPerBlock), y, z});
+        status = runner.template run<Merge<kElement, kDim>>(Grid{s.packed(), y, z});
     return status;
 }
 
