@@ -75,7 +75,6 @@ struct Attend {
     }
 
     STAR_DEVICE static int least(int a, int b) { return a < b ? a : b; }
-    STAR_DEVICE static int at_least_0(int a) { return a < 0 ? 0 : a; }
     STAR_DEVICE int row_of(int f, int h) const { return m_tile * kTileRows + (warp_m * kFragments + f) * 16 + h * 8 + lane / 4; }
 
     // Tiles of keys that the block's last query row may see; none where the new positions do not fit, so that 0 / 0 comes out.
@@ -128,35 +127,43 @@ struct Attend {
         if constexpr (kInt8) {
             auto const* scales = from + size_t(call.shape.capacity) * kDim + size_t(t) * kKeys * kScaleBytes;
             from += size_t(t) * kKeys * kDim;
-            for (int i = first_key() * kChunks / 2 + loader; i < (first_key() + kLoadedKeys) * kChunks / 2; i += kLoaders)
-                copy_async(shared() + to + i * 8, from + i * 16, i / (kChunks / 2) < used ? 16 : 0);
-            for (int i = first_key() / 4 + loader; i < (first_key() + kLoadedKeys) / 4; i += kLoaders)
-                copy_async(shared() + scales_to + i * 8, scales + i * 16, least(16, at_least_0(used - i * 4) * kScaleBytes));
+            constexpr int kCodeChunks = kDim / 16, kCodeStep = kLoaders / kCodeChunks;
+            STAR_UNROLL for (int i = 0; i < (kLoadedKeys + kCodeStep - 1) / kCodeStep; ++i) {
+                int const key = loader / kCodeChunks + i * kCodeStep, at = first_key() * kCodeChunks + loader + i * kLoaders;
+                if (key < kLoadedKeys) copy_async(shared() + to + at * 8, from + at * 16, first_key() + key < used ? 16 : 0);
+            }
+            int const four = first_key() / 4 + loader, left = least(4, used - four * 4);
+            if (loader < kLoadedKeys / 4)
+                copy_async(shared() + scales_to + four * 8, scales + four * 16, left > 0 ? left * kScaleBytes : 0);
         } else {
-            int const key = first_key() + loader / kChunks, chunk = loader % kChunks;
+            int const key = first_key() + loader / kChunks, chunk = loader % kChunks, at = to + swizzled<kChunks>(key, chunk);
             from += (size_t(t) * kKeys + key) * kDim * 2 + chunk * 16;
             STAR_UNROLL for (int i = 0; i < kSteps; ++i) {
                 int const bytes = key + i * kStep < used ? 16 : 0;
-                copy_async(shared() + to + swizzled<kChunks>(key + i * kStep, chunk), from + i * kStep * kDim * 2, bytes);
+                copy_async(shared() + steps_on(at, i), from + i * kStep * kDim * 2, bytes);
             }
         }
     }
 
+    // Where a thread's chunk lies, given its first one's place: kStep keys on, a few times.
+    STAR_DEVICE static int steps_on(int at, int steps) { return (at ^ steps * kStep % 8 * 8) + steps * kStep * kDim; }
+
     // An int8 slot means round(code * scale) in the element type.
     STAR_DEVICE void convert(int codes_at, int scales_at, int to) const
     {
+        int const key = first_key() + loader / kChunks, chunk = loader % kChunks, at = to + swizzled<kChunks>(key, chunk);
+        auto const* codes_from = reinterpret_cast<uint2 const*>(shared() + codes_at) + key * kChunks + chunk;
+        auto const* scales_from = reinterpret_cast<float const*>(shared() + scales_at) + key;
         STAR_UNROLL for (int i = 0; i < kSteps; ++i) {
-            int const key = first_key() + loader / kChunks + i * kStep, chunk = loader % kChunks;
-            uint2 const codes = reinterpret_cast<uint2 const*>(shared() + codes_at)[key * kChunks + chunk];
-            float const scale = reinterpret_cast<float const*>(shared() + scales_at)[key];
+            uint2 const codes = codes_from[i * kStep * kChunks];
+            float const scale = scales_from[i * kStep];
             uint32_t const words[2] = {codes.x ^ 0x80808080, codes.y ^ 0x80808080};  // plus 128, without a sign
             uint32_t packed[4];
             STAR_UNROLL for (int j = 0; j < 4; ++j) {
                 float const low = float_from_byte(words[j / 2], j % 2 * 2), high = float_from_byte(words[j / 2], j % 2 * 2 + 1);
                 packed[j] = packed_from_floats<kElement>(low * scale, high * scale);
             }
-            auto* at = reinterpret_cast<uint4*>(shared() + to + swizzled<kChunks>(key, chunk));
-            *at = uint4{packed[0], packed[1], packed[2], packed[3]};
+            *reinterpret_cast<uint4*>(shared() + steps_on(at, i)) = uint4{packed[0], packed[1], packed[2], packed[3]};
         }
     }
 
