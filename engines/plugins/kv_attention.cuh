@@ -55,6 +55,7 @@ struct Attend {
 
     Call const& call;
     int const b, kv, group, split, m_tile, first, begin, end;  // tiles [begin, end) of keys are this block's
+    int const seen;                                            // the last key that all query rows see
     int const warp_m, warp_n, lane, loader;
     float scores[kFragments][kWarpKeys / 8][4], sums[kFragments][kDim / 8][4];
     float top[kFragments][2], total[kFragments][2];
@@ -63,7 +64,7 @@ struct Attend {
     STAR_DEVICE Attend(Call const& c, int m_tiles)
         : call(c), b(block_x() / c.shape.kv_heads), kv(block_x() % c.shape.kv_heads), group(c.shape.group()),
           split(block_y() % c.splits), m_tile(m_tiles - 1 - block_y() / c.splits), first(first_slot(c, b)), begin(split * tiles_per_split()),
-          end(least(begin + tiles_per_split(), tiles())), warp_m(thread() / 32 % kWarpsM), warp_n(thread() / 32 / kWarpsM),
+          end(least(begin + tiles_per_split(), tiles())), seen(first + m_tile * kTileRows / group), warp_m(thread() / 32 % kWarpsM), warp_n(thread() / 32 / kWarpsM),
           lane(thread() % 32), loader(thread() % kLoaders)
     {
         STAR_UNROLL for (int f = 0; f < kFragments; ++f)
@@ -109,7 +110,7 @@ struct Attend {
         else sync();
     }
 
-    STAR_DEVICE static int stage(int t) { return kStages + t % 2 * kStage; }
+    STAR_DEVICE static int stage(int t) { return kStages + (t & 1) * kStage; }
     STAR_DEVICE int first_key() const { return warp_n * kWarpKeys; }  // of a tile, that this warp uses
 
     // K and V of tile `t` into its stage. Slots from first + new_tokens on are zeros and never read.
@@ -193,7 +194,7 @@ struct Attend {
                 meet();
             }
             score(keys);
-            if ((t + 1) * kKeys - 1 > first + m_tile * kTileRows / group) mask(t);
+            if ((t + 1) * kKeys - 1 > seen) mask(t);
             soften();
             accumulate(keys + kTile);
         }

@@ -65,7 +65,7 @@ int overflow_flag(int** host, int** device)
 }  // namespace star
 
 // sizes: rows, heads, kv_heads, new, capacity, dim. pointers: query, key, value, key cache, value cache, write indices, output.
-// Returns -1 for a shape that is refused, or the plan: config + 4 * splits; bit 30: a write did not fit. Workspace and flag are
+// Returns -1 for a shape that is refused, or the plan: config + 16 * splits; bit 30: a write did not fit. Workspace and flag are
 // made here; NaN fills the workspace first.
 extern "C" int star_emulate(int const* sizes, void* const* pointers, int element, int cache, float scale, int processors,
                             unsigned seed)
@@ -83,5 +83,5 @@ extern "C" int star_emulate(int const* sizes, void* const* pointers, int element
     Emulated runner{call, plan.m_tiles, seed};
     run_call(runner, call, plan, Element(element), Cache(cache));
     Emulated::finish();
-    return plan.config + 4 * plan.splits + (raised << 30);
+    return plan.config + 16 * plan.splits + (raised << 30);
 }
