@@ -63,8 +63,8 @@ struct Attend {
     // Blocks of the last query rows, which see most keys, start first.
     STAR_DEVICE Attend(Call const& c, int m_tiles)
         : call(c), b(block_x() / c.shape.kv_heads), kv(block_x() % c.shape.kv_heads), group(c.shape.group()),
-          split(block_y() % c.splits), m_tile(m_tiles - 1 - block_y() / c.splits), first(first_slot(c, b)), begin(split * tiles_per_split()),
-          end(least(begin + tiles_per_split(), tiles())), seen(first + m_tile * kTileRows / group), warp_m(thread() / 32 % kWarpsM), warp_n(thread() / 32 / kWarpsM),
+          split(block_y() % c.splits), m_tile(m_tiles - 1 - block_y() / c.splits), first(first_slot(c, b)),
+          begin(tiles() * split / c.splits), end(tiles() * (split + 1) / c.splits), seen(first + m_tile * kTileRows / group), warp_m(thread() / 32 % kWarpsM), warp_n(thread() / 32 / kWarpsM),
           lane(thread() % 32), loader(thread() % kLoaders)
     {
         STAR_UNROLL for (int f = 0; f < kFragments; ++f)
@@ -84,7 +84,6 @@ struct Attend {
         int const last = least(call.shape.packed(), (m_tile + 1) * kTileRows) - 1;
         return first < 0 ? 0 : (first + last / group) / kKeys + 1;
     }
-    STAR_DEVICE int tiles_per_split() const { return (tiles() + call.splits - 1) / call.splits; }
 
     STAR_DEVICE size_t query_offset(int row) const  // of packed row `row`, in elements
     {

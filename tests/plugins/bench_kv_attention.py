@@ -156,15 +156,19 @@ def measure(shape: Shape, *, bandwidth: float, flush) -> None:
 
 
 def try_configurations(shape: Shape, *, bandwidth: float, flush) -> None:
-    """A line for each layout of the call over the GPU: decode by splits for 1 to 6 blocks a multiprocessor, prefill by configuration."""
+    """A line for each layout of the call over the GPU: decode by blocks a multiprocessor, prefill by configuration."""
     chosen = star(shape).plan
     per_split = shape.rows * shape.kv_heads
     processors = torch.cuda.get_device_properties().multi_processor_count
-    several = sorted({max(1, processors * blocks // per_split) for blocks in range(1, 7)})
+    several = [max(1, int(processors * blocks / per_split)) for blocks in (0.25, 0.5, 1, 2, 3, 4, 6)]
     plans = [(0, splits) for splits in several] if shape.new == 1 else [
         (configuration, splits) for configuration in range(1, library().star_configurations()) for splits in (1, 2, 4)]
-    for plan in dict.fromkeys([chosen, *plans]):
+    seen = set()
+    for plan in [chosen, *plans]:
         call = star(shape, plan=plan)
+        if call.plan in seen:
+            continue
+        seen.add(call.plan)
         us = timed(call, before=flush)
         print(json.dumps({"shape": shape.name, "new": shape.new, "used": shape.used, "cache_bytes": shape.moved_bytes("star"),
                           "configuration": call.plan[0], "splits": call.plan[1], "chosen": call.plan == chosen, "us": round(us, 2),

@@ -56,7 +56,8 @@ def torch_attention(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
     return torch.cat(rows).double().cpu().numpy()
 
 
-def share_of_limit(case: Case, rng: np.random.Generator, *, torch_too: bool = True) -> tuple[float, tuple]:
+def share_of_limit(case: Case, rng: np.random.Generator, *, torch_too: bool = True,
+                   plan: tuple[int, int] = (0, 0)) -> tuple[float, tuple]:
     """The largest error of one call over what is allowed, and the kind of kernel; infinite where a cache differs or the flag is up.
 
     Allowed are two units in the last place beyond torch's largest error; for int8, which torch does not have, or without torch
@@ -67,13 +68,13 @@ def share_of_limit(case: Case, rng: np.random.Generator, *, torch_too: bool = Tr
     inputs = inputs_of(case, rng)
     (wanted, *caches), limit = expected(case, inputs)
     tensors = [on_gpu(x) for x in inputs]
-    call = Attention(*tensors, torch.tensor(case.first, device="cuda"), processors=case.processors)
+    call = Attention(*tensors, torch.tensor(case.first, device="cuda"), processors=case.processors, plan=plan)
     error = np.abs(call().cpu().double().numpy() - wanted)
     if torch_too and not case.int8:
         last_place = 2 * UNIT[ELEMENTS[case.element]] * 2.0 ** np.floor(np.log2(np.maximum(np.abs(wanted), 2.0**-14)))
         limit = np.abs(torch_attention(case, inputs) - wanted).max() + 2 * last_place
     same = [bits(t) for t in tensors[3:]] == [c.tobytes() for c in caches] and call.flag.item() == 0
-    kind = ("decode", "short", "long")[call.plan[0]], case.dim, ("fp16", "bf16")[case.element], "int8" if case.int8 else "plain"
+    kind = call.plan[0], case.dim, ("fp16", "bf16")[case.element], "int8" if case.int8 else "plain"
     return float(np.nan_to_num(error / limit, nan=np.inf).max()) if same else np.inf, kind
 
 
@@ -121,6 +122,14 @@ def test_compute_sanitizer_sees_a_cache_that_is_too_short() -> None:
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_the_models_shapes_are_as_defined(case: Case) -> None:
     check_all([(case, np.random.default_rng(1))])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_every_configuration_is_as_defined(splits: int) -> None:
+    from torch_kernels import library
+
+    for configuration in range(library().star_configurations()):
+        check_all([(case, np.random.default_rng(1)) for case in (*MODELS[2:4], *SANITIZED)], plan=(configuration, splits))
 
 
 @pytest.mark.parametrize("part", range(PARTS))
