@@ -42,7 +42,8 @@ struct Config {
     constexpr int threads() const { return 32 * warps_m * warps_n; }
 };
 constexpr Config kConfigs[] = {{1, 4, 1, 64, 3}, {4, 1, 1, 32, 4}, {8, 1, 1, 32, 2},                      // what plans take
-                               {4, 1, 2, 32, 2}, {8, 1, 1, 64, 2}, {4, 1, 2, 64, 2}, {4, 1, 1, 64, 2}};  // what they might
+                               {4, 1, 2, 32, 2}, {8, 1, 1, 64, 2}, {4, 1, 2, 64, 2}, {4, 1, 1, 64, 2},  // what they might
+                               {4, 1, 1, 48, 3}, {2, 1, 2, 32, 4}};
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 enum { kDecode, kShort, kLong };
 
