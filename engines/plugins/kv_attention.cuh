@@ -55,7 +55,7 @@ struct Attend {
 
     Call const& call;
     int const b, kv, group, split, m_tile, first, begin, end;  // tiles [begin, end) of keys are this block's
-    int const seen;                                            // the last key that all query rows see
+    int const seen;  // the last key that all query rows see
     int const warp_m, warp_n, lane, loader;
     float scores[kFragments][kWarpKeys / 8][4], sums[kFragments][kDim / 8][4];
     float top[kFragments][2], total[kFragments][2];
@@ -64,8 +64,8 @@ struct Attend {
     STAR_DEVICE Attend(Call const& c, int m_tiles)
         : call(c), b(block_x() / c.shape.kv_heads), kv(block_x() % c.shape.kv_heads), group(c.shape.group()),
           split(block_y() % c.splits), m_tile(m_tiles - 1 - block_y() / c.splits), first(first_slot(c, b)),
-          begin(tiles() * split / c.splits), end(tiles() * (split + 1) / c.splits), seen(first + m_tile * kTileRows / group), warp_m(thread() / 32 % kWarpsM), warp_n(thread() / 32 / kWarpsM),
-          lane(thread() % 32), loader(thread() % kLoaders)
+          begin(tiles() * split / c.splits), end(tiles() * (split + 1) / c.splits), seen(first + m_tile * kTileRows / group),
+          warp_m(thread() / 32 % kWarpsM), warp_n(thread() / 32 / kWarpsM), lane(thread() % 32), loader(thread() % kLoaders)
     {
         STAR_UNROLL for (int f = 0; f < kFragments; ++f)
             STAR_UNROLL for (int h = 0; h < 2; ++h) {
@@ -206,8 +206,8 @@ struct Attend {
         else store_fragments();
     }
 
-    // Byte of shared memory where a chunk of the tile at element `tile` lies; and the same 16 rows and 2 chunks farther, a few times
-    // each. Tiles start on a multiple of a row, so that the exclusive or reaches only the chunk.
+    // Byte of shared memory where a chunk of the tile at element `tile` lies; and the same a few times 16 rows and 2 chunks
+    // farther. Tiles start on a multiple of a row, so that the exclusive or reaches only the chunk.
     STAR_DEVICE static int place(int tile, int row, int chunk) { return 2 * (tile + swizzled<kChunks>(row, chunk)); }
     STAR_DEVICE static int farther(int at, int rows, int chunks) { return (at ^ 32 * chunks) + rows * 32 * kDim; }
 
