@@ -115,7 +115,8 @@ struct Attend {
     // K and V of tile `t` into its stage. Slots from first + new_tokens on are zeros and never read.
     STAR_DEVICE void load_tile(int t) const
     {
-        if ((t + 1) * kKeys > first) await_kernel_before();  // it stores the new slots
+        bool const has_new = (t + 1) * kKeys > first, had_new = t > begin && t * kKeys > first;
+        if (has_new && !had_new) await_kernel_before();  // it stores the new slots
         load_slots(call.key_cache, t, stage(t), stage(t) + kScales);
         load_slots(call.value_cache, t, stage(t) + kLanded, stage(t) + kScales + 2 * kKeys);
     }

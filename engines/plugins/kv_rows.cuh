@@ -14,6 +14,13 @@ struct Write {
     static constexpr int kWords = kDim / 64;  // of two elements, per thread
     static constexpr bool kFollows = false;
 
+    struct alignas(4 * kWords) Words {
+        uint32_t word[kWords];
+    };
+    struct alignas(2 * kWords) Codes {
+        int8_t code[2 * kWords];
+    };
+
     STAR_DEVICE static void run(Call const& call, int)
     {
         let_next_kernel_start();
@@ -23,26 +30,24 @@ struct Write {
         if (first < 0) return raise_flag(call.flag);
         void const* const source = row % 2 ? call.value : call.key;
         size_t const from = (size_t(b * call.shape.kv_heads + kv) * call.shape.new_tokens + token) * kDim;
-        auto const* words = reinterpret_cast<uint32_t const*>(static_cast<uint16_t const*>(source) + from);
+        Words const words = reinterpret_cast<Words const*>(static_cast<uint16_t const*>(source) + from)[thread() % 32];
         auto* to = static_cast<uint8_t*>(row % 2 ? call.value_cache : call.key_cache) + plane<kDim, kInt8>(call.shape, b, kv);
-        uint32_t word[kWords];
-        STAR_UNROLL for (int i = 0; i < kWords; ++i) word[i] = words[thread() % 32 * kWords + i];
-        if constexpr (kInt8) return store_codes(to, word, first + token, call.shape.capacity);
-        auto* slot = reinterpret_cast<uint32_t*>(to + size_t(first + token) * kDim * 2);
-        STAR_UNROLL for (int i = 0; i < kWords; ++i) slot[thread() % 32 * kWords + i] = word[i];
+        if constexpr (kInt8) return store_codes(to, words, first + token, call.shape.capacity);
+        reinterpret_cast<Words*>(to + size_t(first + token) * kDim * 2)[thread() % 32] = words;
     }
 
-    STAR_DEVICE static void store_codes(uint8_t* to, uint32_t const (&word)[kWords], int slot, int capacity)
+    STAR_DEVICE static void store_codes(uint8_t* to, Words const& words, int slot, int capacity)
     {
         float x[2 * kWords], highest = 0;
         STAR_UNROLL for (int i = 0; i < 2 * kWords; ++i) {
-            x[i] = float_from_bits<kElement>(uint16_t(word[i / 2] >> (i % 2 * 16)));
+            x[i] = float_from_bits<kElement>(uint16_t(words.word[i / 2] >> (i % 2 * 16)));
             highest = fmaxf(highest, fabsf(x[i]));
         }
         STAR_UNROLL for (int mask = 16; mask > 0; mask /= 2) highest = fmaxf(highest, shuffle_xor(highest, mask));
         float const scale = highest / 127;
-        auto* codes = reinterpret_cast<int8_t*>(to + size_t(slot) * kDim) + thread() % 32 * 2 * kWords;
-        STAR_UNROLL for (int i = 0; i < 2 * kWords; ++i) codes[i] = scale > 0 ? int8_t(rintf(x[i] / scale)) : int8_t(0);
+        Codes codes;
+        STAR_UNROLL for (int i = 0; i < 2 * kWords; ++i) codes.code[i] = scale > 0 ? int8_t(rintf(x[i] / scale)) : int8_t(0);
+        reinterpret_cast<Codes*>(to + size_t(slot) * kDim)[thread() % 32] = codes;
         if (thread() % 32 == 0) reinterpret_cast<float*>(to + size_t(capacity) * kDim)[slot] = scale;
     }
 };
@@ -52,7 +57,7 @@ struct Write {
 // four columns, and what it reads of kBatch splits is under way together.
 template <Element kElement, int kDim>
 struct Merge {
-    static constexpr int kThreads = kRowThreads, kResident = 8, kParts = kThreads / (kDim / 4), kBatch = 8;
+    static constexpr int kThreads = kRowThreads, kResident = 6, kParts = kThreads / (kDim / 4), kBatch = 8;
     static constexpr int kSharedBytes = 4 * kParts * (kDim + 1);
     static constexpr bool kFollows = true;
 

@@ -87,7 +87,7 @@ MUTANTS = {
     "a barrier is missing": ("kv_attention.cuh", "meet();  // this tile is there, and no warp reads the last one any more", ""),
     "unused slots are read": ("kv_attention.cuh", "i * kStep < used ? 16 : 0", "i * kStep < call.shape.capacity - t * kKeys ? 16 : 0"),
     "splits are not weighted": ("kv_rows.cuh", "? exp2_of(stat[i].x - highest) : 0", "? 1 : 0"),
-    "new slots are read too early": ("kv_attention.cuh", "if ((t + 1) * kKeys > first) await_kernel_before();", ""),
+    "new slots are read too early": ("kv_attention.cuh", "if (has_new && !had_new)", "if (has_new && !had_new && t < 0)"),
     "the swizzle differs": ("kv_attention.cuh", "lane / 8 % 2", "lane / 16"),
 }
 
