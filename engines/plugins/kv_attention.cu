@@ -12,6 +12,8 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kResident) kernel(Call c
     Work::run(call, m_tiles);
 }
 
+constexpr int kWaits = 90;  // code for this architecture and newer can await the kernel before (warp.cuh)
+
 struct Runner {
     Call const& call;
     int m_tiles;
@@ -20,14 +22,23 @@ struct Runner {
     template <class Work>
     int run(Grid grid)
     {
+        auto const work = kernel<Work>;
         constexpr int kDefaultSharedBytes = 48 << 10;
         if constexpr (Work::kSharedBytes > kDefaultSharedBytes) {
             auto const attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-            auto const status = cudaFuncSetAttribute(kernel<Work>, attribute, Work::kSharedBytes);
+            auto const status = cudaFuncSetAttribute(work, attribute, Work::kSharedBytes);
             if (status != cudaSuccess) return status;
         }
-        kernel<Work><<<dim3(grid.x, grid.y, grid.z), Work::kThreads, Work::kSharedBytes, stream>>>(call, m_tiles);
-        return cudaGetLastError();
+        cudaFuncAttributes compiled{};
+        if (auto const status = cudaFuncGetAttributes(&compiled, work); status != cudaSuccess) return status;
+        cudaLaunchAttribute early{};
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(grid.x, grid.y, grid.z), config.blockDim = dim3(Work::kThreads);
+        config.dynamicSmemBytes = Work::kSharedBytes, config.stream = stream;
+        config.attrs = &early, config.numAttrs = Work::kFollows && compiled.ptxVersion >= kWaits;
+        return cudaLaunchKernelEx(&config, work, call, m_tiles);
     }
 };
 

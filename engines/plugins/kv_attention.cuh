@@ -2,7 +2,8 @@
 // tensor-core products, and the softmax runs along with a maximum and a total per query row (Dao, FlashAttention-2, 2023).
 //
 // A block has one row of the batch, one key head and a tile of the query rows that share it (grouped queries are packed).
-// K and V have one buffer each: V of a tile arrives while its scores are computed, the next K while V is used.
+// The next tile, K and V, arrives while one is worked on. Warps that have the rows share its tiles, and meet once a tile; warps
+// that have other keys each load their own and never wait for one another before the end.
 #pragma once
 
 #include "warp.cuh"
@@ -10,6 +11,7 @@
 namespace star {
 
 constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kSlack = 8;  // powers of 2 that weights may exceed 1 by before a row's maximum, and all its sums, follow
 
 // Element index of 16-byte chunk `chunk` of row `row` in a tile of kChunks chunks a row. The exclusive or spreads eight rows
 // of one column over all banks.
@@ -38,23 +40,32 @@ struct Attend {
     static constexpr int kResident = kConfig.resident;
     static constexpr int kTileRows = kConfig.tile_rows(), kThreads = kConfig.threads(), kChunks = kDim / 8;
     static constexpr int kWarpKeys = kKeys / kWarpsN;  // keys of a tile that one warp takes
-    static constexpr int kQuery = 0, kKey = kTileRows * kDim, kValue = kKey + kKeys * kDim;  // in elements of shared memory
-    static constexpr int kSharedBytes = 2 * (kValue + kKeys * kDim);
+    static constexpr bool kOwnKeys = kWarpsN > 1, kFollows = true;
+    static constexpr int kLoaders = kOwnKeys ? 32 : kThreads, kLoadedKeys = kOwnKeys ? kWarpKeys : kKeys;
+    static constexpr int kStep = kLoaders / kChunks, kSteps = kLoadedKeys / kStep;  // in keys; of a thread's chunks of a tile
+    // Shared memory, in elements: the query, of an int8 cache K and V of the tile at work as elements, and two stages of what
+    // arrives: K, V and the scales of each.
+    static constexpr int kTile = kKeys * kDim, kLanded = kInt8 ? kTile / 2 : kTile, kScales = 2 * kLanded;
+    static constexpr int kQuery = 0, kWork = kTileRows * kDim, kStages = kWork + (kInt8 ? 2 * kTile : 0);
+    static constexpr int kStage = kScales + (kInt8 ? 4 * kKeys : 0);
+    static constexpr int kSharedBytes = 2 * (kStages + 2 * kStage);
     static_assert(kWarpsN == 1 || (kWarpsM == 1 && kFragments == 1), "warps share either rows or keys");
-    static_assert(4 * kWarpsN * 16 * kDim <= 4 * kKeys * kDim && kWarpsN * 2 * 16 * 4 <= 2 * kKey, "the warps' results fit");
+    static_assert(kLoaders % kChunks == 0 && kLoadedKeys % kStep == 0, "all threads load as much");
+    static_assert(kWarpsN * 16 <= kKeys && kWarpsN * 2 * 16 * 4 <= 2 * kWork, "the warps' results fit");
 
     Call const& call;
     int const b, kv, group, split, m_tile, first, begin, end;  // tiles [begin, end) of keys are this block's
-    int const warp_m, warp_n, lane;
+    int const seen;  // the last key that all query rows see
+    int const warp_m, warp_n, lane, loader;
     float scores[kFragments][kWarpKeys / 8][4], sums[kFragments][kDim / 8][4];
     float top[kFragments][2], total[kFragments][2];
 
     // Blocks of the last query rows, which see most keys, start first.
     STAR_DEVICE Attend(Call const& c, int m_tiles)
-        : call(c), b(block_z()), kv(block_y()), group(c.shape.group()), split(block_x() % c.splits),
-          m_tile(m_tiles - 1 - block_x() / c.splits), first(first_slot(c, b)), begin(split * tiles_per_split()),
-          end(least(begin + tiles_per_split(), tiles())), warp_m(thread() / 32 % kWarpsM), warp_n(thread() / 32 / kWarpsM),
-          lane(thread() % 32)
+        : call(c), b(block_x() / c.shape.kv_heads), kv(block_x() % c.shape.kv_heads), group(c.shape.group()),
+          split(block_y() % c.splits), m_tile(m_tiles - 1 - block_y() / c.splits), first(first_slot(c, b)),
+          begin(tiles() * split / c.splits), end(tiles() * (split + 1) / c.splits), seen(first + m_tile * kTileRows / group),
+          warp_m(thread() / 32 % kWarpsM), warp_n(thread() / 32 / kWarpsM), lane(thread() % 32), loader(thread() % kLoaders)
     {
         STAR_UNROLL for (int f = 0; f < kFragments; ++f)
             STAR_UNROLL for (int h = 0; h < 2; ++h) {
@@ -73,7 +84,6 @@ struct Attend {
         int const last = least(call.shape.packed(), (m_tile + 1) * kTileRows) - 1;
         return first < 0 ? 0 : (first + last / group) / kKeys + 1;
     }
-    STAR_DEVICE int tiles_per_split() const { return (tiles() + call.splits - 1) / call.splits; }
 
     STAR_DEVICE size_t query_offset(int row) const  // of packed row `row`, in elements
     {
@@ -88,71 +98,106 @@ struct Attend {
             int const row = i / kChunks, chunk = i % kChunks, packed = m_tile * kTileRows + row;
             bool const valid = packed < call.shape.packed();
             auto const* from = query + (valid ? query_offset(packed) + chunk * 8 : 0);
-            copy_async(shared() + kQuery + swizzled<kChunks>(row, chunk), from, valid);
+            copy_async(shared() + kQuery + swizzled<kChunks>(row, chunk), from, valid ? 16 : 0);
         }
     }
 
-    // Tile `t` of a cache into shared memory at `to`. Slots from first + new_tokens on are zeros and never read.
-    STAR_DEVICE void load_tile(void const* cache, int t, int to) const
+    // The threads of one tile meet: the block's or, where it has its own keys, the warp's.
+    STAR_DEVICE static void meet()
+    {
+        if constexpr (kOwnKeys) sync_warp();
+        else sync();
+    }
+
+    STAR_DEVICE static int stage(int t) { return kStages + (t & 1) * kStage; }
+    STAR_DEVICE int first_key() const { return warp_n * kWarpKeys; }  // of a tile, that this warp uses
+
+    // K and V of tile `t` into its stage. Slots from first + new_tokens on are zeros and never read.
+    STAR_DEVICE void load_tile(int t) const
+    {
+        bool const has_new = (t + 1) * kKeys > first, had_new = t > begin && t * kKeys > first;
+        if (has_new && !had_new) await_kernel_before();  // it stores the new slots
+        load_slots(call.key_cache, t, stage(t), stage(t) + kScales);
+        load_slots(call.value_cache, t, stage(t) + kLanded, stage(t) + kScales + 2 * kKeys);
+    }
+
+    STAR_DEVICE void load_slots(void const* cache, int t, int to, int scales_to) const
     {
         auto const* from = static_cast<uint8_t const*>(cache) + plane<kDim, kInt8>(call.shape, b, kv);
-        int const used = first + call.shape.new_tokens;
+        int const used = first + call.shape.new_tokens - t * kKeys;  // of this tile's slots
         if constexpr (kInt8) {
-            load_codes(from, t, to, used);
+            auto const* scales = from + size_t(call.shape.capacity) * kDim + size_t(t) * kKeys * kScaleBytes;
+            from += size_t(t) * kKeys * kDim;
+            constexpr int kCodeChunks = kDim / 16, kCodeStep = kLoaders / kCodeChunks;
+            STAR_UNROLL for (int i = 0; i < (kLoadedKeys + kCodeStep - 1) / kCodeStep; ++i) {
+                int const key = loader / kCodeChunks + i * kCodeStep, at = first_key() * kCodeChunks + loader + i * kLoaders;
+                if (key < kLoadedKeys) copy_async(shared() + to + at * 8, from + at * 16, first_key() + key < used ? 16 : 0);
+            }
+            int const four = first_key() / 4 + loader, left = least(4, used - four * 4);
+            if (loader < kLoadedKeys / 4)
+                copy_async(shared() + scales_to + four * 8, scales + four * 16, left > 0 ? left * kScaleBytes : 0);
         } else {
-            for (int i = thread(); i < kKeys * kChunks; i += kThreads) {
-                int const row = i / kChunks, chunk = i % kChunks, slot = t * kKeys + row;
-                bool const valid = slot < used;
-                size_t const offset = valid ? size_t(slot) * kDim + chunk * 8 : 0;
-                copy_async(shared() + to + swizzled<kChunks>(row, chunk), from + 2 * offset, valid);
+            int const key = first_key() + loader / kChunks, chunk = loader % kChunks, at = to + swizzled<kChunks>(key, chunk);
+            from += (size_t(t) * kKeys + key) * kDim * 2 + chunk * 16;
+            STAR_UNROLL for (int i = 0; i < kSteps; ++i) {
+                int const bytes = key + i * kStep < used ? 16 : 0;
+                copy_async(shared() + steps_on(at, i), from + i * kStep * kDim * 2, bytes);
             }
         }
     }
+
+    // Where a thread's chunk lies, given its first one's place: kStep keys on, a few times.
+    STAR_DEVICE static int steps_on(int at, int steps) { return (at ^ steps * kStep % 8 * 8) + steps * kStep * kDim; }
 
     // An int8 slot means round(code * scale) in the element type.
-    STAR_DEVICE void load_codes(uint8_t const* from, int t, int to, int used) const
+    STAR_DEVICE void convert(int codes_at, int scales_at, int to) const
     {
-        auto const* scales = reinterpret_cast<float const*>(from + size_t(call.shape.capacity) * kDim);
-        for (int i = thread(); i < kKeys * kChunks / 2; i += kThreads) {
-            int const row = i / (kChunks / 2), pair = i % (kChunks / 2), slot = t * kKeys + row;
-            uint32_t codes[4] = {0, 0, 0, 0}, packed[8];
-            float scale = 0;
-            if (slot < used) {
-                scale = scales[slot];
-                auto const words = reinterpret_cast<uint4 const*>(from + size_t(slot) * kDim)[pair];
-                codes[0] = words.x, codes[1] = words.y, codes[2] = words.z, codes[3] = words.w;
+        int const key = first_key() + loader / kChunks, chunk = loader % kChunks, at = to + swizzled<kChunks>(key, chunk);
+        auto const* codes_from = reinterpret_cast<uint2 const*>(shared() + codes_at) + key * kChunks + chunk;
+        auto const* scales_from = reinterpret_cast<float const*>(shared() + scales_at) + key;
+        STAR_UNROLL for (int i = 0; i < kSteps; ++i) {
+            uint2 const codes = codes_from[i * kStep * kChunks];
+            float const scale = scales_from[i * kStep];
+            uint32_t const words[2] = {codes.x ^ 0x80808080, codes.y ^ 0x80808080};  // plus 128, without a sign
+            uint32_t packed[4];
+            STAR_UNROLL for (int j = 0; j < 4; ++j) {
+                float const low = float_from_byte(words[j / 2], j % 2 * 2), high = float_from_byte(words[j / 2], j % 2 * 2 + 1);
+                packed[j] = packed_from_floats<kElement>(low * scale, high * scale);
             }
-            STAR_UNROLL for (int j = 0; j < 8; ++j) {
-                uint32_t const two = codes[j / 2] >> (j % 2 * 16);
-                packed[j] = packed_from_floats<kElement>(float(int8_t(two)) * scale, float(int8_t(two >> 8)) * scale);
-            }
-            STAR_UNROLL for (int half = 0; half < 2; ++half) {
-                auto* at = reinterpret_cast<uint4*>(shared() + to + swizzled<kChunks>(row, 2 * pair + half));
-                *at = uint4{packed[4 * half], packed[4 * half + 1], packed[4 * half + 2], packed[4 * half + 3]};
-            }
+            *reinterpret_cast<uint4*>(shared() + steps_on(at, i)) = uint4{packed[0], packed[1], packed[2], packed[3]};
         }
     }
 
-    STAR_DEVICE static void run(Call const& call, int m_tiles) { Attend(call, m_tiles).attend(); }
+    STAR_DEVICE static void run(Call const& call, int m_tiles)
+    {
+        let_next_kernel_start();
+        Attend(call, m_tiles).attend();
+        await_kernel_before();  // so that whoever awaits this kernel has awaited that one
+    }
 
     STAR_DEVICE void attend()
     {
         if (begin >= end && call.splits > 1) return store_nothing();
         load_query();
-        if (begin < end) load_tile(call.key_cache, begin, kKey);
+        if (begin < end) load_tile(begin);
+        wait_copies();
+        if constexpr (kOwnKeys) sync();  // the query, which the warps share
         for (int t = begin; t < end; ++t) {
             wait_copies();
-            sync();  // K of this tile is there, and no warp reads the last V any more
-            load_tile(call.value_cache, t, kValue);
-            score();
-            wait_copies();
-            sync();  // V is there, and no warp reads K any more
-            if (t + 1 < end) load_tile(call.key_cache, t + 1, kKey);
-            if ((t + 1) * kKeys - 1 > first + m_tile * kTileRows / group) mask(t);
+            meet();  // this tile is there, and no warp reads the last one any more
+            if (t + 1 < end) load_tile(t + 1);
+            int keys = stage(t);
+            if constexpr (kInt8) {
+                convert(keys, keys + kScales, kWork);
+                convert(keys + kLanded, keys + kScales + 2 * kKeys, kWork + kTile);
+                keys = kWork;
+                meet();
+            }
+            score(keys);
+            if ((t + 1) * kKeys - 1 > seen) mask(t);
             soften();
-            accumulate();
+            accumulate(keys + kTile);
         }
-        wait_copies();  // the query's, where there was no tile
         STAR_UNROLL for (int f = 0; f < kFragments; ++f)
             STAR_UNROLL for (int h = 0; h < 2; ++h) {
                 total[f][h] += shuffle_xor(total[f][h], 1);
@@ -162,21 +207,24 @@ struct Attend {
         else store_fragments();
     }
 
+    // Byte of shared memory where a chunk of the tile at element `tile` lies; and the same a few times 16 rows and 2 chunks
+    // farther. Tiles start on a multiple of a row, so that the exclusive or reaches only the chunk.
+    STAR_DEVICE static int place(int tile, int row, int chunk) { return 2 * (tile + swizzled<kChunks>(row, chunk)); }
+    STAR_DEVICE static int farther(int at, int rows, int chunks) { return (at ^ 32 * chunks) + rows * 32 * kDim; }
+
     // scores [16 rows, kWarpKeys] = query key^T
-    STAR_DEVICE void score()
+    STAR_DEVICE void score(int keys_at)
     {
+        int const a_at = place(kQuery, warp_m * kFragments * 16 + lane % 16, lane / 16);
+        int const b_at = place(keys_at, first_key() + lane % 8 + lane / 16 * 8, lane / 8 % 2);
         STAR_UNROLL for (int f = 0; f < kFragments; ++f)
             STAR_UNROLL for (int n = 0; n < kWarpKeys / 8; ++n)
                 STAR_UNROLL for (int e = 0; e < 4; ++e) scores[f][n][e] = 0;
         STAR_UNROLL for (int k = 0; k < kDim / 16; ++k) {
             uint32_t a[kFragments][4], keys[4];
-            STAR_UNROLL for (int f = 0; f < kFragments; ++f) {
-                int const row = (warp_m * kFragments + f) * 16 + lane % 16;
-                load_matrices(a[f], shared() + kQuery + swizzled<kChunks>(row, 2 * k + lane / 16));
-            }
+            STAR_UNROLL for (int f = 0; f < kFragments; ++f) load_matrices(a[f], farther(a_at, f, k));
             STAR_UNROLL for (int n = 0; n < kWarpKeys / 16; ++n) {
-                int const row = warp_n * kWarpKeys + n * 16 + lane % 8 + lane / 16 * 8;
-                load_matrices(keys, shared() + kKey + swizzled<kChunks>(row, 2 * k + lane / 8 % 2));
+                load_matrices(keys, farther(b_at, n, k));
                 STAR_UNROLL for (int f = 0; f < kFragments; ++f) {
                     multiply_add<kElement>(scores[f][2 * n], a[f], keys[0], keys[1]);
                     multiply_add<kElement>(scores[f][2 * n + 1], a[f], keys[2], keys[3]);
@@ -197,30 +245,38 @@ struct Attend {
             }
     }
 
-    // scores become exp(score - top), and what was summed so far follows the new top.
+    // scores become exp(score - top). Where a score is far above top, top and what was summed so far follow it.
     STAR_DEVICE void soften()
     {
+        float kept[kFragments][2];
+        bool moved = false;
         STAR_UNROLL for (int f = 0; f < kFragments; ++f)
             STAR_UNROLL for (int h = 0; h < 2; ++h) {
-                float highest = top[f][h], added = 0;
+                float highest = -kInfinity, added = 0;
                 STAR_UNROLL for (int n = 0; n < kWarpKeys / 8; ++n)
                     highest = fmaxf(highest, fmaxf(scores[f][n][2 * h], scores[f][n][2 * h + 1]));
                 highest = fmaxf(highest, shuffle_xor(highest, 1));
                 highest = fmaxf(highest, shuffle_xor(highest, 2));
-                float const base = highest == -kInfinity ? 0 : highest * call.scale_log2;  // a row that sees no key yet
-                float const kept = exp2_of(top[f][h] * call.scale_log2 - base);
+                bool const far = (highest - top[f][h]) * call.scale_log2 > kSlack;
+                kept[f][h] = far ? exp2_of((top[f][h] - highest) * call.scale_log2) : 1;
+                top[f][h] = far ? highest : top[f][h];
+                moved = moved || far;
+                float const base = top[f][h] == -kInfinity ? 0 : top[f][h] * call.scale_log2;  // a row that sees no key yet
                 STAR_UNROLL for (int n = 0; n < kWarpKeys / 8; ++n)
                     STAR_UNROLL for (int e = 2 * h; e < 2 * h + 2; ++e)
                         added += scores[f][n][e] = exp2_of(scores[f][n][e] * call.scale_log2 - base);
-                STAR_UNROLL for (int n = 0; n < kDim / 8; ++n) sums[f][n][2 * h] *= kept, sums[f][n][2 * h + 1] *= kept;
-                total[f][h] = total[f][h] * kept + added;
-                top[f][h] = highest;
+                total[f][h] = total[f][h] * kept[f][h] + added;
             }
+        if (!any(moved)) return;
+        STAR_UNROLL for (int f = 0; f < kFragments; ++f)
+            STAR_UNROLL for (int n = 0; n < kDim / 8; ++n)
+                STAR_UNROLL for (int e = 0; e < 4; ++e) sums[f][n][e] *= kept[f][e / 2];
     }
 
     // sums [16 rows, kDim] += weights value: the scores' fragments are, packed, the left operand's.
-    STAR_DEVICE void accumulate()
+    STAR_DEVICE void accumulate(int values_at)
     {
+        int const b_at = place(values_at, first_key() + lane % 16, lane / 16);
         STAR_UNROLL for (int k = 0; k < kWarpKeys / 16; ++k) {
             uint32_t a[kFragments][4], values[4];
             STAR_UNROLL for (int f = 0; f < kFragments; ++f)
@@ -229,8 +285,7 @@ struct Attend {
                     a[f][i] = packed_from_floats<kElement>(two[0], two[1]);
                 }
             STAR_UNROLL for (int n = 0; n < kDim / 16; ++n) {
-                int const row = warp_n * kWarpKeys + k * 16 + lane % 16;
-                load_transposed(values, shared() + kValue + swizzled<kChunks>(row, 2 * n + lane / 16));
+                load_transposed(values, farther(b_at, k, n));
                 STAR_UNROLL for (int f = 0; f < kFragments; ++f) {
                     multiply_add<kElement>(sums[f][2 * n], a[f], values[0], values[1]);
                     multiply_add<kElement>(sums[f][2 * n + 1], a[f], values[2], values[3]);
@@ -295,7 +350,7 @@ struct Attend {
     {
         auto* tops = reinterpret_cast<float*>(shared() + kQuery);           // [kWarpsN, 16]
         auto* totals = tops + kWarpsN * 16;                                 // [kWarpsN, 16]
-        auto* parts = reinterpret_cast<float*>(shared() + kKey);            // [kWarpsN, 16, kDim]
+        auto* parts = reinterpret_cast<float*>(shared() + kWork);           // [kWarpsN, 16, kDim]
         sync();  // no warp reads a tile any more
         STAR_UNROLL for (int h = 0; h < 2; ++h) {
             int const row = warp_n * 16 + h * 8 + lane / 4;

@@ -41,7 +41,10 @@ struct Config {
     constexpr int tile_rows() const { return warps_m * fragments * 16; }
     constexpr int threads() const { return 32 * warps_m * warps_n; }
 };
-constexpr Config kConfigs[] = {{1, 4, 1, 64, 4}, {4, 1, 1, 64, 2}, {4, 1, 2, 32, 2}};
+constexpr Config kConfigs[] = {{1, 4, 1, 64, 3}, {4, 1, 1, 32, 4}, {8, 1, 1, 32, 2},                      // what plans take
+                               {4, 1, 2, 32, 2}, {8, 1, 1, 64, 2}, {4, 1, 2, 64, 2}, {4, 1, 1, 64, 2},  // what they might
+                               {4, 1, 1, 48, 3}, {2, 1, 2, 32, 4}};
+constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 enum { kDecode, kShort, kLong };
 
 // `splits` blocks share the keys of each tile of query rows; more than one leave partial results, which are merged.
@@ -55,20 +58,26 @@ struct Plan {
 
 inline int divided_up(int a, int b) { return (a + b - 1) / b; }
 
-// Few query rows: every warp takes other keys. Many: every warp takes other rows. A cache is split until the device is full.
+// `config` with as many splits as wanted, from 1 to one for each tile of keys.
+inline Plan plan_with(Shape const& shape, int config, int wanted)
+{
+    int const packed = shape.packed(), most = divided_up(shape.capacity, kConfigs[config].keys);
+    int const splits = wanted < 1 ? 1 : wanted < most ? wanted : most;
+    size_t const outputs = splits > 1 ? size_t(splits) * shape.rows * shape.kv_heads * packed : 0;
+    return {config, divided_up(packed, kConfigs[config].tile_rows()), splits, outputs * shape.dim, outputs * 2};
+}
+
+// Few query rows: every warp takes other keys. Many: every warp takes other rows. A cache is split until the device is full, not
+// further: a block that has to wait for another's end would take as long again.
 inline Plan plan_from_shape(Shape const& shape, int multiprocessors)
 {
     int const packed = shape.packed(), pairs = shape.rows * shape.kv_heads;
     bool const few = packed <= 2 * kConfigs[kDecode].tile_rows();
     bool const full = divided_up(packed, kConfigs[kLong].tile_rows()) * pairs >= multiprocessors;
     int const config = few ? kDecode : full ? kLong : kShort;
-    int const m_tiles = divided_up(packed, kConfigs[config].tile_rows());
-    int const wanted = divided_up(multiprocessors * kConfigs[config].resident, m_tiles * pairs);
-    int const most = divided_up(shape.capacity, kConfigs[config].keys);
-    bool const split = few || m_tiles * pairs < multiprocessors;
-    int const splits = !split ? 1 : wanted < most ? wanted : most;
-    size_t const outputs = splits > 1 ? size_t(splits) * pairs * packed : 0;
-    return {config, m_tiles, splits, outputs * shape.dim, outputs * 2};
+    int const blocks = divided_up(packed, kConfigs[config].tile_rows()) * pairs;
+    bool const split = few || blocks < multiprocessors;
+    return plan_with(shape, config, split ? multiprocessors * kConfigs[config].resident / blocks : 1);
 }
 
 // Everything that a kernel reads. `partial` and `stats` are the workspace; `flag` becomes 1 when a write would pass the capacity.

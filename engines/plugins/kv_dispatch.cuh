@@ -10,19 +10,27 @@ struct Grid {
     int x, y, z;
 };
 
-// Write, attend and, where the keys were split, merge; returns the first status that is not 0.
+// The compiled configuration that has number `config`.
+template <Element kElement, int kDim, bool kInt8, int kIndex = 0, class Runner>
+int run_attend(Runner& runner, int config, Grid grid)
+{
+    if (config == kIndex) return runner.template run<Attend<kElement, kDim, kInt8, kIndex>>(grid);
+    if constexpr (kIndex + 1 < kConfigCount) return run_attend<kElement, kDim, kInt8, kIndex + 1>(runner, config, grid);
+    return -1;
+}
+
+// Write, attend and, where the keys were split, merge; returns the first status that is not 0. A kernel with `kFollows` may start
+// before the one ahead of it ends, so every thread of it awaits that one before it ends.
 template <Element kElement, int kDim, bool kInt8, class Runner>
 int run_kernels(Runner& runner, Call const& call, Plan const& plan)
 {
     Shape const& s = call.shape;
     int const y = s.kv_heads, z = s.rows;
-    Grid const attend{plan.m_tiles * plan.splits, y, z};
+    Grid const attend{y * z, plan.m_tiles * plan.splits, 1};
     int status = runner.template run<Write<kElement, kDim, kInt8>>(Grid{divided_up(2 * s.new_tokens, kRowsPerBlock), y, z});
-    if (status == 0 && plan.config == kDecode) status = runner.template run<Attend<kElement, kDim, kInt8, kDecode>>(attend);
-    if (status == 0 && plan.config == kShort) status = runner.template run<Attend<kElement, kDim, kInt8, kShort>>(attend);
-    if (status == 0 && plan.config == kLong) status = runner.template run<Attend<kElement, kDim, kInt8, kLong>>(attend);
+    if (status == 0) status = run_attend<kElement, kDim, kInt8>(runner, plan.config, attend);
     if (status == 0 && plan.splits > 1)
-        status = runner.template run<Merge<kElement, kDim>>(Grid{divided_up(s.packed(), kRowsPerBlock), y, z});
+        status = runner.template run<Merge<kElement, kDim>>(Grid{s.packed(), y, z});
     return status;
 }
 

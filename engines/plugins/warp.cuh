@@ -22,11 +22,28 @@ STAR_DEVICE int block_x() { return blockIdx.x; }
 STAR_DEVICE int block_y() { return blockIdx.y; }
 STAR_DEVICE int block_z() { return blockIdx.z; }
 STAR_DEVICE void sync() { __syncthreads(); }
+STAR_DEVICE void sync_warp() { __syncwarp(); }
 STAR_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+STAR_DEVICE bool any(bool x) { return __any_sync(0xffffffffu, x); }
+
+// A kernel that `follows` another (kv_dispatch.cuh) may start before that one ends, and waits here for all that it stored.
+STAR_DEVICE void await_kernel_before()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+STAR_DEVICE void let_next_kernel_start()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 STAR_DEVICE uint16_t* shared()
 {
-    extern __shared__ uint4 memory[];
+    extern __shared__ __align__(256) uint4 memory[];
     return reinterpret_cast<uint16_t*>(memory);
 }
 
@@ -41,26 +58,25 @@ STAR_DEVICE float exp2_of(float x)
 
 STAR_DEVICE uint32_t shared_address(void const* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// 16 bytes to shared memory in the background; zeros, and nothing read, where not `valid`.
-STAR_DEVICE void copy_async(void* to, void const* from, bool valid)
+// 16 bytes to shared memory in the background: the first `bytes` are read, the others zeros.
+STAR_DEVICE void copy_async(void* to, void const* from, int bytes)
 {
-    int const bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 
 STAR_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
-STAR_DEVICE void load_matrices(uint32_t (&r)[4], void const* row)
+// Four 8x8 matrices of 16-bit elements; lane i gives the byte of shared memory where row i % 8 of matrix i / 8 starts.
+STAR_DEVICE void load_matrices(uint32_t (&r)[4], int row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(shared()) + row) : "memory");
 }
 
-STAR_DEVICE void load_transposed(uint32_t (&r)[4], void const* row)
+STAR_DEVICE void load_transposed(uint32_t (&r)[4], int row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(shared()) + row) : "memory");
 }
 
 // d [16, 8] += a [16, 16] b [16, 8], accumulated in float32.
@@ -87,6 +103,12 @@ STAR_DEVICE uint32_t packed_from_floats(float low, float high)
     else
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
+}
+
+// Byte `i` of `word` as a number of 8 bits, less 128: 2^23 + byte has it as its last bits. (Conversion has a quarter of the rate.)
+STAR_DEVICE float float_from_byte(uint32_t word, int i)
+{
+    return __uint_as_float(__byte_perm(word, 0x4B000000, 0x7650 + i)) - 8388736.0f;
 }
 
 template <Element kElement>

@@ -1,11 +1,12 @@
 """Time and share of memory bandwidth of the kernels beside torch's attention, on a GPU:
-`python tests/plugins/bench_kv_attention.py [--profile]`.
+`python tests/plugins/bench_kv_attention.py [--profile | --configurations]`.
 
 Peers: `index_copy_` into the cache and `scaled_dot_product_attention` over the used slots, with the backend that torch chooses
 ("sdpa") and with each one that takes the shape; FlashAttention with its KV cache where the package is installed. A line of JSON for
 the machine, for each measurement, and for each shape's goals. `us` is one call whose caches are not in the GPU's own; `graph_us` one
 of many in a CUDA graph, each with other caches, as layers of a decoder follow each other. `--profile` instead: the time of every
-kernel of a call and of the whole call from the first kernel's start to the last one's end.
+kernel of a call and of the whole call from the first kernel's start to the last one's end. `--configurations` instead: the kernels in
+every configuration (kConfigs in kv_attention.h) and number of splits that might suit, to choose by for another GPU.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch_kernels import Attention
+from torch_kernels import Attention, library
 
 DIM, ROUNDS = 128, 40
 COLD_BYTES = 1 << 30  # read before each call: no cache keeps what the call needs, and the host is ahead of the GPU meanwhile
@@ -47,8 +48,8 @@ MODELS = (("STAR-3B", 16, 2), ("STAR-7B", 28, 4))  # heads, key heads
 SHAPES = [Shape(f"{model} {'prefill' if new > 1 else 'decode'}{', int8' * int8}", 2, heads, kv_heads, new, used, int8=int8)
           for model, heads, kv_heads in MODELS for new, used, int8 in
           ((1, 640, False), (1, 960, False), (1, 1280, False), (1, 1280, True), (64, 64, False), (1250, 1250, False))]
-SHAPES += [Shape(f"large cache{', int8' * int8}", rows, 32, 8, 1, 4096, 4096, int8)  # bandwidth, not latency
-           for rows, int8 in ((4, False), (8, False), (8, True))]
+SHAPES += [Shape(f"large cache{', int8' * int8}", rows, 4 * kv_heads, kv_heads, 1, 4096, 4096, int8)  # bandwidth, not latency
+           for rows, kv_heads, int8 in ((4, 8, False), (8, 8, False), (8, 16, False), (8, 32, False), (8, 8, True), (8, 32, True))]
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -68,10 +69,10 @@ def int8_cache(shape: Shape) -> torch.Tensor:
     return planes.view(shape.rows, shape.kv_heads, shape.capacity, DIM + 4)
 
 
-def star(shape: Shape):
+def star(shape: Shape, **layout):
     query, key, value, *caches = inputs(shape)
     caches = [int8_cache(shape) for _ in caches] if shape.int8 else caches
-    return Attention(query, key, value, *caches, torch.full((shape.rows,), shape.used - shape.new, device="cuda"))
+    return Attention(query, key, value, *caches, torch.full((shape.rows,), shape.used - shape.new, device="cuda"), **layout)
 
 
 def sdpa(shape: Shape):
@@ -154,6 +155,26 @@ def measure(shape: Shape, *, bandwidth: float, flush) -> None:
                       "sdpa_over_star": round(found["sdpa"] / ours, 3), "share": round(share, 3), "goals": goals}), flush=True)
 
 
+def try_configurations(shape: Shape, *, bandwidth: float, flush) -> None:
+    """A line for each layout of the call over the GPU: decode by blocks a multiprocessor, prefill by configuration."""
+    chosen = star(shape).plan
+    per_split = shape.rows * shape.kv_heads
+    processors = torch.cuda.get_device_properties().multi_processor_count
+    several = [max(1, int(processors * blocks / per_split)) for blocks in (0.25, 0.5, 1, 2, 3, 4, 6)]
+    plans = [(0, splits) for splits in several] if shape.new == 1 else [
+        (configuration, splits) for configuration in range(1, library().star_configurations()) for splits in (1, 2, 4)]
+    seen = set()
+    for plan in [chosen, *plans]:
+        call = star(shape, plan=plan)
+        if call.plan in seen:
+            continue
+        seen.add(call.plan)
+        us = timed(call, before=flush)
+        print(json.dumps({"shape": shape.name, "new": shape.new, "used": shape.used, "cache_bytes": shape.moved_bytes("star"),
+                          "configuration": call.plan[0], "splits": call.plan[1], "chosen": call.plan == chosen, "us": round(us, 2),
+                          "share_of_copy_bandwidth": round(shape.moved_bytes("star") / us * 1e6 / bandwidth, 3)}), flush=True)
+
+
 def profile(shape: Shape, *, flush) -> None:
     """A line for the kernels and one for torch's choice: microseconds, medians over ROUNDS, by the driver's own records."""
     for peer in ("star", "sdpa"):
@@ -195,6 +216,7 @@ def short(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true", help="time every kernel instead")
+    parser.add_argument("--configurations", action="store_true", help="time the kernels in other configurations instead")
     chosen = parser.parse_args()
     cold = torch.ones(COLD_BYTES // 4, device="cuda")
     target = torch.empty_like(cold)
@@ -208,6 +230,8 @@ def main() -> None:
     for shape in SHAPES:
         if chosen.profile:
             profile(shape, flush=flush)
+        elif chosen.configurations:
+            try_configurations(shape, bandwidth=bandwidth, flush=flush)
         else:
             measure(shape, bandwidth=bandwidth, flush=flush)
 

@@ -120,7 +120,7 @@ def emulate(case: Case, inputs: list[np.ndarray], *,
     for (_, after), before in zip(whole, (query, key, value)):
         assert after.tobytes() == before.tobytes(), "an input was written"
     plan = result & ~(1 << 30)
-    return [whole[6][1], whole[3][1], whole[4][1]], (plan % 4, plan // 4), bool(result >> 30 & 1)
+    return [whole[6][1], whole[3][1], whole[4][1]], (plan % 16, plan // 16), bool(result >> 30 & 1)
 
 
 def expected(case: Case, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:

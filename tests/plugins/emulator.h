@@ -18,6 +18,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "numbers.h"
@@ -31,6 +32,12 @@ struct float2 {
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 
 namespace star {
 
@@ -41,13 +48,13 @@ struct Fiber {
     ucontext_t context{};
     jmp_buf place{};
     std::unique_ptr<char[]> stack;
-    bool started = false, done = false;
+    bool started = false, done = false, awaited = false;
     void const* gives = nullptr;  // a lane's operands of the warp operation under way
     void* takes = nullptr;
     struct Copy {
         void* to;
         void const* from;
-        bool valid;
+        int bytes;
     };
     std::vector<Copy> copies;
     long const* waits_for = nullptr;
@@ -118,7 +125,7 @@ struct Block {
     {
         x = block_x, y = block_y, z = block_z, work = std::move(body), block = this;
         std::fill(memory.begin(), memory.end(), uint16_t(0x7fff));  // NaN as fp16 and bf16
-        for (Fiber& fiber : fibers) fiber.started = fiber.done = false, fiber.waits_for = nullptr, fiber.copies.clear();
+        for (Fiber& fiber : fibers) fiber.started = fiber.done = fiber.awaited = false, fiber.waits_for = nullptr, fiber.copies.clear();
         size_t left = fibers.size();
         for (int idle = 0, passes = 0, active = -1; left > 0; --passes) {
             if (passes <= 0) passes = 1 + random() % 64, active = int(random());  // for a while only some warps run
@@ -190,6 +197,10 @@ inline int block_y() { return block->y; }
 inline int block_z() { return block->z; }
 inline void sync() { block->barrier(); }
 inline uint16_t* shared() { return block->aligned(); }
+inline void sync_warp()
+{
+    block->together(nullptr, nullptr, [](Fiber*) {});
+}
 inline void raise_flag(int* flag) { *flag = 1; }
 inline float exp2_of(float x) { return exp2f(x); }
 
@@ -202,24 +213,48 @@ inline float shuffle_xor(float x, int mask)
     return y;
 }
 
-inline void copy_async(void* to, void const* from, bool valid)
+inline bool any(bool x)
+{
+    bool y;
+    block->together(&x, &y, [](Fiber* lanes) {
+        bool const found = std::any_of(lanes, lanes + 32, [](Fiber const& lane) { return *static_cast<bool const*>(lane.gives); });
+        for (int i = 0; i < 32; ++i) *static_cast<bool*>(lanes[i].takes) = found;
+    });
+    return y;
+}
+
+// The kernel before this one runs only when a thread of this one waits for it.
+inline thread_local std::function<void()> kernel_before;
+
+inline void await_kernel_before()
+{
+    block->fibers[block->current].awaited = true;
+    Block* const mine = block;
+    if (auto const run = std::exchange(kernel_before, nullptr)) run();
+    block = mine;
+}
+
+inline void let_next_kernel_start() {}
+
+inline void copy_async(void* to, void const* from, int bytes)
 {
     block->check_shared(to);
-    block->fibers[block->current].copies.push_back({to, from, valid});
+    block->fibers[block->current].copies.push_back({to, from, bytes});
 }
 
 inline void wait_copies()
 {
     for (auto const& copy : block->fibers[block->current].copies) {
-        if (copy.valid) std::memcpy(copy.to, copy.from, 16);
-        else std::memset(copy.to, 0, 16);
+        std::memset(copy.to, 0, 16);
+        if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
     }
     block->fibers[block->current].copies.clear();
 }
 
 // Lane i gets elements (i / 4, 2 * (i % 4)) and the next of each matrix; transposed: (2 * (i % 4), i / 4) and the one below.
-inline void gather_matrices(uint32_t (&r)[4], void const* row, bool transposed)
+inline void gather_matrices(uint32_t (&r)[4], int at, bool transposed)
 {
+    void const* const row = block->aligned() + at / 2;
     block->check_shared(row);
     block->together(row, r, [transposed](Fiber* lanes) {
         for (int i = 0; i < 32; ++i)
@@ -235,8 +270,10 @@ inline void gather_matrices(uint32_t (&r)[4], void const* row, bool transposed)
     });
 }
 
-inline void load_matrices(uint32_t (&r)[4], void const* row) { gather_matrices(r, row, false); }
-inline void load_transposed(uint32_t (&r)[4], void const* row) { gather_matrices(r, row, true); }
+inline void load_matrices(uint32_t (&r)[4], int row) { gather_matrices(r, row, false); }
+inline void load_transposed(uint32_t (&r)[4], int row) { gather_matrices(r, row, true); }
+
+inline float float_from_byte(uint32_t word, int i) { return float(word >> 8 * i & 255) - 128; }
 
 template <Element kElement>
 float float_from_bits(uint16_t bits) { return kElement == Element::kHalf ? float_from_half(bits) : float_from_bfloat16(bits); }

@@ -12,13 +12,25 @@ struct Emulated {
     template <class Work>
     int run(Grid grid)
     {
-        Block emulated(Work::kThreads, Work::kSharedBytes, seed);
-        std::vector<int> order(size_t(grid.x) * grid.y * grid.z);
-        std::iota(order.begin(), order.end(), 0);
-        std::shuffle(order.begin(), order.end(), emulated.random);  // blocks run in any order
-        for (int i : order)
-            emulated.run(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y, [&] { Work::run(call, m_tiles); });
+        if (!Work::kFollows) finish();
+        kernel_before = [this, grid, before = std::move(kernel_before)] {
+            kernel_before = before;
+            Block emulated(Work::kThreads, Work::kSharedBytes, seed);
+            std::vector<int> order(size_t(grid.x) * grid.y * grid.z);
+            std::iota(order.begin(), order.end(), 0);
+            std::shuffle(order.begin(), order.end(), emulated.random);  // blocks run in any order
+            for (int i : order) {
+                emulated.run(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y, [&] { Work::run(call, m_tiles); });
+                for (Fiber const& fiber : emulated.fibers)
+                    if (Work::kFollows && !fiber.awaited) Block::fail("a thread ends before the kernel that it follows");
+            }
+        };
         return 0;
+    }
+
+    static void finish()  // run what was launched and not awaited
+    {
+        if (auto const run = std::exchange(kernel_before, nullptr)) run();
     }
 };
 
@@ -33,7 +45,9 @@ int multiprocessors() { return pretended_multiprocessors; }
 int launch(Call const& call, Plan const& plan, Element element, Cache cache, void*)
 {
     Emulated runner{call, plan.m_tiles, schedule_seed};
-    return run_call(runner, call, plan, element, cache);
+    int const status = run_call(runner, call, plan, element, cache);
+    Emulated::finish();
+    return status;
 }
 
 int copy_cache(void* to, void const* from, size_t bytes, void*)
@@ -51,7 +65,7 @@ int overflow_flag(int** host, int** device)
 }  // namespace star
 
 // sizes: rows, heads, kv_heads, new, capacity, dim. pointers: query, key, value, key cache, value cache, write indices, output.
-// Returns -1 for a shape that is refused, or the plan: config + 4 * splits; bit 30: a write did not fit. Workspace and flag are
+// Returns -1 for a shape that is refused, or the plan: config + 16 * splits; bit 30: a write did not fit. Workspace and flag are
 // made here; NaN fills the workspace first.
 extern "C" int star_emulate(int const* sizes, void* const* pointers, int element, int cache, float scale, int processors,
                             unsigned seed)
@@ -68,5 +82,6 @@ extern "C" int star_emulate(int const* sizes, void* const* pointers, int element
     set_workspace(call, plan, workspace.data());
     Emulated runner{call, plan.m_tiles, seed};
     run_call(runner, call, plan, Element(element), Cache(cache));
-    return plan.config + 4 * plan.splits + (raised << 30);
+    Emulated::finish();
+    return plan.config + 16 * plan.splits + (raised << 30);
 }

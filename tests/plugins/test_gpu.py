@@ -31,6 +31,8 @@ MODELS = [Case(2, 16, 2, 1, 1280, 128, (1279, 640), processors=0), Case(2, 28, 4
 SANITIZED = [Case(2, 8, 2, 1, 200, 128, (150, 3)), Case(1, 8, 1, 33, 100, 64, (60,), int8=True),  # decode, few rows in int8,
              Case(2, 14, 2, 20, 320, 128, (9, 100)), Case(1, 14, 2, 70, 128, 128, (58,), element=0, processors=1)]  # few, many
 
+CONFIGURED = [*SANITIZED, MODELS[2], Case(2, 14, 2, 150, 400, 128, (200, 31))]
+
 
 def on_gpu(array: np.ndarray) -> torch.Tensor:
     if array.dtype == ELEMENTS[1]:
@@ -56,7 +58,8 @@ def torch_attention(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
     return torch.cat(rows).double().cpu().numpy()
 
 
-def share_of_limit(case: Case, rng: np.random.Generator, *, torch_too: bool = True) -> tuple[float, tuple]:
+def share_of_limit(case: Case, rng: np.random.Generator, *, torch_too: bool = True,
+                   plan: tuple[int, int] = (0, 0)) -> tuple[float, tuple]:
     """The largest error of one call over what is allowed, and the kind of kernel; infinite where a cache differs or the flag is up.
 
     Allowed are two units in the last place beyond torch's largest error; for int8, which torch does not have, or without torch
@@ -67,13 +70,13 @@ def share_of_limit(case: Case, rng: np.random.Generator, *, torch_too: bool = Tr
     inputs = inputs_of(case, rng)
     (wanted, *caches), limit = expected(case, inputs)
     tensors = [on_gpu(x) for x in inputs]
-    call = Attention(*tensors, torch.tensor(case.first, device="cuda"), processors=case.processors)
+    call = Attention(*tensors, torch.tensor(case.first, device="cuda"), processors=case.processors, plan=plan)
     error = np.abs(call().cpu().double().numpy() - wanted)
     if torch_too and not case.int8:
         last_place = 2 * UNIT[ELEMENTS[case.element]] * 2.0 ** np.floor(np.log2(np.maximum(np.abs(wanted), 2.0**-14)))
         limit = np.abs(torch_attention(case, inputs) - wanted).max() + 2 * last_place
     same = [bits(t) for t in tensors[3:]] == [c.tobytes() for c in caches] and call.flag.item() == 0
-    kind = ("decode", "short", "long")[call.plan[0]], case.dim, ("fp16", "bf16")[case.element], "int8" if case.int8 else "plain"
+    kind = call.plan[0], case.dim, ("fp16", "bf16")[case.element], "int8" if case.int8 else "plain"
     return float(np.nan_to_num(error / limit, nan=np.inf).max()) if same else np.inf, kind
 
 
@@ -121,6 +124,14 @@ def test_compute_sanitizer_sees_a_cache_that_is_too_short() -> None:
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_the_models_shapes_are_as_defined(case: Case) -> None:
     check_all([(case, np.random.default_rng(1))])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_every_configuration_is_as_defined(splits: int) -> None:
+    from torch_kernels import library
+
+    for configuration in range(library().star_configurations()):
+        check_all([(case, np.random.default_rng(1)) for case in CONFIGURED], plan=(configuration, splits))
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -39,7 +39,7 @@ def test_two_thousand_random_shapes_are_as_defined() -> None:
     with ThreadPoolExecutor(2) as pool:
         plans = Counter(pool.map(one, range(RANDOM_SHAPES)))
     for plan in ((0, True), (0, False), (1, True), (1, False), (2, False)):  # decode, two prefill kernels; split or whole
-        assert plans[plan] >= 50, plans
+        assert plans[plan] >= 40, plans
 
 
 # heads and key heads are STAR-3B's and STAR-7B's
@@ -84,10 +84,11 @@ def test_a_row_that_does_not_fit_writes_nothing_raises_the_flag_and_gives_nan(fi
 
 MUTANTS = {
     "one key too many": ("kv_attention.cuh", "if (n * 8 + e > last)", "if (n * 8 + e > last + 1)"),
-    "a barrier is missing": ("kv_attention.cuh", "sync();  // V is there, and no warp reads K any more", ""),
-    "unused slots are read": ("kv_attention.cuh", "valid = slot < used;", "valid = slot < call.shape.capacity;"),
-    "splits are not weighted": ("kv_rows.cuh", "float const weight = exp2_of(stat.x - highest);", "float const weight = 1;"),
-    "the swizzle differs": ("kv_attention.cuh", "2 * k + lane / 8 % 2", "2 * k + lane / 16"),
+    "a barrier is missing": ("kv_attention.cuh", "meet();  // this tile is there, and no warp reads the last one any more", ""),
+    "unused slots are read": ("kv_attention.cuh", "i * kStep < used ? 16 : 0", "i * kStep < call.shape.capacity - t * kKeys ? 16 : 0"),
+    "splits are not weighted": ("kv_rows.cuh", "? exp2_of(stat[i].x - highest) : 0", "? 1 : 0"),
+    "new slots are read too early": ("kv_attention.cuh", "if (has_new && !had_new)", "if (has_new && !had_new && t < 0)"),
+    "the swizzle differs": ("kv_attention.cuh", "lane / 8 % 2", "lane / 16"),
 }
 
 
@@ -102,6 +103,6 @@ def test_a_planted_fault_is_seen(name: str, tmp_path) -> None:
     driver = built(sources, "-O0")
     with pytest.raises(AssertionError, match="times the bound|another cache"):
         for seed in range(8):
-            for new, first in ((1, 150), (5, 2)):
+            for new, first in ((1, 150), (5, 2), (20, 100)):
                 case = Case(1, 4, 1, new, 200, 64, (first,), element=0, processors=2, seed=seed)
                 check(case, np.random.default_rng(4), driver=driver)

@@ -1,37 +1,43 @@
 // The kernels for Python without TensorRT: tests and benchmarks call this with addresses of device memory.
 //
-// `sizes` are rows, heads, kv_heads, new, capacity, dim. `processors` is how many multiprocessors to plan for; 0: as many as there are.
+// `sizes` are rows, heads, kv_heads, new, capacity, dim. `layout` are the multiprocessors to plan for, 0: as many as there are; and
+// a configuration and splits, to be taken instead of the plan's where splits are not 0.
 #include "kv_attention.h"
 
 namespace {
 
 star::Shape shape_from(int const* sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]}; }
 
-star::Plan plan_from(int const* sizes, int processors)
+star::Plan plan_from(int const* sizes, int const* layout)
 {
-    return star::plan_from_shape(shape_from(sizes), processors > 0 ? processors : star::multiprocessors());
+    star::Shape const shape = shape_from(sizes);
+    if (layout[2] > 0) return star::plan_with(shape, layout[1], layout[2]);
+    return star::plan_from_shape(shape, layout[0] > 0 ? layout[0] : star::multiprocessors());
 }
 
 }  // namespace
 
-// The configuration and, times 4, the splits.
-extern "C" int star_plan(int const* sizes, int processors)
+extern "C" int star_configurations() { return star::kConfigCount; }
+
+// The configuration and, times 16, the splits.
+extern "C" int star_plan(int const* sizes, int const* layout)
 {
-    star::Plan const plan = plan_from(sizes, processors);
-    return plan.config + 4 * plan.splits;
+    star::Plan const plan = plan_from(sizes, layout);
+    return plan.config + 16 * plan.splits;
 }
 
 // Bytes of workspace, or -1 for a shape that is refused.
-extern "C" long long star_workspace_bytes(int const* sizes, int cache, int processors)
+extern "C" long long star_workspace_bytes(int const* sizes, int cache, int const* layout)
 {
     if (star::refusal(shape_from(sizes), static_cast<star::Cache>(cache))) return -1;
-    return static_cast<long long>(plan_from(sizes, processors).workspace_bytes());
+    return static_cast<long long>(plan_from(sizes, layout).workspace_bytes());
 }
 
 // pointers: query, key, value, key cache, value cache, write indices, output, workspace, flag; all on the device.
-extern "C" int star_run(int const* sizes, void* const* pointers, int element, int cache, float scale, int processors, void* stream)
+extern "C" int star_run(
+    int const* sizes, void* const* pointers, int element, int cache, float scale, int const* layout, void* stream)
 {
-    star::Plan const plan = plan_from(sizes, processors);
+    star::Plan const plan = plan_from(sizes, layout);
     star::Call call{};
     call.query = pointers[0], call.key = pointers[1], call.value = pointers[2];
     call.key_cache = pointers[3], call.value_cache = pointers[4];

@@ -46,28 +46,30 @@ def library() -> ctypes.CDLL:
     """The library for the GPU that is here."""
     loaded = ctypes.CDLL(str(built("sm_{}{}".format(*torch.cuda.get_device_capability()))))
     number, address = ctypes.c_int, ctypes.c_void_p
-    loaded.star_plan.argtypes = [address, number]
-    loaded.star_workspace_bytes.argtypes = [address, number, number]
+    loaded.star_plan.argtypes = [address, address]
+    loaded.star_workspace_bytes.argtypes = [address, number, address]
     loaded.star_workspace_bytes.restype = ctypes.c_longlong
-    loaded.star_run.argtypes = [address, address, number, number, ctypes.c_float, number, address]
+    loaded.star_run.argtypes = [address, address, number, number, ctypes.c_float, address, address]
     return loaded
 
 
 class Attention:
     """One call bound to its tensors, all contiguous on the GPU: query [B,h,S,D], key and value [B,KV,S,D], caches [B,KV,C,D]
     (int8: [B,KV,C,D+4]), first int64 [B]. `output` and `flag` (int32 [1]) are made here. It is laid out for a GPU of `processors`
-    multiprocessors (0: the one that is here): `plan` is the configuration and the splits."""
+    multiprocessors (0: the one that is here), or by the configuration and splits of `plan`, which afterwards says what was taken."""
 
-    def __init__(self, query, key, value, key_cache, value_cache, first, *, processors: int = 0):
-        self.int8, self.processors = key_cache.dtype == torch.int8, processors
+    def __init__(self, query, key, value, key_cache, value_cache, first, *, processors: int = 0, plan: tuple[int, int] = (0, 0)):
+        self.int8 = key_cache.dtype == torch.int8
+        self.layout = (ctypes.c_int * 3)(processors, *plan)
         rows, heads, new, dim = query.shape
         self.sizes = (ctypes.c_int * 6)(rows, heads, key.shape[1], new, key_cache.shape[2], dim)
-        size = library().star_workspace_bytes(self.sizes, int(self.int8), processors)
+        size = library().star_workspace_bytes(self.sizes, int(self.int8), self.layout)
         if size < 0:
             raise ValueError(f"the kernels refuse {tuple(self.sizes)}")
-        plan = library().star_plan(self.sizes, processors)
-        self.plan = plan % 4, plan // 4
-        self.output, self.flag = torch.empty_like(query), torch.zeros(1, dtype=torch.int32, device=query.device)
+        taken = library().star_plan(self.sizes, self.layout)
+        self.plan = taken % 16, taken // 16
+        self.output = torch.empty_like(query)
+        self.flag = torch.zeros(1, dtype=torch.int32).to(query.device)  # a copy: initcheck sees no kernel of torch's
         self.workspace = torch.full((size // 4 + 1,), torch.nan, device=query.device)
         self.tensors = (query, key, value, key_cache, value_cache, first, self.output, self.workspace, self.flag)
         self.pointers = (ctypes.c_void_p * 9)(*(t.data_ptr() for t in self.tensors))
@@ -75,7 +77,7 @@ class Attention:
 
     def __call__(self) -> torch.Tensor:
         stream = torch.cuda.current_stream().cuda_stream
-        status = library().star_run(self.sizes, self.pointers, self.element, int(self.int8), self.scale, self.processors, stream)
+        status = library().star_run(self.sizes, self.pointers, self.element, int(self.int8), self.scale, self.layout, stream)
         if status != 0:
             raise RuntimeError(f"a kernel could not be started: CUDA error {status}")
         return self.output
