@@ -41,9 +41,7 @@ struct Config {
     constexpr int tile_rows() const { return warps_m * fragments * 16; }
     constexpr int threads() const { return 32 * warps_m * warps_n; }
 };
-constexpr Config kConfigs[] = {{1, 4, 1, 64, 3}, {4, 1, 1, 32, 4}, {8, 1, 1, 32, 2},                      // what plans take
-                               {4, 1, 2, 32, 2}, {8, 1, 1, 64, 2}, {4, 1, 2, 64, 2}, {4, 1, 1, 64, 2},  // what they might
-                               {4, 1, 1, 48, 3}, {2, 1, 2, 32, 4}};
+constexpr Config kConfigs[] = {{1, 4, 1, 64, 3}, {4, 1, 1, 64, 2}, {4, 1, 2, 64, 2}};
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 enum { kDecode, kShort, kLong };
 
@@ -68,7 +66,7 @@ inline Plan plan_with(Shape const& shape, int config, int wanted)
 }
 
 // Few query rows: every warp takes other keys. Many: every warp takes other rows. A cache is split until the device is full, not
-// further: a block that has to wait for another's end would take as long again.
+// further: a block that has to wait for another's end would take as long again. Only where much would stay idle is it filled twice.
 inline Plan plan_from_shape(Shape const& shape, int multiprocessors)
 {
     int const packed = shape.packed(), pairs = shape.rows * shape.kv_heads;
@@ -76,8 +74,9 @@ inline Plan plan_from_shape(Shape const& shape, int multiprocessors)
     bool const full = divided_up(packed, kConfigs[kLong].tile_rows()) * pairs >= multiprocessors;
     int const config = few ? kDecode : full ? kLong : kShort;
     int const blocks = divided_up(packed, kConfigs[config].tile_rows()) * pairs;
-    bool const split = few || blocks < multiprocessors;
-    return plan_with(shape, config, split ? multiprocessors * kConfigs[config].resident / blocks : 1);
+    int const places = multiprocessors * kConfigs[config].resident, splits = places / blocks;
+    if (!few && blocks >= multiprocessors) return plan_with(shape, config, 1);
+    return plan_with(shape, config, 4 * splits * blocks >= 3 * places ? splits : 2 * places / blocks);
 }
 
 // Everything that a kernel reads. `partial` and `stats` are the workspace; `flag` becomes 1 when a write would pass the capacity.

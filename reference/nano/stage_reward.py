@@ -35,11 +35,12 @@ from .stages import DRAWING_PARTS, freeze, given_tensors, painted_ids, with_pict
 from .tokens import Rows
 
 READ_TOGETHER = 16  # pictures that a process gets at a time
-REWARDED = {"mixed": 10, "single": 15, "two": 15, "counting": 15, "colors": 10, "position": 20, "attributes": 15}  # shares of prompts
+REWARDED = {"mixed": 10, "single": 10, "two": 20, "counting": 10, "colors": 5, "position": 25, "attributes": 20}  # shares of prompts
+EDITED_EVERY = 4  # of so many batches one edits
 
 
 def reward_job(star: Star, rows: Rows, stage: Stage, *, workers: int = 0) -> Job:
-    """Stage `reward`: every other batch edits, the rest draw. A batch is ATTEMPTS pictures of each of its prompts. Pictures are read in
+    """Stage `reward`: one batch of EDITED_EVERY edits, the rest draw. A batch is ATTEMPTS pictures of each of its prompts. Pictures are read in
     `workers` processes, or in this one."""
     count = stage.groups(ATTEMPTS, "attempts at a prompt")
     parts = freeze(star, trained=DRAWING_PARTS)
@@ -50,10 +51,10 @@ def reward_job(star: Star, rows: Rows, stage: Stage, *, workers: int = 0) -> Job
 
 
 def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
-    """Prompts of a step, in turns of edits and of drawings: input_ids [P, S], `first` [P], position_ids [3, P, S] as in
+    """Prompts of a step, of edits or of drawings: input_ids [P, S], `first` [P], position_ids [3, P, S] as in
     `generate_batch`, an edit's pictures, and `judges`: what tells of a picture which demands of its prompt hold."""
     random = Random(f"{SEED} reward {step}")
-    if step % 2 == 0:
+    if step % EDITED_EVERY == 0:
         asked = [edits.random_edit(random, random.choice(edits.KINDS), test=False) for _ in range(count)]
         return edit_rows(asked, [True] * count, rows) | {"judges": [partial(edits.check, edit) for edit in asked]}
     full, scenes, judges = [], [], []

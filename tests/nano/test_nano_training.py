@@ -13,7 +13,7 @@ from torch import nn
 from reference import tasks
 from reference.decoder import kv_cache_attention
 from reference.model import Star
-from reference.nano import layout, loop, recipe, stages, train
+from reference.nano import layout, loop, recipe, stage_reward, stages, train
 from reference.nano.batches import IGNORED, base_batch, cells_of, edit_batch, generate_batch, token_tensors, touched_tensor
 from reference.nano.cells import drawn, empty_cells, image_from_scenes, same_cells, scenes_of, with_fewer_things
 from reference.nano.edits import Edit
@@ -288,7 +288,7 @@ def test_processes_take_batches_of_one_kind(nano_rows: Rows) -> None:
     for step in range(6):
         kinds = {"before_things" in stages.mixed_batch(process * loop.OTHERS + step, rows=nano_rows, batch=4, stage="edit") for process in range(3)}
         assert kinds == {step % 3 != 2}
-    assert loop.OTHERS % 2 == 0  # stage `reward` turns between two kinds
+    assert loop.OTHERS % stage_reward.EDITED_EVERY == 0
 
 
 def test_empty_background_is_painted_with_one_id_of_each_colour(nano_rows: Rows) -> None:

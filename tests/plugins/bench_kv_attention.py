@@ -117,6 +117,7 @@ def timed(call, *, before) -> float:
 
 def graph_of(calls: list) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs
     with torch.cuda.stream(stream):
         calls[0]()  # what a first call sets up is not captured
     torch.cuda.synchronize()
