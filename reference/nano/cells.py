@@ -58,4 +58,4 @@ def same_cells(batch: dict, other: dict) -> Tensor:
 
 def empty_cells(batch: dict) -> Tensor:
     """1.0 for tokens [B, h, w] that show nothing but background."""
-    return same_cells(batch, without(batch, torch.zeros(batch["things"].shape[:2], dtype=torch.bool, device=batch["things"].device)))
+    return same_cells(batch, batch | {"things": batch["things"][:, :0]})

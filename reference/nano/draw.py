@@ -52,11 +52,11 @@ def draw(things: Array, backgrounds: Array, *, noise: Array | None) -> Array:
     """Pictures of scenes: things [N, 4, FIELDS], backgrounds [N, 3], noise [N, 3, 64, 64] of standard deviation one or None
     -> uint8 [N, 3, 64, 64]. All of numpy, or all of torch."""
     xp = namespace(things)
-    picture = backgrounds[:, :, None, None]
-    for m in range(things.shape[1]):
-        present, shape, x, y, radius, angle = (things[:, m, i, None, None] for i in range(6))
-        alpha = (present * coverage(shape, x, y, radius, angle))[:, None]  # [N, 1, 64, 64]
-        picture = picture + alpha * (things[:, m, 6:, None, None] - picture)
+    picture, (count, most) = backgrounds[:, :, None, None], things.shape[:2]
+    present, *looks = (things[..., i].reshape(-1, 1, 1) for i in range(6))
+    alpha = (present * coverage(*looks)).reshape(count, most, 1, SIDE_PIXELS, SIDE_PIXELS)
+    for m in range(most):
+        picture = picture + alpha[:, m] * (things[:, m, 6:, None, None] - picture)
     if noise is not None:
         picture = picture + NOISE * noise
     return xp.asarray(xp.clip(xp.round(picture), 0, 255), dtype=xp.uint8)
