@@ -34,7 +34,8 @@ def share(painter: Painter, task: str, count: int) -> float:
 
 
 def choose(painter: Painter, folder: Path, *, count: int) -> dict[str, Sampling]:
-    """For each task top-k, then guidance, then top-p, the others at the best so far, from START. Writes all that was measured."""
+    """For each task top-k, then guidance, then top-p, the others at the best so far, from START. Writes all that was measured. A prompt has
+    many pictures, so the most probable id alone, the same picture for every seed, is tried for edits only."""
     best, measured, charts = dict.fromkeys(SAMPLED, START), [], []
     for name, values in (("top_k", TOP_KS), ("guidance", GUIDANCES), ("top_p", TOP_PS)):
         found = {}
@@ -42,7 +43,7 @@ def choose(painter: Painter, folder: Path, *, count: int) -> dict[str, Sampling]
             if name == "top_p" and best[task].top_k == 1:
                 continue  # nothing to choose among
             found[task] = []
-            for value in values:
+            for value in values if (name, task) != ("top_k", "generate") else values[1:]:
                 painter.sampling = best | {task: replace(best[task], **{name: value})}
                 found[task].append((value, share(painter, task, count)))
                 measured.append({"task": task} | asdict(painter.sampling[task]) | {"right": found[task][-1][1]})

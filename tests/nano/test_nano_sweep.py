@@ -45,8 +45,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 def test_the_best_setting_of_each_task_is_chosen_and_shipped(tmp_path: Path, asked: list[tuple[str, int]]) -> None:
     assert stored_sampling(tmp_path) == dict.fromkeys(SAMPLED, Sampling(1.1, 1000, 0.8))
     assert sweep.choose(Painter(), tmp_path, count=3) == BEST == stored_sampling(tmp_path)
-    points = 2 * (len(sweep.GUIDANCES) + len(sweep.TOP_KS)) + len(sweep.TOP_PS)  # with a top-k of 1 there is no top-p to choose
-    assert points == len(asked) == len(json.loads((tmp_path / "sweep.json").read_text()))
+    measured = json.loads((tmp_path / "sweep.json").read_text())
+    # with a top-k of 1 there is no top-p to choose, and drawing always varies
+    points = 2 * len(sweep.GUIDANCES) + 2 * len(sweep.TOP_KS) - 1 + len(sweep.TOP_PS)
+    assert points == len(asked) == len(measured)
+    assert {task for task in SAMPLED for point in measured if point["task"] == task and point["top_k"] == 1} == {"edit"}
     assert {seed for _, seed in asked} == {sweep.SWEEP_SEED} and sweep.SWEEP_SEED != benchmark.SEED
     assert (tmp_path / "sweep.png").stat().st_size > 1000
 
