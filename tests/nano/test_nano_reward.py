@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -76,9 +77,11 @@ def test_rewards_tell_what_of_a_picture_is_good() -> None:
     scenes = [Scene("white", things) for things in ((CIRCLE, STAR), (green, STAR), (STAR,), ())]
     pictures = list(pictures_from_scenes(scenes, seed=1)) * 2
     assert len(pictures) == ATTEMPTS
+    reward, right = rewards(pictures, [partial(prompts.check, request)])
     with multiprocessing.Pool(2) as pool:
-        found = [rewards(pictures, [partial(prompts.check, request)], each) for each in (map, pool.map)]
-    (reward, right), shared = found
+        elsewhere = Mock(wraps=pool.map)
+        shared = rewards(pictures, [partial(prompts.check, request)], elsewhere)
+    elsewhere.assert_called_once()
     assert torch.equal(reward, shared[0]) and torch.equal(right, shared[1])
     assert right.tolist() == [[1, 0, 0, 0] * 2] and reward[0, 0] == 1 and 0.5 > reward[0, 1] > reward[0, 2] >= reward[0, 3] > 0
 
