@@ -33,7 +33,8 @@ def chart(title: str, series: Series, *, x_label: str = "", logarithmic: bool = 
         pen.line([place(left, y), place(right, y)], fill=(220, 220, 220))
         pen.text((4, place(left, y)[1] - 6), f"{y:.3g}", fill="black")
         x = left + share * wide
-        pen.text((place(x, bottom)[0] - 14 * share * 2, HEIGHT - 26), f"{back(x):.4g}", fill="black")
+        label = f"{back(x):.0f}" if back(x) >= 1e4 else f"{back(x):.4g}"
+        pen.text((place(x, bottom)[0] - 14 * share * 2, HEIGHT - 26), label, fill="black")
     pen.text((MARGIN, 6), title, fill="black")
     pen.text((WIDTH // 2, HEIGHT - 14), x_label, fill="black")
     for number, (name, line) in enumerate(series.items()):
@@ -42,7 +43,8 @@ def chart(title: str, series: Series, *, x_label: str = "", logarithmic: bool = 
         pen.line(drawn, fill=ink, width=2)
         for x, y in drawn if len(drawn) < 20 else ():
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
-        pen.text((WIDTH - 150, 8 + 13 * number), name, fill=ink)
+    for number, name in enumerate(series):  # over the lines
+        pen.text((WIDTH - 150, 8 + 13 * number), name, fill=INKS[number % len(INKS)], stroke_width=2, stroke_fill="white")
     return image
 
 

@@ -20,7 +20,9 @@ from .gallery import SHOWN, spread, write_gallery, write_results
 from .plot import chart, write_charts
 from .recipe import REWARD_TOP_K, REWARD_TOP_P
 
-GUIDANCES, TOP_KS, TOP_PS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0), (1, 3, 5, 10, 20, 100, 1000), (0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+GUIDANCES, TOP_PS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0), (0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+# A prompt has many pictures; the most probable ids alone are the same one for every seed.
+TOP_KS = {"generate": (3, 5, 10, 20, 100, 1000), "edit": (1, 3, 5, 10, 20, 100, 1000)}
 # Where a sweep starts: as stage `reward` draws, with a little guidance. A strong one makes a small top-k look best, and where nothing but background
 # is probable the release's top-p of 0.8 leaves single things out, which may begin at any of forty tokens.
 START = Sampling(guidance=1.5, top_k=REWARD_TOP_K, top_p=REWARD_TOP_P)
@@ -34,16 +36,15 @@ def share(painter: Painter, task: str, count: int) -> float:
 
 
 def choose(painter: Painter, folder: Path, *, count: int) -> dict[str, Sampling]:
-    """For each task top-k, then guidance, then top-p, the others at the best so far, from START. Writes all that was measured. A prompt has
-    many pictures, so the most probable id alone, the same picture for every seed, is tried for edits only."""
+    """For each task top-k, then guidance, then top-p, the others at the best so far, from START. Writes all that was measured."""
     best, measured, charts = dict.fromkeys(SAMPLED, START), [], []
-    for name, values in (("top_k", TOP_KS), ("guidance", GUIDANCES), ("top_p", TOP_PS)):
+    for name, tried in (("top_k", TOP_KS), ("guidance", dict.fromkeys(SAMPLED, GUIDANCES)), ("top_p", dict.fromkeys(SAMPLED, TOP_PS))):
         found = {}
         for task in SAMPLED:
             if name == "top_p" and best[task].top_k == 1:
                 continue  # nothing to choose among
             found[task] = []
-            for value in values if (name, task) != ("top_k", "generate") else values[1:]:
+            for value in tried[task]:
                 painter.sampling = best | {task: replace(best[task], **{name: value})}
                 found[task].append((value, share(painter, task, count)))
                 measured.append({"task": task} | asdict(painter.sampling[task]) | {"right": found[task][-1][1]})
