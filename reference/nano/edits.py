@@ -11,7 +11,8 @@ from .scorer import Found, Reading
 from .words import described
 from .world import COLORS, MAX_THINGS, PLACES, SHAPES, Look, Scene, Thing, place_of, placed, random_look, random_scene
 
-KINDS = ("recolor", "replace", "add", "remove", "background")
+SHARES = {"recolor": 5, "replace": 6, "add": 7, "remove": 3, "background": 3}  # of training: more of what is learnt late
+KINDS = tuple(SHARES)
 MOVED_PIXELS = 4.0  # how far a thing that stays may be from where it was
 SEEN_CENTER_PIXELS = 2.0  # of the middle lines, of a thing that is in a corner
 
@@ -52,11 +53,16 @@ def random_edit(random: Random, kind: str, *, test: bool) -> Edit:
             return edit
 
 
+def random_kind(random: Random) -> str:
+    """A kind, by SHARES."""
+    return random.choices(KINDS, SHARES.values())[0]
+
+
 def random_edits(random: Random, count: int, *, test: bool) -> list[Edit]:
     """Edits of one scene, of any kinds that it allows."""
-    found = [random_edit(random, random.choice(KINDS), test=test)]
+    found = [random_edit(random, random_kind(random), test=test)]
     while len(found) < count:
-        edit = MAKERS[random.choice(KINDS)](random, found[0].before)
+        edit = MAKERS[random_kind(random)](random, found[0].before)
         if edit is not None and words.held_out(edit.text) == test:
             found.append(edit)
     return found

@@ -55,7 +55,7 @@ def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
     `generate_batch`, an edit's pictures, and `judges`: what tells of a picture which demands of its prompt hold."""
     random = Random(f"{SEED} reward {step}")
     if step % EDITED_EVERY == 0:
-        asked = [edits.random_edit(random, random.choice(edits.KINDS), test=False) for _ in range(count)]
+        asked = [edits.random_edit(random, edits.random_kind(random), test=False) for _ in range(count)]
         return edit_rows(asked, [True] * count, rows) | {"judges": [partial(edits.check, edit) for edit in asked]}
     full, scenes, judges = [], [], []
     for _ in range(count):

@@ -35,6 +35,7 @@ DRAWING_PARTS = ("stacked_ar", "image_head")
 TRAINED_PARTS = ("pixel_adapter", *DRAWING_PARTS)
 # Of what `token_losses` returns, how much it counts: what is large at first and not yet told would turn the stack from what it can do.
 WEIGHTS = {"tokens": 1.0, "placed": 1.0, "wanted": 1.0, "shown": 1.0, "copied": 1.0, "there": 0.3, "meant": 0.1, "touched": 1.0}
+DRAWN_EVERY = 4  # of so many batches of stage `edit` one draws
 LAYER_GRAPHS = 32  # with and without gradients, before and behind a prompt, of a few widths
 POINTED, EMBEDDED = 0.1, 8.0  # how far a new head's latents lie from zero, in sizes of an entry; size of a new adapter's embeddings
 
@@ -117,7 +118,7 @@ def generate_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False
 
 
 def edit_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
-    """Stage `edit`: two batches of three edit, the rest draw. The adapter stays as it is, so no gradient goes through the base."""
+    """Stage `edit`: one batch of DRAWN_EVERY draws, the rest edit. The adapter stays as it is, so no gradient goes through the base."""
     stage.groups(EDITS_A_PICTURE, "instructions on a picture")
     batch_of = partial(mixed_batch, rows=rows, batch=stage.batch, stage=stage.name)
     return picture_job(star, stage, batch_of, trained=DRAWING_PARTS, compiled=compiled)
@@ -151,7 +152,7 @@ def compile_layers(star: Star) -> None:
 
 
 def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
-    if step % 3 == 2:
+    if step % DRAWN_EVERY == DRAWN_EVERY - 1:
         return generate_batch(step, rows=rows, batch=batch, stage=stage)
     return edit_batch(step, rows=rows, batch=batch)
 

@@ -1,6 +1,7 @@
 """Every prompt, question, edit and riddle is fulfilled by its own scene, and by no other; training never sees a held-out text."""
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from random import Random
 
@@ -133,6 +134,12 @@ def test_an_edit_is_judged_by_both_pictures(kind: str) -> None:
         assert not all(edits.check(edit, lost).values()), edit.text
         other = next(t for t in ("red", "blue") if t not in (after.background,))
         assert not all(edits.check(edit, replace(after, background=other)).values())
+
+
+def test_kinds_of_edits_come_by_their_shares() -> None:
+    random, total = Random(1), sum(edits.SHARES.values())
+    found = Counter(edits.random_kind(random) for _ in range(100 * total))
+    assert all(85 * share < found[kind] < 115 * share for kind, share in edits.SHARES.items())
 
 
 def test_edits_of_one_scene_are_of_many_kinds() -> None:

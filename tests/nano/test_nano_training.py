@@ -285,10 +285,10 @@ def test_heads_may_learn_alone_first(tmp_path: Path) -> None:
 
 
 def test_processes_take_batches_of_one_kind(nano_rows: Rows) -> None:
-    for step in range(6):
+    for step in range(8):
         kinds = {"before_things" in stages.mixed_batch(process * loop.OTHERS + step, rows=nano_rows, batch=4, stage="edit") for process in range(3)}
-        assert kinds == {step % 3 != 2}
-    assert loop.OTHERS % stage_reward.EDITED_EVERY == 0
+        assert kinds == {step % stages.DRAWN_EVERY != stages.DRAWN_EVERY - 1}
+    assert not any(loop.OTHERS % every for every in (stages.DRAWN_EVERY, stage_reward.EDITED_EVERY))
 
 
 def test_empty_background_is_painted_with_one_id_of_each_colour(nano_rows: Rows) -> None:
