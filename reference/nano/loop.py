@@ -24,7 +24,7 @@ from .recipe import Stage
 
 SAVE_SECONDS = 120.0
 DECAYING = 0.4  # of a stage's steps
-OTHERS = 12_000_000  # a second process's batches begin there, a third's at twice that; a multiple of 3 and 4, so all take one kind
+OTHERS = 12_000_000  # a second process's batches begin there, a third's at twice that; a multiple of 4, so all take one kind
 Losses = dict[str, Tensor]  # the one named "loss" is minimised, the others are recorded
 
 

@@ -63,7 +63,7 @@ class Stage:
 STAGES = {stage.name: stage for stage in (
     Stage("vq", steps=7_500, batch=16, learning_rate=1e-3, weight_decay=0.0),
     Stage("local", steps=1_100, batch=16, learning_rate=3e-4, warmup=100, weight_decay=0.0),
-    Stage("decoder", steps=1_000, batch=16, learning_rate=3e-4, warmup=50, weight_decay=0.0),
+    Stage("decoder", steps=2_500, batch=16, learning_rate=3e-4, warmup=50, weight_decay=0.0),
     Stage("eyes", steps=4_000, batch=64, learning_rate=1e-3),
     Stage("base", steps=13_500, batch=32, learning_rate=6e-4),
     Stage("generate", steps=6_000, batch=32, learning_rate=2e-3, warmup=100),

@@ -36,7 +36,7 @@ from .tokens import Rows
 
 READ_TOGETHER = 16  # pictures that a process gets at a time
 REWARDED = {"mixed": 10, "single": 10, "two": 20, "counting": 10, "colors": 5, "position": 25, "attributes": 20}  # shares of prompts
-EDITED_EVERY = 3  # of so many batches one edits
+EDITED_EVERY = 2  # of so many batches one edits
 
 
 def reward_job(star: Star, rows: Rows, stage: Stage, *, workers: int = 0) -> Job:

@@ -25,6 +25,7 @@ from .world import COLORS, Scene
 
 DECAY, COMMITMENT, LOCALITY = 0.99, 0.25, 10.0
 EMPTY_SHARE = 0.05  # of the empty background's latents count for the codebook of stage `decoder`
+MISREAD, NEIGHBOURS = 0.2, 8  # share of that stage's tokens that are another entry, and among how many of the nearest
 DEAD = 0.1  # running count below which an entry starts again; the mean is 0.5
 RESTART_EVERY = 20  # steps
 KMEANS_BATCHES, LOCAL_KMEANS_BATCHES, KMEANS_ROUNDS = 8, 300, 25
@@ -146,10 +147,14 @@ class LocalTrainer(Trainer):
 
 class DecoderTrainer(Trainer):
     """Stage `decoder`: a codebook of cluster centres, once; then, with encoder and codebook frozen, the decoder, of every other picture with
-    the background that the generating parts paint."""
+    the background that the generating parts paint, and of half of them with some ids of near entries instead, as who paints them will mistake
+    one for another.
+
+    Source: Qiu et al. 2025 (arXiv 2503.08354), their latent perturbation."""
 
     clustered = LOCAL_KMEANS_BATCHES
     backgrounds: Tensor | None = None
+    near: Tensor | None = None  # [K, NEIGHBOURS] ids of the entries nearest to each
 
     def job(self) -> Job:
         self.star.vq_encoder.requires_grad_(False)
@@ -163,7 +168,8 @@ class DecoderTrainer(Trainer):
         with torch.autocast(image.device.type, torch.bfloat16):
             with torch.no_grad():
                 latents = self.star.vq_encoder.latents(image).float()
-                found = as_map(entries[self.read_ids(latents, batch).flatten()], latents)
+                ids = self.misread(self.read_ids(latents, batch), batch, step)
+                found = as_map(entries[ids.flatten()], latents)
             error, psnr = compared(decoded(self.star, found), image)
         return {"loss": error, "psnr": psnr}
 
@@ -174,6 +180,17 @@ class DecoderTrainer(Trainer):
         ids = nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), self.star.codebook.weight).view(len(latents), -1)
         ids[::2] = with_one_background(ids, self.backgrounds, batch)[::2]
         return ids
+
+    def misread(self, ids: Tensor, batch: dict, step: int) -> Tensor:
+        """The ids [B, T], in rows 2, 3, 6, 7, ... of a MISREAD of the tokens that show things those of near entries."""
+        if self.near is None:
+            entries = self.star.codebook.weight
+            self.near = torch.cdist(entries, entries).topk(NEIGHBOURS + 1, largest=False).indices[:, 1:]
+        generator = torch.Generator(ids.device).manual_seed(SEED * 13 + step)
+        others = self.near[ids].gather(-1, torch.randint(NEIGHBOURS, (*ids.shape, 1), generator=generator, device=ids.device))[..., 0]
+        exchanged = torch.rand(ids.shape, generator=generator, device=ids.device) < MISREAD
+        rows = torch.arange(len(ids), device=ids.device) // 2 % 2 == 1
+        return torch.where(exchanged & rows.unsqueeze(1) & (empty_cells(batch).flatten(1) == 0), others, ids)
 
     def counted(self, z: Tensor, scenes: dict, number: int) -> Tensor:
         """All but most of the empty background: entries go where tokens are, dozens would differ by a tenth of a level of one colour, and

@@ -23,7 +23,7 @@ from reference.nano.scorer import Reading, read
 from reference.nano.sequences import grouped_attention, through
 from reference.nano.draw import arrays_from_scenes
 from reference.nano.stage_eyes import eyes_batch, eyes_job
-from reference.nano.stage_vq import EMPTY_SHARE, VQ_TRAINERS, apart, background_ids, clusters, moved, nearest, scale_latents
+from reference.nano.stage_vq import EMPTY_SHARE, MISREAD, NEIGHBOURS, VQ_TRAINERS, apart, background_ids, clusters, moved, nearest, scale_latents
 from reference.nano.tokens import Rows
 from reference.nano.wanted import meant_by, touched_loss
 from reference.nano.world import COLORS, PLACES, RADII, SHAPES, Look, Scene, Thing
@@ -322,6 +322,21 @@ def test_the_decoder_reads_every_other_picture_with_one_background() -> None:
     assert torch.equal(found[1::2], natural[1::2]) and torch.equal(found[~empty], natural[~empty])
     for ids, own, cells in zip(found[::2], natural[::2], empty[::2], strict=True):
         assert len(set(ids[cells].tolist())) == 1 < len(set(own[cells].tolist()))
+
+
+def test_the_decoder_misreads_some_ids_of_half_of_the_pictures_as_near_ones() -> None:
+    star = load_star(resolve_checkpoint("nano"))
+    trainer, batch = VQ_TRAINERS["decoder"](star, STAGES["decoder"], torch.device("cpu")), scenes_of(0, batch=64)
+    with torch.no_grad():
+        ids = trainer.read_ids(star.vq_encoder.latents(drawn(batch, 0)), batch)
+        found, others = trainer.misread(ids, batch, 0), trainer.misread(ids, batch, 1)
+    exchanged, empty = found != ids, empty_cells(batch).flatten(1) == 1
+    misread = torch.arange(64) // 2 % 2 == 1
+    assert not exchanged[~misread].any() and not exchanged[empty].any() and not torch.equal(found, others)
+    assert float(exchanged[misread][~empty[misread]].float().mean()) == pytest.approx(MISREAD, rel=0.2)
+    entries = star.codebook.weight
+    nearer = (torch.cdist(entries, entries)[ids[exchanged]] < (entries[ids[exchanged]] - entries[found[exchanged]]).norm(dim=1, keepdim=True)).sum(1)
+    assert 1 <= nearer.min() and nearer.max() <= NEIGHBOURS + 1  # itself is nearer than any other
 
 
 def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
