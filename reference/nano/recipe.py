@@ -67,7 +67,7 @@ STAGES = {stage.name: stage for stage in (
     Stage("eyes", steps=4_000, batch=64, learning_rate=1e-3),
     Stage("base", steps=13_500, batch=32, learning_rate=6e-4),
     Stage("generate", steps=6_000, batch=32, learning_rate=2e-3, warmup=100),
-    Stage("edit", steps=16_000, batch=32, learning_rate=1e-3, warmup=100, distinct=6_000, alone=300),
+    Stage("edit", steps=40_000, batch=32, learning_rate=1e-3, warmup=100, distinct=15_000, alone=300),
     Stage("reward", steps=990, batch=128, learning_rate=1e-4, warmup=10))}
 VQ_UNQUANTISED = 0.15  # share of the vq stage before the codebook exists
 DROPPED_PROMPTS = 0.1  # share of generation and editing samples whose prompt is the unconditional one
