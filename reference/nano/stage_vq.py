@@ -147,8 +147,7 @@ class LocalTrainer(Trainer):
 
 class DecoderTrainer(Trainer):
     """Stage `decoder`: a codebook of cluster centres, once; then, with encoder and codebook frozen, the decoder, of every other picture with
-    the background that the generating parts paint, and of half of them with some ids of near entries instead, as who paints them will mistake
-    one for another.
+    the background that the generating parts paint, and of half of them with some ids misread as near ones, as those parts will misread them.
 
     Source: Qiu et al. 2025 (arXiv 2503.08354), their latent perturbation."""
 

@@ -13,7 +13,7 @@ from torch import nn
 from reference import tasks
 from reference.decoder import kv_cache_attention
 from reference.model import Star
-from reference.nano import layout, loop, recipe, stage_reward, stages, train
+from reference.nano import layout, loop, recipe, stage_reward, stage_vq, stages, train
 from reference.nano.batches import IGNORED, base_batch, cells_of, edit_batch, generate_batch, token_tensors, touched_tensor
 from reference.nano.cells import drawn, empty_cells, image_from_scenes, same_cells, scenes_of, with_fewer_things
 from reference.nano.edits import Edit
@@ -324,7 +324,7 @@ def test_the_decoder_reads_every_other_picture_with_one_background() -> None:
         assert len(set(ids[cells].tolist())) == 1 < len(set(own[cells].tolist()))
 
 
-def test_the_decoder_misreads_some_ids_of_half_of_the_pictures_as_near_ones() -> None:
+def test_the_decoder_misreads_some_ids_of_half_of_the_pictures_as_near_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     star = load_star(resolve_checkpoint("nano"))
     trainer, batch = VQ_TRAINERS["decoder"](star, STAGES["decoder"], torch.device("cpu")), scenes_of(0, batch=64)
     with torch.no_grad():
@@ -337,6 +337,11 @@ def test_the_decoder_misreads_some_ids_of_half_of_the_pictures_as_near_ones() ->
     entries = star.codebook.weight
     nearer = (torch.cdist(entries, entries)[ids[exchanged]] < (entries[ids[exchanged]] - entries[found[exchanged]]).norm(dim=1, keepdim=True)).sum(1)
     assert 1 <= nearer.min() and nearer.max() <= NEIGHBOURS + 1  # itself is nearer than any other
+    decoded, steps = [], []
+    monkeypatch.setattr(trainer, "misread", lambda ids, batch, step: steps.append(step) or torch.full_like(ids, 7))
+    monkeypatch.setattr(stage_vq, "decoded", lambda star, latents: decoded.append(latents) or torch.zeros(len(latents), 3, 64, 64))
+    trainer.losses(batch, 5)
+    assert steps == [5] and torch.equal(decoded[0], entries[7][:, None, None].expand(64, -1, 8, 8))
 
 
 def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
