@@ -2,7 +2,8 @@
 //
 // inputs   query [B,h,S,D]  key, value [B,KV,S,D]  past_key, past_value [B,KV,C,D]  write_indices int64 [B]  mask bool [B,1,S,C]
 // outputs  output [B,h,S,D]  present_key, present_value as past
-// fields   num_heads, num_kv_heads, head_dim, cache_type (0 as the query, 1 int8 [B,KV,C,D+4]) int32; scale float32
+// fields   num_heads, num_kv_heads, head_dim, cache_type (0 as the query, 1 int8 [B,KV,C,D+4]) int32; scale float32; in a plan
+//          multiprocessors int32 too, the building device's
 //
 // The mask says what write_indices say, and is not read. past and present are meant to be bound to one address; where they are
 // not, the cache is copied first. No alias is declared: that makes TensorRT keep a second copy of the cache.
@@ -83,12 +84,11 @@ public:
         DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t) const noexcept override
     {
         auto const most = [&](Input input, int axis) { return static_cast<int>(in[input].max.d[axis]); };
-        int const processors = multiprocessors();
         size_t bytes = 0;
         for (int rows = 1; rows <= most(kQuery, 0); ++rows)
             for (int tokens = 1; tokens <= most(kQuery, 2); ++tokens) {
                 Shape const shape{rows, mFields.num_heads, mFields.num_kv_heads, tokens, most(kPastKey, 2), mFields.head_dim};
-                bytes = std::max(bytes, plan_from_shape(shape, processors).workspace_bytes());
+                bytes = std::max(bytes, plan_from_shape(shape, mFields.multiprocessors).workspace_bytes());
             }
         return bytes;
     }
@@ -101,7 +101,7 @@ public:
         for (int i = 0; i < kInputs; ++i) dims[i] = &in[i].dims;
         for (int i = 0; i < kOutputs; ++i) dims[kInputs + i] = &out[i].dims;
         if (!shape_from_dims(mFields, dims, mShape)) return 1;
-        mPlan = plan_from_shape(mShape, multiprocessors());
+        mPlan = plan_from_shape(mShape, mFields.multiprocessors);
         return 0;
     }
 
@@ -132,12 +132,10 @@ public:
 
     PluginFieldCollection const* getFieldsToSerialize() noexcept override
     {
-        mSerialized = {PluginField{"num_heads", &mFields.num_heads, PluginFieldType::kINT32, 1},
-            PluginField{"num_kv_heads", &mFields.num_kv_heads, PluginFieldType::kINT32, 1},
-            PluginField{"head_dim", &mFields.head_dim, PluginFieldType::kINT32, 1},
-            PluginField{"cache_type", &mFields.cache_type, PluginFieldType::kINT32, 1},
-            PluginField{"scale", &mFields.scale, PluginFieldType::kFLOAT32, 1}};
-        mCollection = {static_cast<int32_t>(mSerialized.size()), mSerialized.data()};
+        for (int i = 0; i < kNumberCount; ++i)
+            mSerialized[i] = PluginField{kNumbers[i].name, &(mFields.*kNumbers[i].at), PluginFieldType::kINT32, 1};
+        mSerialized[kNumberCount] = PluginField{kScale, &mFields.scale, PluginFieldType::kFLOAT32, 1};
+        mCollection = {kNumberCount + 1, mSerialized.data()};
         return &mCollection;
     }
 
@@ -145,34 +143,38 @@ private:
     Fields mFields;
     Shape mShape{};
     Plan mPlan{};
-    std::array<PluginField, 5> mSerialized;
+    std::array<PluginField, kNumberCount + 1> mSerialized;
     PluginFieldCollection mCollection{};
 };
 
 class Creator final : public IPluginCreatorV3One {
 public:
-    IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* given, TensorRTPhase) noexcept override
+    IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* given, TensorRTPhase phase) noexcept override
     {
         Fields fields;
         for (int i = 0; given != nullptr && i < given->nbFields; ++i) {
             PluginField const& field = given->fields[i];
             if (field.length != 1 || field.data == nullptr) return complain("a field: expected one value", field.name), nullptr;
-            int32_t* const number = slot_of(fields, field.name);
-            bool const real = std::strcmp(field.name, "scale") == 0;
-            if (number == nullptr && !real) return complain("fields: expected the five of this plugin", field.name), nullptr;
+            bool const real = std::strcmp(field.name, kScale) == 0;
+            void* const value = real ? &fields.scale : static_cast<void*>(number_of(fields, field.name));
+            if (value == nullptr) return complain("fields: expected those of this plugin", field.name), nullptr;
             if (field.type != (real ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32))
                 return complain("a field: expected its own type", field.name), nullptr;
-            std::memcpy(real ? static_cast<void*>(&fields.scale) : number, field.data, 4);
+            std::memcpy(value, field.data, 4);
         }
+        if (phase == TensorRTPhase::kBUILD) fields.multiprocessors = multiprocessors();
         return valid(fields) ? new (std::nothrow) Plugin(fields) : nullptr;
     }
 
     PluginFieldCollection const* getFieldNames() noexcept override
     {
-        static PluginField const names[] = {{"num_heads", nullptr, PluginFieldType::kINT32, 1},
-            {"num_kv_heads", nullptr, PluginFieldType::kINT32, 1}, {"head_dim", nullptr, PluginFieldType::kINT32, 1},
-            {"cache_type", nullptr, PluginFieldType::kINT32, 1}, {"scale", nullptr, PluginFieldType::kFLOAT32, 1}};
-        static PluginFieldCollection const collection{5, names};
+        static auto const names = [] {
+            std::array<PluginField, kGraphNumbers + 1> all;
+            for (int i = 0; i < kGraphNumbers; ++i) all[i] = PluginField{kNumbers[i].name, nullptr, PluginFieldType::kINT32, 1};
+            all[kGraphNumbers] = PluginField{kScale, nullptr, PluginFieldType::kFLOAT32, 1};
+            return all;
+        }();
+        static PluginFieldCollection const collection{kGraphNumbers + 1, names.data()};
         return &collection;
     }
 
@@ -181,12 +183,11 @@ public:
     AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
 
 private:
-    static int32_t* slot_of(Fields& fields, char const* name)
+    static int32_t* number_of(Fields& fields, char const* name)
     {
-        if (std::strcmp(name, "num_heads") == 0) return &fields.num_heads;
-        if (std::strcmp(name, "num_kv_heads") == 0) return &fields.num_kv_heads;
-        if (std::strcmp(name, "head_dim") == 0) return &fields.head_dim;
-        return std::strcmp(name, "cache_type") == 0 ? &fields.cache_type : nullptr;
+        for (Number const& number : kNumbers)
+            if (std::strcmp(number.name, name) == 0) return &(fields.*number.at);
+        return nullptr;
     }
 };
 

@@ -12,7 +12,7 @@
 
 #define STAR_TEXT_(x) #x
 #define STAR_TEXT(x) STAR_TEXT_(x)
-#define STAR_ABI 1  // the plugin's version: another when fields, tensors or their meaning differ
+#define STAR_ABI 1  // the plugin's version: another when a graph's fields, its tensors or their meaning differ
 
 namespace star {
 
@@ -24,13 +24,25 @@ enum Input { kQuery, kKey, kValue, kPastKey, kPastValue, kWriteIndices, kMask, k
 inline constexpr Input kRank4[] = {kQuery, kKey, kValue, kPastKey, kPastValue, kMask};
 enum Output { kOutput, kPresentKey, kPresentValue, kOutputs };
 
+// `multiprocessors` are the building device's, and stay with the plan: its workspace is as large as they need, and a device that
+// runs it with more of them (of another size, or in another power mode) would else split the cache further than that holds.
 struct Fields {
-    int32_t num_heads = 0, num_kv_heads = 0, head_dim = 0, cache_type = 0;
+    int32_t num_heads = 0, num_kv_heads = 0, head_dim = 0, cache_type = 0, multiprocessors = 0;
     float scale = 0;
 
     Cache cache() const { return static_cast<Cache>(cache_type); }
     int cache_dim() const { return cache() == Cache::kInt8 ? head_dim + kScaleBytes : head_dim; }
 };
+
+// The whole numbers by name; a graph gives the first kGraphNumbers of them.
+struct Number {
+    char const* name;
+    int32_t Fields::*at;
+};
+inline constexpr Number kNumbers[] = {{"num_heads", &Fields::num_heads}, {"num_kv_heads", &Fields::num_kv_heads},
+    {"head_dim", &Fields::head_dim}, {"cache_type", &Fields::cache_type}, {"multiprocessors", &Fields::multiprocessors}};
+inline constexpr int kNumberCount = sizeof(kNumbers) / sizeof(kNumbers[0]), kGraphNumbers = 4;
+inline constexpr char const* kScale = "scale";
 
 inline bool complain(char const* what, char const* got)
 {
@@ -47,6 +59,7 @@ inline bool valid(Fields const& f)
     if (f.num_heads < 1 || f.num_heads % f.num_kv_heads)
         return complain("num_heads: expected a multiple of num_kv_heads", f.num_heads);
     if (f.cache_type != 0 && f.cache_type != 1) return complain("cache_type: expected 0 or 1", f.cache_type);
+    if (f.multiprocessors < 1) return complain("multiprocessors: expected 1 or more", f.multiprocessors);
     if (!(f.scale > 0) || !std::isfinite(f.scale))
         return complain("scale: expected a positive number", std::to_string(f.scale).c_str());
     return true;

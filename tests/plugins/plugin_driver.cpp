@@ -34,6 +34,8 @@ struct Tensors {
     }
 };
 
+constexpr size_t kPast = 1 << 20;  // floats after the workspace
+
 template <class Part>
 Part* part(IPluginV3& plugin, PluginCapabilityType type) { return static_cast<Part*>(plugin.getCapabilityInterface(type)); }
 
@@ -41,8 +43,9 @@ Part* part(IPluginV3& plugin, PluginCapabilityType type) { return static_cast<Pa
 
 extern "C" IPluginRegistry* getPluginRegistry() noexcept { return &registry; }
 
-// sizes: rows, heads, kv_heads, new, capacity, dim, rank of query. fields: num_heads, num_kv_heads, head_dim, cache_type.
-// pointers: the 7 inputs, then the 3 outputs. Returns 0, or where it was refused: 1 fields, 2 types, 3 configure, 4 shapes.
+// sizes: rows, heads, kv_heads, new, capacity, dim, rank of query, multiprocessors of the device that builds and of the one that
+// runs. fields: num_heads, num_kv_heads, head_dim, cache_type. pointers: the 7 inputs, then the 3 outputs. Returns 0, or where it was
+// refused: 1 fields, 2 types, 3 configure, 4 shapes, 5 enqueue; or 6: something past the workspace was written.
 extern "C" int star_drive(int const* sizes, int const* fields, float scale, int type, void* const* pointers)
 {
     auto* creator = static_cast<IPluginCreatorV3One*>(registry.taken);
@@ -51,6 +54,7 @@ extern "C" int star_drive(int const* sizes, int const* fields, float scale, int 
         {"cache_type", fields + 3, PluginFieldType::kINT32, 1},
         {"scale", &scale, PluginFieldType::kFLOAT32, 1}};
     PluginFieldCollection const collection{5, given};
+    star::pretended_multiprocessors = sizes[7];
     std::unique_ptr<IPluginV3> built(creator->createPlugin("layer", &collection, TensorRTPhase::kBUILD));
     if (!built) return 1;
     auto* build = part<IPluginV3OneBuild>(*built, PluginCapabilityType::kBUILD);
@@ -69,7 +73,9 @@ extern "C" int star_drive(int const* sizes, int const* fields, float scale, int 
     for (int i = 0; i < 7; ++i) inputs[i] = all.fixed[i].type;
     if (build->getOutputDataTypes(types, 3, inputs, 7) != 0 || types[0] != element || types[2] != cache) return 2;
     if (build->configurePlugin(all.dynamic.data(), 7, all.dynamic.data() + 7, 3) != 0) return 3;
-    std::vector<float> workspace(build->getWorkspaceSize(all.dynamic.data(), 7, all.dynamic.data() + 7, 3) / 4 + 1, NAN);
+    size_t const floats = build->getWorkspaceSize(all.dynamic.data(), 7, all.dynamic.data() + 7, 3) / 4;
+    std::vector<float> workspace(floats + kPast, NAN);
+    star::pretended_multiprocessors = sizes[8];
     auto* fields_out = part<IPluginV3OneRuntime>(*built, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
     std::unique_ptr<IPluginV3> loaded(creator->createPlugin("layer", fields_out, TensorRTPhase::kRUNTIME));
     auto* unattached = part<IPluginV3OneRuntime>(*loaded, PluginCapabilityType::kRUNTIME);
@@ -77,5 +83,6 @@ extern "C" int star_drive(int const* sizes, int const* fields, float scale, int 
     auto* runtime = part<IPluginV3OneRuntime>(*attached, PluginCapabilityType::kRUNTIME);
     if (runtime->onShapeChange(all.fixed.data(), 7, all.fixed.data() + 7, 3) != 0) return 4;
     auto const* descriptions = all.fixed.data();
-    return runtime->enqueue(descriptions, descriptions + 7, pointers, pointers + 7, workspace.data(), nullptr) == 0 ? 0 : 5;
+    if (runtime->enqueue(descriptions, descriptions + 7, pointers, pointers + 7, workspace.data(), nullptr) != 0) return 5;
+    return std::all_of(workspace.begin() + floats, workspace.end(), [](float x) { return std::isnan(x); }) ? 0 : 6;
 }

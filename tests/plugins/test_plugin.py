@@ -35,8 +35,10 @@ def native(library_file) -> ctypes.CDLL:
     return loaded
 
 
-def drive(native, case: Case, inputs, *, type_=None, rank=4, aliased=True, **changes) -> tuple[int, list[np.ndarray]]:
-    """The driver's answer, and (output, key cache, value cache). `changes` replace fields."""
+def drive(native, case: Case, inputs, *, type_=None, rank=4, aliased=True, processors=(16, 16),
+          **changes) -> tuple[int, list[np.ndarray]]:
+    """The driver's answer, and (output, key cache, value cache). `processors` are the multiprocessors of the device that builds and of
+    the one that runs; `changes` replace fields."""
     fields = {"num_heads": case.heads, "num_kv_heads": case.kv_heads, "head_dim": case.dim, "cache_type": int(case.int8)}
     fields |= changes
     scale = np.float32(fields.pop("scale", case.dim**-0.5))
@@ -46,7 +48,7 @@ def drive(native, case: Case, inputs, *, type_=None, rank=4, aliased=True, **cha
     mask = np.zeros(1, bool)  # not read
     arrays = [*inputs[:3], *caches, first, mask, output, *present]
     pointers = (ctypes.c_void_p * 10)(*(x.ctypes.data for x in arrays))
-    sizes = np.array([case.rows, case.heads, case.kv_heads, case.new, case.capacity, case.dim, rank], np.int32)
+    sizes = np.array([case.rows, case.heads, case.kv_heads, case.new, case.capacity, case.dim, rank, *processors], np.int32)
     numbers = np.array(list(fields.values()), np.int32)
     type_ = type_ or (HALF, BFLOAT16)[case.element]
     return native.star_drive(sizes.ctypes.data, numbers.ctypes.data, scale, type_, ctypes.addressof(pointers)), [output, *present]
@@ -65,6 +67,16 @@ def test_a_layer_created_serialised_and_enqueued_is_as_defined(native, case: Cas
 
 
 CASE = Case(1, 4, 2, 1, 64, 64, (3,))
+
+
+@pytest.mark.parametrize("processors", [(2, 64), (64, 2)], ids=["more than built for", "fewer"])
+def test_a_device_with_other_multiprocessors_keeps_to_the_plans_workspace(native, processors) -> None:
+    """Orin modules share an architecture, and a power mode can switch multiprocessors off."""
+    case = Case(2, 8, 2, 1, 600, 64, (550, 590))
+    inputs = inputs_of(case, np.random.default_rng(0))
+    status, (output, *_) = drive(native, case, inputs, processors=processors)
+    (wanted, *_), bound = expected(case, inputs)
+    assert status == 0 and (np.abs(output.astype(np.float64) - wanted) <= bound).all()
 
 
 @pytest.mark.parametrize("changes,stage,words", [
@@ -90,7 +102,7 @@ def test_sizes_beyond_its_limits_are_refused_with_the_limit(native, capfd, case:
 
 def test_the_library_is_loaded_once_and_its_flag_becomes_an_error(native, library_file, monkeypatch) -> None:
     library = plugins.library_from_file(library_file)
-    assert (library.abi, library.tensorrt) == (plugins.ABI, (10, 3))
+    assert (library.abi, library.tensorrt) == (plugins.ABI, (1, 7))
     monkeypatch.setattr(plugins, "_LOADED", [])
     plugins._loaded.cache_clear()
     assert plugins.load(library) is plugins.load(library)

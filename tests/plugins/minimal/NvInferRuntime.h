@@ -1,13 +1,14 @@
 // A declaration of the TensorRT interfaces that the plugin uses, written for its tests: so that a compile error, and how the
-// plugin answers its callers, show on machines without TensorRT. Names and signatures are TensorRT 10.3's documented ones. It is
-// not binary compatible with TensorRT; what is loaded there is built against the machine's own headers.
+// plugin answers its callers, show on machines without TensorRT's headers. Names and signatures are the documented ones of 10.3.
+// Virtual functions stand in TensorRT for RTX 1.7's order, so that a plugin compiled with this is one for that library
+// (test_tensorrt.py). What is loaded on a device is built against the device's own headers.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#define NV_TENSORRT_MAJOR 10
-#define NV_TENSORRT_MINOR 3
+#define NV_TENSORRT_MAJOR 1
+#define NV_TENSORRT_MINOR 7
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -20,6 +21,7 @@ enum class DataType : int32_t { kFLOAT, kHALF, kINT8, kINT32, kBOOL, kUINT8, kFP
 enum class TensorFormat : int32_t { kLINEAR = 0, kCHW2 = 1 };
 enum class PluginFieldType : int32_t { kFLOAT16, kFLOAT32, kFLOAT64, kINT8, kINT16, kINT32, kCHAR };
 enum class PluginCapabilityType : int32_t { kCORE, kBUILD, kRUNTIME };
+enum class APILanguage : int32_t { kCPP, kPYTHON };
 enum class TensorRTPhase : int32_t { kBUILD, kRUNTIME };
 
 struct Dims {
@@ -66,24 +68,34 @@ struct PluginFieldCollection {
     PluginField const* fields;
 };
 
+struct InterfaceInfo {
+    char const* kind;
+    int32_t major, minor;
+};
+
 class IVersionedInterface {
 public:
+    virtual APILanguage getAPILanguage() const noexcept { return APILanguage::kCPP; }
+    virtual InterfaceInfo getInterfaceInfo() const noexcept = 0;
     virtual ~IVersionedInterface() noexcept = default;
 };
 
 class IPluginCapability : public IVersionedInterface {};
 class IPluginCreatorInterface : public IVersionedInterface {};
 class IPluginResourceContext;
+class IErrorRecorder;
 class ILoggerFinder;
 
 class IPluginV3 : public IVersionedInterface {
 public:
+    InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN", 1, 0}; }
     virtual IPluginCapability* getCapabilityInterface(PluginCapabilityType) noexcept = 0;
     virtual IPluginV3* clone() noexcept = 0;
 };
 
 class IPluginV3OneCore : public IPluginCapability {
 public:
+    InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN_V3ONE_CORE", 1, 0}; }
     virtual AsciiChar const* getPluginName() const noexcept = 0;
     virtual AsciiChar const* getPluginVersion() const noexcept = 0;
     virtual AsciiChar const* getPluginNamespace() const noexcept = 0;
@@ -91,6 +103,7 @@ public:
 
 class IPluginV3OneBuild : public IPluginCapability {
 public:
+    InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN_V3ONE_BUILD", 1, 0}; }
     virtual int32_t configurePlugin(
         DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*, int32_t) noexcept = 0;
     virtual int32_t getOutputDataTypes(DataType*, int32_t, DataType const*, int32_t) const noexcept = 0;
@@ -103,10 +116,17 @@ public:
     {
         return 0;
     }
+    virtual int32_t getValidTactics(int32_t*, int32_t) noexcept { return 0; }
+    virtual int32_t getNbTactics() noexcept { return 0; }
+    virtual char const* getTimingCacheID() noexcept { return nullptr; }
+    virtual int32_t getFormatCombinationLimit() noexcept { return 100; }
+    virtual char const* getMetadataString() noexcept { return nullptr; }
 };
 
 class IPluginV3OneRuntime : public IPluginCapability {
 public:
+    InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN_V3ONE_RUNTIME", 1, 0}; }
+    virtual int32_t setTactic(int32_t) noexcept { return 0; }
     virtual int32_t onShapeChange(PluginTensorDesc const*, int32_t, PluginTensorDesc const*, int32_t) noexcept = 0;
     virtual int32_t enqueue(PluginTensorDesc const*, PluginTensorDesc const*, void const* const*, void* const*, void*,
         cudaStream_t) noexcept = 0;
@@ -116,6 +136,7 @@ public:
 
 class IPluginCreatorV3One : public IPluginCreatorInterface {
 public:
+    InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN CREATOR_V3ONE", 1, 0}; }
     virtual IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const*, TensorRTPhase) noexcept = 0;
     virtual PluginFieldCollection const* getFieldNames() noexcept = 0;
     virtual AsciiChar const* getPluginName() const noexcept = 0;
@@ -125,6 +146,13 @@ public:
 
 class IPluginRegistry {
 public:
+    virtual ~IPluginRegistry() noexcept = default;
+    virtual void setErrorRecorder(IErrorRecorder*) noexcept {}
+    virtual IErrorRecorder* getErrorRecorder() const noexcept { return nullptr; }
+    virtual bool isParentSearchEnabled() const { return false; }
+    virtual void setParentSearchEnabled(bool) {}
+    virtual void* loadLibrary(AsciiChar const*) noexcept { return nullptr; }
+    virtual void deregisterLibrary(void*) noexcept {}
     virtual bool registerCreator(IPluginCreatorInterface& creator, AsciiChar const* pluginNamespace) noexcept = 0;
 };
 
