@@ -15,6 +15,9 @@ from safetensors.numpy import load_file
 from engines import plugins
 from engines.bundle import Bundle
 from engines.errors import InputError
+from engines.network import network_from_onnx
+from engines.readback import Network, parsed_from_network
+from engines.trt import log_of
 from star_export import lint, ops
 from star_export.classic import classic_from_graph
 from star_export.components import COMPONENTS
@@ -23,15 +26,15 @@ from star_export.quantize import twin_from_graph
 TOO_NEW = {"Attention", "TensorScatter", "RotaryEmbedding", "RMSNormalization", "GroupNormalization"}
 
 
-def restored(model: ir.Model) -> onnx.ModelProto:
-    """A classic graph with the body of the plugin's function put back, under the modern opset."""
+def restored(model: ir.Model, *, opset: int = ops.OPSET) -> onnx.ModelProto:
+    """A classic graph with the body of the plugin's function put back, under the modern opset or another."""
     for node in model.graph:
         if node.op_type == ops.NAME:
             node.attributes.clear()
     body = ops.function_body()
     if any(node.op_type == ops.NAME for node in model.graph):
         model.functions[body.identifier()] = body
-    model.opset_imports[""] = ops.OPSET
+    model.opset_imports[""] = opset
     return ir.to_proto(model)
 
 
@@ -77,6 +80,25 @@ def test_a_classic_graph_with_its_body_restored_is_the_modern_one(mini_bundle: P
         for ours, theirs in zip(outputs(graph, here, feeds), outputs(folder / "model.onnx", here, feeds), strict=True):
             scale = max(float(np.abs(theirs).max()), 1e-6)
             np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=0 if theirs.dtype == np.int64 else 5e-6)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_classic_graph_as_a_tensorrt_parser_reads_it_is_the_modern_one(mini_bundle: Path, linked, name: str) -> None:
+    """By the parser of TensorRT for RTX, which is newer than the targets' own; the plugin's function with its body."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    folder = mini_bundle / name
+    here = linked(folder)
+    (here / "read.onnx").write_bytes(restored(ir.load(folder / "classic.onnx"), opset=20).SerializeToString())
+    builder = trt.Builder(log_of(trt))
+    for feeds in cases(folder):
+        capacity = next((x.shape[2] for key, x in feeds.items() if key.startswith("past")), None)
+        parsed, parser = network_from_onnx(trt, builder, here / "read.onnx", capacity_tokens=capacity)
+        network = Network(parsed_from_network(trt, parsed, owner=(builder, parser)), wide=True)
+        read = network.run({key: x.copy() for key, x in feeds.items()})
+        theirs = outputs(folder / "model.onnx", here, feeds)
+        for ours, wanted in zip((read[t.name] for t in network.outputs), theirs, strict=True):
+            scale = max(float(np.abs(wanted).max()), 1e-6)
+            np.testing.assert_allclose(ours / scale, wanted / scale, rtol=0, atol=0 if wanted.dtype == np.int64 else 5e-6)
 
 
 @pytest.mark.parametrize("precision,opset", [("bf16", 20), ("int4", 21)])
