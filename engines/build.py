@@ -161,6 +161,7 @@ def _built(bundle: Bundle, target: Target, component: str, graph: Path, recipe: 
         writer = _stream_writer(trt, file)
         with _interruptible(trt, config):
             done = _serialized(builder, network, config, writer)
+        plugins.take_overflow()  # TensorRT may run layers on numbers of its own, to time them
         del parser  # owns what the network refers to
     if writer.error is not None:
         raise writer.error

@@ -39,13 +39,13 @@ def cudart():
         from cuda.bindings import runtime
     except ImportError as error:
         raise MissingError("cuda-python is not installed", where=f"import cuda.bindings.runtime: {error}",
-                           fix="pip install 'star-export[rtx]' (RTX PC) or 'star-export[tensorrt]' (Jetson, server)") from None
+                           fix="pip install 'star-export[rtx]' (RTX PC), [jetpack] (Jetson before JetPack 7.2) or [tensorrt]") from None
     return runtime
 
 
 def call(name: str, *arguments):
     """Call a function of the CUDA runtime by name; its value, or None. Raises MissingError without a driver or device."""
-    code, *values = getattr(cudart(), name)(*arguments)
+    code, *values = _answer(name, *arguments)
     if int(code) == 0:
         return values[0] if len(values) == 1 else tuple(values) or None
     if int(code) in (INSUFFICIENT_DRIVER, NOT_FOUND):
@@ -54,6 +54,16 @@ def call(name: str, *arguments):
     if int(code) == NO_DEVICE:
         raise MissingError("There is no NVIDIA GPU", where=f"{name}: expected a CUDA device, got none", fix=_NO_DRIVER)
     raise RuntimeError(f"{name} failed with CUDA error {int(code)} ({code})")
+
+
+def _answer(name: str, *arguments) -> tuple:
+    """What a function of the CUDA runtime gives: its code, then its values. Raises MissingError without a driver, as far as
+    cuda-python itself finds none."""
+    function = getattr(cudart(), name)
+    try:
+        return function(*arguments)
+    except RuntimeError as error:  # cuda-python 12.6
+        raise MissingError("There is no NVIDIA driver that this CUDA can use", where=f"{name}: {error}", fix=_NO_DRIVER) from None
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -89,7 +99,7 @@ def synchronize() -> None:
 
 def allocate(size_bytes: int) -> int:
     """Address of `size_bytes` of zeroed device memory. Raises MissingError with bytes asked and free."""
-    code, address = cudart().cudaMalloc(size_bytes)
+    code, address = _answer("cudaMalloc", size_bytes)
     if int(code) == OUT_OF_MEMORY:
         free, total = call("cudaMemGetInfo")
         raise MissingError("The GPU has too little free memory", where=f"asked {size_bytes} bytes, free {free} of {total}",

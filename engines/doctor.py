@@ -88,9 +88,9 @@ def advice(packages: dict[str, str | None], targets: tuple[TargetFacts, ...], *,
         lines.append("onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, then install one")
     runs_plans = any(target.no_run is None for target in targets)
     if not any(packages[name] for name in ORT) and not runs_plans:
-        lines.append("nothing here runs a bundle: pip install 'star-export[cpu]' (or [cuda], [rtx], [tensorrt])")
+        lines.append("nothing here runs a bundle: pip install 'star-export[cpu]' (or [cuda], [rtx], [jetpack], [tensorrt])")
     if not packages["tensorrt-rtx-cu13"] and sys.platform != "darwin":
         lines.append("to build plans for RTX GPUs on any machine: pip install 'star-export[rtx]'")
     if has_gpu and not runs_plans:
-        lines.append("the GPU here runs no plans: install the TensorRT of its target (RTX: [rtx]; Jetson, server: [tensorrt])")
+        lines.append("the GPU here runs no plans: install the TensorRT of its target (RTX: [rtx]; JetPack before 7.2: [jetpack]; else [tensorrt])")
     return tuple(lines)

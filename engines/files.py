@@ -17,6 +17,7 @@ from typing import BinaryIO
 from .errors import InputError
 
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_PIECE_BYTES = 1 << 20
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
           stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a symbolic link"}
 
@@ -83,7 +84,15 @@ def read_regular(path: Path, *, limit_bytes: int, where: str) -> bytes:
 def sha256_of(path: Path, *, where: str = "hash") -> str:
     """SHA-256 (hex) of a regular file."""
     with open_regular(path, where=where) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_from_file(file)
+
+
+def sha256_from_file(file: BinaryIO) -> str:
+    """SHA-256 (hex) of what is left of an open file; hashlib.file_digest is not in Python 3.10, which JetPack 6 has."""
+    digest = hashlib.sha256()
+    while piece := file.read(_PIECE_BYTES):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from . import plugins
 from .bundle import Bundle
 from .device import gpus
 from .errors import InputError
-from .files import check_relative, open_regular, read_regular, resolve_inside
+from .files import check_relative, open_regular, read_regular, resolve_inside, sha256_from_file
 from .manifest import FileSpec, TensorSpec, strict, value_from_json
 from .recipe import Profile
 from .targets import Target, host_platform, sm_from_capability
@@ -187,7 +187,7 @@ def plan_state(root: Path, relative: str, spec: FileSpec) -> str:
     with open_regular(resolve_inside(root, relative, where="plans"), where="plans") as file:
         if os.fstat(file.fileno()).st_size != spec.size:
             return "another size"
-        return "ok" if hashlib.file_digest(file, "sha256").hexdigest() == spec.sha256 else "another sha256"
+        return "ok" if sha256_from_file(file) == spec.sha256 else "another sha256"
 
 
 def _description(folder: Path, name: str, spec: PlanSpec) -> dict:

@@ -14,12 +14,14 @@ from .errors import MissingError, UsageError
 from .targets import Target, host_platform
 
 EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
+JETPACK = ("in an environment that sees JetPack's own TensorRT (apt install python3-libnvinfer; python3 -m venv --system-site-packages "
+           ".venv): pip install 'star-export[jetpack]'")
 _LISTED = 5
 
 
 def tensorrt_of(target: Target):
     """The module `target.builder`. Raises MissingError when it is not installed, or older than the target needs."""
-    fix = f"pip install 'star-export[{EXTRAS[target.builder]}]'"
+    fix = JETPACK if target.dialect == "classic" else f"pip install 'star-export[{EXTRAS[target.builder]}]'"
     try:
         module = importlib.import_module(target.builder)
     except (ImportError, OSError) as error:  # OSError: a library of it cannot be loaded

@@ -73,7 +73,7 @@ def new_certificate(bundle: Bundle, backend: str, compute: str, rungs: tuple[Run
         schema=SCHEMA, passed=all(rung.passed for rung in rungs), bundle=bundle.manifest.model.name,
         manifest_sha256=sha256_of(bundle.path / MANIFEST), precision=bundle.manifest.precision, backend=backend, compute=compute,
         device=device_name(backend), versions=versions(), plans=plan_hashes(bundle, backend),
-        made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), rungs=rungs,
+        made_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), rungs=rungs,
         not_proven=tuple(not_proven(bundle, backend, compute, rungs)))
 
 

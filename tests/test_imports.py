@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def test_the_rules_can_fail(tmp_path: Path) -> None:
     planted = tmp_path / "planted.py"
     planted.write_text("import torch\ndef f():\n    import onnxruntime\n")
     assert imported(planted) == {"torch": True, "onnxruntime": False}
+
+
+def test_every_module_runs_on_the_oldest_python_that_the_package_admits(tmp_path: Path) -> None:
+    """JetPack 6 has TensorRT for its own Python only."""
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    planted = tmp_path / "planted.py"
+    planted.write_text("import datetime\nnow = datetime.UTC\n")
+    for paths, status in ((sorted(OURS), 0), ([str(planted)], 1)):  # `long` is torch's, not Python 2's
+        command = [str(Path(sys.executable).with_name("vermin")), "--no-tips", "--exclude", "long", f"--target={oldest}-", *paths]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == status, result.stdout
 
 
 REFUSE = """

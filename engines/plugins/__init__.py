@@ -136,8 +136,13 @@ def _loaded(path: str, sha256: str) -> ctypes.CDLL:
 _LOADED: list[ctypes.CDLL] = []
 
 
+def take_overflow() -> bool:
+    """Whether a write since the last call did not fit its cache. Ask when the device's work was waited for."""
+    return any([native.star_plugin_take_overflow() for native in _LOADED])
+
+
 def check_overflow() -> None:
-    """Raise InputError if a write since the last call did not fit its cache. Ask when the device's work was waited for."""
-    if any([native.star_plugin_take_overflow() for native in _LOADED]):
+    """`take_overflow`, as an InputError."""
+    if take_overflow():
         raise InputError("A write did not fit the cache", fix="shorten the prompt, or build with a larger capacity",
                          where="cache: expected slots within the capacity, got more; nothing was written")

@@ -221,8 +221,9 @@ def test_another_system_is_refused_and_a_classic_target_needs_its_tensorrt(monke
         build.check_buildable(TARGETS["dgx-spark"])
     monkeypatch.setattr("engines.trt.host_platform", lambda: "linux-aarch64")
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    with pytest.raises(MissingError, match="orin-agx-jp62: expected tensorrt 10.3 or newer"):
+    with pytest.raises(MissingError, match="orin-agx-jp62: expected tensorrt 10.3 or newer") as error:
         build.check_buildable(TARGETS["orin-agx-jp62"])
+    assert "--system-site-packages" in error.value.fix and "star-export[jetpack]" in error.value.fix
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int4"])

@@ -258,6 +258,17 @@ def test_without_driver_or_gpu_the_message_names_what_is_missing(monkeypatch, co
         assert words in str(error.value) and "onnxruntime" in error.value.fix
 
 
+def test_a_cuda_python_that_finds_no_driver_itself_is_answered_alike(monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    monkeypatch.setattr(device, "cudart", lambda: type("Runtime", (), {"__getattr__": lambda self, name: fails})())
+    for action in (device.gpus, device.driver_version, lambda: device.allocate(1)):
+        with pytest.raises(MissingError, match="no NVIDIA driver") as error:
+            action()
+        assert "libcuda.so.1" in error.value.where and "onnxruntime" in error.value.fix
+
+
 def test_too_little_memory_names_bytes_asked_and_free(monkeypatch):
     monkeypatch.setattr(device, "cudart", lambda: Runtime(2))
     with pytest.raises(MissingError, match="asked 1000 bytes, free 5 of 9"):

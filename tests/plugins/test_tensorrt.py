@@ -1,5 +1,6 @@
 """A real TensorRT, the one for RTX, which builds on any CPU, loads the plugin, finds it from the classic graphs, and compiles plans
-with it. The library has the kernels on emulated blocks and our own declaration of TensorRT's interfaces; no plan is run."""
+with it; no plan is run. The library is compiled with our own declaration of TensorRT's interfaces: with the kernels on emulated blocks
+or, where there is nvcc, by the documented command."""
 from __future__ import annotations
 
 import json
@@ -19,7 +20,7 @@ from star_export.classic import classic_from_graph
 from star_export.export import export
 
 libraries = pytest.importorskip("tensorrt_rtx_libs")
-FOLDER = Path(libraries.__file__).parent
+FOLDER, FILE = Path(libraries.__file__).parent, "libtensorrt_rtx.so.1"
 LAYERS = 4  # of the component
 
 
@@ -45,17 +46,22 @@ def graphs(bundle, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> Path:
+    """The library with the kernels on emulated blocks."""
+    library = tmp_path_factory.mktemp("emulated") / "libstar_plugins.so"
+    sources = [str(HERE / "host_driver.cpp"), str(SOURCES / "plugin.cpp"), str(SOURCES / "entry.cpp")]
+    tensorrt = [f"-L{FOLDER}", f"-l:{FILE}", f"-Wl,-rpath,{FOLDER}"]
+    subprocess.run([compiler(), *FLAGS, f"-I{HERE / 'minimal'}", f"-I{SOURCES}", *sources, "-o", str(library), *tensorrt], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
 def in_process(tmp_path_factory):
     """A function that calls one of tensorrt_driver's in a process of its own, and gives its answer and what went to stderr."""
-    folder = tmp_path_factory.mktemp("plugin")
-    library, names = folder / "libstar_plugins.so", folder / "names"
-    sources = [str(HERE / "host_driver.cpp"), str(SOURCES / "plugin.cpp"), str(SOURCES / "entry.cpp")]
-    tensorrt = [f"-L{FOLDER}", "-l:libtensorrt_rtx.so.1", f"-Wl,-rpath,{FOLDER}"]
-    subprocess.run([compiler(), *FLAGS, f"-I{HERE / 'minimal'}", f"-I{SOURCES}", *sources, "-o", str(library), *tensorrt], check=True)
-    names.mkdir()
-    (names / "libtensorrt_rtx.so").symlink_to(FOLDER / "libtensorrt_rtx.so.1")  # the parser opens it by this name for plugins
+    names = tmp_path_factory.mktemp("names")
+    (names / "libtensorrt_rtx.so").symlink_to(FOLDER / FILE)  # the parser opens it by this name for plugins
 
-    def call(name: str, *arguments):
+    def call(library: Path, name: str, *arguments):
         code = f"import json, tensorrt_driver\nprint(json.dumps(tensorrt_driver.{name}(*{[str(a) for a in arguments]!r})))"
         environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}", "LD_LIBRARY_PATH": str(names),
                                     plugins.VARIABLE: str(library)}
@@ -66,21 +72,35 @@ def in_process(tmp_path_factory):
     return call
 
 
-def test_a_plan_of_the_classic_graph_is_built_with_the_plugin_and_says_with_which(bundle, in_process) -> None:
-    made, _ = in_process("plan_of", bundle)
+def test_a_plan_of_the_classic_graph_is_built_with_the_plugin_and_says_with_which(bundle, emulated, in_process) -> None:
+    made, _ = in_process(emulated, "plan_of", bundle)
+    assert made["plugin"] == made["library"] and made["updates"] == 2 * LAYERS and all(made["words"]), made
+
+
+def test_the_documented_command_builds_a_library_that_tensorrt_takes(bundle, in_process, tmp_path) -> None:
+    if not (shutil.which("nvcc") and shutil.which("cmake")):
+        pytest.skip("no nvcc or no cmake on this machine: the library was not built by CMake")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libnvinfer.so").symlink_to(FOLDER / FILE)
+    (tmp_path / "include").symlink_to(HERE / "minimal")
+    folder = tmp_path / "build"
+    command = plugins.COMMAND.replace(str(plugins.FOLDER / "build"), str(folder))
+    command = command.replace(" && ", f" -DTENSORRT_ROOT={tmp_path} -DCMAKE_CUDA_ARCHITECTURES=87 && ")
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+    made, _ = in_process(folder / plugins.BUILT.name, "plan_of", bundle)
     assert made["plugin"] == made["library"] and made["updates"] == 2 * LAYERS and all(made["words"]), made
 
 
 @pytest.mark.parametrize("graph", ["classic.onnx", "int8.onnx"])
 @pytest.mark.parametrize("how", ["when it is loaded", "by a registry"])
-def test_tensorrt_compiles_both_kinds_of_cache_however_the_plugin_is_registered(bundle, graphs, in_process, graph, how) -> None:
-    answer, said = in_process("compiled", bundle, graphs / graph, 2, how)
+def test_tensorrt_compiles_both_kinds_of_cache_however_it_is_registered(bundle, graphs, emulated, in_process, graph, how) -> None:
+    answer, said = in_process(emulated, "compiled", bundle, graphs / graph, 2, how)
     assert answer.endswith("bytes"), answer + said
 
 
 @pytest.mark.parametrize("graph, rows, words, reason", [
     ("classic.onnx", 9, "", "rows: expected 1 to 8, got another"),
     ("odd.onnx", 2, "TensorRT cannot read this graph", "num_heads: expected a multiple of num_kv_heads, got 4")])
-def test_what_the_plugin_cannot_compute_makes_no_plan(bundle, graphs, in_process, graph, rows, words, reason) -> None:
-    answer, said = in_process("compiled", bundle, graphs / graph, rows, "when it is loaded")
+def test_what_the_plugin_cannot_compute_makes_no_plan(bundle, graphs, emulated, in_process, graph, rows, words, reason) -> None:
+    answer, said = in_process(emulated, "compiled", bundle, graphs / graph, rows, "when it is loaded")
     assert not answer.endswith("bytes") and words in answer and reason in said, answer + said
