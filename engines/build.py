@@ -68,6 +68,8 @@ def build_plans(bundle: Bundle, targets: list[str], *, components: list[str] | N
     for target in chosen:
         check_buildable(target)
         check_precision(bundle, target)
+        for name in names:
+            plugin_of(bundle, target, name, plans[name], tensorrt_of(target).__version__)
     results = []
     for target in chosen:
         for name in names:

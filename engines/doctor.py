@@ -3,15 +3,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import plugins
 from .build import check_buildable
 from .device import Gpu, driver_version, gpus
 from .errors import MissingError, StarError
-from .targets import TARGETS, Target, host_platform
-from .trt import check_runnable
+from .targets import RTX_PLATFORMS, TARGETS, Target, host_platform
+from .trt import check_runnable, tensorrt_of
 
 PACKAGES = ("numpy", "pillow", "tokenizers", "jinja2", "tqdm", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt",
             "cuda-python", "torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "transformers")
@@ -53,7 +53,7 @@ def facts() -> Facts:
         devices = gpus()
     except MissingError as error:
         no_gpu = one_line(error)
-    targets = tuple(TargetFacts(t.name, t.device, no_build=refusal(check_buildable, t), no_run=refusal(check_runnable, t))
+    targets = tuple(TargetFacts(t.name, t.device, no_build=refusal(t, check_buildable, check_plugin), no_run=refusal(t, check_runnable, check_plugin))
                     for t in TARGETS.values())
     return Facts(python=platform.python_version(), platform=host_platform(), system=platform.platform(), packages=packages,
                  driver=driver, gpus=devices, no_gpu=no_gpu, targets=targets,
@@ -68,10 +68,17 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def refusal(check: Callable[[Target], None], target: Target) -> str | None:
-    """What `check` has against `target`, on one line; None when it passes."""
+def check_plugin(target: Target) -> None:
+    """The library that decoders of a classic target need is here, for its TensorRT, or StarError."""
+    if target.dialect == "classic":
+        plugins.check_library(plugins.find_library(), abi=plugins.ABI, tensorrt=tensorrt_of(target).__version__)
+
+
+def refusal(target: Target, *checks: Callable[[Target], None]) -> str | None:
+    """What the first of `checks` that does not pass has against `target`, on one line."""
     try:
-        check(target)
+        for check in checks:
+            check(target)
     except StarError as error:
         return one_line(error)
     return None
@@ -89,8 +96,8 @@ def advice(packages: dict[str, str | None], targets: tuple[TargetFacts, ...], *,
     runs_plans = any(target.no_run is None for target in targets)
     if not any(packages[name] for name in ORT) and not runs_plans:
         lines.append("nothing here runs a bundle: pip install 'star-export[cpu]' (or [cuda], [rtx], [jetpack], [tensorrt])")
-    if not packages["tensorrt-rtx-cu13"] and sys.platform != "darwin":
-        lines.append("to build plans for RTX GPUs on any machine: pip install 'star-export[rtx]'")
+    if not packages["tensorrt-rtx-cu13"] and host_platform() in RTX_PLATFORMS:
+        lines.append("to build plans for RTX GPUs (it needs no GPU): pip install 'star-export[rtx]'")
     if has_gpu and not runs_plans:
         lines.append("the GPU here runs no plans: install the TensorRT of its target (RTX: [rtx]; JetPack before 7.2: [jetpack]; else [tensorrt])")
     return tuple(lines)

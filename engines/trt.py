@@ -28,7 +28,7 @@ def tensorrt_of(target: Target):
         raise MissingError(f"{target.builder} is not installed", fix=fix,
                            where=f"{target.name}: expected {target.builder} {target.tensorrt} or newer, got {error}") from None
     if version_tuple(module.__version__) < version_tuple(target.tensorrt):
-        raise MissingError(f"{target.builder} is too old", fix=fix,
+        raise MissingError(f"{target.builder} is too old", fix=f"upgrade to JetPack {target.jetpack}" if target.jetpack else fix,
                            where=f"{target.name}: expected {target.builder} {target.tensorrt} or newer, got {module.__version__}")
     return module
 

@@ -1,7 +1,7 @@
 """The classic dialect: a stored graph for TensorRT 10.0 to 10.14, whose parser has no cache, attention, rotary or RMS norm.
 
 The graph is rewritten, not traced again: what differs is then exactly the nodes below, weights and quantisation are the same
-files, and equality with the modern graph is easily tested. Norms, rotary and attention become primitives of opset 20 (21 where
+files, and equality with the modern graph is easily tested. Norms, rotary, running sums and attention become primitives of opset 20 (21 where
 int4 blocks need it); `star::KVCacheAttention` keeps its nodes and loses its body, so that the parser looks for the plugin, and
 gets the plugin's fields.
 """
@@ -118,6 +118,26 @@ def _rotary(make: _Nodes, node: ir.Node) -> ir.Value:
     return make("Concat", first, second, axis=-1)
 
 
+def _cumsum(make: _Nodes, node: ir.Node) -> ir.Value:
+    """x [N, n] -> its running sums along n, which is a power of two: TensorRT before 10.8 makes a loop of n steps of CumSum.
+
+    Blocks of 2, 4, ... n are summed in turn: the last sum of a block's left half is added to its right half (Sklansky, 1960). Sums of
+    numbers that are not negative never fall, and zeros change nothing, as if they were added one by one.
+    """
+    x, axis = node.inputs
+    size = x.shape[-1]
+    _expect(node, len(x.shape) == 2 and isinstance(size, int) and size & (size - 1) == 0 and axis.const_value is not None
+            and int(axis.const_value.numpy()) in (-1, 1) and not _value(node, "exclusive", 0) and not _value(node, "reverse", 0),
+            "[N, a power of two], along the last axis, inclusive and forward")
+    int64, right = ir.DataType.INT64, make.constant([[0], [1]], x.dtype)
+    half, sums = 1, x
+    while half < size:
+        blocks = make("Reshape", sums, make.constant([-1, 2, half], int64))
+        carried = make("Slice", blocks, make.constant([0, half - 1], int64), make.constant([1, half], int64), make.constant([1, 2], int64))
+        half, sums = 2 * half, make("Add", blocks, make("Mul", carried, right))
+    return make("Reshape", sums, make.constant([-1, size], int64))
+
+
 def _attention(make: _Nodes, node: ir.Node) -> ir.Value:
     """softmax(scale query key^T, where mask) value: query, key, value [B, h, S, D], bool mask or none."""
     query, key, value, *rest = node.inputs
@@ -149,4 +169,4 @@ def _call_plugin(node: ir.Node, cache: str) -> None:
 
 
 _REWRITES = {("", "RMSNormalization"): _rms_norm, ("", "GroupNormalization"): _group_norm, ("", "RotaryEmbedding"): _rotary,
-             ("", "Attention"): _attention, (DOMAIN, NAME): _call_plugin}
+             ("", "CumSum"): _cumsum, ("", "Attention"): _attention, (DOMAIN, NAME): _call_plugin}

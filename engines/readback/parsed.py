@@ -113,7 +113,11 @@ class Parsed:
 
 
 def parsed_from_network(trt, network, *, owner: object = None) -> Parsed:
-    """Read a network. `owner` is what its memory belongs to (builder, parser). Raises InputError for what is not known."""
+    """Read a network. `owner` is what its memory belongs to (builder, parser). Raises InputError for what is not known, and
+    MissingError for another TensorRT: before 10.16, arrays of its constants are wrong with numpy 2."""
+    if trt.__name__ not in BUILDERS:
+        raise MissingError("This TensorRT's networks cannot be read back", fix="use TensorRT for RTX 1.7",
+                           where=f"expected one of {', '.join(BUILDERS)}, got {trt.__name__} {trt.__version__}")
     _check_weights_layout(trt)
     layers = [_layer(trt, network.get_layer(i)) for i in range(network.num_layers)]
     inputs = tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs))

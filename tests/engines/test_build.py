@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from decoder_bundle import DIM, HIDDEN, KV, decoder_io, decoder_model, write_decoder_bundle
@@ -224,6 +225,30 @@ def test_another_system_is_refused_and_a_classic_target_needs_its_tensorrt(monke
     with pytest.raises(MissingError, match="orin-agx-jp62: expected tensorrt 10.3 or newer") as error:
         build.check_buildable(TARGETS["orin-agx-jp62"])
     assert "--system-site-packages" in error.value.fix and "star-export[jetpack]" in error.value.fix
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", SimpleNamespace(__version__="8.6.2"))
+    with pytest.raises(MissingError, match="too old") as error:
+        build.check_buildable(TARGETS["orin-agx-jp62"])
+    assert error.value.fix == "upgrade to JetPack 6.2"
+
+
+def test_the_network_of_a_tensorrt_that_is_not_known_is_not_read(monkeypatch):
+    """Before 10.16, TensorRT gives wrong arrays of its constants to numpy 2."""
+    other = SimpleNamespace(__name__="tensorrt", __version__="10.3.0")
+    assert build._read_back(other, object(), "base_ar", None, owner=None) is None
+    with pytest.raises(MissingError, match="expected one of tensorrt_rtx, got tensorrt 10.3.0"):
+        build._read_back(other, object(), "base_ar", lambda component, parsed: None, owner=None)
+
+
+def test_a_missing_plugin_is_named_before_anything_is_built(bundle, monkeypatch, tmp_path):
+    classic = replace(TARGETS[TARGET], name="classic", dialect="classic")
+    monkeypatch.setitem(TARGETS, "classic", classic)
+    monkeypatch.setenv("STAR_PLUGIN", str(tmp_path / "absent.so"))
+    spec = bundle.component("base_ar")
+    bundle.manifest.components["base_ar"] = replace(spec, classic="base_ar/model.onnx", plugin_abi=1)
+    bundle.manifest.model.cache["base_ar"] = replace(bundle.manifest.model.cache["base_ar"], head_dim=64)
+    with pytest.raises(MissingError, match="plugin is not built"):
+        build.build_plans(bundle, ["classic"], components=["token_embedding", "base_ar"], capacity_tokens=CAPACITY)
+    assert not (bundle.path / "plans").exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int4"])

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engines import doctor
+from engines import doctor, plugins
 from engines.device import Gpu
 from engines.errors import MissingError
 from engines.targets import TARGETS
@@ -31,7 +31,8 @@ def machine(monkeypatch, *, platform="linux-x86_64", gpus=(), modules=("tensorrt
     monkeypatch.setattr("engines.device.gpus", devices)
     monkeypatch.setattr(doctor, "gpus", devices)
     monkeypatch.setattr(doctor, "driver_version", lambda: "13.0" if gpus else None)
-    for module in ("engines.build", "engines.trt"):
+    monkeypatch.setattr(doctor, "host_platform", lambda: platform)
+    for module in ("engines.build", "engines.trt", "engines.doctor"):
         monkeypatch.setattr(f"{module}.tensorrt_of", tensorrt_of)
     return doctor.facts()
 
@@ -76,10 +77,19 @@ def test_a_jetson_with_native_layers_builds_and_runs_only_its_own(monkeypatch):
     assert "classic" in next(t.no_build for t in facts.targets if t.name == "orin-agx-jp62")
 
 
-def test_a_jetson_without_native_layers_builds_the_classic_dialect(monkeypatch):
+@pytest.mark.parametrize("built_for, reason", [("10.3", None), ("8.6", "was built for another TensorRT"), (None, "is not built")])
+def test_a_jetson_without_native_layers_builds_and_runs_the_classic_dialect_where_the_plugin_is(monkeypatch, tmp_path, built_for, reason):
+    library = tmp_path / "libstar_plugins.so"
+    monkeypatch.setenv(plugins.VARIABLE, str(library))
+    if built_for:
+        library.write_bytes(f"star-plugin abi={plugins.ABI} tensorrt={built_for};".encode())
     orin = (Gpu("Orin", (8, 7), 64 * 10**9),)
     facts = machine(monkeypatch, platform="linux-aarch64", gpus=orin, modules=("tensorrt",), version="10.3.0")
-    assert buildable(facts) == {"orin-nano-jp62", "orin-nx-jp62", "orin-agx-jp62"}
+    classic = {"orin-nano-jp62", "orin-nx-jp62", "orin-agx-jp62"}
+    assert buildable(facts) == runnable(facts) == (classic if reason is None else set())
+    if reason:
+        assert all(reason in t.no_build and reason in t.no_run for t in facts.targets if t.name in classic)
+    assert not any("[rtx]" in line for line in facts.advice if "build" in line)  # no plans for RTX GPUs are built on a Jetson
 
 
 @pytest.mark.parametrize("packages, targets, has_gpu, words", [

@@ -23,7 +23,8 @@ from star_export.classic import classic_from_graph
 from star_export.components import COMPONENTS
 from star_export.quantize import twin_from_graph
 
-TOO_NEW = {"Attention", "TensorScatter", "RotaryEmbedding", "RMSNormalization", "GroupNormalization"}
+TOO_NEW = {"Attention", "TensorScatter", "RotaryEmbedding", "RMSNormalization", "GroupNormalization",
+           "CumSum"}  # which was a loop
 
 
 def restored(model: ir.Model, *, opset: int = ops.OPSET) -> onnx.ModelProto:

@@ -45,6 +45,13 @@ def test_every_component_is_read_back_within_its_limits(bundle_of, precision, ki
     assert compared > 100
 
 
+def test_the_graphs_of_the_targets_dialect_are_checked(bundle_of):
+    subject = validate.Subject(Bundle.open(bundle_of("bf16")), "tensorrt:orin-agx-jp62", "bf16")
+    with pytest.raises(InputError, match="classic.onnx") as error:  # for the miniature's head dim, and nothing else
+        validate.files_and_graphs(subject, lambda *step: None)
+    assert "head-dim" in error.value.where and "opset" not in error.value.where
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_ids_of_a_generation_an_answer_and_an_edit_are_onnx_runtimes(bundle_of, precision):
     bundle = Bundle.open(bundle_of(precision))
