@@ -119,23 +119,25 @@ def _rotary(make: _Nodes, node: ir.Node) -> ir.Value:
 
 
 def _cumsum(make: _Nodes, node: ir.Node) -> ir.Value:
-    """x [N, n] -> its running sums along n, which is a power of two: TensorRT before 10.8 makes a loop of n steps of CumSum.
+    """x [N, n] -> its running sums along n: TensorRT before 10.8 makes a loop of n steps of CumSum.
 
-    Blocks of 2, 4, ... n are summed in turn: the last sum of a block's left half is added to its right half (Sklansky, 1960). Sums of
+    Blocks of 2, 4, 8 ... are summed in turn: the last sum of a block's left half is added to its right half (Sklansky, 1960). Sums of
     numbers that are not negative never fall, and zeros change nothing, as if they were added one by one.
     """
     x, axis = node.inputs
     size = x.shape[-1]
-    _expect(node, len(x.shape) == 2 and isinstance(size, int) and size & (size - 1) == 0 and axis.const_value is not None
+    _expect(node, len(x.shape) == 2 and isinstance(size, int) and axis.const_value is not None
             and int(axis.const_value.numpy()) in (-1, 1) and not _value(node, "exclusive", 0) and not _value(node, "reverse", 0),
-            "[N, a power of two], along the last axis, inclusive and forward")
+            "[N, n] with a fixed n, along the last axis, inclusive and forward")
     int64, right = ir.DataType.INT64, make.constant([[0], [1]], x.dtype)
-    half, sums = 1, x
-    while half < size:
+    whole = 1 << (size - 1).bit_length()
+    half, sums = 1, make("Pad", x, make.constant([0, 0, 0, whole - size], int64)) if whole > size else x
+    while half < whole:
         blocks = make("Reshape", sums, make.constant([-1, 2, half], int64))
         carried = make("Slice", blocks, make.constant([0, half - 1], int64), make.constant([1, half], int64), make.constant([1, 2], int64))
         half, sums = 2 * half, make("Add", blocks, make("Mul", carried, right))
-    return make("Reshape", sums, make.constant([-1, size], int64))
+    sums = make("Reshape", sums, make.constant([-1, whole], int64))
+    return make("Slice", sums, *(make.constant([n], int64) for n in (0, size, 1))) if whole > size else sums
 
 
 def _attention(make: _Nodes, node: ir.Node) -> ir.Value:

@@ -102,6 +102,36 @@ def test_a_classic_graph_as_a_tensorrt_parser_reads_it_is_the_modern_one(mini_bu
             np.testing.assert_allclose(ours / scale, wanted / scale, rtol=0, atol=0 if wanted.dtype == np.int64 else 5e-6)
 
 
+def running_sums(size: int, **attributes) -> ir.Model:
+    """x [N, size] -> CumSum along the last axis, as a stored modern graph has it."""
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", size]) for name in "xy")
+    node = helper.make_node("CumSum", ["x", "axis"], ["y"], name="sums", **attributes)
+    axis = helper.make_tensor("axis", onnx.TensorProto.INT64, [], [-1])
+    graph = helper.make_graph([node], "sums", [x], [y], [axis])
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10))
+
+
+@pytest.mark.parametrize("size", [1, 2, 48, 64, 1000, 2048])
+def test_running_sums_are_right_never_fall_and_stay_where_zeros_follow(tmp_path: Path, size: int) -> None:
+    """So that an id without probability is never drawn."""
+    model = classic_from_graph(running_sums(size))
+    assert "CumSum" not in {node.op_type for node in model.graph}
+    rng = np.random.default_rng(size)
+    x = np.exp(rng.normal(0, 4, (50, size))).astype(np.float32)
+    kept = rng.integers(1, size + 1, 50)
+    x[np.arange(size) >= kept[:, None]] = 0
+    sums, = outputs(ir.to_proto(model), tmp_path, {"x": x})
+    np.testing.assert_allclose(sums, x.astype(np.float64).cumsum(-1), rtol=2e-6)
+    assert (np.diff(sums, axis=-1) >= 0).all()
+    assert all((row[k - 1:] == row[k - 1]).all() for row, k in zip(sums, kept))
+
+
+@pytest.mark.parametrize("attributes", [{"exclusive": 1}, {"reverse": 1}], ids=str)
+def test_other_running_sums_are_refused(attributes: dict) -> None:
+    with pytest.raises(AssertionError, match="sums .CumSum.: the classic dialect expects"):
+        classic_from_graph(running_sums(64, **attributes))
+
+
 @pytest.mark.parametrize("precision,opset", [("bf16", 20), ("int4", 21)])
 def test_the_twins_of_a_16_bit_graphs_two_dialects_agree(bundle_of, linked, precision: str, opset: int) -> None:
     folder = bundle_of(precision) / "base_ar"
