@@ -89,7 +89,11 @@ def test_a_jetson_without_native_layers_builds_and_runs_the_classic_dialect_wher
     assert buildable(facts) == runnable(facts) == (classic if reason is None else set())
     if reason:
         assert all(reason in t.no_build and reason in t.no_run for t in facts.targets if t.name in classic)
-    assert not any("[rtx]" in line for line in facts.advice if "build" in line)  # no plans for RTX GPUs are built on a Jetson
+
+
+def test_a_jetson_is_not_told_to_install_what_builds_for_rtx(monkeypatch):
+    monkeypatch.setattr(doctor, "host_platform", lambda: "linux-aarch64")
+    assert doctor.advice(NONE | {"onnxruntime": "1"}, (RUNS,), has_gpu=True) == ()
 
 
 @pytest.mark.parametrize("packages, targets, has_gpu, words", [
