@@ -53,8 +53,8 @@ def facts() -> Facts:
         devices = gpus()
     except MissingError as error:
         no_gpu = one_line(error)
-    targets = tuple(TargetFacts(t.name, t.device, no_build=refusal(t, check_buildable, check_plugin), no_run=refusal(t, check_runnable, check_plugin))
-                    for t in TARGETS.values())
+    targets = tuple(TargetFacts(t.name, t.device, no_build=refusal(t, check_buildable, check_plugin),
+                                no_run=refusal(t, check_runnable, check_plugin)) for t in TARGETS.values())
     return Facts(python=platform.python_version(), platform=host_platform(), system=platform.platform(), packages=packages,
                  driver=driver, gpus=devices, no_gpu=no_gpu, targets=targets,
                  advice=advice(packages, targets, has_gpu=bool(devices)))
@@ -99,5 +99,6 @@ def advice(packages: dict[str, str | None], targets: tuple[TargetFacts, ...], *,
     if not packages["tensorrt-rtx-cu13"] and host_platform() in RTX_PLATFORMS:
         lines.append("to build plans for RTX GPUs (it needs no GPU): pip install 'star-export[rtx]'")
     if has_gpu and not runs_plans:
-        lines.append("the GPU here runs no plans: install the TensorRT of its target (RTX: [rtx]; JetPack before 7.2: [jetpack]; else [tensorrt])")
+        lines.append("the GPU here runs no plans: install the TensorRT of its target (RTX: [rtx]; JetPack before 7.2: [jetpack] and "
+                     "the plugin; else [tensorrt])")
     return tuple(lines)

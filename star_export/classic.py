@@ -1,8 +1,8 @@
 """The classic dialect: a stored graph for TensorRT 10.0 to 10.14, whose parser has no cache, attention, rotary or RMS norm.
 
 The graph is rewritten, not traced again: what differs is then exactly the nodes below, weights and quantisation are the same
-files, and equality with the modern graph is easily tested. Norms, rotary, running sums and attention become primitives of opset 20 (21 where
-int4 blocks need it); `star::KVCacheAttention` keeps its nodes and loses its body, so that the parser looks for the plugin, and
+files, and equality with the modern graph is easily tested. Norms, rotary, running sums and attention become primitives of opset 20
+(21 where int4 blocks need it); `star::KVCacheAttention` keeps its nodes and loses its body, so that the parser looks for the plugin, and
 gets the plugin's fields.
 """
 from __future__ import annotations

@@ -132,7 +132,7 @@ def files_and_graphs(subject: Subject, progress: Progress) -> tuple[list[Row], s
     done = f"{len(manifest.files)} files have their SHA-256"
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir")):
         return [], f"{done}; graphs not checked: onnx is not installed here (they were, when they were exported)"
-    graphs = {subject.bundle.graph_name(name, dialect=dialect_of(subject.target)): subject.target for name in manifest.components}
+    graphs = {subject.bundle.graph_name(name, dialect=_dialect(subject.target)): subject.target for name in manifest.components}
     graphs |= {spec.twin: None for spec in manifest.components.values() if spec.twin}  # twins are for ONNX Runtime alone
     for i, (graph, target) in enumerate(graphs.items()):
         progress(f"check {graph}", i, len(graphs))
@@ -140,7 +140,7 @@ def files_and_graphs(subject: Subject, progress: Progress) -> tuple[list[Row], s
     return [], f"{done}; {len(graphs)} graphs pass the ONNX checker and the lint"
 
 
-def dialect_of(target: str | None) -> str:
+def _dialect(target: str | None) -> str:
     return target_from_name(target).dialect if target else "modern"
 
 
@@ -152,7 +152,7 @@ def check_onnx(path: Path, *, target: str | None) -> None:
     from .lint import check_graph
 
     try:
-        onnx.checker.check_model(str(path), full_check=dialect_of(target) == "modern")
+        onnx.checker.check_model(str(path), full_check=_dialect(target) == "modern")
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InputError("The ONNX checker refuses this graph", where=f"{path}: {str(error).strip()}",
                          fix="export the bundle again") from None
