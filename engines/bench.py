@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .decode import ImageLoop, Progress, silent
-from .prompt import text_positions
-from .runtime import Star
-from .sampler import uniforms
+from .runtime.decode import ImageLoop, Progress, silent
+from .inputs.prompt import text_positions
+from .runtime.star import Star
+from .runtime.sampler import uniforms
 from .sessions import run
-from .sessions.binding import bound_tensors, present_name
+from .bundle.tensors import bound_tensors, present_name
 
 PROMPT_TOKENS, REPEATS = 32, 15
 BANDWIDTH_BYTES, BANDWIDTH_REPEATS = 1 << 28, 7
@@ -159,7 +159,7 @@ def device_bandwidth(backend: str) -> tuple[str, float]:
     """(name of the device that `backend` computes on, its measured read bandwidth in bytes per second)."""
     if backend == "onnxruntime":
         return f"{os.cpu_count()} CPU cores", host_bandwidth()
-    from .device import gpus, read_bandwidth
+    from .tensorrt.device import gpus, read_bandwidth
 
     return gpus()[0].name, read_bandwidth()
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import plugins
-from .build import check_buildable
-from .device import Gpu, driver_version, gpus
+from .tensorrt.build import check_buildable
+from .tensorrt.device import Gpu, driver_version, gpus
 from .errors import MissingError, StarError
 from .targets import RTX_PLATFORMS, TARGETS, Target, host_platform
-from .trt import check_runnable, tensorrt_of
+from .tensorrt.module import check_runnable, tensorrt_of
 
 PACKAGES = ("numpy", "pillow", "tokenizers", "jinja2", "tqdm", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt",
             "cuda-python", "torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "transformers")

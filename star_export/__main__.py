@@ -1,6 +1,6 @@
 """`python -m star_export` is `star-export`."""
 import sys
 
-from .cli import main
+from .cli.parser import main
 
 sys.exit(main())

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engines.manifest import TensorSpec
+from engines.bundle.manifest import TensorSpec
 from reference.config import DecoderConfig, StarConfig
 
 TOP_K_LIMIT = 2048  # candidates that `image_head` ranks; TensorRT's TopK takes at most 3840

@@ -29,9 +29,9 @@ def write_layer(folder: Path) -> None:
     from reference.config import config_from_files
     from reference.mini import write_checkpoint
     from reference.weights import resolve_checkpoint
-    from star_export.export import write_component
-    from star_export.quantize import PRECISIONS
-    from star_export.trace import graph_from_config, meta_star
+    from star_export.exporter.export import write_component
+    from star_export.graph.quantize import PRECISIONS
+    from star_export.graph.trace import graph_from_config, meta_star
 
     write_checkpoint(folder / "mini")
     files = resolve_checkpoint(str(folder / "mini"))
@@ -66,9 +66,9 @@ def measure(graph: Path) -> None:
     """Parse, read and run the layer twice; print the figures."""
     import tensorrt_rtx as trt
 
-    from engines.network import network_from_onnx
-    from engines.readback import Network, parsed_from_network
-    from engines.trt import log_of
+    from engines.tensorrt.network import network_from_onnx
+    from engines.interpreter import Network, parsed_from_network
+    from engines.tensorrt.module import log_of
 
     caches = [np.zeros((1, KV_HEADS, CAPACITY, HEAD_DIM), np.float32) for _ in range(2)]
     feeds = {

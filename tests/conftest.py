@@ -19,7 +19,7 @@ def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle_of(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """precision -> bundle of the miniature checkpoint, exported once per session and precision. Read it, do not write into it."""
-    from star_export.export import export
+    from star_export.exporter.export import export
     made: dict[str, Path] = {}
 
     def bundle(precision: str) -> Path:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.picture import read_picture, write_png
-from engines.runtime import Star
+from engines.inputs.image_io import read_picture, write_png
+from engines.runtime.star import Star
 from engines.sessions import onnxruntime
-from star_export.cli import main
+from star_export.cli.parser import main
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())}
@@ -94,7 +94,7 @@ def test_ask(mini_bundle: Path, tmp_path: Path, official: dict, case: str) -> No
 def test_the_same_seed_gives_the_same_ids_in_pytorch(mini_checkpoint: Path, mini_bundle: Path, settings: dict) -> None:
     import torch
 
-    from engines.sampler import uniforms
+    from engines.runtime.sampler import uniforms
     from reference import tasks
     from reference.weights import load_star, resolve_checkpoint
     with Star(mini_bundle) as star:

@@ -77,7 +77,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 """
 BARE = REFUSE + """
-import engines.runtime, engines.build, engines.doctor, engines.bench, star_export.cli
+import engines.runtime.star, engines.tensorrt.build, engines.doctor, engines.bench, star_export.cli.parser
 bad = set(sys.modules) & {blocked!r}
 assert not bad, bad
 """
@@ -90,7 +90,7 @@ def test_the_runtime_and_the_command_line_import_bare(blocked: set[str]) -> None
 
 
 RUN = REFUSE + """
-from star_export.cli import main
+from star_export.cli.parser import main
 bundle, folder = {bundle!r}, {folder!r}
 assert main(["generate", bundle, "a red cat", "-o", folder + "/a.png", "--no-progress"]) == 0
 assert main(["edit", bundle, folder + "/a.png", "blue", "-o", folder + "/b.png", "--no-progress"]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from star_export.cli import build_parser
+from star_export.cli.parser import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,8 +48,8 @@ def test_named_paths_exist(path: str) -> None:
 
 def test_the_parity_figures_are_those_of_a_run(mini_bundle: Path) -> None:
     """Largest differences in the table, within a factor of 3: another processor rounds otherwise."""
-    from engines.bundle import Bundle
-    from star_export.validate import Subject, decoder_steps, golden_tensors
+    from engines.bundle.reader import Bundle
+    from star_export.validator.ladder import Subject, decoder_steps, golden_tensors
     subject = Subject(Bundle.open(mini_bundle), "onnxruntime", "fp32")
     for words, rung in (("any output of any component", golden_tensors), ("single steps against its prefill", decoder_steps)):
         [row] = [line for line in README.splitlines() if words in line and line.startswith("|")]

@@ -31,7 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_the_wheel_holds_the_three_packages_and_no_tests(wheel: list[str]) -> None:
     tops = {name.partition("/")[0] for name in wheel if ".dist-info/" not in name}
     assert tops == {"reference", "star_export", "engines"}
-    assert {"engines/runtime.py", "engines/sessions/onnxruntime.py", "star_export/cli.py", "reference/model.py"} <= set(wheel)
+    assert {"engines/runtime/star.py", "engines/sessions/onnxruntime.py", "star_export/cli/parser.py", "reference/model.py"} <= set(wheel)
     assert {"engines/plugins/plugin.cpp", "engines/plugins/kv_attention.cuh", "engines/plugins/CMakeLists.txt"} <= set(wheel)
     nano = {name.removeprefix("reference/nano/weights/") for name in wheel if name.startswith("reference/nano/weights/")}
     assert {"STAR-Nano.json", "STAR-Nano.pt", "VQ-Model.pt", "sampling.json", "score.json", "Qwen2.5-VL-nano/config.json",

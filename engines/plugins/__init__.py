@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, MissingError
-from ..files import read_regular
-from ..manifest import ComponentSpec, Manifest
+from ..bundle.files import read_regular
+from ..bundle.manifest import ComponentSpec, Manifest
 from ..targets import Target
 
 NAME, ABI = "KVCacheAttention", 1  # the ABI is the plugin's version: plugin_fields.h, STAR_ABI

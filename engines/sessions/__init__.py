@@ -17,9 +17,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..bundle import Bundle
+from ..bundle.reader import Bundle
 from ..errors import UsageError
-from .binding import check_binding, present_name, shape_from_symbols
+from ..bundle.tensors import check_binding, present_name, shape_from_symbols
 
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt:TARGET", "readback:TARGET", "readback-fp32:TARGET")
 TARGETED = ("tensorrt:", "readback:", "readback-fp32:")
@@ -36,7 +36,7 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
         from .tensorrt import open_session as open_tensorrt
         return open_tensorrt(bundle, component, target=backend.removeprefix("tensorrt:"))
     if backend.startswith("readback"):
-        from .readback import open_session as open_readback
+        from .interpreter import open_session as open_readback
         kind, _, target = backend.partition(":")
         return open_readback(bundle, component, target=target, wide=kind == "readback-fp32")
     from .onnxruntime import OnnxRuntimeSession

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..bundle import Bundle
+from ..bundle.reader import Bundle
 from ..errors import InputError, MissingError
-from ..manifest import ComponentSpec, TensorSpec
-from .binding import check_array, check_binding, present_name
+from ..bundle.manifest import ComponentSpec, TensorSpec
+from ..bundle.tensors import check_array, check_binding, present_name
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 LOG_SEVERITY = 3  # errors

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import device, plugins
-from ..bundle import Bundle
+from ..tensorrt import device
+
+from .. import plugins
+from ..bundle.reader import Bundle
 from ..errors import InputError
-from ..manifest import ComponentSpec
-from ..plan import read_plan
-from ..recipe import CAPACITY, Profile, fits, largest
+from ..bundle.manifest import ComponentSpec
+from ..tensorrt.plan import read_plan
+from ..tensorrt.profiles import CAPACITY, Profile, fits, largest
 from ..targets import target_from_name
-from ..trt import log_of, tensorrt_of, words
-from .binding import check_array, check_binding, present_name, shape_from_symbols
+from ..tensorrt.module import log_of, tensorrt_of, words
+from ..bundle.tensors import check_array, check_binding, present_name, shape_from_symbols
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 

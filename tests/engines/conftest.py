@@ -35,5 +35,5 @@ def tokenizer_files(mini_checkpoint):
 @pytest.fixture(scope="session")
 def chat(tokenizer_files):
     """The miniature checkpoint's chat."""
-    from engines.prompt import Chat
+    from engines.inputs.prompt import Chat
     return Chat(*tokenizer_files, MODEL)

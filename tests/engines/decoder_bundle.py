@@ -8,7 +8,7 @@ import numpy as np
 from onnx import TensorProto, helper
 from tiny_bundle import MODEL, model_from_nodes, write_component, write_manifest
 
-from engines.manifest import CacheSpec, TensorSpec
+from engines.bundle.manifest import CacheSpec, TensorSpec
 
 HIDDEN, HEADS, KV, DIM = 64, 4, 2, 16
 

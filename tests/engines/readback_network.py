@@ -1,8 +1,8 @@
 """An ONNX model as the network that TensorRT parses from it, read back."""
 from __future__ import annotations
 
-from engines.readback import Network, parsed_from_network
-from engines.trt import log_of
+from engines.interpreter import Network, parsed_from_network
+from engines.tensorrt.module import log_of
 
 
 def parsed(trt, model):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from engines.errors import InputError
-from engines.manifest import ComponentSpec, TensorSpec
-from engines.sessions.binding import bound_tensors, check_array, check_binding, dtype_name, present_name, shape_from_symbols, symbols_of
+from engines.bundle.manifest import ComponentSpec, TensorSpec
+from engines.bundle.tensors import bound_tensors, check_array, check_binding, dtype_name, present_name, shape_from_symbols, symbols_of
 
 
 def spec(inputs, outputs):

@@ -14,10 +14,10 @@ from decoder_bundle import DIM, HIDDEN, KV, decoder_io, decoder_model, write_dec
 from onnx import helper
 from tiny_bundle import write_component, write_manifest
 
-from engines import build, plan
-from engines.bundle import Bundle
+from engines.tensorrt import build, plan
+from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
-from engines.manifest import CacheSpec, TensorSpec
+from engines.bundle.manifest import CacheSpec, TensorSpec
 from engines.targets import TARGETS
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -217,10 +217,10 @@ def test_a_missing_or_old_builder_names_version_and_extra(bundle, monkeypatch):
 
 
 def test_another_system_is_refused_and_a_classic_target_needs_its_tensorrt(monkeypatch):
-    monkeypatch.setattr("engines.trt.host_platform", lambda: "linux-x86_64")
+    monkeypatch.setattr("engines.tensorrt.module.host_platform", lambda: "linux-x86_64")
     with pytest.raises(UsageError, match="expected linux-aarch64, got linux-x86_64"):
         build.check_buildable(TARGETS["dgx-spark"])
-    monkeypatch.setattr("engines.trt.host_platform", lambda: "linux-aarch64")
+    monkeypatch.setattr("engines.tensorrt.module.host_platform", lambda: "linux-aarch64")
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(MissingError, match="orin-agx-jp62: expected tensorrt 10.3 or newer") as error:
         build.check_buildable(TARGETS["orin-agx-jp62"])

@@ -5,7 +5,7 @@ import os
 import pytest
 from tiny_bundle import write_tiny_bundle
 
-from engines.bundle import Bundle
+from engines.bundle.reader import Bundle
 from engines.errors import InputError, UsageError
 
 
@@ -37,7 +37,7 @@ def test_a_good_bundle_opens_and_gives_verified_paths(root):
 
 
 def test_a_file_is_hashed_once_and_again_only_when_it_changed(root, monkeypatch):
-    import engines.bundle as module
+    import engines.bundle.reader as module
     bundle, hashed = Bundle.open(root), []
     real = module.sha256_of
     monkeypatch.setattr(module, "sha256_of", lambda path, where: hashed.append(path.name) or real(path, where=where))
@@ -81,7 +81,7 @@ def test_a_bad_manifest_is_refused(root, change, match):
 def test_a_manifest_that_is_not_utf8_or_huge_is_refused(root, monkeypatch):
     (root / "manifest.json").write_bytes(b"\xff\xfe{}")
     refused(root, "UTF-8")
-    monkeypatch.setattr("engines.bundle.MANIFEST_LIMIT_BYTES", 3)
+    monkeypatch.setattr("engines.bundle.reader.MANIFEST_LIMIT_BYTES", 3)
     refused(root, "at most 3 bytes")
 
 

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 import pytest
 
 from engines import doctor, plugins
-from engines.device import Gpu
+from engines.tensorrt.device import Gpu
 from engines.errors import MissingError
 from engines.targets import TARGETS
-from engines.trt import version_tuple
+from engines.tensorrt.module import version_tuple
 
 NONE = dict.fromkeys(doctor.PACKAGES)
 RUNS, RUNS_NOT = (doctor.TargetFacts(n, n, no_build=None, no_run=why) for n, why in (("a", None), ("b", "no GPU")))
@@ -27,12 +27,12 @@ def machine(monkeypatch, *, platform="linux-x86_64", gpus=(), modules=("tensorrt
             raise MissingError(f"{target.builder} is too old", where=target.name, fix="pip install")
         return SimpleNamespace(__version__=version)
 
-    monkeypatch.setattr("engines.trt.host_platform", lambda: platform)
-    monkeypatch.setattr("engines.device.gpus", devices)
+    monkeypatch.setattr("engines.tensorrt.module.host_platform", lambda: platform)
+    monkeypatch.setattr("engines.tensorrt.device.gpus", devices)
     monkeypatch.setattr(doctor, "gpus", devices)
     monkeypatch.setattr(doctor, "driver_version", lambda: "13.0" if gpus else None)
     monkeypatch.setattr(doctor, "host_platform", lambda: platform)
-    for module in ("engines.build", "engines.trt", "engines.doctor"):
+    for module in ("engines.tensorrt.build", "engines.tensorrt.module", "engines.doctor"):
         monkeypatch.setattr(f"{module}.tensorrt_of", tensorrt_of)
     return doctor.facts()
 

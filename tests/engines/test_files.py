@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from engines.errors import InputError
-from engines.files import atomic_file, check_relative, open_regular, read_regular, resolve_inside, sha256_of, write_atomic
+from engines.bundle.files import atomic_file, check_relative, open_regular, read_regular, resolve_inside, sha256_of, write_atomic
 
 
 def test_a_written_file_is_whole_and_nothing_else_stays(tmp_path):

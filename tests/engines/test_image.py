@@ -5,8 +5,7 @@ import torch
 from tiny_bundle import MODEL, VISION
 
 from engines.errors import InputError, ParityError, UsageError
-from engines.image import (ask_inputs, bf16_rounded, check_pixel_limits, edit_inputs, patch_coordinates, pictures_from_decoded,
-                           rotary_angles, rotary_cos_sin, smart_size, vision_inputs)
+from engines.inputs.preprocess import ask_inputs, bf16_rounded, check_pixel_limits, edit_inputs, patch_coordinates, pictures_from_decoded, rotary_angles, rotary_cos_sin, smart_size, vision_inputs
 from reference import vision as reference
 from reference.config import VisionConfig
 

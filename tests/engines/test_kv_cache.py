@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engines.errors import InputError
-from engines.kv_cache import Slots, kv_cache_attention
+from engines.runtime.kv_cache import Slots, kv_cache_attention
 from reference.decoder import kv_cache_attention as reference
 
 RNG = np.random.default_rng(0)

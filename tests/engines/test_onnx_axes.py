@@ -6,7 +6,7 @@ from decoder_bundle import decoder_model
 from onnx import TensorProto, helper
 
 from engines.errors import InputError
-from engines.onnx_axes import onnx_with_axis
+from engines.tensorrt.onnx_axes import onnx_with_axis
 
 
 def with_onnx(model, symbol, size):

@@ -10,9 +10,9 @@ import pytest
 from tiny_bundle import write_tiny_bundle
 from tiny_decoder import KV_HEADS, SIZE, boundary, write_decoder_bundle
 
-from engines.bundle import Bundle
+from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
-from engines.kv_cache import cache_buffers, kv_cache_attention
+from engines.runtime.kv_cache import cache_buffers, kv_cache_attention
 from engines.sessions import onnxruntime as module
 from engines.sessions import open_session, run
 
@@ -71,7 +71,7 @@ import sys
 sys.path[:0] = {paths!r}
 from engines.sessions import onnxruntime as module
 module.LOG_SEVERITY = 2
-from engines.bundle import Bundle
+from engines.bundle.reader import Bundle
 from engines.sessions import open_session
 from test_onnxruntime import decoder_buffers
 session = open_session(Bundle.open({root!r}), "base_ar")
@@ -242,7 +242,7 @@ def test_cuda_is_missing_where_the_provider_is(tmp_path):
 def test_the_twin_has_its_caches_in_float32():
     inputs, outputs = boundary()
     narrow = [replace(t, dtype="bfloat16") if "key" in t.name else t for t in inputs]
-    from engines.manifest import ComponentSpec
+    from engines.bundle.manifest import ComponentSpec
     spec = ComponentSpec("m.onnx", "t.onnx", "g", tuple(narrow), tuple(outputs))
     assert module.twin_spec(spec).inputs == tuple(inputs)
 
@@ -253,7 +253,7 @@ def test_quantised_weights_are_multiplied_in_float32(precision):
     from onnx import TensorProto, helper
     from tiny_bundle import model_from_nodes
 
-    from engines.manifest import TensorSpec
+    from engines.bundle.manifest import TensorSpec
     rng = np.random.default_rng(0)
     weights, x = rng.integers(-8, 8, (64, 32)), rng.standard_normal((2, 64)).astype(np.float32)
     form, scale = ({"axis": 0, "block_size": 32}, (2, 32)) if precision == "int4" else ({"axis": 1}, (32,))
@@ -280,11 +280,11 @@ def test_memory_of_a_device_starts_at_zero_and_keeps_bfloat16_bits():
 def test_a_bundle_passes_the_ladder_on_cuda(bundle_of, tmp_path, precision):
     import shutil
 
-    from engines.device import gpus
+    from engines.tensorrt.device import gpus
     from engines.errors import MissingError
     try:
         gpus()
     except MissingError as error:
         pytest.skip(f"no GPU: {error.what}")
-    from star_export.validate import validate
+    from star_export.validator.ladder import validate
     assert validate(shutil.copytree(bundle_of(precision), tmp_path / "b"), backend="onnxruntime-cuda").passed

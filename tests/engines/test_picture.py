@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from engines.errors import InputError
-from engines.picture import check_picture, picture_from_bytes, png_from_picture, read_picture, write_png
+from engines.inputs.image_io import check_picture, picture_from_bytes, png_from_picture, read_picture, write_png
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 10, 3), dtype=np.uint8)

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 from decoder_bundle import write_decoder_bundle
 
-from engines import plan as plans
-from engines.bundle import Bundle
-from engines.device import Gpu
+from engines.tensorrt import plan as plans
+from engines.bundle.reader import Bundle
+from engines.tensorrt.device import Gpu
 from engines.errors import InputError, MissingError, UsageError
-from engines.manifest import FileSpec, json_from_manifest
-from engines.recipe import limits_from_options, recipe_from_limits
+from engines.bundle.manifest import FileSpec, json_from_manifest
+from engines.tensorrt.profiles import limits_from_options, recipe_from_limits
 from engines.targets import TARGETS
 
 TARGET, DATA = TARGETS["rtx-3090"], random.Random(0).randbytes(4096)

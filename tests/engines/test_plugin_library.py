@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import pytest
 from decoder_bundle import write_decoder_bundle
 
-from engines import build, device, network, plugins
-from engines import plan as plans
-from engines.bundle import Bundle
-from engines.device import Gpu
+from engines.tensorrt import build, device, network
+
+from engines import plugins
+from engines.tensorrt import plan as plans
+from engines.bundle.reader import Bundle
+from engines.tensorrt.device import Gpu
 from engines.errors import InputError, MissingError
-from engines.manifest import CacheSpec, FileSpec, json_from_manifest
-from engines.recipe import limits_from_options, recipe_from_limits
+from engines.bundle.manifest import CacheSpec, FileSpec, json_from_manifest
+from engines.tensorrt.profiles import limits_from_options, recipe_from_limits
 from engines.sessions.tensorrt import DeviceBuffer
 from engines.targets import TARGETS
 

@@ -4,7 +4,7 @@ import pytest
 from tiny_bundle import MODEL, TOKENS
 
 from engines.errors import InputError
-from engines.prompt import MAGIC_SUFFIX, Chat, check_length, positions_with_grid, text_positions
+from engines.inputs.prompt import MAGIC_SUFFIX, Chat, check_length, positions_with_grid, text_positions
 from reference.mini import HIDDEN, VOCAB, tensor
 
 

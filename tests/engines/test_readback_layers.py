@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from engines.errors import InputError
-from engines.readback import Network, parsed_from_network
-from engines.trt import log_of
+from engines.interpreter import Network, parsed_from_network
+from engines.tensorrt.module import log_of
 
 trt = pytest.importorskip("tensorrt_rtx")
 KINDS = {"float32": trt.float32, "int64": trt.int64, "int32": trt.int32, "bool": trt.bool}

@@ -3,7 +3,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from engines.readback.numbers import rounded, unpacked
+from engines.interpreter.numbers import rounded, unpacked
 
 TYPES = {
     "BF16": ml_dtypes.bfloat16, "FP8": ml_dtypes.float8_e4m3fn, "FP4": ml_dtypes.float4_e2m1fn, "E8M0": ml_dtypes.float8_e8m0fnu,

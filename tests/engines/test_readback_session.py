@@ -10,14 +10,14 @@ from onnx import helper
 from readback_network import parsed
 from tiny_bundle import model_from_nodes
 
-from engines import build, plan
-from engines.bundle import Bundle
+from engines.tensorrt import build, plan
+from engines.bundle.reader import Bundle
 from engines.errors import InputError, ParityError, UsageError
-from engines.kv_cache import cache_buffers
-from engines.manifest import TensorSpec
-from engines.readback import Network, describe_network, network_hash
+from engines.runtime.kv_cache import cache_buffers
+from engines.bundle.manifest import TensorSpec
+from engines.interpreter import Network, describe_network, network_hash
 from engines.sessions import check_backend, open_session
-from engines.sessions.readback import describe_component, parsed_component
+from engines.sessions.interpreter import describe_component, parsed_component
 
 trt = pytest.importorskip("tensorrt_rtx")
 TARGET, CAPACITY = "rtx-3090", 32
@@ -102,7 +102,7 @@ def test_a_look_that_raises_stops_the_build_and_leaves_no_plan(bundle):
 
 
 def test_a_network_that_cannot_be_read_is_built_all_the_same(bundle, monkeypatch):
-    monkeypatch.setattr("engines.readback.parsed.ATTRIBUTES", {})
+    monkeypatch.setattr("engines.interpreter.parsed.ATTRIBUTES", {})
     assert built(bundle).spec.network is None
     with pytest.raises(InputError, match="cannot be read back"):
         open_session(bundle, "base_ar", backend=f"readback:{TARGET}")
@@ -166,7 +166,7 @@ def test_constants_are_kept_only_where_there_is_room(bundle, monkeypatch):
 
     kept = Network(network)
     assert kept._early and run(kept).any()
-    monkeypatch.setattr("engines.readback.evaluate._room_bytes", lambda: 0)
+    monkeypatch.setattr("engines.interpreter.evaluate._room_bytes", lambda: 0)
     lean = Network(network)
     assert not lean._early
     np.testing.assert_array_equal(run(lean), run(kept))

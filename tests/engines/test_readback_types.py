@@ -6,9 +6,9 @@ from onnx import TensorProto, helper, numpy_helper
 from readback_network import evaluated, parsed
 
 from engines.errors import InputError
-from engines.readback import Network
-from engines.readback import parsed as reading
-from engines.trt import log_of
+from engines.interpreter import Network
+from engines.interpreter import parsed as reading
+from engines.tensorrt.module import log_of
 
 trt = pytest.importorskip("tensorrt_rtx")
 E4M3, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
@@ -227,7 +227,7 @@ def test_a_layer_or_attribute_that_is_not_in_the_table_is_refused_by_name(monkey
 
 
 def test_a_type_or_operation_that_is_not_in_the_table_is_refused_by_name(monkeypatch):
-    from engines.readback import elementwise
+    from engines.interpreter import elementwise
     monkeypatch.setattr(elementwise, "ACTIVATION", {"TANH": np.tanh})
     with pytest.raises(InputError, match="expected one of TANH, got operation RELU"):
         Network(parsed(trt, plain_model()))
@@ -237,7 +237,7 @@ def test_a_type_or_operation_that_is_not_in_the_table_is_refused_by_name(monkeyp
 
 
 def test_a_shape_that_tensorrt_did_not_infer_is_an_error(monkeypatch):
-    from engines.readback import evaluate
+    from engines.interpreter import evaluate
     monkeypatch.setitem(evaluate.READERS, "ACTIVATION", lambda layer: lambda x: x[:, None])
     with pytest.raises(InputError, match=r"expected shape \(-1,\) of y, as TensorRT inferred it, got shape \(3, 1\)"):
         Network(parsed(trt, plain_model())).run({"x": np.zeros(3, np.float32)})

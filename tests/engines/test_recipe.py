@@ -6,8 +6,8 @@ from decoder_bundle import decoder_io
 from tiny_bundle import MODEL
 
 from engines.errors import InputError, UsageError
-from engines.manifest import ComponentSpec, TensorSpec
-from engines.recipe import Limits, Profile, Range, check_recipe, fits, largest, limits_from_options, recipe_from_limits
+from engines.bundle.manifest import ComponentSpec, TensorSpec
+from engines.tensorrt.profiles import Limits, Profile, Range, check_recipe, fits, largest, limits_from_options, recipe_from_limits
 
 
 def component(inputs, outputs=()):

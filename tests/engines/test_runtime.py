@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from engines.errors import InputError, UsageError
-from engines.runtime import Star
+from engines.runtime.star import Star
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_an_empty_answer_draws_the_prompt_itself(star, monkeypatch):
 
 
 def test_a_picture_is_a_file_or_an_array(star, tmp_path):
-    from engines.picture import write_png
+    from engines.inputs.image_io import write_png
     picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     write_png(tmp_path / "p.png", picture)
     by_file, by_array = (star.ask(image, "what is a dog?", max_new_tokens=3).ids for image in (tmp_path / "p.png", picture))

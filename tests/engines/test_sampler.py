@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engines.errors import UsageError
-from engines.sampler import check_sampling, filtered_probabilities, guide, penalise_repetition, sample, uniforms
+from engines.runtime.sampler import check_sampling, filtered_probabilities, guide, penalise_repetition, sample, uniforms
 from reference import tasks
 
 

@@ -11,11 +11,11 @@ import pytest
 from decoder_bundle import DIM, HIDDEN, KV, decoder_io, write_decoder_bundle
 from tiny_bundle import MODEL
 
-from engines import build, device
-from engines.bundle import Bundle
+from engines.tensorrt import build, device
+from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
-from engines.manifest import ComponentSpec
-from engines.recipe import Limits, recipe_from_limits
+from engines.bundle.manifest import ComponentSpec
+from engines.tensorrt.profiles import Limits, recipe_from_limits
 from engines.sessions import open_session, tensorrt
 from engines.targets import TARGETS
 
@@ -301,7 +301,7 @@ def test_open_session_refuses_before_it_needs_a_device(tmp_path):
 
 def test_the_module_imports_where_nothing_of_nvidia_is_installed():
     code = ("import sys\nfor name in ('tensorrt', 'tensorrt_rtx', 'cuda'): sys.modules[name] = None\n"
-            "import engines.sessions.tensorrt, engines.build, engines.doctor\nengines.doctor.facts()")
+            "import engines.sessions.tensorrt, engines.tensorrt.build, engines.doctor\nengines.doctor.facts()")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.manifest import (SCHEMA, CacheSpec, ComponentSpec, FileSpec, Manifest, ModelSpec, TensorSpec, TokenSpec, VisionSpec,
-                              json_from_manifest)
+from engines.bundle.manifest import SCHEMA, CacheSpec, ComponentSpec, FileSpec, Manifest, ModelSpec, TensorSpec, TokenSpec, VisionSpec, json_from_manifest
 
 DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "float16": TensorProto.FLOAT16,
           "bfloat16": TensorProto.BFLOAT16, "bool": TensorProto.BOOL, "int32": TensorProto.INT32}

@@ -4,7 +4,7 @@ from __future__ import annotations
 from onnx import helper
 from tiny_bundle import model_from_nodes, write_component, write_manifest
 
-from engines.manifest import TensorSpec
+from engines.bundle.manifest import TensorSpec
 
 KV_HEADS, SIZE = 2, 8
 CACHE = ("B", KV_HEADS, "C", SIZE)

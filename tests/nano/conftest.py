@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from reference.nano import layout, recipe
+from reference.nano.checkpoint import layout
+
+from reference.nano import recipe
 from reference.nano.recipe import STAGES
-from reference.nano.tokens import Rows
+from reference.nano.checkpoint.tokens import Rows
 
 SMALL = {"HIDDEN": 128, "HEADS": 2, "KV_HEADS": 1, "INTERMEDIATE": 256, "BASE_LAYERS": 2, "STACKED_LAYERS": 2,
          "CODEBOOK_SIZE": 64,

@@ -7,12 +7,14 @@ from random import Random
 
 import pytest
 
-from reference.nano import benchmark, edits, prompts, questions, riddles, words
-from reference.nano.batches import PROMPTS
-from reference.nano.draw import pictures_from_scenes
-from reference.nano.prompts import Group, Request
-from reference.nano.scorer import Found, Reading, read
-from reference.nano.world import Look, Scene, Thing, random_scene
+from reference.nano.benchmark import score as benchmark
+
+from reference.nano.world import edits, prompts, questions, riddles, words
+from reference.nano.training.batches import PROMPTS
+from reference.nano.world.draw import pictures_from_scenes
+from reference.nano.world.prompts import Group, Request
+from reference.nano.world.scorer import Found, Reading, read
+from reference.nano.world.world import Look, Scene, Thing, random_scene
 
 SCENE = Scene("white", (Thing(Look("circle", "red", "large"), 16, 14, 10.5, 0),
                         Thing(Look("square", "blue", "small"), 48, 50, 7, 0)))

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from engines import image as runtime_image
+from engines.inputs import preprocess as runtime_image
 from engines.errors import InputError
-from engines.prompt import Chat
+from engines.inputs.prompt import Chat
 from reference import vision
-from reference.nano import layout, recipe
-from reference.nano.draw import pictures_from_scenes
-from reference.nano.painter import SAMPLED, Painter, Sampling, pictures_of, uniforms
-from reference.nano.tokens import MAGIC_SUFFIX, Rows
-from reference.nano.vision import MERGED_SIDE, embeds_of, patches, prepared, seen
-from reference.nano.world import random_scene
+from reference.nano.checkpoint import layout
+from reference.nano import recipe
+from reference.nano.world.draw import pictures_from_scenes
+from reference.nano.benchmark.painter import SAMPLED, Painter, Sampling, pictures_of, uniforms
+from reference.nano.checkpoint.tokens import MAGIC_SUFFIX, Rows
+from reference.nano.checkpoint.vision import MERGED_SIDE, embeds_of, patches, prepared, seen
+from reference.nano.world.world import random_scene
 from reference.weights import load_star, resolve_checkpoint
-from star_export.model_spec import model_spec_from_checkpoint, tokenizer_files
+from star_export.exporter.model_spec import model_spec_from_checkpoint, tokenizer_files
 
 TEXTS = ["a red circle", "three small stars and a violet box on a yellow background", "ein blaues Pferd, 馬!", "x", "why? " * 30]
 SIZE_LIMIT = 20_000_000
@@ -141,7 +142,7 @@ def test_the_painter_draws_in_any_order_what_it_draws_alone(nano_root: Path, mon
 
 
 def test_random_numbers_are_the_runtimes() -> None:
-    from engines.sampler import uniforms as runtime_uniforms
+    from engines.runtime.sampler import uniforms as runtime_uniforms
     ours = uniforms([100, 7], 64).numpy()
     for column, seed in enumerate((100, 7)):
         np.testing.assert_array_equal(ours[:, column:column + 1], runtime_uniforms(seed=seed, tokens=64, num_images=1))
@@ -153,14 +154,14 @@ def test_pictures_are_truncated_as_the_runtime_does() -> None:
 
 
 def test_an_over_long_prompt_is_refused_with_both_numbers(chat: Chat) -> None:
-    from engines.prompt import check_length
+    from engines.inputs.prompt import check_length
     rows = chat.generate_rows("circle " * 600, num_images=1)
     with pytest.raises(InputError, match=rf"at most {recipe.MAX_POSITIONS} tokens, got {rows.shape[1] + 63}"):
         check_length(rows.shape[1] + chat.model.image_tokens - 1, limit_tokens=chat.model.max_positions, what="prompt")
 
 
 def test_a_sampling_file_that_is_wrong_is_refused(tmp_path: Path) -> None:
-    from star_export.model_spec import sampling_specs
+    from star_export.exporter.model_spec import sampling_specs
     path = tmp_path / "sampling.json"
     assert sampling_specs(path).edit.top_k == 1000
     path.write_text('{"edit": {"top_k": 1}}')

@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from reference import tasks
-from reference.nano import edits, prompts, recipe, stage_reward
-from reference.nano.draw import pictures_from_scenes
-from reference.nano.prompts import Group, Request
+from reference.nano.world import edits, prompts
+from reference.nano import recipe
+from reference.nano.training import stage_reward
+from reference.nano.world.draw import pictures_from_scenes
+from reference.nano.world.prompts import Group, Request
 from reference.nano.recipe import ATTEMPTS, IMAGE_TOKENS, REWARD_TOP_K, REWARD_TOP_P, STAGES
-from reference.nano.scorer import Found, Reading, read
-from reference.nano.sequences import through
-from reference.nano.stage_reward import attempt_loss, attempts, evened, reward_batch, reward_job, rewards, sampled
-from reference.nano.world import Look, Scene, Thing
+from reference.nano.world.scorer import Found, Reading, read
+from reference.nano.training.sequences import through
+from reference.nano.training.stage_reward import attempt_loss, attempts, evened, reward_batch, reward_job, rewards, sampled
+from reference.nano.world.world import Look, Scene, Thing
 
 from test_nano_training import overfit, small_star
 

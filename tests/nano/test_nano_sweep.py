@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reference.nano import benchmark, gallery, plot, sweep
-from reference.nano.painter import SAMPLED, Sampling, stored_sampling
+from reference.nano.benchmark import score as benchmark, gallery, plot, sweep
+from reference.nano.benchmark.painter import SAMPLED, Sampling, stored_sampling
 from reference.nano.recipe import REWARD_TOP_P
 
 BEST = {"generate": Sampling(guidance=2.0, top_k=100, top_p=0.95), "edit": Sampling(guidance=1.1, top_k=1, top_p=REWARD_TOP_P)}

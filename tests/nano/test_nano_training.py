@@ -13,20 +13,22 @@ from torch import nn
 from reference import tasks
 from reference.decoder import kv_cache_attention
 from reference.model import Star
-from reference.nano import layout, loop, recipe, stage_reward, stage_vq, stages, train
-from reference.nano.batches import IGNORED, base_batch, cells_of, edit_batch, generate_batch, token_tensors, touched_tensor
-from reference.nano.cells import drawn, empty_cells, image_from_scenes, same_cells, scenes_of, with_fewer_things
-from reference.nano.edits import Edit
-from reference.nano.painter import pictures_of
+from reference.nano.checkpoint import layout
+from reference.nano.training import loop, stage_reward, stage_vq, stages, train
+from reference.nano import recipe
+from reference.nano.training.batches import IGNORED, base_batch, cells_of, edit_batch, generate_batch, token_tensors, touched_tensor
+from reference.nano.training.cells import drawn, empty_cells, image_from_scenes, same_cells, scenes_of, with_fewer_things
+from reference.nano.world.edits import Edit
+from reference.nano.benchmark.painter import pictures_of
 from reference.nano.recipe import STAGES, Stage
-from reference.nano.scorer import Reading, read
-from reference.nano.sequences import grouped_attention, through
-from reference.nano.draw import arrays_from_scenes
-from reference.nano.stage_eyes import eyes_batch, eyes_job
-from reference.nano.stage_vq import EMPTY_SHARE, MISREAD, NEIGHBOURS, VQ_TRAINERS, apart, background_ids, clusters, moved, nearest, scale_latents
-from reference.nano.tokens import Rows
-from reference.nano.wanted import meant_by, touched_loss
-from reference.nano.world import COLORS, PLACES, RADII, SHAPES, Look, Scene, Thing
+from reference.nano.world.scorer import Reading, read
+from reference.nano.training.sequences import grouped_attention, through
+from reference.nano.world.draw import arrays_from_scenes
+from reference.nano.training.stage_eyes import eyes_batch, eyes_job
+from reference.nano.training.stage_vq import EMPTY_SHARE, MISREAD, NEIGHBOURS, VQ_TRAINERS, apart, background_ids, clusters, moved, nearest, scale_latents
+from reference.nano.checkpoint.tokens import Rows
+from reference.nano.training.wanted import meant_by, touched_loss
+from reference.nano.world.world import COLORS, PLACES, RADII, SHAPES, Look, Scene, Thing
 from reference.weights import load_star, resolve_checkpoint
 
 QUICK = Stage("quick", steps=6, batch=1, learning_rate=0.1, warmup=2)

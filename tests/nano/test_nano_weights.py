@@ -9,9 +9,12 @@ import pytest
 import torch
 
 import reference.nano
-from reference.nano import benchmark, layout, prompts, riddles, train
-from reference.nano.painter import Painter
-from star_export.score import SCORE, score_from_bytes, shortfalls
+from reference.nano.benchmark import score as benchmark
+from reference.nano.checkpoint import layout
+from reference.nano.world import prompts, riddles
+from reference.nano.training import train
+from reference.nano.benchmark.painter import Painter
+from star_export.validator.score import SCORE, score_from_bytes, shortfalls
 
 WEIGHTS = Path(reference.nano.__file__).parent / "weights"
 WEIGHTS_LIMIT = 20_000_000

@@ -8,9 +8,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from reference.nano.draw import pictures_from_scenes, thing_coverage, unit_area
-from reference.nano.scorer import Reading, read
-from reference.nano.world import COLORS, PLACES, SHAPES, Look, Scene, Thing, clear, place_of, placed, random_scene
+from reference.nano.world.draw import pictures_from_scenes, thing_coverage, unit_area
+from reference.nano.world.scorer import Reading, read
+from reference.nano.world.world import COLORS, PLACES, SHAPES, Look, Scene, Thing, clear, place_of, placed, random_scene
 
 SCENES = 350
 

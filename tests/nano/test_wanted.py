@@ -4,10 +4,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from reference.nano import wanted
-from reference.nano.prompts import Group, Request
+from reference.nano.training import wanted
+from reference.nano.world.prompts import Group, Request
 from reference.nano.recipe import IMAGE_TOKENS, TOKENS_SIDE
-from reference.nano.world import COLORS, Look, Scene, Thing
+from reference.nano.world.world import COLORS, Look, Scene, Thing
 
 TWO = Request((Group(1, "star", "red"), Group(1, "circle", size="small")), background="blue")
 SCENE = Scene("blue", (Thing(Look("star", "red", "large"), 40.0, 30.0, 11.0, 0.0), Thing(Look("circle", "white", "small"), 10.0, 12.0, 7.0, 0.0)))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from engines.kv_cache import codes_from_rows, int8_cache_from_rows, kv_cache_attention, rows_from_int8_cache
+from engines.runtime.kv_cache import codes_from_rows, int8_cache_from_rows, kv_cache_attention, rows_from_int8_cache
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "engines" / "plugins"
@@ -124,7 +124,7 @@ def emulate(case: Case, inputs: list[np.ndarray], *,
 
 
 def expected(case: Case, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-    """What engines/kv_cache.py defines, in float64: (output, key cache, value cache) and how far the output may be off."""
+    """What engines/runtime/kv_cache.py defines, in float64: (output, key cache, value cache) and how far the output may be off."""
     query, key, value, past_key, past_value = inputs
     kind, first = ELEMENTS[case.element], np.array(case.first)
     if case.int8:

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from engines import build, plugins
-from engines.bundle import Bundle
+from engines.tensorrt import build
+
+from engines import plugins
+from engines.bundle.reader import Bundle
 from engines.errors import InputError
-from engines.network import network_from_onnx
-from engines.recipe import limits_from_options, recipe_from_limits
+from engines.tensorrt.network import network_from_onnx
+from engines.tensorrt.profiles import limits_from_options, recipe_from_limits
 from engines.targets import TARGETS
-from engines.trt import log_of
+from engines.tensorrt.module import log_of
 
 COMPONENT, CAPACITY = "stacked_ar", 512
 CLASSIC = replace(TARGETS["rtx-4090"], name="rtx-4090-classic", dialect="classic")

@@ -1,4 +1,4 @@
-"""The kernels' own source, run on emulated GPU blocks, computes what engines/kv_cache.py defines; slots that were not written,
+"""The kernels' own source, run on emulated GPU blocks, computes what engines/runtime/kv_cache.py defines; slots that were not written,
 what lies around the arrays and rows that do not fit are left alone. No GPU: the emulator's promises are in emulator.h."""
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from emulated import FLAGS, HERE, SOURCES, compiler
 from tensorrt_driver import COMPONENT
 
 from engines import plugins
-from star_export.classic import classic_from_graph
-from star_export.export import export
+from star_export.graph.classic import classic_from_graph
+from star_export.exporter.export import export
 
 libraries = pytest.importorskip("tensorrt_rtx_libs")
 FOLDER, FILE = Path(libraries.__file__).parent, "libtensorrt_rtx.so.1"

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from engines.manifest import ComponentSpec, TensorSpec
-from engines.sessions.binding import check_binding
+from engines.bundle.manifest import ComponentSpec, TensorSpec
+from engines.bundle.tensors import check_binding
 
 H = 8
 

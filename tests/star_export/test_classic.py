@@ -13,15 +13,15 @@ from onnx import helper
 from safetensors.numpy import load_file
 
 from engines import plugins
-from engines.bundle import Bundle
+from engines.bundle.reader import Bundle
 from engines.errors import InputError
-from engines.network import network_from_onnx
-from engines.readback import Network, parsed_from_network
-from engines.trt import log_of
-from star_export import lint, ops
-from star_export.classic import classic_from_graph
+from engines.tensorrt.network import network_from_onnx
+from engines.interpreter import Network, parsed_from_network
+from engines.tensorrt.module import log_of
+from star_export.graph import lint, ops
+from star_export.graph.classic import classic_from_graph
 from star_export.components import COMPONENTS
-from star_export.quantize import twin_from_graph
+from star_export.graph.quantize import twin_from_graph
 
 TOO_NEW = {"Attention", "TensorScatter", "RotaryEmbedding", "RMSNormalization", "GroupNormalization",
            "CumSum"}  # which was a loop

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from engines.errors import InputError, MissingError, ParityError, UsageError
-from engines.manifest import SamplingSpec
-from engines.picture import write_png
-from star_export import cli, verbs
-from star_export.cli import build_parser, main
+from engines.bundle.manifest import SamplingSpec
+from engines.inputs.image_io import write_png
+from star_export.cli import parser as cli, verbs
+from star_export.cli.parser import build_parser, main
 
 VERBS = ("export", "build", "validate", "generate", "edit", "ask", "bench", "score", "inspect", "targets", "doctor")
 REQUIRED = {"export": ["s", "--out", "o"], "build": ["b", "--target", "rtx-4090"], "validate": ["b"], "generate": ["b", "p", "-o", "f.png"],
@@ -67,16 +67,16 @@ def test_each_kind_of_error_has_its_exit_code(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_a_bug_of_ours_is_a_traceback_and_exit_code_1() -> None:
-    code = "import sys; from star_export import cli, verbs; verbs.doctor = lambda: 1 / 0; sys.exit(cli.main(['doctor']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(cli.__file__).parent.parent, capture_output=True, text=True)
+    code = "import sys; from star_export.cli import parser as cli, verbs; verbs.doctor = lambda: 1 / 0; sys.exit(cli.main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(cli.__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
-    code = "import sys; from star_export.cli import main; sys.exit(main(['targets', '--json']))"
+    code = "import sys; from star_export.cli.parser import main; sys.exit(main(['targets', '--json']))"
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(cli.__file__).parent.parent, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(cli.__file__).parents[2], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 130 and "Traceback" not in done.stderr
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from engines.bundle import Bundle
+from engines.bundle.reader import Bundle
 from engines.errors import InputError, UsageError
 from reference.config import config_from_files
 from reference.weights import named_tensors, resolve_checkpoint
-from star_export import wrappers
+from star_export.graph import wrappers
 from star_export.components import COMPONENTS
-from star_export.export import export, rounded_star, _Table
-from star_export.quantize import PRECISIONS
+from star_export.exporter.export import export, rounded_star, _Table
+from star_export.graph.quantize import PRECISIONS
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])

@@ -2,13 +2,13 @@
 import numpy as np
 import pytest
 
-from engines.bundle import Bundle
+from engines.bundle.reader import Bundle
 from engines.errors import InputError
-from engines.sampler import sample
+from engines.runtime.sampler import sample
 from star_export.components import COMPONENTS
-from star_export.golden_cases import component_cases
-from star_export.limits import FLIPPED_IDS, MARGIN, largest_noise, limits_of
-from star_export.measure import redrawn, run_case
+from star_export.golden.cases import component_cases
+from star_export.golden.tolerances import FLIPPED_IDS, MARGIN, largest_noise, limits_of
+from star_export.golden.run_case import redrawn, run_case
 
 
 def noise_of(bundle: Bundle) -> dict[str, dict[str, float]]:

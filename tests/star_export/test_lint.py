@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.errors import InputError
-from star_export import lint, ops
+from star_export.graph import lint, ops
 
 CACHE = ["B", 2, "C", 16]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from engines.bundle import Bundle
-from star_export.export import export
-from star_export.score import SCORE
-from star_export.validate import validate
+from engines.bundle.reader import Bundle
+from star_export.exporter.export import export
+from star_export.validator.score import SCORE
+from star_export.validator.ladder import validate
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from engines.kv_cache import kv_cache_attention as defined
-from star_export import ops
+from engines.runtime.kv_cache import kv_cache_attention as defined
+from star_export.graph import ops
 
 RNG = np.random.default_rng(5)
 INPUTS = ("query", "key", "value", "past_key", "past_value", "write_indices", "mask")

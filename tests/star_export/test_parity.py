@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from engines.errors import InputError, ParityError
-from star_export.parity import check, compare, excess
+from star_export.golden.compare import check, compare, excess
 
 LIMITS = {"hidden_states": 2e-4, "present": 2e-4, "logits": 2e-4, "image": 2e-4, "image_ids": 0.0}
 H, HEADS, D, C, S, LAYERS = 16, 4, 4, 12, 5, 2  # hidden, heads, head dim, capacity, tokens, layers

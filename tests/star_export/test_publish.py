@@ -7,7 +7,7 @@ import os
 import pytest
 
 from engines.errors import InputError
-from star_export import publish
+from star_export.exporter import publish
 
 
 def fill(stage, data: bytes = b"x") -> None:

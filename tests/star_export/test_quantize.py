@@ -6,8 +6,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from star_export import quantize
-from star_export.quantize import PRECISIONS
+from star_export.graph import quantize
+from star_export.graph.quantize import PRECISIONS
 
 WEIGHT = "base_ar.layers.0.mlp.down_proj.weight"
 

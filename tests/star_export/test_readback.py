@@ -6,16 +6,16 @@ import shutil
 import numpy as np
 import pytest
 
-from engines import build
-from engines.bundle import Bundle
+from engines.tensorrt import build
+from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, ParityError, UsageError
-from engines.runtime import Star
+from engines.runtime.star import Star
 from engines.sessions import open_session
-from engines.sessions.readback import parsed_component
-from star_export import readback, validate
-from star_export.golden_cases import Case, cases_from_file, component_cases
-from star_export.limits import compute_type, limits_of
-from star_export.measure import run_case, where_ids_agree
+from engines.sessions.interpreter import parsed_component
+from star_export.validator import interpreted as readback, ladder as validate
+from star_export.golden.cases import Case, cases_from_file, component_cases
+from star_export.golden.tolerances import compute_type, limits_of
+from star_export.golden.run_case import run_case, where_ids_agree
 
 pytest.importorskip("tensorrt_rtx")
 TARGET, CAPACITY = "rtx-4090", 128
@@ -25,7 +25,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 @pytest.fixture(autouse=True)
 def small_caches(monkeypatch):
     """Without plans, networks are parsed for caches of this size instead of 2048."""
-    monkeypatch.setattr("engines.recipe.CAPACITY_TOKENS", CAPACITY)
+    monkeypatch.setattr("engines.tensorrt.profiles.CAPACITY_TOKENS", CAPACITY)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -108,7 +108,7 @@ def test_without_the_device_the_networks_are_read_back_and_the_certificate_says_
 
 @pytest.mark.parametrize("fault", ["mask dropped", "later tokens seen"])
 def test_a_network_that_means_something_else_fails_the_rung(built, monkeypatch, fault):
-    from engines.readback import evaluate
+    from engines.interpreter import evaluate
     right = evaluate.READERS["ATTENTION_INPUT"]
 
     def wrong(layer):
@@ -135,7 +135,7 @@ def test_a_network_that_means_something_else_fails_the_rung(built, monkeypatch, 
 
 def test_a_plan_is_needed_and_a_target_that_cannot_be_read_is_left_out(bundle_of, monkeypatch):
     """Left out beside the device, refused alone: a certificate must not pass on files alone."""
-    monkeypatch.setattr("engines.recipe.CAPACITY_TOKENS", 20)
+    monkeypatch.setattr("engines.tensorrt.profiles.CAPACITY_TOKENS", 20)
     monkeypatch.setattr(validate, "check_runnable", here_is_no_gpu)
     bundle = Bundle.open(bundle_of("bf16"))
     with pytest.raises(InputError, match=f"no plans for {TARGET}"):

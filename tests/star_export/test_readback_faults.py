@@ -10,16 +10,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.bundle import Bundle
+from engines.bundle.reader import Bundle
 from engines.errors import InputError
-from engines.network import network_from_onnx
-from engines.readback import Network, parsed_from_network
-from engines.sessions.readback import ReadBackSession
-from engines.trt import log_of
-from star_export.golden_cases import component_cases
-from star_export.limits import limits_of
-from star_export.measure import run_case
-from star_export.parity import compare
+from engines.tensorrt.network import network_from_onnx
+from engines.interpreter import Network, parsed_from_network
+from engines.sessions.interpreter import ReadBackSession
+from engines.tensorrt.module import log_of
+from star_export.golden.cases import component_cases
+from star_export.golden.tolerances import limits_of
+from star_export.golden.run_case import run_case
+from star_export.golden.compare import compare
 
 trt = pytest.importorskip("tensorrt_rtx")
 DATA = "model.onnx.data"

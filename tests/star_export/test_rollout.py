@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from fake_decoder import FAULTS, H, FakeDecoder
 
-from star_export.golden_cases import Case
-from star_export.measure import POISON, run_case
-from star_export.rollout import check_decoder
+from star_export.golden.cases import Case
+from star_export.golden.run_case import POISON, run_case
+from star_export.validator.rollout import check_decoder
 
 
 LIMITS = {"hidden_states": 2e-4, "present": 2e-4}

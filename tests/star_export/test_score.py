@@ -10,18 +10,19 @@ from random import Random
 import numpy as np
 import pytest
 
-from engines.bundle import Bundle
+from engines.bundle.reader import Bundle
 from engines.errors import InputError
-from reference.nano import benchmark, layout, sweep
-from reference.nano.draw import pictures_from_scenes
-from reference.nano.edits import random_edit
-from reference.nano.painter import Painter
-from reference.nano.prompts import scene_of
-from reference.nano.world import random_scene
-from star_export import score as scoring
-from star_export.cli import main
-from star_export.progress import silent
-from star_export.validate import Subject, score_of_tasks
+from reference.nano.benchmark import score as benchmark, sweep
+from reference.nano.checkpoint import layout
+from reference.nano.world.draw import pictures_from_scenes
+from reference.nano.world.edits import random_edit
+from reference.nano.benchmark.painter import Painter
+from reference.nano.world.prompts import scene_of
+from reference.nano.world.world import random_scene
+from star_export.validator import score as scoring
+from star_export.cli.parser import main
+from star_export.cli.progress_bar import silent
+from star_export.validator.ladder import Subject, score_of_tasks
 
 SAMPLING = {"generate": {"guidance": 2.0, "top_k": 100, "top_p": 0.9}, "edit": {"guidance": 1.5, "top_k": 3, "top_p": 0.8}}
 COUNTS = {"generate": 1, "edit": 1, "ask": 1, "reason": 1, "rebuild": 3}
@@ -59,7 +60,7 @@ def blank() -> np.ndarray:
 
 def answers(task: str) -> dict[str, object]:
     """Text -> a right result, by making the same items with the makers' own words kept."""
-    from reference.nano import edits, prompts, questions, riddles
+    from reference.nano.world import edits, prompts, questions, riddles
     random, known = Random(f"benchmark {benchmark.SEED} {task}"), {}
     kinds = {"generate": prompts.CATEGORIES, "edit": edits.KINDS, "ask": questions.KINDS, "reason": riddles.KINDS}[task]
     for kind in kinds:
@@ -110,7 +111,7 @@ def test_the_table_shows_both_sides_and_the_goals() -> None:
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An untrained STAR-Nano and its bundle."""
-    from star_export.export import export
+    from star_export.exporter.export import export
     root = tmp_path_factory.mktemp("score")
     layout.save_star(layout.new_star(layout.write_config(root / "checkpoint")), root / "checkpoint")
     (root / "checkpoint" / "sampling.json").write_text(json.dumps(SAMPLING))
@@ -155,7 +156,7 @@ def test_a_bundle_of_weights_that_were_not_measured_is_scored_alone(nano: tuple[
 @pytest.fixture(scope="module")
 def measured(nano: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint with its score recorded, and its bundle. Nothing that an untrained model does is right."""
-    from star_export.export import export
+    from star_export.exporter.export import export
     checkpoint = shutil.copytree(nano[0], tmp_path_factory.mktemp("measured") / "checkpoint")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "SMALL", COUNTS)

@@ -12,11 +12,11 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from engines.bundle import Bundle
+from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, ParityError, UsageError
-from engines.files import sha256_of
-from star_export.cli import main
-from star_export.validate import validate
+from engines.bundle.files import sha256_of
+from star_export.cli.parser import main
+from star_export.validator.ladder import validate
 
 
 @pytest.fixture

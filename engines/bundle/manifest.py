@@ -1,0 +1,212 @@
+"""The manifest: what a bundle says of itself, as frozen dataclasses with strict parsing.
+
+Knows nothing of files: `bundle.py` reads and checks those. Unknown, missing, mistyped, duplicated and non-finite values are
+refused by the path of their key.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+SCHEMA = 2
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a component. `shape` holds sizes, or the names of dynamic axes (`B`, `S`, `C`, `N`, `P`)."""
+
+    name: str
+    dtype: str  # float32 float16 bfloat16 int64 int32 bool
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """Files and boundary of one component. `twin` is the fp32 twin of a 16-bit graph, for executors without bf16; `classic` the
+    same graph for TensorRT before 10.15, and `plugin_abi` the ABI of the KV-cache plugin that it calls (None: it calls none)."""
+
+    graph: str
+    twin: str | None
+    golden: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    classic: str | None = None
+    plugin_abi: int | None = None
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """KV geometry of one decoder: per layer a key and a value of [rows, kv_heads, capacity, head_dim]."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """Ids of the special tokens, read from the checkpoint's tokenizer."""
+
+    im_start: int
+    im_end: int
+    vision_start: int
+    vision_end: int
+    vision_pad: int
+    image_pad: int
+    fim_pad: int
+    eos: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """What numpy needs to prepare a picture for `vision_encoder`."""
+
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    window_size: int
+    head_dim: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """How a task draws when nothing else is asked for; the defaults are the release's (STAR.md 3.1)."""
+
+    guidance: float = 1.1
+    top_k: int = 1000
+    top_p: float = 0.8
+
+
+@dataclass(frozen=True)
+class SamplingSpecs:
+    """How each task draws: a picture of a prompt may be one of many, an edited one is mostly given."""
+
+    generate: SamplingSpec = SamplingSpec()
+    edit: SamplingSpec = SamplingSpec()
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model as the runtime sees it. `image_size` in pixels, `max_positions` in tokens."""
+
+    name: str
+    hidden_size: int
+    vocab_size: int
+    codebook_size: int
+    image_tokens: int
+    image_size: int
+    top_k_limit: int
+    max_positions: int
+    repetition_penalty: float
+    rope_bf16: bool
+    tokens: TokenSpec
+    vision: VisionSpec
+    cache: dict[str, CacheSpec]
+    sampling: SamplingSpecs = SamplingSpecs()
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of `manifest.json`. `files` lists every file but the manifest itself, plans and certificates."""
+
+    schema: int
+    precision: str
+    model: ModelSpec
+    components: dict[str, ComponentSpec]
+    files: dict[str, FileSpec]
+
+
+def json_from_manifest(manifest: object) -> str:
+    """Any dataclass of this module as JSON text."""
+    return json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False) + "\n"
+
+
+def manifest_from_json(text: str, *, where: str) -> Manifest:
+    """Parse and check `manifest.json`. Raises InputError naming the key path."""
+    value = value_from_json(text, where=where)
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if type(schema) is int and schema != SCHEMA:
+        raise InputError("This bundle has another schema version", where=f"{where}: schema: expected {SCHEMA}, got {schema}",
+                         fix="export it again with this version of star-export")
+    return strict(Manifest, value, where)
+
+
+def value_from_json(text: str, *, where: str) -> object:
+    """JSON with duplicate keys, NaN and infinities refused."""
+
+    def pairs(items):
+        seen = {}
+        for key, value in items:
+            if key in seen:
+                raise ValueError(f"duplicate key {key!r}")
+            seen[key] = value
+        return seen
+
+    def constant(name):
+        raise ValueError(f"{name} is not a number")
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError("This JSON file cannot be read", where=f"{where}: expected strict JSON, got {error}",
+                         fix="restore the file; it may be truncated or edited by hand") from None
+
+
+def strict(kind, value, path: str):
+    """`value` as `kind` (dataclass, dict, tuple, union or scalar), or InputError naming `path`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints, value = typing.get_type_hints(kind), _expect(dict, value, path)
+        names = {f.name for f in dataclasses.fields(kind)}
+        required = {f.name for f in dataclasses.fields(kind)
+                    if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+        if wrong := sorted(set(value) - names):
+            raise _refusal(f"{path}: {wrong[0]}", "no such key", repr(wrong[0]))
+        if absent := sorted(required - set(value)):
+            raise _refusal(f"{path}: {absent[0]}", "this key", "nothing")
+        return kind(**{k: strict(hints[k], v, f"{path}: {k}") for k, v in value.items()})
+    if origin is dict:
+        return {k: strict(args[1], v, f"{path}: {k}") for k, v in _expect(dict, value, path).items()}
+    if origin is tuple:
+        items = _expect(list, value, path)
+        kinds = [args[0]] * len(items) if args[1:] == (...,) else args
+        if len(kinds) != len(items):
+            raise _refusal(path, f"{len(kinds)} items", str(len(items)))
+        return tuple(strict(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, items)))
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            if value is None and option is type(None) or type(value) is option:
+                return value
+        raise _refusal(path, " or ".join(getattr(a, "__name__", str(a)) for a in args), repr(value))
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise _refusal(path, "a finite number", repr(value))
+    return _expect(kind, value, path)
+
+
+def _expect(kind, value, path):
+    if type(value) is not kind:
+        raise _refusal(path, {dict: "an object", list: "a list"}.get(kind, kind.__name__), f"{type(value).__name__} {value!r:.40}")
+    return value
+
+
+def _refusal(where: str, expected: str, got: str) -> InputError:
+    return InputError("This file does not say what it must", where=f"{where}: expected {expected}, got {got}",
+                      fix="restore the file or make it again; it is not edited by hand")

@@ -1,0 +1,1 @@
+"""STAR on a device: the decode loops, the KV cache, the sampler, and `Star`, which joins them."""

@@ -1,0 +1,1 @@
+"""From a bundle's ONNX to TensorRT plans, and plans checked before they are used. Imports without TensorRT."""

@@ -1,0 +1,153 @@
+"""The CUDA device through cuda-python: which GPUs there are, one stream, memory.
+
+Knows nothing of TensorRT or of tensors. cuda-python is imported on first use. One non-blocking stream serves all sessions of the
+process, so work runs in the order in which it was asked for and nothing waits for the host between steps.
+"""
+from __future__ import annotations
+
+import functools
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import MissingError
+from ..targets import sm_from_capability
+
+OUT_OF_MEMORY, INSUFFICIENT_DRIVER, NO_DEVICE, NOT_FOUND = 2, 35, 100, 34  # cudaError_t
+_NO_DRIVER = "install the NVIDIA driver, or run on CPU: --backend onnxruntime"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    memory_bytes: int
+
+    @property
+    def sm(self) -> str:
+        return sm_from_capability(self.compute_capability)
+
+
+@functools.cache
+def cudart():
+    """`cuda.bindings.runtime`. Raises MissingError when cuda-python is not installed."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise MissingError("cuda-python is not installed", where=f"import cuda.bindings.runtime: {error}",
+                           fix="pip install 'star-export[rtx]' (RTX PC), [jetpack] (Jetson before JetPack 7.2) or [tensorrt]") from None
+    return runtime
+
+
+def call(name: str, *arguments):
+    """Call a function of the CUDA runtime by name; its value, or None. Raises MissingError without a driver or device."""
+    code, *values = _answer(name, *arguments)
+    if int(code) == 0:
+        return values[0] if len(values) == 1 else tuple(values) or None
+    if int(code) in (INSUFFICIENT_DRIVER, NOT_FOUND):
+        raise MissingError("There is no NVIDIA driver that this CUDA can use", fix=_NO_DRIVER,
+                           where=f"{name}: expected a driver for CUDA {_version(runtime_version())}, got {_driver_words()}")
+    if int(code) == NO_DEVICE:
+        raise MissingError("There is no NVIDIA GPU", where=f"{name}: expected a CUDA device, got none", fix=_NO_DRIVER)
+    raise RuntimeError(f"{name} failed with CUDA error {int(code)} ({code})")
+
+
+def _answer(name: str, *arguments) -> tuple:
+    """What a function of the CUDA runtime gives: its code, then its values. Raises MissingError without a driver, as far as
+    cuda-python itself finds none."""
+    function = getattr(cudart(), name)
+    try:
+        return function(*arguments)
+    except RuntimeError as error:  # cuda-python 12.6
+        raise MissingError("There is no NVIDIA driver that this CUDA can use", where=f"{name}: {error}", fix=_NO_DRIVER) from None
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The CUDA devices of this machine. Raises MissingError when there is no cuda-python, driver or device."""
+    found = []
+    for i in range(call("cudaGetDeviceCount")):
+        properties = call("cudaGetDeviceProperties", i)
+        found.append(Gpu(properties.name.decode(), (properties.major, properties.minor), properties.totalGlobalMem))
+    return tuple(found)
+
+
+def driver_version() -> str | None:
+    """The newest CUDA that the driver supports (`13.0`); None without a driver."""
+    version = call("cudaDriverGetVersion")
+    return _version(version) if version else None
+
+
+def runtime_version() -> int:
+    """Version of the CUDA runtime that cuda-python brings, as CUDA counts: 13040 for 13.4."""
+    return call("cudaRuntimeGetVersion")
+
+
+@functools.cache
+def stream() -> int:
+    """Handle of the process's stream."""
+    return int(call("cudaStreamCreateWithFlags", cudart().cudaStreamNonBlocking))
+
+
+def synchronize() -> None:
+    """Wait until all work of the stream is done."""
+    call("cudaStreamSynchronize", stream())
+
+
+def allocate(size_bytes: int) -> int:
+    """Address of `size_bytes` of zeroed device memory. Raises MissingError with bytes asked and free."""
+    code, address = _answer("cudaMalloc", size_bytes)
+    if int(code) == OUT_OF_MEMORY:
+        free, total = call("cudaMemGetInfo")
+        raise MissingError("The GPU has too little free memory", where=f"asked {size_bytes} bytes, free {free} of {total}",
+                           fix="close other programs, use fewer rows or a smaller capacity, or a smaller precision")
+    if int(code):
+        call("cudaGetDeviceCount")  # says so when there is no driver or device
+        raise RuntimeError(f"cudaMalloc failed with CUDA error {int(code)} ({code})")
+    call("cudaMemsetAsync", address, 0, size_bytes, stream())
+    return int(address)
+
+
+def release(address: int) -> None:
+    """Give memory back; waits for work that still uses it. Never raises: it runs at the end of a process too."""
+    cudart().cudaFree(address)
+
+
+def copy_to_device(address: int, array: np.ndarray) -> None:
+    """Enqueue the copy of a contiguous array; it may be changed as soon as this returns (pageable memory is staged)."""
+    call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, cudart().cudaMemcpyKind.cudaMemcpyHostToDevice, stream())
+
+
+def copy_to_host(array: np.ndarray, address: int) -> None:
+    """Fill a contiguous array from the device, after all work enqueued so far."""
+    call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost, stream())
+    synchronize()
+
+
+def read_bandwidth(*, size_bytes: int = 1 << 29, repeats: int = 10) -> float:
+    """Bytes per second of device memory, from copies within it: each byte copied is read once and written once."""
+    source, target = allocate(size_bytes), allocate(size_bytes)
+    try:
+        best = math.inf
+        for _ in range(repeats):
+            synchronize()
+            started = time.perf_counter()
+            call("cudaMemcpyAsync", target, source, size_bytes, cudart().cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream())
+            synchronize()
+            best = min(best, time.perf_counter() - started)
+    finally:
+        release(source)
+        release(target)
+    return 2 * size_bytes / best
+
+
+def _driver_words() -> str:
+    version = driver_version()
+    return f"one for CUDA {version}" if version else "none"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,0 +1,1 @@
+"""How well STAR-Nano draws, edits, answers and reasons: the score, sweeps and charts."""

@@ -1,0 +1,186 @@
+"""What STAR-Nano must reach, measured: generation, editing, questions, reasoning and reconstruction on what training never saw.
+
+The items are a function of a seed. Whoever is measured is a `Painter` or anything with its methods and its `batch`, how many
+items it takes at once (which changes no result); pictures are judged by the scorer, answers by equality.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from ..world import edits, prompts, questions, riddles
+from ..world.draw import pictures_from_scenes
+from ..world.prompts import Request
+from ..world.scorer import read
+from ..world.world import SIDE_PIXELS, Scene, random_scene
+
+SEED = 2026
+ANSWER_TOKENS = 48  # at most
+SMALL = {"generate": 6, "edit": 5, "ask": 10, "reason": 4, "rebuild": 16}  # items per category
+FULL = {"generate": 150, "edit": 150, "ask": 200, "reason": 75, "rebuild": 500}
+GOALS = {"generate": 0.91, "edit": 0.90, "ask": 0.95, "reason": 0.85}  # overall; each category of generate 0.80
+GOAL_CATEGORY, GOAL_PSNR = 0.80, 30.0
+Progress = Callable[[str, int, int], None]  # what is measured, items done, items in all
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing asked for. `judge` tells of a picture (or answer) which demands it meets; `scene` is the picture it starts from."""
+
+    category: str
+    text: str
+    judge: Callable[[Any], dict[str, bool]]
+    scene: Scene | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was made of an item of `task` from the picture `given`, where it starts from one: a picture, an answer, or both when it
+    was reasoned; and the demands that were met or not."""
+
+    task: str
+    item: Item
+    given: np.ndarray | None
+    picture: np.ndarray | None
+    answer: str | None
+    demands: dict[str, bool]
+
+    @property
+    def right(self) -> bool:
+        return all(self.demands.values())
+
+
+@dataclass
+class Score:
+    """How many items of each category were right, by task; the mean PSNR of reconstruction in dB; and what was made."""
+
+    right: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # task -> category -> (right, asked)
+    psnr: float = math.nan
+    results: list[Result] = field(default_factory=list)
+
+    def add(self, result: Result) -> None:
+        got, asked = self.right.setdefault(result.task, {}).get(result.item.category, (0, 0))
+        self.right[result.task][result.item.category] = got + result.right, asked + 1
+        self.results.append(result)
+
+    def overall(self, task: str) -> tuple[int, int]:
+        return tuple(map(sum, zip(*self.right[task].values())))
+
+
+def items(task: str, count: int, *, seed: int = SEED) -> list[Item]:
+    """`count` items of each category of a task (generate, edit, ask, reason), none of whose texts training saw."""
+    random = Random(f"benchmark {seed} {task}")
+    made = []
+    for category in {"generate": prompts.CATEGORIES, "edit": edits.KINDS, "ask": questions.KINDS, "reason": riddles.KINDS}[task]:
+        made += [make_item(random, task, category) for _ in range(count)]
+    return made
+
+
+def make_item(random: Random, task: str, category: str) -> Item:
+    """One item of a category, of held-out wording, with its judge."""
+    if task == "generate":
+        return request_item(category, *prompts.random_prompt(random, category, test=True))
+    if task == "reason":
+        return request_item(category, *riddles.random_riddle(random, category, test=True))
+    if task == "edit":
+        edit = edits.random_edit(random, category, test=True)
+        return Item(category, edit.text, lambda picture: edits.check(edit, read(picture)), edit.before)
+    while True:
+        scene = random_scene(random)
+        if found := questions.random_question(random, scene, category, test=True):
+            return Item(category, found[0], lambda answer: {"answer": answer.strip() == found[1]}, scene)
+
+
+def request_item(category: str, text: str, request: Request) -> Item:
+    return Item(category, text, lambda picture: prompts.check(request, read(picture)))
+
+
+def measure(painter, counts: dict[str, int], *, seed: int = SEED, progress: Progress = lambda what, done, total: None) -> Score:
+    """Run the benchmark: `counts` items per category of each task, SMALL or FULL. The same items and random numbers for all."""
+    score = Score()
+    chosen = {task: items(task, count, seed=seed) for task, count in counts.items() if task != "rebuild"}
+    todo = [("generate", "generate"), ("edit", "edit"), ("ask", "ask"), ("reason", "reason"), ("reason", "reason off")]
+    todo = [(task, name) for task, name in todo if task in chosen]
+    total, done = sum(len(chosen[task]) for task, _ in todo) + counts.get("rebuild", 0), 0
+    for task, name in todo:
+        for at in range(0, len(chosen[task]), painter.batch):
+            part = chosen[task][at:at + painter.batch]
+            given = [None] * len(part)
+            if part[0].scene:
+                given = list(pictures_from_scenes([item.scene for item in part], seed=seed + at))
+            made = made_of(painter, name, [item.text for item in part], given, seed=seed + at)
+            for item, before, (picture, answer) in zip(part, given, made, strict=True):
+                score.add(Result(name, item, before, picture, answer, item.judge(answer if picture is None else picture)))
+            done += len(part)
+            progress(name, done, total)
+    if counts.get("rebuild"):
+        score.psnr = reconstruction(painter, counts["rebuild"], seed=seed)
+        progress("rebuild", total, total)
+    return score
+
+
+def made_of(painter, name: str, texts: Sequence[str], given: Sequence[np.ndarray | None], *, seed: int
+            ) -> list[tuple[np.ndarray | None, str | None]]:
+    """What the painter makes of texts and the pictures given with them: a picture and an answer each, or None for either."""
+    if name == "ask":
+        return [(None, answer) for answer in painter.ask(given, texts)]
+    if name == "reason":
+        answers, pictures = painter.reason(texts, seed=seed)
+        return list(zip(pictures, answers, strict=True))
+    pictures = painter.edit(given, texts, seed=seed) if name == "edit" else painter.draw(texts, seed=seed)
+    return [(picture, None) for picture in pictures]
+
+
+def reconstruction(painter, count: int, *, seed: int) -> float:
+    """Mean PSNR in dB of pictures through the VQ model and back."""
+    random = Random(f"benchmark {seed} rebuild")
+    pictures = list(pictures_from_scenes([random_scene(random) for _ in range(count)], seed=seed))
+    errors = [np.mean((a.astype(np.float64) - b) ** 2) for a, b in zip(pictures, painter.rebuild(pictures), strict=True)]
+    assert pictures[0].shape == (SIDE_PIXELS, SIDE_PIXELS, 3)
+    return float(np.mean([10 * math.log10(255**2 / max(error, 1e-9)) for error in errors]))
+
+
+def interval(right: int, asked: int) -> tuple[float, float]:
+    """95 % interval of a share, by Wilson's formula."""
+    z, share = 1.959964, right / asked
+    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked)) / (1 + z * z / asked)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def table(score: Score, reference: Score | None = None) -> str:
+    """The score as text, beside the reference's where there is one, with 95 % intervals."""
+    beside = reference is not None
+    head = f"{'task':<12}{'category':<12}{'right':>9}{'share':>8}  {'95 % interval':<16}"
+    lines = [head + ("  reference" if beside else "") + "  goal"]
+    for task, categories in score.right.items():
+        rows = {**categories, "overall": score.overall(task)} if len(categories) > 1 else categories
+        for category, (right, asked) in rows.items():
+            low, high = interval(right, asked)
+            line = f"{task:<12}{category:<12}{f'{right}/{asked}':>9}{right / asked:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}"
+            if beside:
+                known = reference.right.get(task, {})
+                pair = reference.overall(task) if category == "overall" and known else known.get(category)
+                line += f"  {pair[0] / pair[1]:9.3f}" if pair else f"  {'-':>9}"
+            goal = GOALS.get(task) if category == "overall" else GOAL_CATEGORY if task == "generate" else None
+            lines.append(line + (f"  {goal:.2f}" if goal else "  -"))
+    if not math.isnan(score.psnr):
+        other = f"  {reference.psnr:9.2f}" if beside else ""
+        lines.append(f"{'rebuild':<12}{'PSNR in dB':<12}{'':>9}{score.psnr:>8.2f}  {'':<16}{other}  {GOAL_PSNR:.2f}")
+    return "\n".join(lines)
+
+
+def json_from_score(score: Score) -> dict:
+    """A score without its results, for a file."""
+    right = {task: {c: list(pair) for c, pair in found.items()} for task, found in score.right.items()}
+    return {"right": right, "psnr": score.psnr}
+
+
+def score_from_json(value: dict) -> Score:
+    right = {task: {c: tuple(pair) for c, pair in found.items()} for task, found in value["right"].items()}
+    return Score(right=right, psnr=value["psnr"])

@@ -1,0 +1,1 @@
+"""STAR-Nano in the release's layout: configuration, tokenizer, and image preparation in torch."""

@@ -1,0 +1,1 @@
+"""The training of STAR-Nano, stage by stage."""

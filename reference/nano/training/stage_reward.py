@@ -1,0 +1,176 @@
+"""Stage `reward`: the stack draws each prompt several times, the scorer reads the pictures, and those it finds better than their fellows become
+more probable.
+
+Cross entropy asks how likely a given picture is, token by token, after tokens that are given too; what becomes of the stack's own tokens it
+never sees. Here they are drawn as they will be, from the most probable few. Base and adapter are frozen, so the base's hidden states of what
+was drawn serve the drawing and the learning.
+
+Source: Williams 1992 (policy gradients); Shao et al. 2024, 4.1 (advantages within a group of attempts); Liu et al. 2025 (arXiv 2503.20783), 3.2
+(not divided by each group's deviation).
+"""
+from __future__ import annotations
+
+import copy
+import multiprocessing
+from collections.abc import Callable, Sequence
+from functools import partial
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...decoder import Decoder
+from ...model import Star
+from ..world import edits, prompts
+from .batches import drawn_from, edit_rows, picture_rows, prompt_row, scene_tensors
+from .loop import Job, Losses, process
+from ..benchmark.painter import pictures_of
+from ..recipe import ATTEMPTS, GIVEN_WEIGHT, IMAGE_TOKENS, REWARD_TOP_K, REWARD_TOP_P, SEED, Stage
+from ..world.scorer import read
+from .sequences import behind_prompt, through
+from .stage_vq import background_ids
+from .stages import DRAWING_PARTS, freeze, given_tensors, painted_ids, with_pictures
+from ..checkpoint.tokens import Rows
+
+READ_TOGETHER = 16  # pictures that a process gets at a time
+REWARDED = {"mixed": 10, "single": 10, "two": 20, "counting": 10, "colors": 5, "position": 25, "attributes": 20}  # shares of prompts
+EDITED_EVERY = 2  # of so many batches one edits
+
+
+def reward_job(star: Star, rows: Rows, stage: Stage, *, workers: int = 0) -> Job:
+    """Stage `reward`: one batch of EDITED_EVERY edits, the rest draw. A batch is ATTEMPTS pictures of each of its prompts. Pictures are read in
+    `workers` processes, or in this one."""
+    count = stage.groups(ATTEMPTS, "attempts at a prompt")
+    parts = freeze(star, trained=DRAWING_PARTS)
+    painter = copy.deepcopy(star).requires_grad_(False).bfloat16()
+    batch_of = partial(reward_batch, rows=rows, count=count)
+    each = partial(multiprocessing.Pool(workers).map, chunksize=READ_TOGETHER) if workers else map
+    return Job(stage, parts, batch_of, partial(reward_losses, star, painter, background_ids(star), each))
+
+
+def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
+    """Prompts of a step, of edits or of drawings: input_ids [P, S], `first` [P], position_ids [3, P, S] as in
+    `generate_batch`, an edit's pictures, and `judges`: what tells of a picture which demands of its prompt hold."""
+    random = Random(f"{SEED} reward {step}")
+    if step % EDITED_EVERY == 0:
+        asked = [edits.random_edit(random, edits.random_kind(random), test=False) for _ in range(count)]
+        return edit_rows(asked, [True] * count, rows) | {"judges": [partial(edits.check, edit) for edit in asked]}
+    full, scenes, judges = [], [], []
+    for _ in range(count):
+        text, request = prompts.random_prompt(random, drawn_from(random, REWARDED), test=False)
+        full.append(prompt_row(random, rows, text, request))
+        scenes.append(prompts.scene_of(random, request))
+        judges.append(partial(prompts.check, request))
+    return picture_rows(full) | scene_tensors(scenes) | {"judges": judges}
+
+
+def reward_losses(star: Star, painter: Star, backgrounds: Tensor, each: Callable, batch: dict, step: int) -> Losses:
+    """ATTEMPTS pictures of each prompt, read by `each`, which is a `map`, and what `attempt_loss` says of them. `edited` or `drawn`: the
+    share of pictures at which all demands hold."""
+    painter.load_state_dict(star.state_dict())
+    device, first, positions = batch["input_ids"].device, batch["first"], batch["position_ids"]
+    length = -(-(int(first.max()) + 1) // 16) * 16
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        given, editing = painted_ids(star, backgrounds, batch), "before_things" in batch
+        embeds = star.token_embedding(batch["input_ids"])
+        if editing:
+            own = given_tensors(star, batch, step)
+            embeds = with_pictures(star, batch["input_ids"], own["given_ids"].long(), own["vision"])
+    generator = torch.Generator(device).manual_seed((SEED * 1_000_003 + step) * 64 + process()[0])
+    made = attempts(painter, embeds[:, :length].bfloat16(), first, positions, given, generator)
+    pictures = pictures_of(painter.vq_decoder(made["ids"][:, :ATTEMPTS].flatten(0, 1)).float())
+    reward, right = (found.to(device) for found in rewards(pictures, batch["judges"], each))
+    with torch.autocast(device.type, torch.bfloat16):
+        drawn, given = attempt_loss(star.stacked_ar, star.image_head, made, first, positions, evened(reward))
+    return {"loss": drawn + GIVEN_WEIGHT * given, ("edited" if editing else "drawn"): right.mean(), "reward": reward.mean(),
+            "given": given.detach()}
+
+
+def rewards(pictures: Sequence[np.ndarray], judges: Sequence[Callable], each: Callable = map) -> tuple[Tensor, Tensor]:
+    """Of ATTEMPTS pictures for each judge: the reward [P, A], half of it for the share of demands that hold and half for all; and whether all
+    hold [P, A]."""
+    demands = list(each(demands_met, [(judges[index // ATTEMPTS], picture) for index, picture in enumerate(pictures)]))
+    right = torch.tensor([float(all(met)) for met in demands]).view(-1, ATTEMPTS)
+    return 0.5 * torch.tensor([sum(met) / len(met) for met in demands]).view(-1, ATTEMPTS) + 0.5 * right, right
+
+
+def demands_met(attempt: tuple[Callable, np.ndarray]) -> list[bool]:
+    """Which demands of a judge a picture meets."""
+    judge, picture = attempt
+    return list(judge(read(picture)).values())
+
+
+def evened(reward: Tensor) -> Tensor:
+    """Rewards [P, A] minus their group's mean, over their deviation in all groups together."""
+    better = reward - reward.mean(1, keepdim=True)
+    return better / better.square().mean().sqrt().clamp(min=1e-6)
+
+
+@torch.no_grad()
+def attempts(star: Star, embeds: Tensor, first: Tensor, positions: Tensor, given: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """ATTEMPTS pictures of each prompt, drawn from the REWARD_TOP_K most probable ids up to a cumulative probability of REWARD_TOP_P, and behind
+    them one that is given.
+
+    embeds [P, L, H], first [P]: the last column of each prompt, positions [3, P, S], given ids [P, T] -> `ids` [P, A + 1, T],
+    `kept` [P, A, T, k] what each was drawn from, -1 for what was not, and the base's hidden states, which the stack is fed:
+    `prompt` [P, L, H] and `hidden` [P, A + 1, T - 1, H].
+    """
+    (*_, prompt), base_past = through(star.base_ar, embeds, positions[:, :, :embeds.shape[1]])
+    (*_, states), stack_past = through(star.stacked_ar, prompt, positions[:, :, :embeds.shape[1]])
+    shown, places = prompt_mask(first, embeds.shape[1]), picture_positions(first, positions)  # [3, P, T - 1]
+    (*_, taught), _ = through(star.base_ar, star.image_embedding(given[:, :-1]), places, behind_prompt(base_past, 1), shown)
+    last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(ATTEMPTS, 0)  # [B, 1, H]
+    base_past, stack_past = (behind_prompt(past, ATTEMPTS) for past in (base_past, stack_past))
+    ids, kept, hidden, places = [], [], [], places.repeat_interleave(ATTEMPTS, 1)
+    for step in range(IMAGE_TOKENS):
+        drawn, among = sampled(star.image_head(last[:, 0]).float(), generator)
+        ids.append(drawn)
+        kept.append(among)
+        if step < IMAGE_TOKENS - 1:
+            x, place = star.image_embedding(drawn)[:, None], places[:, :, step:step + 1]
+            (*_, x), base_past = through(star.base_ar, x, place, base_past, shown)
+            hidden.append(x)
+            (*_, last), stack_past = through(star.stacked_ar, x, place, stack_past, shown)
+    groups = (len(first), ATTEMPTS)
+    return {"ids": torch.cat([torch.stack(ids, 1).unflatten(0, groups), given[:, None]], 1), "kept": torch.stack(kept, 1).unflatten(0, groups),
+            "prompt": prompt, "hidden": torch.cat([torch.cat(hidden, 1).unflatten(0, groups), taught[:, None]], 1)}
+
+
+def attempt_loss(stack: Decoder, head: nn.Linear, made: dict[str, Tensor], first: Tensor, positions: Tensor,
+                 better: Tensor) -> tuple[Tensor, Tensor]:
+    """Minus the mean over tokens of the log probability with which each was drawn, times how much `better` [P, A] than its fellows its
+    picture is; and the cross entropy of the given pictures. `made`: what `attempts` returned."""
+    prompt, (groups, each, _) = made["prompt"], made["ids"].shape
+    (*_, states), past = through(stack, prompt, positions[:, :, :prompt.shape[1]])
+    last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(each, 0)
+    (*_, drawn), _ = through(stack, made["hidden"].flatten(0, 1), picture_positions(first, positions).repeat_interleave(each, 1),
+                       behind_prompt(past, each), prompt_mask(first, prompt.shape[1]))
+    logits = head(torch.cat([last, drawn], dim=1)).float().unflatten(0, (groups, each))  # [P, A + 1, T, K]
+    chosen = logits.gather(-1, made["ids"].unsqueeze(-1)).squeeze(-1)  # [P, A + 1, T]
+    among = logits[:, :-1].gather(-1, made["kept"].clamp(min=0)).masked_fill(made["kept"] < 0, float("-inf"))
+    missed = among.logsumexp(-1) - chosen[:, :-1]  # [P, A, T]
+    return (missed * better.unsqueeze(-1)).mean(), (logits[:, -1].logsumexp(-1) - chosen[:, -1]).mean()
+
+
+def sampled(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """An id [B] from each row of logits [B, K], by the filters of `tasks.sample`, and the ids [B, k] it is drawn from, -1 for those that top-p
+    takes out."""
+    values, order = logits.topk(REWARD_TOP_K)
+    shares = values.softmax(-1)
+    beyond = shares.cumsum(-1) - shares > REWARD_TOP_P
+    drawn = torch.multinomial(shares.masked_fill(beyond, 0), 1, generator=generator)
+    return order.gather(1, drawn)[:, 0], order.masked_fill(beyond, -1)
+
+
+def picture_positions(first: Tensor, positions: Tensor) -> Tensor:
+    """Positions [3, P, T - 1] of all but the last token of each prompt's picture."""
+    columns = first[:, None] + 1 + torch.arange(IMAGE_TOKENS - 1, device=first.device)  # [P, T - 1]
+    return positions.gather(2, columns.expand(3, -1, -1))
+
+
+def prompt_mask(first: Tensor, length: int) -> Tensor:
+    """0 for the columns of each prompt and -inf behind it, [P, length]."""
+    behind = torch.arange(length, device=first.device) > first[:, None]
+    return torch.zeros_like(behind, dtype=torch.float32).masked_fill(behind, float("-inf"))

@@ -1,0 +1,271 @@
+"""Stages `vq`, `local` and `decoder`: the VQ model. An autoencoder first, then with a codebook that follows the latents; then latents are
+made local; then they get a new codebook, and the decoder learns to read it.
+
+The codebook is not trained by gradients: it starts as cluster centres of real latents and then, in stage `vq`, is the running mean of
+what is assigned to each entry; entries that nothing uses start again at a latent. Pictures are drawn on the device that trains.
+
+Source: van den Oord et al. 2017, appendix A.1 (running means); the rest is common practice.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...model import Star
+from .cells import drawn, empty_cells, image_from_scenes, same_cells, scenes_of, with_fewer_things
+from ..world.draw import arrays_from_scenes
+from .loop import Job, Losses
+from ..recipe import SEED, VQ_UNQUANTISED, Stage
+from ..world.world import COLORS, Scene
+
+DECAY, COMMITMENT, LOCALITY = 0.99, 0.25, 10.0
+EMPTY_SHARE = 0.05  # of the empty background's latents count for the codebook of stage `decoder`
+MISREAD, NEIGHBOURS = 0.2, 8  # share of that stage's tokens that are another entry, and among how many of the nearest
+DEAD = 0.1  # running count below which an entry starts again; the mean is 0.5
+RESTART_EVERY = 20  # steps
+KMEANS_BATCHES, LOCAL_KMEANS_BATCHES, KMEANS_ROUNDS = 8, 300, 25
+
+
+@torch.no_grad()
+def background_ids(star: Star) -> Tensor:
+    """The id [8] of each colour's empty background: the entry nearest to the mean latent of a picture with nothing on it."""
+    things, backgrounds = (torch.from_numpy(array).to(star.codebook.weight.device)
+                           for array in arrays_from_scenes([Scene(color, ()) for color in COLORS]))
+    with torch.autocast(things.device.type, enabled=False):
+        latents = star.vq_encoder.latents(image_from_scenes({"things": things, "backgrounds": backgrounds}, noise=None))
+    return nearest(latents.mean((2, 3)), star.codebook.weight)
+
+
+def with_one_background(ids: Tensor, backgrounds: Tensor, batch: dict) -> Tensor:
+    """The ids [B, T] of a batch's pictures, of empty background the one in `backgrounds`, which are `background_ids`."""
+    levels = torch.tensor(list(COLORS.values()), dtype=torch.float32, device=ids.device)
+    colors = torch.cdist(batch["backgrounds"], levels).argmin(1)  # [B]
+    return torch.where(empty_cells(batch).flatten(1) > 0, backgrounds[colors].unsqueeze(1), ids)
+
+
+class Trainer:
+    """Stage `vq`: the VQ half of a model and the running sums behind its codebook."""
+
+    clustered = KMEANS_BATCHES  # batches of pictures whose latents the codebook starts from
+
+    def __init__(self, star: Star, stage: Stage, device: torch.device):
+        self.star, self.stage = star, stage
+        self.starts = int(VQ_UNQUANTISED * stage.steps)
+        weight = star.codebook.weight
+        weight.requires_grad_(False)
+        self.counts = torch.ones(weight.shape[0], device=device)
+        self.sums = weight.detach().clone()
+
+    def job(self) -> Job:
+        return Job(self.stage, {"vq_encoder": self.star.vq_encoder, "vq_decoder": self.star.vq_decoder},
+                   partial(scenes_of, batch=self.stage.batch), self.losses, extra={"counts": self.counts, "sums": self.sums},
+                   finish=partial(scale_latents, self.star))
+
+    def losses(self, batch: dict, step: int) -> Losses:
+        """Squared error of the picture, and the distance of latents from their entries, weighed so that neither outgrows the other:
+        as a share of the latents' variance, times the picture's error. `psnr` in dB, `used`: share of entries."""
+        image = drawn(batch, step)
+        if step == self.starts:
+            self.start_codebook(step, len(image))
+        with torch.autocast(image.device.type, torch.bfloat16):
+            latents = self.star.vq_encoder.latents(image).float()  # [B, d, h, w]
+            z = latents.permute(0, 2, 3, 1).flatten(0, 2)  # [B*T, d]
+            quantised, commitment, used = latents, *z.new_zeros(2)
+            if step >= self.starts:
+                entries = self.follow(z.detach(), step)
+                commitment = F.mse_loss(z, entries)
+                quantised = latents + (as_map(entries, latents) - latents).detach()
+                used = (self.counts > DEAD).float().mean()
+            error, psnr = compared(decoded(self.star, quantised), image)
+        return {"loss": error + COMMITMENT * commitment / z.detach().var(0).mean() * error.detach(), "psnr": psnr, "used": used}
+
+    @torch.no_grad()
+    def follow(self, z: Tensor, step: int) -> Tensor:
+        """Nearest entries of z [n, d], which then move the running means. [n, d] as they were before."""
+        weight = self.star.codebook.weight
+        ids = nearest(z, weight)
+        entries = weight[ids]
+        self.counts.mul_(DECAY).add_(torch.bincount(ids, minlength=len(weight)).float(), alpha=1 - DECAY)
+        self.sums.mul_(DECAY).index_add_(0, ids, z, alpha=1 - DECAY)
+        if step % RESTART_EVERY == 0 and step < 0.8 * self.stage.steps:
+            self.restart(z, step)
+        weight.copy_(self.sums / self.counts.clamp(min=1e-6)[:, None])
+        return entries
+
+    def restart(self, z: Tensor, step: int) -> None:
+        """Unused entries become latents of this batch."""
+        generator = torch.Generator().manual_seed(SEED * 7 + step)
+        dead = (self.counts < DEAD).nonzero()[:, 0]
+        chosen = torch.randperm(len(z), generator=generator)[:len(dead)].to(z.device)
+        self.sums[dead[:len(chosen)]], self.counts[dead[:len(chosen)]] = z[chosen] * 10 * DEAD, 10 * DEAD
+
+    @torch.no_grad()
+    def start_codebook(self, step: int, batch: int) -> None:
+        """Cluster centres of latents of pictures made for this."""
+        device, latents = self.counts.device, []
+        for number in range(self.clustered):
+            scenes = {k: v.to(device) for k, v in scenes_of(-1 - number, batch=batch).items()}
+            with torch.autocast(device.type, torch.bfloat16):
+                found = self.star.vq_encoder.latents(drawn(scenes, step, stream=1 + number)).float()
+            latents.append(self.counted(found.permute(0, 2, 3, 1).flatten(0, 2), scenes, number))
+        centres, counts = clusters(torch.cat(latents), len(self.counts))
+        self.counts.copy_(counts / self.clustered)
+        self.sums.copy_(centres * self.counts[:, None])
+        self.star.codebook.weight.copy_(centres)
+
+    def counted(self, z: Tensor, scenes: dict, number: int) -> Tensor:
+        """Those of the latents z [n, d] of a batch that count for the codebook."""
+        return z
+
+
+class LocalTrainer(Trainer):
+    """Stage `local`: the autoencoder goes on, without a codebook, until latents tell of what is near them alone."""
+
+    def job(self) -> Job:
+        return replace(super().job(), extra=None)
+
+    def losses(self, batch: dict, step: int) -> Losses:
+        """Squared error of the picture, and `moved` (on a quarter of the batch) and `apart` as shares of the latents' variance, times
+        that error."""
+        image = drawn(batch, step)
+        part = {name: tensor[:max(1, len(image) // 4)] for name, tensor in batch.items()}
+        fewer = with_fewer_things(part, step)
+        with torch.autocast(image.device.type, torch.bfloat16):
+            found = self.star.vq_encoder.latents(torch.cat([image, drawn(fewer, step, stream=2)])).float()
+            latents, others = found.split([len(image), len(found) - len(image)])
+            error, psnr = compared(decoded(self.star, latents), image)
+        variance = latents.detach().var((0, 2, 3)).mean()
+        terms = {"moved": moved(latents[:len(others)], others, same_cells(part, fewer)) / variance,
+                 "apart": apart(latents, empty_cells(batch)) / variance}
+        return {"loss": error + LOCALITY * sum(terms.values()) * error.detach(), "psnr": psnr, **terms}
+
+
+class DecoderTrainer(Trainer):
+    """Stage `decoder`: a codebook of cluster centres, once; then, with encoder and codebook frozen, the decoder, of every other picture with
+    the background that the generating parts paint, and of half of them with some ids misread as near ones, as those parts will misread them.
+
+    Source: Qiu et al. 2025 (arXiv 2503.08354), their latent perturbation."""
+
+    clustered = LOCAL_KMEANS_BATCHES
+    backgrounds: Tensor | None = None
+    near: Tensor | None = None  # [K, NEIGHBOURS] ids of the entries nearest to each
+
+    def job(self) -> Job:
+        self.star.vq_encoder.requires_grad_(False)
+        return replace(super().job(), extra=None)
+
+    def losses(self, batch: dict, step: int) -> Losses:
+        """Squared error of the picture, and its PSNR."""
+        image, entries = drawn(batch, step), self.star.codebook.weight
+        if step == 0:
+            self.start_codebook(step, len(image))
+        with torch.autocast(image.device.type, torch.bfloat16):
+            with torch.no_grad():
+                latents = self.star.vq_encoder.latents(image).float()
+                ids = self.misread(self.read_ids(latents, batch), batch, step)
+                found = as_map(entries[ids.flatten()], latents)
+            error, psnr = compared(decoded(self.star, found), image)
+        return {"loss": error, "psnr": psnr}
+
+    def read_ids(self, latents: Tensor, batch: dict) -> Tensor:
+        """The ids [B, T] that the decoder gets of a batch's latents [B, d, h, w]: in rows 0, 2, ... with one background."""
+        if self.backgrounds is None:
+            self.backgrounds = background_ids(self.star)
+        ids = nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), self.star.codebook.weight).view(len(latents), -1)
+        ids[::2] = with_one_background(ids, self.backgrounds, batch)[::2]
+        return ids
+
+    def misread(self, ids: Tensor, batch: dict, step: int) -> Tensor:
+        """The ids [B, T], in rows 2, 3, 6, 7, ... of a MISREAD of the tokens that show things those of near entries."""
+        if self.near is None:
+            entries = self.star.codebook.weight
+            self.near = torch.cdist(entries, entries).topk(NEIGHBOURS + 1, largest=False).indices[:, 1:]
+        generator = torch.Generator(ids.device).manual_seed(SEED * 13 + step)
+        others = self.near[ids].gather(-1, torch.randint(NEIGHBOURS, (*ids.shape, 1), generator=generator, device=ids.device))[..., 0]
+        exchanged = torch.rand(ids.shape, generator=generator, device=ids.device) < MISREAD
+        rows = torch.arange(len(ids), device=ids.device) // 2 % 2 == 1
+        return torch.where(exchanged & rows.unsqueeze(1) & (empty_cells(batch).flatten(1) == 0), others, ids)
+
+    def counted(self, z: Tensor, scenes: dict, number: int) -> Tensor:
+        """All but most of the empty background: entries go where tokens are, dozens would differ by a tenth of a level of one colour, and
+        which of them is next nobody could tell."""
+        generator = torch.Generator().manual_seed(SEED * 11 + number)
+        return z[torch.rand(len(z), generator=generator).to(z.device) < 1 - (1 - EMPTY_SHARE) * empty_cells(scenes).flatten()]
+
+
+VQ_TRAINERS = {"vq": Trainer, "local": LocalTrainer, "decoder": DecoderTrainer}
+
+
+def compared(made: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error of pictures [B, 3, H, W] in [-1, 1], and their mean PSNR in dB."""
+    made = made.float()
+    return F.mse_loss(made, image), -10 * (made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)).div(4).log10().mean()
+
+
+def as_map(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows [B*h*w, d] as a map [B, d, h, w], the shape of `like`."""
+    return rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def moved(latents: Tensor, others: Tensor, same: Tensor) -> Tensor:
+    """How far latents [B, d, h, w] of the cells that show the `same` [B, h, w] are from those of a picture that is another elsewhere.
+
+    The encoder's norms and attention see the whole picture, and unless told otherwise it says of all that is in it wherever there is
+    room. Then ids of an empty background tell of things to come, and whoever paints row by row must know them all at the first.
+    """
+    return ((latents - others).square().mean(1) * same).sum() / same.sum().clamp(min=1)
+
+
+def apart(latents: Tensor, empty: Tensor) -> Tensor:
+    """How far latents [B, d, h, w] of `empty` cells [B, h, w] are from their mean in each picture: one background, one id."""
+    weights = (empty / empty.sum((1, 2), keepdim=True).clamp(min=1)).unsqueeze(1)
+    mean = (latents * weights).sum((2, 3), keepdim=True)
+    return ((latents - mean).square().mean(1, keepdim=True) * weights).sum((1, 2, 3)).mean()
+
+
+@torch.no_grad()
+def scale_latents(star: Star) -> None:
+    """Make entries about 1 in size, by a power of two, which changes no picture and no id.
+
+    Nothing in training keeps latents small (those here came out near 500), and the pixel adapter is fed with entries: embeddings of
+    that size drown whatever the base's layers add to them, so that its hidden states tell neither a token's place nor its prompt.
+    """
+    encoder, decoder, entries = star.vq_encoder, star.vq_decoder, star.codebook.weight
+    scale = 2.0 ** -round(math.log2(float(entries.square().mean().sqrt())))
+    for tensor in (entries, encoder.quant_conv.weight, encoder.quant_conv.bias):
+        tensor.mul_(scale)
+    decoder.post_quant_conv.weight.div_(scale)
+
+
+def decoded(star: Star, latents: Tensor) -> Tensor:
+    """The VQ decoder from latents [N, d, h, w] instead of ids -> [N, 3, 64, 64]."""
+    decoder = star.vq_decoder
+    x = decoder.mid(decoder.conv_in(decoder.post_quant_conv(latents)))
+    for level in decoder.conv_blocks:
+        x = level(x)
+    return decoder.conv_out(F.silu(decoder.norm_out(x)))
+
+
+def nearest(z: Tensor, entries: Tensor) -> Tensor:
+    """Ids [n] of the entries [K, d] nearest to z [n, d]; the arithmetic of `VQEncoder.forward`."""
+    with torch.autocast(z.device.type, enabled=False):
+        return (entries.square().sum(-1) - 2 * (z @ entries.T)).argmin(-1)
+
+
+def clusters(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm from points drawn at random: centres [count, d] and how many points each has [count]."""
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(SEED)).to(z.device)
+    centres = z[order[:count]].clone()
+    for turn in range(KMEANS_ROUNDS):
+        ids = nearest(z, centres)
+        counts = torch.bincount(ids, minlength=count).float()
+        sums = torch.zeros_like(centres).index_add_(0, ids, z)
+        empty = counts == 0
+        centres = torch.where(empty[:, None], z[order[(turn + 1) * count % len(z):][:count]] if (turn + 2) * count <= len(z)
+                              else centres, sums / counts.clamp(min=1)[:, None])
+    return centres, counts.clamp(min=1)

@@ -1,0 +1,135 @@
+"""A released checkpoint -> a bundle: the one function behind `star-export export`."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from engines import plugins
+from engines.errors import UsageError
+from engines.bundle.manifest import ComponentSpec
+from engines.bundle.tensors import present_name
+from reference.config import StarConfig, config_from_files
+from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
+
+from ..golden import record as golden
+
+from ..graph import lint
+from ..graph.classic import classic_from_graph
+from ..components import COMPONENTS
+from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
+from .publish import check_out, staged, write_manifest
+from ..graph.quantize import PRECISIONS, Precision, attach_weights, rounded, set_precision, twin_from_graph
+from ..graph.trace import graph_from_config
+from ..graph.wrappers import TABLE, FoldedStar
+
+INLINE_BYTES = 1024  # smaller tensors stay in model.onnx: they are shapes and scalars
+Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+
+
+def export(source: str, *, out: str | Path, precision: str = "fp32", checkpoint: str | None = None, base: str | None = None,
+           vq: str | None = None, rope_bf16: bool = True, components: list[str] | None = None,
+           progress: Progress = lambda what, done, total: None) -> Path:
+    """Export `source` (a folder in the release layout, its config JSON, `nano`, or a hub id) to the new bundle `out`.
+
+    `checkpoint`, `base` and `vq` override parts; `rope_bf16=False` keeps the rotary frequencies in float32 (STAR.md 0.2).
+    `components` limits the export to some rows of the table. Returns the bundle's path.
+    Raises UsageError for unknown names, InputError for a taken or unwritable `out`, CheckpointError for what is wrong with the files.
+    """
+    _check_names("precision", [precision], PRECISIONS)
+    names = list(COMPONENTS) if components is None else components
+    _check_names("component", names, COMPONENTS)
+    out = Path(out)
+    check_out(out)
+    files = resolve_checkpoint(source, checkpoint=checkpoint, base=base, vq=vq)
+    config = config_from_files(files.config_json, files.qwen_folder)
+    tensors = dict(named_tensors(files, config)) | {TABLE: _Table(files, config)}
+    step = _counter(progress, len(names) + 2)
+    with staged(out) as stage:
+        for name in names:
+            step(f"export {name}")
+            model = graph_from_config(name, config, rope_bf16=rope_bf16)
+            write_component(model, tensors, PRECISIONS[precision], stage / name)
+        step("record golden tensors")
+        oracle = rounded_star(config, tensors, PRECISIONS[precision], rope_bf16=rope_bf16)
+        compute = getattr(torch, PRECISIONS[precision].dtype_name)
+        for name in names:
+            golden.component_golden(name, oracle, stage / name / "golden.safetensors", compute=compute)
+        if len(names) == len(COMPONENTS):
+            golden.run_golden(oracle, stage / "golden.safetensors")
+        step("hash and publish")
+        for file_name, data in (tokenizer_files(files) | score_files(files)).items():
+            (stage / file_name).write_bytes(data)
+        write_manifest(stage, precision=precision, model=model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16),
+                       components={name: component_spec(name, config, PRECISIONS[precision]) for name in names})
+    return out
+
+
+def write_component(model: ir.Model, tensors: Mapping[str, object], precision: Precision, folder: Path) -> None:
+    """Set a traced graph's precision, lint it, and stream the weights into `folder/model.onnx.data`; then write the
+    classic graph and the twin, which share them."""
+    folder.mkdir()
+    set_precision(model, precision.compute)
+    attach_weights(model, tensors, precision)
+    lint.check_graph(model)
+    ir.save(model, folder / "model.onnx", external_data=lint.DATA_FILE, size_threshold_bytes=INLINE_BYTES)
+    classic = classic_from_graph(ir.load(folder / "model.onnx"))
+    (folder / "classic.onnx").write_bytes(ir.to_proto(classic).SerializeToString())
+    lint.check_graph(folder / "classic.onnx", dialect="classic")
+    if precision.compute != ir.DataType.FLOAT:
+        twin = twin_from_graph(ir.load(folder / "model.onnx"))
+        (folder / "twin.onnx").write_bytes(ir.to_proto(twin).SerializeToString())
+    lint.check_graph(folder / "model.onnx")
+
+
+def component_spec(name: str, config: StarConfig, precision: Precision) -> ComponentSpec:
+    inputs, outputs = COMPONENTS[name].boundary(config, precision.dtype_name)
+    twin = None if precision.compute == ir.DataType.FLOAT else f"{name}/twin.onnx"
+    abi = plugins.ABI if any(present_name(t.name) for t in inputs) else None
+    return ComponentSpec(graph=f"{name}/model.onnx", twin=twin, golden=f"{name}/golden.safetensors", inputs=inputs,
+                         outputs=outputs, classic=f"{name}/classic.onnx", plugin_abi=abi)
+
+
+def rounded_star(config: StarConfig, tensors: Mapping[str, object], precision: Precision, *, rope_bf16: bool) -> FoldedStar:
+    """The reference in float32 with every weight rounded as the bundle stores it."""
+    with torch.device("meta"):
+        star = FoldedStar(config, rope_bf16=rope_bf16)
+    weights = {name: rounded(name, tensors[name].load(), precision) for name, _ in star.named_parameters()}
+    star.load_state_dict(weights, assign=True, strict=False)
+    star.tie_text_head()
+    for name, value in star.constants().items():
+        module, _, buffer = name.rpartition(".")
+        setattr(star.get_submodule(module), buffer, value)
+    return star.eval().requires_grad_(False)
+
+
+class _Table:
+    """adapter(codebook) in float32, computed from the checkpoint's own numbers."""
+
+    def __init__(self, files: CheckpointFiles, config: StarConfig):
+        self.files, self.config = files, config
+        self.shape = (config.vq.codebook_size, config.base_ar.hidden_size)
+        self.dtype = torch.float32
+
+    def load(self) -> torch.Tensor:
+        from reference.model import pixel_adapter
+
+        tensors = named_tensors(self.files, self.config)
+        adapter = pixel_adapter(self.config.vq.codebook_dim, self.shape[1], depth=self.config.adapter_depth)
+        adapter.load_state_dict({n: tensors[f"pixel_adapter.{n}"].load().float() for n in adapter.state_dict()})
+        with torch.inference_mode():
+            return adapter(tensors["codebook.weight"].load().float())
+
+
+def _check_names(kind: str, names: list[str], valid: Mapping[str, object]) -> None:
+    wrong = [name for name in names if name not in valid]
+    if wrong or not names:
+        raise UsageError(f"No such {kind}" if wrong else f"No {kind} is named", fix="use names from the list",
+                         where=f"export: expected {kind}s from {', '.join(valid)}; got {', '.join(map(repr, wrong)) or 'none'}")
+
+
+def _counter(progress: Progress, total: int) -> Callable[[str], None]:
+    numbers: Iterator[int] = iter(range(total))
+    return lambda what: progress(what, next(numbers), total)

@@ -1,0 +1,85 @@
+"""Golden tensors as cases: read and checked here, recorded in `golden.py`.
+
+Knows nothing of sessions; needs neither torch nor safetensors. A set that cannot prove anything is refused: no case, wrong names
+or types, numbers that are not finite, outputs that are constant.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from engines.errors import InputError
+from engines.bundle.manifest import ComponentSpec, value_from_json
+
+from .compare import check_not_vacuous
+
+Tensors = dict[str, np.ndarray]
+DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
+
+
+@dataclass
+class Case:
+    """One recorded call: input name -> array, output name -> array. Floats are float32 (caches too), ids int64. `noise`: name of an
+    output -> how far the reference itself is from it in the bundle's 16-bit type (`limits`); nothing in a fp32 bundle."""
+
+    inputs: Tensors = field(default_factory=dict)
+    outputs: Tensors = field(default_factory=dict)
+    noise: Tensors = field(default_factory=dict)
+
+
+def cases_from_file(path: Path) -> dict[str, Case]:
+    """Case name -> case, from keys `case/in/name`, `case/out/name` and `case/noise/name`. Raises InputError for a set that cannot prove
+    anything."""
+    cases: dict[str, Case] = {}
+    for key, array in tensors_from_file(path).items():
+        case, side, name = (key.split("/", 2) + ["", ""])[:3]
+        if side not in ("in", "out", "noise") or not name:
+            raise _refusal(path, "keys case/in/name, case/out/name and case/noise/name", repr(key))
+        if not np.isfinite(array).all():
+            raise _refusal(f"{path}: {key}", "finite numbers", "NaN or Inf")
+        entry = cases.setdefault(case, Case())
+        {"in": entry.inputs, "out": entry.outputs, "noise": entry.noise}[side][name] = array
+    if not cases:
+        raise _refusal(path, "at least one case", "none")
+    for case, entry in cases.items():
+        if not entry.outputs:
+            raise _refusal(f"{path}: {case}", "at least one output", "none")
+        for name, array in entry.outputs.items():
+            check_not_vacuous(f"{case}/out/{name}", array, where=str(path))
+    return cases
+
+
+def tensors_from_file(path: Path) -> Tensors:
+    """A safetensors file of float32 and int64 arrays, without the library: a device need not have it. Raises InputError."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    if not 8 <= start <= len(data):
+        raise _refusal(path, f"a header within {len(data)} bytes", f"{start - 8} bytes of header")
+    try:
+        header = value_from_json(data[8:start].decode(), where=str(path))
+        header.pop("__metadata__", None)
+        body = memoryview(data)[start:]
+        return {key: np.frombuffer(body[slice(*entry["data_offsets"])], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+                for key, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refusal(path, "float32 and int64 tensors in safetensors form", f"{type(error).__name__}: {error}") from None
+
+
+def component_cases(path: Path, spec: ComponentSpec) -> dict[str, Case]:
+    """Cases of one component: each has exactly the inputs and outputs of `spec`, in their types. Raises InputError."""
+    cases = cases_from_file(path)
+    for case, entry in cases.items():
+        for side, arrays, specs in (("in", entry.inputs, spec.inputs), ("out", entry.outputs, spec.outputs)):
+            expected = {t.name: "int64" if t.dtype == "int64" else "float32" for t in specs}
+            got = {name: str(array.dtype) for name, array in arrays.items()}
+            if wrong := sorted(expected.items() ^ got.items()):
+                name = wrong[0][0]
+                raise _refusal(f"{path}: {case}/{side}/{name}", expected.get(name, "no such tensor"), got.get(name, "nothing"))
+    return cases
+
+
+def _refusal(where: object, expected: str, got: str) -> InputError:
+    return InputError("The golden set cannot prove anything", where=f"{where}: expected {expected}, got {got}",
+                      fix="export the bundle again")

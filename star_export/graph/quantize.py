@@ -1,0 +1,182 @@
+"""Weight formats: one graph, several writers.
+
+A traced graph has bfloat16 as its compute type and empty initializers. `set_precision` substitutes the type, `attach_weights` gives every
+initializer a lazy tensor that is read, transposed, rounded or quantised only while the data file is written, one at a time.
+`rounded` is the same rounding as float32 numbers, for the reference that golden tensors are recorded with.
+
+int8 and int4 are weight-only: symmetric blocks along the input features, round to nearest, scales in the compute type, no zero point (ONNX
+`DequantizeLinear`). int4 has blocks of 128, 64 or 32; int8 one block over all input features, so one scale per output channel, because
+TensorRT for RTX fuses no smaller one: it writes the whole weight out as bf16 at every step.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ..components import COMPONENTS
+
+BLOCK_SIZES = (128, 64, 32)  # of int4: the largest that divides the input features is taken
+TRANSPOSED = "transposed"  # metadata of an initializer whose checkpoint tensor is stored the other way round
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`compute`: type of activations, caches, scales and dense weights. `bits` of block weights, or None for dense."""
+
+    compute: ir.DataType
+    bits: int | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16,
+                ir.DataType.BFLOAT16: torch.bfloat16}[self.compute]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.torch_dtype).removeprefix("torch.")
+
+
+PRECISIONS = {"fp32": Precision(ir.DataType.FLOAT), "fp16": Precision(ir.DataType.FLOAT16), "bf16": Precision(ir.DataType.BFLOAT16),
+              "int8": Precision(ir.DataType.BFLOAT16, 8), "int4": Precision(ir.DataType.BFLOAT16, 4)}
+
+
+def block_size(name: str, shape: tuple[int, ...], precision: Precision) -> int | None:
+    """Block of the linear weight `name` [out, in] in input features, or None where the weight stays dense."""
+    row = COMPONENTS.get(name.partition(".")[0])
+    if precision.bits is None or row is None or not row.quantized or len(shape) != 2:
+        return None
+    if precision.bits == 8:
+        return shape[1]
+    return next((size for size in BLOCK_SIZES if shape[1] % size == 0), None)
+
+
+def blocks_from_weight(weight: torch.Tensor, *, bits: int, block: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [K,N] -> codes int8 [K,N], scales [K/block,N] in `dtype`; codes lie in +-(2^(bits-1)-1)."""
+    top = 2 ** (bits - 1) - 1
+    grouped = weight.float().unflatten(0, (-1, block))  # [K/block, block, N]
+    scales = (grouped.abs().amax(1) / top).to(dtype)
+    safe = torch.where(scales == 0, 1, scales.float())
+    codes = (grouped / safe[:, None]).round().clamp(-top, top)
+    return codes.flatten(0, 1).to(torch.int8), scales
+
+
+def weight_from_blocks(codes: torch.Tensor, scales: torch.Tensor, *, block: int) -> torch.Tensor:
+    """Inverse of `blocks_from_weight`: float32 [K,N]."""
+    return codes.float() * scales.float().repeat_interleave(block, 0)
+
+
+def rounded(name: str, weight: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """`weight` as the bundle stores it, widened to float32; the shape of the checkpoint is kept."""
+    if (block := block_size(name, tuple(weight.shape), precision)) is not None:
+        codes, scales = blocks_from_weight(weight.T, bits=precision.bits, block=block, dtype=precision.torch_dtype)
+        return weight_from_blocks(codes, scales, block=block).T.contiguous()
+    return weight.to(precision.torch_dtype).float()
+
+
+def set_precision(model: ir.Model, compute: ir.DataType) -> None:
+    """Substitute bfloat16 by `compute` everywhere in a traced graph: values, casts, small constants."""
+    if compute == ir.DataType.BFLOAT16:
+        return
+    for value in _values(model):
+        if value.dtype == ir.DataType.BFLOAT16:
+            value.type = ir.TensorType(compute)  # a new type: the clone of a graph shares the old one
+            if value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy().astype(compute.numpy()), name=value.name)
+    for node in list(model.graph):
+        to = node.attributes.get("to")
+        if node.op_type == "Cast" and to is not None and to.value == ir.DataType.BFLOAT16:
+            node.attributes["to"] = ir.AttrInt64("to", compute.value)
+        if node.op_type == "Cast" and node.inputs[0].dtype == node.outputs[0].dtype and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            model.graph.remove(node, safe=True)
+
+
+def _values(model: ir.Model):
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in model.graph:
+        yield from node.outputs
+
+
+def attach_weights(model: ir.Model, tensors: Mapping[str, object], precision: Precision) -> None:
+    """Give each empty initializer its lazy weight from `tensors` (name -> object with shape and load())."""
+    for name, value in list(model.graph.initializers.items()):
+        if value.const_value is not None:
+            continue
+        tensor, transposed = tensors[name], TRANSPOSED in value.metadata_props
+        block = block_size(name, tuple(tensor.shape), precision) if transposed else None
+        if block is None:
+            value.const_value = _lazy(name, value.dtype, value.shape, _dense(tensor, transposed, precision))
+        else:
+            _insert_dequantize(model, value, tensor, precision, block)
+
+
+def _dense(tensor, transposed: bool, precision: Precision) -> Callable[[], torch.Tensor]:
+    return lambda: (tensor.load().T if transposed else tensor.load()).to(precision.torch_dtype)
+
+
+def _insert_dequantize(model: ir.Model, weight: ir.Value, tensor, precision: Precision, block: int) -> None:
+    """Replace `weight` [K,N] by `weight.codes`, `weight.scales` and a DequantizeLinear in front of its consumers."""
+    bits, (k, n) = precision.bits, weight.shape
+    kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+    layout, shape = ({"axis": 1}, [n]) if bits == 8 else ({"axis": 0, "block_size": block}, [k // block, n])
+
+    def blocks():
+        return blocks_from_weight(tensor.load().T, bits=bits, block=block, dtype=precision.torch_dtype)
+
+    codes = ir.Value(name=f"{weight.name}.codes", type=ir.TensorType(kind), shape=ir.Shape([k, n]))
+    codes.const_value = _lazy(codes.name, kind, codes.shape, lambda: blocks()[0])
+    scales = ir.Value(name=f"{weight.name}.scales", type=ir.TensorType(precision.compute), shape=ir.Shape(shape))
+    scales.const_value = _lazy(scales.name, precision.compute, scales.shape, lambda: blocks()[1].reshape(shape))
+    node = ir.node("DequantizeLinear", [codes, scales], layout, name=f"{weight.name}.dequantize")
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"{weight.name}.dense", precision.compute, weight.shape
+    first = next(iter(weight.uses())).node
+    model.graph.insert_before(first, node)
+    weight.replace_all_uses_with(node.outputs[0])
+    del model.graph.initializers[weight.name]
+    model.graph.initializers.add(codes)
+    model.graph.initializers.add(scales)
+
+
+def _lazy(name: str, dtype: ir.DataType, shape: ir.Shape, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
+    def evaluate() -> ir.Tensor:
+        tensor = load().contiguous()
+        if tuple(tensor.shape) != tuple(shape):
+            raise AssertionError(f"{name}: the graph has {tuple(shape)}, the checkpoint {tuple(tensor.shape)}")
+        return ir.Tensor(_numpy(tensor, dtype), dtype=dtype, name=name)
+
+    return ir.LazyTensor(evaluate, dtype=dtype, shape=shape, name=name)
+
+
+def _numpy(tensor: torch.Tensor, dtype: ir.DataType) -> np.ndarray:
+    if dtype == ir.DataType.BFLOAT16:
+        return tensor.to(torch.bfloat16).view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if dtype == ir.DataType.INT4:
+        return tensor.numpy().astype(ml_dtypes.int4)
+    return tensor.numpy()
+
+
+def twin_from_graph(model: ir.Model) -> ir.Model:
+    """Turn a stored 16-bit graph into its fp32 twin: the same rounded weights, each cast to float32 where it is read."""
+    compute = next(v.dtype for v in _values(model) if v.dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16))
+    for value in list(model.graph.initializers.values()):
+        if value.dtype == compute:
+            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, name=f"{value.name}.widen")
+            wide = cast.outputs[0]
+            wide.name, wide.dtype, wide.shape = f"{value.name}.wide", ir.DataType.FLOAT, value.shape
+            value.replace_all_uses_with(wide)
+            cast.replace_input_with(0, value)
+            model.graph.insert_before(model.graph[0], cast)
+    stored = set(model.graph.initializers.values())
+    for value in _values(model):
+        if value.dtype == compute and value not in stored:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in model.graph:
+        if node.op_type == "Cast" and node.attributes["to"].value == compute:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
+    return model

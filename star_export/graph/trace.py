@@ -1,0 +1,191 @@
+"""Component -> ONNX graph with bfloat16 as compute type and empty initializers, traced on the meta device.
+
+The graph needs shapes, not numbers: nothing here depends on the size of a checkpoint. An initializer carries the name of its
+parameter in `reference.model.Star`, and is stored [in, out] where a linear layer multiplies by it.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import warnings
+
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+from torch import nn
+from torch.export import Dim
+
+from engines.errors import InputError
+from engines.bundle.manifest import TensorSpec
+from reference.config import StarConfig
+
+from . import ops, wrappers
+from ..components import COMPONENTS
+from .quantize import TRANSPOSED
+
+EXAMPLE = {"B": 2, "S": 5, "C": 24, "N": 3, "P": 24}  # sizes while tracing; every one of these axes stays dynamic
+DTYPES = {"float32": torch.float32, "int64": torch.int64, "bfloat16": torch.bfloat16}
+EXACT = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # constants that no compute type rounds
+
+
+@functools.lru_cache(maxsize=2 * len(COMPONENTS))
+def _traced(name: str, config: StarConfig, rope_bf16: bool) -> ir.Model:
+    return graph_from_component(name, meta_star(config, rope_bf16=rope_bf16))
+
+
+def graph_from_config(name: str, config: StarConfig, *, rope_bf16: bool) -> ir.Model:
+    """A graph of component `name` that may be changed. Traced once per process: every precision starts from the same graph."""
+    return _traced(name, config, rope_bf16).clone()
+
+
+def meta_star(config: StarConfig, *, rope_bf16: bool) -> wrappers.FoldedStar:
+    """A Star without numbers, wired to our ops, with the adapter's table as one more parameter."""
+    with torch.device("meta"):
+        star = wrappers.FoldedStar(config, rope_bf16=rope_bf16, attention=ops.kv_cache_attention, rotate=ops.rotate)
+    for parameter in star.parameters():  # buffers keep float32
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return star.eval()
+
+
+def graph_from_component(name: str, star: wrappers.FoldedStar) -> ir.Model:
+    """Trace one component of `star` (from `meta_star`).
+
+    Raises InputError naming the component when the exporter meets an operation it cannot translate.
+    """
+    module = getattr(wrappers, COMPONENTS[name].wrapper)(star).eval()
+    inputs, outputs = COMPONENTS[name].boundary(star.config, "bfloat16")
+    model = _export(name, module, inputs, outputs)
+    _name_initializers(model, module, star)
+    _optimize(model)
+    _fold_transposes(model)
+    _check_constants(name, model)
+    _name_axes(name, model, inputs, outputs)
+    if any(node.op_type == ops.NAME for node in model.graph):
+        body = ops.function_body()
+        model.functions[body.identifier()] = body
+    _strip(name, model)
+    return model
+
+
+def _export(name: str, module: nn.Module, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> ir.Model:
+    dims = _dims(inputs)
+    args = tuple(torch.empty([_size(d) for d in spec.shape], dtype=DTYPES[spec.dtype], device="meta") for spec in inputs)
+    shapes = [{i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs]
+    takes_list = name in ("base_ar", "stacked_ar")
+    dynamic = (*shapes[:3], tuple(shapes[3:])) if takes_list else tuple(shapes)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module, args, dynamo=True, opset_version=ops.OPSET, optimize=False, dynamic_shapes=dynamic, verbose=False,
+                input_names=[s.name for s in inputs], output_names=[s.name for s in outputs],
+                custom_translation_table=ops.translation_table())
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        raise InputError("This component cannot be exported", where=f"{name}: opset {ops.OPSET}: {str(cause).splitlines()[0]}",
+                         fix="use a torch version in the tested range (pyproject.toml)") from error
+    return program.model
+
+
+def _dims(inputs: tuple[TensorSpec, ...]) -> dict[str, object]:
+    images, quads = Dim("images", min=1, max=64), Dim("merged", min=1, max=16384)
+    return {"B": Dim("rows", min=1, max=64), "S": Dim("positions", min=1, max=32768), "C": Dim("capacity", min=1, max=131072), "N": images,
+            "2N": 2 * images, "P": 4 * quads}
+
+
+def _size(dim: int | str) -> int:
+    return dim if isinstance(dim, int) else 2 * EXAMPLE["N"] if dim == "2N" else EXAMPLE[dim]
+
+
+@contextlib.contextmanager
+def _quiet():
+    """torch.onnx prints its progress and warns of packages that this project does not use."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _name_initializers(model: ir.Model, module: nn.Module, star: wrappers.FoldedStar) -> None:
+    """Parameters become empty initializers under their name in `Star`; buffers take their values from the configuration."""
+    constants = star.constants()
+    names = {id(tensor): name for name, tensor in (*star.named_parameters(), *star.named_buffers())}
+    for local, tensor in (*module.named_parameters(), *module.named_buffers()):
+        value = model.graph.initializers.get(local)
+        if value is None:
+            continue
+        value.const_value = None
+        value.name = names[id(tensor)]
+        if value.name in constants:
+            value.const_value = ir.tensor(constants[value.name].numpy(), name=value.name)
+
+
+def _optimize(model: ir.Model) -> None:
+    """Fold shape arithmetic. Empty initializers stand as inputs meanwhile: there is nothing in them to fold."""
+    empty = [value for value in model.graph.initializers.values() if value.const_value is None]
+    for value in empty:
+        del model.graph.initializers[value.name]
+        model.graph.inputs.append(value)
+    optimizer.optimize_ir(model)
+    for value in empty:
+        model.graph.inputs.remove(value)
+        if value.uses():
+            model.graph.initializers.add(value)
+
+
+def _fold_transposes(model: ir.Model) -> None:
+    """`MatMul(x, Transpose(weight))` reads a weight that is stored transposed."""
+    for node in list(model.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or weight.const_value is not None or len(weight.uses()) != 1:
+            continue
+        node.outputs[0].replace_all_uses_with(weight)
+        model.graph.remove(node, safe=True)
+        weight.shape = ir.Shape(list(weight.shape)[::-1])
+        weight.metadata_props[TRANSPOSED] = "1"
+
+
+def _check_constants(name: str, model: ir.Model) -> None:
+    """A constant in the compute type would be rounded once here and once more by another precision."""
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.dtype == ir.DataType.BFLOAT16:
+            numbers = value.const_value.numpy().astype("float32").reshape(-1)
+            if not all(n in EXACT or abs(n) == float("inf") for n in numbers.tolist()):
+                raise AssertionError(f"{name}: constant {value.name} would be rounded to bfloat16: {numbers[:4]}")
+
+
+def _name_axes(name: str, model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    """Give the boundary the table's axis names, after a check that no dynamic axis came back fixed (pytorch issue 152018)."""
+    for values, specs in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        if [v.name for v in values] != [s.name for s in specs]:
+            raise AssertionError(f"{name}: expected {[s.name for s in specs]}, traced {[v.name for v in values]}")
+        for value, spec in zip(values, specs):
+            traced = list(value.shape)
+            fixed = [d for d, wanted in zip(traced, spec.shape) if isinstance(wanted, str) and isinstance(d, int)]
+            wrong = [d for d, wanted in zip(traced, spec.shape) if isinstance(wanted, int) and d != wanted]
+            if fixed or wrong or len(traced) != len(spec.shape):
+                raise AssertionError(f"{name}: {spec.name}: expected {spec.shape}, traced {traced}")
+            value.shape = ir.Shape(spec.shape)
+
+
+def _strip(name: str, model: ir.Model) -> None:
+    """Drop what the exporter records about this machine: stack traces and module paths."""
+    model.graph.name = name
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        for key in [key for key in value.metadata_props if key != TRANSPOSED]:
+            del value.metadata_props[key]
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()

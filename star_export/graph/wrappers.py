@@ -1,0 +1,131 @@
+"""The components as modules with flat boundaries: float32 in and out, caches as single tensors, no Python structure.
+
+Each wrapper holds parts of one `reference.model.Star`; inside it computes in the type of its weights. Wrappers add no arithmetic of
+their own but two: the adapter and the codebook are folded into one table (one gather instead of an MLP), and `ImageHead`
+samples inside the graph.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from reference.config import StarConfig
+from reference.model import Star
+
+from ..components import TOP_K_LIMIT
+
+TABLE = "image_table"
+
+
+class FoldedStar(Star):
+    """Star with adapter and codebook folded into one parameter: `image_table` [codebook_size, H] = adapter(codebook)."""
+
+    def __init__(self, config: StarConfig, **options):
+        super().__init__(config, **options)
+        self.image_table = nn.Parameter(torch.empty(config.vq.codebook_size, config.base_ar.hidden_size), requires_grad=False)
+
+    def image_embedding(self, image_ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(image_ids, self.image_table)
+
+
+class TokenEmbedding(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.embedding = star.token_embedding
+
+    def forward(self, input_ids):  # [B,S] -> [B,S,H]
+        return self.embedding(input_ids).float()
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.encoder = star.vision_encoder
+
+    def forward(self, pixel_values, rotary_cos, rotary_sin, window_ids):  # [P,1176], [P,D/2], [P,D/2], [P] -> [P/4,H]
+        dtype = next(self.encoder.parameters()).dtype
+        return self.encoder(pixel_values.to(dtype), rotary_cos, rotary_sin, window_ids).float()
+
+
+class VQEncoder(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.encoder, self.table = star.vq_encoder, star.image_table
+
+    def forward(self, image):  # [N,3,R,R] -> [N,T], [N,T,H]
+        image_ids = self.encoder(image.to(self.table.dtype))
+        return image_ids, F.embedding(image_ids, self.table).float()
+
+
+class VQDecoder(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.decoder = star.vq_decoder
+
+    def forward(self, image_ids):  # [N,T] -> [N,3,R,R]
+        return self.decoder(image_ids).float()
+
+
+class _Decoder(nn.Module):
+    """inputs_embeds [B,S,H], position_ids [3,B,S], write_indices [B], then key and value of each layer [B,KV,C,D]."""
+
+    def __init__(self, decoder: nn.Module):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, inputs_embeds, position_ids, write_indices, *past):
+        dtype = next(self.decoder.parameters()).dtype
+        pairs = list(zip(past[::2], past[1::2]))
+        hidden_states, present = self.decoder(inputs_embeds.to(dtype), position_ids, write_indices, pairs)
+        return hidden_states.float(), *(tensor for pair in present for tensor in pair)
+
+
+class BaseAR(_Decoder):
+    def __init__(self, star: FoldedStar):
+        super().__init__(star.base_ar)
+
+
+class StackedAR(_Decoder):
+    def __init__(self, star: FoldedStar):
+        super().__init__(star.stacked_ar)
+
+
+class TextHead(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.head = star.text_head
+
+    def forward(self, hidden_states):  # [B,1,H] -> [B,V]
+        return self.head(hidden_states.to(self.head.weight.dtype))[:, -1].float()
+
+
+class ImageHead(nn.Module):
+    """Guidance, top-k, top-p and the draw (STAR.md 3.4), in float32 from the logits on.
+
+    The draw is inverse-CDF over the kept probabilities in descending order, from one uniform number per image; top_k = 1 with
+    uniform = 0 is the arg-max. At most TOP_K_LIMIT candidates are ranked.
+    """
+
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.head, self.table = star.image_head, star.image_table
+        self.candidates = min(TOP_K_LIMIT, star.config.vq.codebook_size)
+
+    def forward(self, hidden_states, guidance, top_k, top_p, uniform):
+        pairs = self.head(hidden_states.to(self.table.dtype)).float().unflatten(0, (-1, 2))[:, :, 0]  # [N,2,V]: cond, uncond
+        cond, uncond = pairs[:, 0], pairs[:, 1]
+        logits = uncond + guidance * (cond - uncond)  # [N,V]
+        values, order = torch.topk(logits, self.candidates)  # descending
+        values = torch.where(values >= values.index_select(1, top_k - 1), values, float("-inf"))  # ties at rank k stay
+        probabilities = torch.softmax(values, -1)
+        cumulative = torch.cumsum(probabilities, -1)
+        before = torch.cat([torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]], -1)
+        kept = (before <= top_p) | (top_p >= 1)  # the first above top_p stays
+        mass = torch.where(kept, probabilities, 0.0)
+        cumulative = torch.cumsum(mass, -1)
+        drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+        last = (mass > 0).sum(-1, keepdim=True) - 1
+        image_ids = order.gather(1, torch.minimum(drawn, last))[:, 0]  # [N]
+        inputs_embeds = F.embedding(image_ids, self.table).float()  # [N,H]
+        return image_ids, inputs_embeds.repeat_interleave(2, 0)[:, None], logits

@@ -1,0 +1,151 @@
+"""What a validation proved, where, and what it did not: `certificates/<backend>-<device>.json` in the bundle.
+
+A certificate is of one bundle (its manifest's SHA-256), one backend and one device, and says `passed` or not. It proves sameness on the
+recorded inputs, not good intent: whoever can write the bundle can write it too.
+"""
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.bundle.reader import MANIFEST, Bundle
+from engines.bundle.files import sha256_of
+
+from ..golden.compare import Result
+
+FOLDER = "certificates"
+SCHEMA = 1
+PACKAGES = ("star-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt", "onnx")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The worst of `compared` results of one kind: `component`, what was checked, and the result nearest to its limit or beyond."""
+
+    component: str
+    check: str
+    worst: Result
+    compared: int
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder. `note` says what was done where there is nothing to measure, or what was left out."""
+
+    name: str
+    rows: tuple[Row, ...]
+    seconds: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return all(row.worst.passed for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """All of a certificate. `compute` is the type of the executor's arithmetic; `plans` maps components to the SHA-256 of plans run."""
+
+    schema: int
+    passed: bool
+    bundle: str
+    manifest_sha256: str
+    precision: str
+    backend: str
+    compute: str
+    device: str
+    versions: dict[str, str]
+    plans: dict[str, str]
+    made_at: str
+    rungs: tuple[Rung, ...]
+    not_proven: tuple[str, ...]
+
+
+def new_certificate(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ...]) -> Certificate:
+    """The certificate of a climb that was made here and now."""
+    return Certificate(
+        schema=SCHEMA, passed=all(rung.passed for rung in rungs), bundle=bundle.manifest.model.name,
+        manifest_sha256=sha256_of(bundle.path / MANIFEST), precision=bundle.manifest.precision, backend=backend, compute=compute,
+        device=device_name(backend), versions=versions(), plans=plan_hashes(bundle, backend),
+        made_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), rungs=rungs,
+        not_proven=tuple(not_proven(bundle, backend, compute, rungs)))
+
+
+def not_proven(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ...]) -> list[str]:
+    """What a reader could think was shown, and was not."""
+    gaps = ["inputs other than the recorded ones, and the quality of answers and pictures",
+            "that the checkpoint's own numbers survive the rounding of this precision: the reference was rounded alike"]
+    if bundle.manifest.precision != "fp32" and compute == "fp32":
+        gaps.append(f"the arithmetic of {bundle.manifest.precision}: the graphs' fp32 twins ran, on the same rounded weights")
+    if compute != "fp32":
+        gaps.append("the ids of long runs: in 16 bits a near tie may fall either way")
+    if backend.startswith("readback"):
+        gaps.append("the kernels, and anything on the device: the networks that the plans were compiled from were evaluated on the CPU")
+    elif not backend.startswith("tensorrt"):
+        gaps.append("TensorRT plans, which are validated with --target on their device")
+    return gaps + [f"{rung.name}: {rung.note}" for rung in rungs if "left out" in rung.note or "not " in rung.note]
+
+
+def json_from_certificate(certificate: Certificate) -> str:
+    """As JSON text; numbers that are not finite become null."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(dataclasses.asdict(certificate)), indent=1, allow_nan=False) + "\n"
+
+
+def certificate_path(bundle: Path, backend: str, device: str) -> Path:
+    """`certificates/tensorrt-rtx-4090-nvidia-geforce-rtx-4090.json`."""
+    return bundle / FOLDER / f"{_slug(backend)}-{_slug(device)}.json"
+
+
+def device_name(backend: str) -> str:
+    """What `backend` runs on here: `cpu`, or the first GPU's name. Raises MissingError without a GPU."""
+    if backend == "onnxruntime" or backend.startswith("readback"):
+        return "cpu"
+    from engines.tensorrt.device import gpus
+
+    return gpus()[0].name
+
+
+def plan_hashes(bundle: Bundle, backend: str) -> dict[str, str]:
+    """SHA-256 of the plans that `backend` runs, by component; none for backends that run the ONNX."""
+    target = backend.partition(":")[2]
+    if not target:
+        return {}
+    from engines.tensorrt.plan import read_build
+
+    return {name: spec.plan.sha256 for name, spec in read_build(bundle, target).components.items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes and checks, of the operating system and the processor."""
+    found = {"python": platform.python_version(), "system": platform.platform(), "processor": _processor()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")
