@@ -19,13 +19,13 @@ demo: setup
 	$(BIN)/star-export build demo/bundle --target $(TARGET)
 	$(BIN)/star-export validate demo/bundle --report demo/report.html
 	$(BIN)/star-export score demo/bundle --pictures demo
-	$(BIN)/star-export generate demo/bundle "two blue circles and a small red star on a yellow background" -o demo/picture.png
-	$(BIN)/star-export edit demo/bundle demo/picture.png "change the color of the star to green" -o demo/picture-edited.png
-	$(BIN)/star-export ask demo/bundle demo/picture-edited.png "how many circles are there?"
+	$(BIN)/star-export generate demo/bundle "two blue circles and a small red star on a yellow background" -o demo/image.png
+	$(BIN)/star-export edit demo/bundle demo/image.png "change the color of the star to green" -o demo/image-edited.png
+	$(BIN)/star-export ask demo/bundle demo/image-edited.png "how many circles are there?"
 	$(BIN)/star-export generate demo/bundle "as many red circles as a triangle has corners" --reason -o demo/riddle.png
 	@echo "bundle and plans: demo/bundle   parity report: demo/report.html"
 	@echo "drawn, edited, answered and reasoned, each with its verdict: demo/generated.png edited.png answered.png reasoned.png"
-	@echo "made just now: demo/picture.png picture-edited.png riddle.png"
+	@echo "made just now: demo/image.png image-edited.png riddle.png"
 
 test: setup
 	$(BIN)/python -m pytest

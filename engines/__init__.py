@@ -1,1 +1,27 @@
-"""What is on the device: bundles, engines, sessions, runtime. Never imports torch, transformers, onnx or star_export."""
+"""STAR on a device: bundles, plans, and a runtime that needs neither torch nor transformers.
+
+The public names are imported when they are first used, so that importing the package costs nothing.
+"""
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bundle.reader import Bundle
+    from .errors import InputError, MissingError, ParityError, StarError, UsageError
+    from .runtime.star import Answer, Images, Star
+    from .tensorrt.build import build_plans as build
+
+_HOMES = {
+    "Star": "runtime.star", "Answer": "runtime.star", "Images": "runtime.star", "Bundle": "bundle.reader", "build": "tensorrt.build:build_plans",
+    "StarError": "errors", "UsageError": "errors", "InputError": "errors", "ParityError": "errors", "MissingError": "errors",
+}
+__all__ = ["Answer", "Bundle", "Images", "InputError", "MissingError", "ParityError", "Star", "StarError", "UsageError", "build"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .runtime.decode import ImageLoop, Progress, silent
+from .progress import Progress, silent
+from .runtime.decode import ImageLoop
 from .inputs.prompt import text_positions
 from .runtime.star import Star
 from .runtime.sampler import uniforms
 from .sessions import run
+from .sessions.onnxruntime import OnnxRuntimeSession
 from .bundle.tensors import bound_tensors, present_name
 
 PROMPT_TOKENS, REPEATS = 32, 15
@@ -27,8 +29,8 @@ BANDWIDTH_BYTES, BANDWIDTH_REPEATS = 1 << 28, 7
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One part of a picture: median `ms` of a call, the bytes it must read (0 where none is stated) and the share of that floor."""
+class Timing:
+    """One part of an image: median `ms` of a call, the bytes it must read (0 where none is stated) and the share of that floor."""
 
     name: str
     ms: float
@@ -47,12 +49,12 @@ class Benchmark:
     bandwidth: float
     tokens: int
     seconds_per_image: float
-    stages: tuple[Stage, ...]
+    timings: tuple[Timing, ...]
     ratios: dict[str, float]
 
 
 def bench(star: Star, *, repeats: int = REPEATS, progress: Progress = silent) -> Benchmark:
-    """Measure `star`: one picture under guidance (two rows), after a prompt of 32 tokens."""
+    """Measure `star`: one image under guidance (two rows), after a prompt of 32 tokens."""
     progress("memory bandwidth", 0, repeats + 1)
     device, bandwidth = device_bandwidth(star.backend)
     model, tokens = star.model, star.model.image_tokens
@@ -62,7 +64,7 @@ def bench(star: Star, *, repeats: int = REPEATS, progress: Progress = silent) ->
     loop = star.image_loop(num_images=1, length=PROMPT_TOKENS, tokens=tokens)
     drawn = loop.draw(embeds, positions, **settings)
     plain = PlainLoop(loop, star) if star.backend == "onnxruntime" else None
-    kinds: dict[str, Callable[[], object]] = {"picture": lambda: loop.draw(embeds, positions, **settings),
+    kinds: dict[str, Callable[[], object]] = {"image": lambda: loop.draw(embeds, positions, **settings),
                                               "runtime": lambda: rewound(loop, settings["uniforms"]), "bare": lambda: bare_decode(loop)}
     kinds |= {"plain": plain.decode} if plain else {}
     kinds |= {"base_ar": loop.base_step, "stacked_ar": loop.stacked_step, "image_head": loop.head_steps[0],
@@ -70,14 +72,14 @@ def bench(star: Star, *, repeats: int = REPEATS, progress: Progress = silent) ->
     seconds = in_turns(kinds, repeats=repeats, synchronize=lambda: loop.image_ids[0].read(), progress=progress)
     steps = tokens - 1
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    stages = [stage(name, median[name], bytes_read(star, loop, name), bandwidth) for name in ("base_ar", "stacked_ar", "image_head")]
-    total = sum(s.read_bytes for s in stages)
-    stages += [stage("decode step", median["runtime"] / steps, total, bandwidth), stage("vq_decoder", median["vq_decoder"], 0, bandwidth)]
-    stages += [stage("prefill and decode of a picture", median["picture"], 0, bandwidth)]
+    timings = [timing(name, median[name], bytes_read(star, loop, name), bandwidth) for name in ("base_ar", "stacked_ar", "image_head")]
+    total = sum(s.read_bytes for s in timings)
+    timings += [timing("decode step", median["runtime"] / steps, total, bandwidth), timing("vq_decoder", median["vq_decoder"], 0, bandwidth)]
+    timings += [timing("prefill and decode of an image", median["image"], 0, bandwidth)]
     ratios = {"the same sessions in a bare loop": ratio(seconds, "runtime", "bare")}
     ratios |= {"ONNX Runtime's plain run, caches returned as new arrays": ratio(seconds, "runtime", "plain")} if plain else {}
     return Benchmark(model.name, star.bundle.manifest.precision, star.backend, device, bandwidth, tokens,
-                     median["picture"] + median["vq_decoder"], tuple(stages), ratios)
+                     median["image"] + median["vq_decoder"], tuple(timings), ratios)
 
 
 def in_turns(kinds: dict[str, Callable[[], object]], *, repeats: int, synchronize: Callable[[], object],
@@ -102,7 +104,7 @@ def ratio(seconds: dict[str, list[float]], name: str, peer: str) -> float:
 
 
 def rewound(loop: ImageLoop, draws: np.ndarray) -> None:
-    """The decode steps of a picture again, by the runtime's loop."""
+    """The decode steps of an image again, by the runtime's loop."""
     loop.slots.rewind(PROMPT_TOKENS)
     loop.decode(PROMPT_TOKENS, draws)
 
@@ -121,12 +123,13 @@ class PlainLoop:
 
     def __init__(self, loop: ImageLoop, star: Star):
         self.steps = loop.tokens - 1
-        self.sessions = [star.session(name).inference_session for name in ("base_ar", "stacked_ar", "image_head")]
-        self.feeds = [{t.name: step.tensors[t.name].read().copy() for t in star.session(name).spec.inputs if t.name in step.tensors}
-                      for name, step in zip(("base_ar", "stacked_ar", "image_head"), (loop.base_step, loop.stacked_step, loop.head_steps[0]))]
+        sessions = [star.session(name) for name in ("base_ar", "stacked_ar", "image_head")]
+        self.sessions = [session.inference_session for session in sessions if isinstance(session, OnnxRuntimeSession)]
+        self.feeds = [{t.name: tensors[t.name].read().copy() for t in session.spec.inputs}
+                      for session, tensors in zip(sessions, loop.tensors, strict=True)]
 
     def decode(self) -> None:
-        """All decode steps of a picture."""
+        """All decode steps of an image."""
         base, stacked, head = self.feeds
         for _ in range(self.steps):
             stacked["inputs_embeds"] = self._decoder(0)
@@ -145,14 +148,14 @@ def bytes_read(star: Star, loop: ImageLoop, component: str) -> int:
     """Bytes that a decode step of `component` must read: stored weights, and the filled part of the caches (none in a head)."""
     files = star.bundle.manifest.files
     weights = sum(files[name].size for name in star.bundle.weights(component))
-    spec, used = star.session(component).spec, PROMPT_TOKENS + loop.tokens // 2  # on average over the picture
+    spec, used = star.session(component).spec, PROMPT_TOKENS + loop.tokens // 2  # on average over the image
     caches = [t for t in bound_tensors(spec) if present_name(t.name)]
     per_item = {"float32": 4, "float16": 2, "bfloat16": 2}
     return weights + sum(2 * used * t.shape[1] * t.shape[3] * per_item[t.dtype] for t in caches)  # two rows
 
 
-def stage(name: str, seconds: float, read_bytes: int, bandwidth: float) -> Stage:
-    return Stage(name, seconds * 1e3, read_bytes, read_bytes / bandwidth / seconds)
+def timing(name: str, seconds: float, read_bytes: int, bandwidth: float) -> Timing:
+    return Timing(name, seconds * 1e3, read_bytes, read_bytes / bandwidth / seconds)
 
 
 def device_bandwidth(backend: str) -> tuple[str, float]:

@@ -13,9 +13,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CheckpointError
 from .special import SpecialIds, special_ids_from_tokenizer
-from .strict_json import FIX, Section, read_object
+from .strict_json import Section, read_object
 
 # Bounds of what multiplies memory; the largest release has 36, 18944 and 152064.
 MAX_LAYERS, MAX_SIZE, MAX_ROWS = 512, 1 << 17, 1 << 22
@@ -84,7 +83,7 @@ class VQConfig:
 
     @property
     def image_size(self) -> int:
-        """Height and width of a picture, in pixels."""
+        """Height and width of an image, in pixels."""
         return math.isqrt(self.image_tokens) * 2 ** (len(self.ch_mult) - 1)
 
 

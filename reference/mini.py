@@ -2,7 +2,7 @@
 
 Every tensor is a function of its name and shape alone. Written are STAR-mini.json, STAR-mini.pt (the trained parts),
 VQ-Model.pt and Qwen2.5-VL-mini/ (configuration, tokenizer, two safetensors shards with their index). The numbers are noise
-of a realistic scale: good for comparing implementations, not for pictures. `tests/golden/` holds what the official code
+of a realistic scale: good for comparing implementations, not for images. `tests/golden/` holds what the official code
 computes on them, so the bytes must not change.
 """
 from __future__ import annotations

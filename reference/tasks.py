@@ -1,6 +1,6 @@
 """What is done with the model: answer, generate, edit. Slow, obvious loops: the oracle of every fast path.
 
-All of it works on ids, positions and tensors. Prompts, tokenising and pictures from files belong to the caller; implicit
+All of it works on ids, positions and tensors. Prompts, tokenising and images from files belong to the caller; implicit
 reasoning is `answer`, then `generate` on the answer's ids in the prompt's place (STAR.md 3.5).
 
 Source: STAR.md 3; MM-MVR/STAR, star/models/model.py; transformers 4.51.0, generation/logits_process.py.
@@ -20,10 +20,10 @@ from .special import SpecialIds
 
 @dataclass(frozen=True)
 class Generated:
-    """N pictures, and what was computed on the way. Rows are conditional, unconditional, conditional, ..."""
+    """N images, and what was computed on the way. Rows are conditional, unconditional, conditional, ..."""
 
     image_ids: Tensor  # [N, T] int64
-    image: Tensor | None  # [N, 3, R, R], about [-1, 1] and not clipped; None when fewer ids than a picture has were asked for
+    image: Tensor | None  # [N, 3, R, R], about [-1, 1] and not clipped; None when fewer ids than an image has were asked for
     prefill_embeds: Tensor  # [2N, L, H]
     base_hidden: Tensor  # [2N, L, H] base_ar after its final norm, prefill
     head_in: Tensor  # [T, 2N, H] stacked_ar after its final norm, last position, per step
@@ -34,7 +34,7 @@ class Generated:
 def generate(star: Star, input_ids: Tensor, *, guidance: float, top_k: int, top_p: float, uniforms: Tensor | None,
              image_tokens: int | None = None, inputs_embeds: Tensor | None = None,
              position_ids: Tensor | None = None) -> Generated:
-    """Draw N pictures from 2N prompt rows (`guidance_rows`).
+    """Draw N images from 2N prompt rows (`guidance_rows`).
 
     input_ids [2N, L]; `inputs_embeds` [2N, L, H] replaces their embeddings (editing: `edit_embeds`). position_ids
     [3, 1 or 2N, at least L + T - 1] replaces the slot numbers on all three axes. uniforms [T, N] in [0, 1) decide the draws;
@@ -163,7 +163,7 @@ def prompt_embeds(star: Star, input_ids: Tensor, replaced: dict[int, Tensor]) ->
 
 
 def edit_embeds(star: Star, input_ids: Tensor, *, image_ids: Tensor, image_embeds: Tensor) -> Tensor:
-    """Prompt of an edit. input_ids [2, L] (`edit_ids`), image_ids [T] of the picture, image_embeds [P/4, H] -> [2, L, H]."""
+    """Prompt of an edit. input_ids [2, L] (`edit_ids`), image_ids [T] of the image, image_embeds [P/4, H] -> [2, L, H]."""
     special = star.config.special
     replaced = {special.vision_pad: star.image_embedding(image_ids), special.image_pad: image_embeds}
     return prompt_embeds(star, input_ids, replaced)
@@ -172,7 +172,7 @@ def edit_embeds(star: Star, input_ids: Tensor, *, image_ids: Tensor, image_embed
 def guidance_rows(input_ids: Tensor, special: SpecialIds) -> Tensor:
     """Each prompt and its unconditional twin, whose ids between the first and the last four are `<|fim_pad|>`.
 
-    input_ids [N, L] ending in `<|vision_start|>` -> [2N, L] (STAR.md 3.3; editing masks before the picture is put in).
+    input_ids [N, L] ending in `<|vision_start|>` -> [2N, L] (STAR.md 3.3; editing masks before the image is put in).
     """
     unconditional = input_ids.clone()
     unconditional[:, 1:-4] = special.fim_pad
@@ -181,21 +181,21 @@ def guidance_rows(input_ids: Tensor, special: SpecialIds) -> Tensor:
 
 def edit_ids(rows: Tensor, special: SpecialIds, *, insert_at: int, newline: int, image_tokens: int,
              merged_patches: int) -> Tensor:
-    """Prompt rows with the picture's places put in: its image ids as `<|vision_pad|>`, its patches as `<|image_pad|>`.
+    """Prompt rows with the image's places put in: its image ids as `<|vision_pad|>`, its patches as `<|image_pad|>`.
 
     rows [2, L0], `insert_at` after "<|im_start|>user\\n" -> [2, L] (STAR.md 3.6).
     """
-    picture = [special.vision_start, *[special.vision_pad] * image_tokens, special.vision_end,
+    image = [special.vision_start, *[special.vision_pad] * image_tokens, special.vision_end,
                special.vision_start, *[special.image_pad] * merged_patches, special.vision_end, newline]
-    inserted = torch.tensor(picture, device=rows.device).expand(rows.shape[0], -1)
+    inserted = torch.tensor(image, device=rows.device).expand(rows.shape[0], -1)
     return torch.cat([rows[:, :insert_at], inserted, rows[:, insert_at:]], dim=1)
 
 
 def mrope_position_ids(input_ids: Tensor, grids: Sequence[tuple[int, int]], special: SpecialIds, *,
                        trailing: int = 0) -> Tensor:
-    """Positions on the three axes. input_ids [L], merged rows and columns of each picture -> [3, 1, L + trailing] int64.
+    """Positions on the three axes. input_ids [L], merged rows and columns of each image -> [3, 1, L + trailing] int64.
 
-    Text advances all axes by one. A picture is what follows `<|vision_start|>` as `<|image_pad|>`: one place in time, its rows
+    Text advances all axes by one. An image is what follows `<|vision_start|>` as `<|image_pad|>`: one place in time, its rows
     and columns on the other axes; text goes on behind the larger of the two. `trailing` continues for ids yet to come.
     """
     columns: list[Tensor] = []  # each [3, n]

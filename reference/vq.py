@@ -1,4 +1,4 @@
-"""STAR-VQ: picture <-> image ids. A convolutional encoder and decoder around a codebook that both read.
+"""STAR-VQ: image <-> image ids. A convolutional encoder and decoder around a codebook that both read.
 
 Source: STAR.md 1.5; MM-MVR/STAR, star/models/pixel_encoder/vq_model.py.
 """
@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -111,7 +110,7 @@ def middle(channels: int, num_heads: int) -> nn.Sequential:
 
 
 class VQEncoder(nn.Module):
-    """Picture -> the nearest codebook entry of each place, row by row."""
+    """Image -> the nearest codebook entry of each place, row by row."""
 
     def __init__(self, config: VQConfig, codebook: nn.Embedding):
         super().__init__()
@@ -148,7 +147,7 @@ class VQEncoder(nn.Module):
 
 
 class VQDecoder(nn.Module):
-    """Image ids -> picture. `conv_blocks.0` is the lowest resolution."""
+    """Image ids -> image. `conv_blocks.0` is the lowest resolution."""
 
     def __init__(self, config: VQConfig, codebook: nn.Embedding):
         super().__init__()

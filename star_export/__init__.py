@@ -1,1 +1,33 @@
-"""The compiler and the command line: the only package that knows both the reference and the device."""
+"""STAR from a released PyTorch checkpoint to ONNX components, TensorRT engines and a light runtime, with proof that nothing changed.
+
+The public names are imported when they are first used: a device without torch and onnx has all but `export` and `validate`.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from engines import Bundle, Star, build
+
+    from .exporter.export import export
+    from .validator.ladder import validate
+
+__all__ = ["Bundle", "Star", "build", "export", "validate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Bundle", "Star", "build"):
+        import engines
+
+        return getattr(engines, name)
+    if name == "export":
+        from .exporter.export import export
+
+        return export
+    if name == "validate":
+        from .validator.ladder import validate
+
+        return validate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""THE TABLE: each component's boundary, dynamic axes, wrapper and limits. Everything that differs between components is here.
+"""THE TABLE: each component's boundary, dynamic axes, wrapper and tolerances. Everything that differs between components is here.
 
 Axes: `N` images, `B` rows (2N under guidance), `S` new positions, `C` cache capacity, `P` vision patches. Sizes that the model fixes
 come from its configuration. Float tensors cross a boundary in float32 in every precision; only the caches have the compute type.
@@ -6,24 +6,26 @@ come from its configuration. Float tensors cross a boundary in float32 in every 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engines.bundle.manifest import TensorSpec
 from reference.config import DecoderConfig, StarConfig
 
 TOP_K_LIMIT = 2048  # candidates that `image_head` ranks; TensorRT's TopK takes at most 3840
+FLIPPED_IDS = 0.25  # largest share of an image's ids, or of a teacher-forced run's, that may differ; measured: 0.0625 in bf16
 
 
 @dataclass(frozen=True)
 class Component:
-    """One row. `boundary(config, compute_type)` gives (inputs, outputs); `limits` are the largest allowed differences per output
+    """One row. `boundary(config, compute_type)` gives (inputs, outputs); `tolerances` are the largest allowed differences per output
     after scaling by the reference's standard deviation (for ids: the largest share that may differ). `quantized`: its linear
-    weights take the int8 and int4 formats."""
+    weights take the int8 and int4 formats. `tolerances_16bit` stand in place of `tolerances` where an executor computes in 16 bits."""
 
     wrapper: str
     boundary: Callable[[StarConfig, str], tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]
-    limits: dict[str, float]
+    tolerances: dict[str, float]
     quantized: bool = False
+    tolerances_16bit: dict[str, float] = field(default_factory=dict)
 
 
 def f32(name: str, *shape: int | str) -> TensorSpec:
@@ -79,7 +81,8 @@ def _image_head(config: StarConfig, compute: str):
 COMPONENTS: dict[str, Component] = {
     "token_embedding": Component("TokenEmbedding", _token_embedding, {"inputs_embeds": 0.0}),
     "vision_encoder": Component("VisionEncoder", _vision_encoder, {"image_embeds": 2e-4}),
-    "vq_encoder": Component("VQEncoder", _vq_encoder, {"image_ids": 0.0, "inputs_embeds": 0.0}),
+    "vq_encoder": Component("VQEncoder", _vq_encoder, {"image_ids": 0.0, "inputs_embeds": 0.0},
+                            tolerances_16bit={"image_ids": FLIPPED_IDS}),
     "vq_decoder": Component("VQDecoder", _vq_decoder, {"image": 2e-4}),
     "base_ar": Component("BaseAR", lambda c, t: _decoder(c.base_ar, t), {"hidden_states": 2e-4, "present": 2e-4}, quantized=True),
     "stacked_ar": Component("StackedAR", lambda c, t: _decoder(c.stacked_ar, t), {"hidden_states": 2e-4, "present": 2e-4}, quantized=True),

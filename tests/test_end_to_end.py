@@ -1,4 +1,4 @@
-"""From text and picture files through the command line to ids: what the official code computed, in float32 on ONNX Runtime."""
+"""From text and image files through the command line to ids: what the official code computed, in float32 on ONNX Runtime."""
 from __future__ import annotations
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.inputs.image_io import read_picture, write_png
+from engines.inputs.image_io import read_image, write_png
 from engines.runtime.star import Star
 from engines.sessions import onnxruntime
 from star_export.cli.parser import main
@@ -34,20 +34,20 @@ def official_ids(official: dict[str, np.ndarray], case: str) -> np.ndarray:
     return official[f"{case}.cfg_logits"].argmax(-1).T
 
 
-def official_pictures(official: dict[str, np.ndarray], case: str) -> np.ndarray:
+def official_images(official: dict[str, np.ndarray], case: str) -> np.ndarray:
     return np.clip((official[f"{case}.images"] + 1) / 2 * 255, 0, 255).astype(np.uint8)
 
 
 def drawn(tmp_path: Path, *words: str, images: int = 1) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Ids and pictures that a command line writes."""
+    """Ids and images that a command line writes."""
     assert main([*words, "-o", str(tmp_path / "p.png"), "--save-ids", str(tmp_path / "ids.npy"), "--no-progress"]) == 0
     files = [tmp_path / "p.png"] + [tmp_path / f"p-{i}.png" for i in range(1, images)]
     ids = np.load(tmp_path / "ids.npy", allow_pickle=False)
     assert ids.dtype == np.int64
-    return ids, [read_picture(file) for file in files]
+    return ids, [read_image(file) for file in files]
 
 
-def check_pictures(got: list[np.ndarray], expected: np.ndarray) -> None:
+def check_images(got: list[np.ndarray], expected: np.ndarray) -> None:
     """Equal but for pixels that rounding puts on the other side of a whole number."""
     difference = np.abs(np.stack(got).astype(int) - expected)
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
@@ -56,29 +56,29 @@ def check_pictures(got: list[np.ndarray], expected: np.ndarray) -> None:
 @pytest.mark.parametrize("case", names("generate"))
 def test_generate(mini_bundle: Path, tmp_path: Path, official: dict, case: str) -> None:
     spec = CASES[case]
-    ids, pictures = drawn(tmp_path, "generate", str(mini_bundle), spec["prompt"], "--cfg", str(spec["cfg"]), "--greedy",
+    ids, images = drawn(tmp_path, "generate", str(mini_bundle), spec["prompt"], "--cfg", str(spec["cfg"]), "--greedy",
                           "--num-images", str(spec["num_images"]), images=spec["num_images"])
     np.testing.assert_array_equal(ids, official[f"{case}.tokens"])
-    check_pictures(pictures, official_pictures(official, case))
+    check_images(images, official_images(official, case))
 
 
 @pytest.mark.parametrize("case", names("reason"))
 def test_reason(mini_bundle: Path, tmp_path: Path, official: dict, capsys: pytest.CaptureFixture, case: str) -> None:
     spec = CASES[case]
-    ids, pictures = drawn(tmp_path, "generate", str(mini_bundle), spec["prompt"], "--cfg", str(spec["cfg"]), "--greedy",
+    ids, images = drawn(tmp_path, "generate", str(mini_bundle), spec["prompt"], "--cfg", str(spec["cfg"]), "--greedy",
                           "--reason", "--max-new-tokens", str(spec["answer_tokens"]))
     assert capsys.readouterr().out.splitlines()[0] == str(official[f"{case}.answer_text"])
     np.testing.assert_array_equal(ids, official[f"{case}.tokens"])
-    check_pictures(pictures, official_pictures(official, case))
+    check_images(images, official_images(official, case))
 
 
 @pytest.mark.parametrize("case", names("edit"))
 def test_edit(mini_bundle: Path, tmp_path: Path, official: dict, case: str) -> None:
     write_png(tmp_path / "in.png", official[f"{case}.image"])
-    ids, pictures = drawn(tmp_path, "edit", str(mini_bundle), str(tmp_path / "in.png"), CASES[case]["prompt"],
+    ids, images = drawn(tmp_path, "edit", str(mini_bundle), str(tmp_path / "in.png"), CASES[case]["prompt"],
                           "--cfg", str(CASES[case]["cfg"]), "--greedy", *PIXELS)
     np.testing.assert_array_equal(ids, official_ids(official, case))
-    check_pictures(pictures, official_pictures(official, case))
+    check_images(images, official_images(official, case))
 
 
 @pytest.mark.parametrize("case", names("understand"))
@@ -98,14 +98,14 @@ def test_the_same_seed_gives_the_same_ids_in_pytorch(mini_checkpoint: Path, mini
     from reference import tasks
     from reference.weights import load_star, resolve_checkpoint
     with Star(mini_bundle) as star:
-        pictures = star.generate("a photo of a red cat", **settings)
-        rows = star.chat.generate_rows("a photo of a red cat", num_images=settings.get("num_images", 1))
+        images = star.generate("a photo of a red cat", **settings)
+        rows = star.chat.generate_prompt("a photo of a red cat", num_images=settings.get("num_images", 1)).input_ids
     draws = uniforms(seed=settings["seed"], tokens=16, num_images=settings.get("num_images", 1))
     with torch.inference_mode():
         expected = tasks.generate(load_star(resolve_checkpoint(str(mini_checkpoint))), torch.from_numpy(rows), guidance=settings.get("cfg", 1.1),
                                   top_k=settings.get("top_k", 1000), top_p=settings.get("top_p", 0.8), uniforms=torch.from_numpy(draws))
-    np.testing.assert_array_equal(pictures.image_ids, expected.image_ids.numpy())
-    assert len(np.unique(pictures.image_ids)) > 8  # a draw, not one id again and again
+    np.testing.assert_array_equal(images.image_ids, expected.image_ids.numpy())
+    assert len(np.unique(images.image_ids)) > 8  # a draw, not one id again and again
 
 
 def test_no_cache_is_copied(mini_bundle: Path, tmp_path: Path, official: dict, capfd: pytest.CaptureFixture,
@@ -122,4 +122,4 @@ def test_the_program_itself(mini_bundle: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "star_export", "generate", str(mini_bundle), "a photo of a red cat", "-o", "p.png", "--json"],
                           cwd=tmp_path, env={"PYTHONPATH": str(Path(__file__).parent.parent), "PATH": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["pictures"] == ["p.png"] and read_picture(tmp_path / "p.png").shape == (64, 64, 3)
+    assert json.loads(done.stdout)["images"] == ["p.png"] and read_image(tmp_path / "p.png").shape == (64, 64, 3)

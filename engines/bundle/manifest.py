@@ -65,7 +65,7 @@ class TokenSpec:
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """What numpy needs to prepare a picture for `vision_encoder`."""
+    """What numpy needs to prepare an image for `vision_encoder`."""
 
     patch_size: int
     temporal_patch_size: int
@@ -87,7 +87,7 @@ class SamplingSpec:
 
 @dataclass(frozen=True)
 class SamplingSpecs:
-    """How each task draws: a picture of a prompt may be one of many, an edited one is mostly given."""
+    """How each task draws: an image of a prompt may be one of many, an edited one is mostly given."""
 
     generate: SamplingSpec = SamplingSpec()
     edit: SamplingSpec = SamplingSpec()

@@ -1,4 +1,4 @@
-"""Pictures as the encoders take them, and decoded images as pictures. All in numpy and Pillow, on arrays; no files.
+"""Images as the encoders take them, and decoded images as images. All in numpy and Pillow, on arrays; no files.
 
 Sources: transformers 4.51.0 `Qwen2VLImageProcessor` (the slow one) and `Qwen2_5_VisionTransformer.rot_pos_emb`; qwen-vl-utils
 `fetch_image`; STAR.md 3.2 (`ask` resizes twice) and 3.6 (`edit` looks through two encoders).
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError, ParityError, UsageError
+from ..bundle.bfloat16 import bf16_rounded
 from ..bundle.manifest import ModelSpec, VisionSpec
 
 MIN_PIXELS = 28 * 28 * 16  # the vision encoder's limits, the release's defaults
@@ -38,32 +39,32 @@ class VisionInputs:
         return {name: getattr(self, name) for name in ("pixel_values", "rotary_cos", "rotary_sin", "window_ids")}
 
 
-def ask_inputs(picture: np.ndarray, model: ModelSpec, *, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> VisionInputs:
-    """A picture, uint8 [H, W, 3], for a question: resized under wide limits first, then under the encoder's. Raises InputError."""
+def ask_inputs(image: np.ndarray, model: ModelSpec, *, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> VisionInputs:
+    """An image, uint8 [H, W, 3], for a question: resized under wide limits first, then under the encoder's. Raises InputError."""
     check_pixel_limits(min_pixels=min_pixels, max_pixels=max_pixels, factor=_factor(model.vision))
-    height, width = smart_size(*picture.shape[:2], factor=_factor(model.vision), min_pixels=ASK_MIN_PIXELS, max_pixels=ASK_MAX_PIXELS)
-    return vision_inputs(_resized(picture, height, width, "BICUBIC"), model, min_pixels=min_pixels, max_pixels=max_pixels)
+    height, width = smart_size(*image.shape[:2], factor=_factor(model.vision), min_pixels=ASK_MIN_PIXELS, max_pixels=ASK_MAX_PIXELS)
+    return vision_inputs(_resized(image, height, width, "BICUBIC"), model, min_pixels=min_pixels, max_pixels=max_pixels)
 
 
-def edit_inputs(picture: np.ndarray, model: ModelSpec, *, min_pixels: int = MIN_PIXELS,
+def edit_inputs(image: np.ndarray, model: ModelSpec, *, min_pixels: int = MIN_PIXELS,
                 max_pixels: int = MAX_PIXELS) -> tuple[VisionInputs, np.ndarray]:
-    """A picture, uint8 [H, W, 3], for `vision_encoder` and, squashed to a square, for `vq_encoder`: float32 [1, 3, R, R] in [-1, 1].
+    """An image, uint8 [H, W, 3], for `vision_encoder` and, squashed to a square, for `vq_encoder`: float32 [1, 3, R, R] in [-1, 1].
 
     Raises InputError.
     """
     check_pixel_limits(min_pixels=min_pixels, max_pixels=max_pixels, factor=_factor(model.vision))
-    picture = _at_least(picture, _factor(model.vision))
-    square = _resized(picture, model.image_size, model.image_size, "BILINEAR")
+    image = _at_least(image, _factor(model.vision))
+    square = _resized(image, model.image_size, model.image_size, "BILINEAR")
     square = (square.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)  # torchvision's order of rounding
-    return (vision_inputs(picture, model, min_pixels=min_pixels, max_pixels=max_pixels),
+    return (vision_inputs(image, model, min_pixels=min_pixels, max_pixels=max_pixels),
             np.ascontiguousarray(square.transpose(2, 0, 1)[None]))
 
 
-def vision_inputs(picture: np.ndarray, model: ModelSpec, *, min_pixels: int, max_pixels: int) -> VisionInputs:
-    """A picture, uint8 [H, W, 3], resized to multiples of patch x merge and cut into patches. Raises InputError."""
+def vision_inputs(image: np.ndarray, model: ModelSpec, *, min_pixels: int, max_pixels: int) -> VisionInputs:
+    """An image, uint8 [H, W, 3], resized to multiples of patch x merge and cut into patches. Raises InputError."""
     vision = model.vision
-    height, width = smart_size(*picture.shape[:2], factor=_factor(vision), min_pixels=min_pixels, max_pixels=max_pixels)
-    pixels = patches_from_picture(_resized(picture, height, width, "BICUBIC"), vision)
+    height, width = smart_size(*image.shape[:2], factor=_factor(vision), min_pixels=min_pixels, max_pixels=max_pixels)
+    pixels = patches_from_image(_resized(image, height, width, "BICUBIC"), vision)
     rows, columns = patch_coordinates(vision, grid_h=height // vision.patch_size, grid_w=width // vision.patch_size)
     side = vision.window_size // vision.patch_size  # in patches
     windows = rows // side * -(-width // vision.patch_size // side) + columns // side
@@ -74,7 +75,7 @@ def vision_inputs(picture: np.ndarray, model: ModelSpec, *, min_pixels: int, max
 def smart_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) near the given one, multiples of `factor`, with an area within the limits. Raises InputError."""
     if max(height, width) > ASPECT_LIMIT * min(height, width):
-        raise InputError("This picture is too long and thin", where=f"picture: expected sides within {ASPECT_LIMIT} to 1, got {width}x{height}",
+        raise InputError("This image is too long and thin", where=f"image: expected sides within {ASPECT_LIMIT} to 1, got {width}x{height}",
                          fix="crop it")
     h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
     if h * w > max_pixels:
@@ -86,19 +87,19 @@ def smart_size(height: int, width: int, *, factor: int, min_pixels: int, max_pix
     return h, w
 
 
-def patches_from_picture(picture: np.ndarray, vision: VisionSpec) -> np.ndarray:
+def patches_from_image(image: np.ndarray, vision: VisionSpec) -> np.ndarray:
     """uint8 [H, W, 3] -> float32 [P, 3 * temporal * patch * patch], normalised; merge x merge neighbours follow each other."""
-    patch, merge, (height, width, _) = vision.patch_size, vision.spatial_merge_size, picture.shape
-    scaled = (picture * (1 / 255)).astype(np.float32)  # in float64 first, as the release
+    patch, merge, (height, width, _) = vision.patch_size, vision.spatial_merge_size, image.shape
+    scaled = (image * (1 / 255)).astype(np.float32)  # in float64 first, as the release
     normal = (scaled - np.array(vision.image_mean, np.float32)) / np.array(vision.image_std, np.float32)
     blocks = normal.transpose(2, 0, 1).reshape(3, height // patch // merge, merge, patch, width // patch // merge, merge, patch)
     blocks = blocks.transpose(1, 4, 2, 5, 0, 3, 6)  # [gh, gw, merge, merge, 3, patch, patch]
-    still = np.repeat(blocks[..., None, :, :], vision.temporal_patch_size, axis=-3)  # one picture fills every frame
+    still = np.repeat(blocks[..., None, :, :], vision.temporal_patch_size, axis=-3)  # one image fills every frame
     return still.reshape(-1, 3 * vision.temporal_patch_size * patch * patch)
 
 
 def patch_coordinates(vision: VisionSpec, *, grid_h: int, grid_w: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of every patch, in the order of `patches_from_picture`: two of int64 [P]. Sizes are in patches."""
+    """Row and column of every patch, in the order of `patches_from_image`: two of int64 [P]. Sizes are in patches."""
     merge = vision.spatial_merge_size
     index = np.indices((grid_h, grid_w)).reshape(2, grid_h // merge, merge, grid_w // merge, merge)
     rows, columns = index.transpose(0, 1, 3, 2, 4).reshape(2, -1)
@@ -125,13 +126,7 @@ def rotary_cos_sin(vision: VisionSpec, rows: np.ndarray, columns: np.ndarray, *,
     return (bf16_rounded(cos), bf16_rounded(sin)) if rope_bf16 else (cos, sin)
 
 
-def bf16_rounded(x: np.ndarray) -> np.ndarray:
-    """float32 values rounded to the nearest bfloat16 (ties to even), as float32. For finite values."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-
-
-def pictures_from_decoded(image: np.ndarray) -> np.ndarray:
+def images_from_decoded(image: np.ndarray) -> np.ndarray:
     """Output of `vq_decoder`, float32 [N, 3, R, R] around [-1, 1] -> uint8 [N, R, R, 3], clipped and truncated as the release does.
 
     Raises ParityError when a number is not finite.
@@ -143,7 +138,7 @@ def pictures_from_decoded(image: np.ndarray) -> np.ndarray:
 
 
 def check_pixel_limits(*, min_pixels: int, max_pixels: int, factor: int) -> None:
-    """Refuse limits that no picture can meet. Raises UsageError."""
+    """Refuse limits that no image can meet. Raises UsageError."""
     if not (factor * factor <= max_pixels and 1 <= min_pixels <= max_pixels):
         raise UsageError("These pixel limits cannot be met", fix="leave out the two options to use the defaults",
                          where=f"expected 1 <= min_pixels <= max_pixels and max_pixels >= {factor * factor}, got {min_pixels} and {max_pixels}")
@@ -153,14 +148,14 @@ def _factor(vision: VisionSpec) -> int:
     return vision.patch_size * vision.spatial_merge_size
 
 
-def _at_least(picture: np.ndarray, side: int) -> np.ndarray:
-    height, width = picture.shape[:2]
+def _at_least(image: np.ndarray, side: int) -> np.ndarray:
+    height, width = image.shape[:2]
     if min(height, width) >= side:
-        return picture
+        return image
     scale = max(side / height, side / width)
-    return _resized(picture, int(height * scale), int(width * scale), "LANCZOS")
+    return _resized(image, int(height * scale), int(width * scale), "LANCZOS")
 
 
-def _resized(picture: np.ndarray, height: int, width: int, filter_name: str) -> np.ndarray:
+def _resized(image: np.ndarray, height: int, width: int, filter_name: str) -> np.ndarray:
     from PIL import Image
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling[filter_name]))
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[filter_name]))

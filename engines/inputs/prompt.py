@@ -1,6 +1,6 @@
 """Prompts as rows of ids with their positions: what each task feeds the decoder.
 
-Knows the bundle's tokenizer and chat template, and the rules of STAR.md 3.2 to 3.6; knows nothing of sessions or pictures beyond
+Knows the bundle's tokenizer and chat template, and the rules of STAR.md 3.2 to 3.6; knows nothing of sessions or images beyond
 the size of their grid. Rows come as conditional, unconditional, conditional, unconditional, ...
 """
 from __future__ import annotations
@@ -19,14 +19,21 @@ _MARK = "\ue000"  # stands for the prompt while the template is cut in two
 
 
 @dataclass(frozen=True)
-class EditRows:
-    """`input_ids` [2, L] with placeholders where the picture goes, `position_ids` [3, 2, L], and the two slices of L:
-    `vq_tokens` (T places) and `vision_tokens` (one per merged patch)."""
+class Prompt:
+    """What a task feeds the decoder: `input_ids` int64 [B, L], with placeholders where an image goes, and `position_ids` int64 [3, B, L].
+
+    `vq_tokens` (T places) and `vision_tokens` (one per merged patch) are the slices of L that the encoders' rows replace.
+    """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
-    vq_tokens: slice
-    vision_tokens: slice
+    vq_tokens: slice | None = None
+    vision_tokens: slice | None = None
+
+    @classmethod
+    def of_text(cls, input_ids: np.ndarray) -> Prompt:
+        """Text alone: positions count up on all three axes."""
+        return cls(input_ids, text_positions(*input_ids.shape))
 
 
 class Chat:
@@ -71,46 +78,47 @@ class Chat:
         """Text of `ids` without special tokens."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def generate_rows(self, prompt: str, *, num_images: int) -> np.ndarray:
-        """Rows that draw `prompt`: int64 [2N, L], ending in `<|vision_start|>` (STAR.md 3.3)."""
-        return self._pairs(self._generate_ids(prompt), num_images)
+    def generate_prompt(self, text: str, *, num_images: int) -> Prompt:
+        """Draw `text`: 2N rows that end in `<|vision_start|>` (STAR.md 3.3)."""
+        return Prompt.of_text(self._pairs(self._generate_ids(text), num_images))
 
-    def question_ids(self, prompt: str) -> np.ndarray:
-        """`prompt` as a question to the base model, int64 [1, L]: the first half of implicit reasoning (STAR.md 3.5)."""
-        self._check_prompt(prompt)
-        return np.array([self.ids(self._render(prompt))], np.int64)
+    def question_prompt(self, text: str) -> Prompt:
+        """`text` as a question to the base model, one row: the first half of implicit reasoning (STAR.md 3.5)."""
+        self._check_prompt(text)
+        return Prompt.of_text(np.array([self.ids(self._render(text))], np.int64))
 
-    def reason_rows(self, prompt: str, answer: str, *, num_images: int) -> np.ndarray:
-        """Rows that draw the base model's `answer`, which replaces `prompt`: int64 [2N, L]. An empty answer draws the prompt."""
-        ids = self._generate_ids(prompt)
+    def reason_prompt(self, text: str, answer: str, *, num_images: int) -> Prompt:
+        """Draw the base model's `answer`, which replaces `text`: 2N rows. An empty answer draws the text."""
+        ids = self._generate_ids(text)
         if answer:
             ids = ids[:self.prefix_length] + self.ids(answer) + self.ids(MAGIC_SUFFIX) + ids[-len(self.suffix):]
-        return self._pairs(ids, num_images)
+        return Prompt.of_text(self._pairs(ids, num_images))
 
-    def edit_rows(self, prompt: str, *, grid_h: int, grid_w: int) -> EditRows:
-        """Rows that edit a picture: prefix, its image tokens, its merged patches (`grid_h` x `grid_w`), prompt (STAR.md 3.6)."""
+    def edit_prompt(self, text: str, *, grid_h: int, grid_w: int) -> Prompt:
+        """Edit an image by `text`: prefix, image tokens, `grid_h` x `grid_w` merged patches, text; two rows (STAR.md 3.6)."""
         tokens, count = self.model.tokens, grid_h * grid_w
         start, end = [tokens.vision_start], [tokens.vision_end]
-        picture = (start + [tokens.vision_pad] * self.model.image_tokens + end
-                   + start + [tokens.image_pad] * count + end + self.ids("\n"))
-        rows, at = self._pairs(self._generate_ids(prompt), 1), self.prefix_length
-        rows = np.concatenate([rows[:, :at], np.tile(np.array(picture, np.int64), (2, 1)), rows[:, at:]], axis=1)
+        image = (start + [tokens.vision_pad] * self.model.image_tokens + end
+                 + start + [tokens.image_pad] * count + end + self.ids("\n"))
+        rows, at = self._pairs(self._generate_ids(text), 1), self.prefix_length
+        rows = np.concatenate([rows[:, :at], np.tile(np.array(image, np.int64), (2, 1)), rows[:, at:]], axis=1)
         vision_at = at + 1 + self.model.image_tokens + 2
         positions = positions_with_grid(rows.shape[1], start=vision_at, grid_h=grid_h, grid_w=grid_w)
-        return EditRows(rows, np.repeat(positions, 2, axis=1), slice(at + 1, at + 1 + self.model.image_tokens),
-                        slice(vision_at, vision_at + count))
+        return Prompt(rows, np.repeat(positions, 2, axis=1), vq_tokens=slice(at + 1, at + 1 + self.model.image_tokens),
+                      vision_tokens=slice(vision_at, vision_at + count))
 
-    def ask_rows(self, question: str, *, grid_h: int, grid_w: int) -> tuple[np.ndarray, np.ndarray, slice]:
-        """A question about a picture of `grid_h` x `grid_w` merged patches: ids [1, L], position_ids [3, 1, L], and the patches' slice."""
+    def ask_prompt(self, question: str, *, grid_h: int, grid_w: int) -> Prompt:
+        """A question about an image of `grid_h` x `grid_w` merged patches: one row."""
         self._check_prompt(question)
         content = [{"type": "image", "image": ""}, {"type": "text", "text": question}]
         ids, pad = self.ids(self._render(content)), self.model.tokens.image_pad
         if ids.count(pad) != 1:
-            raise InputError("The chat template has no place for the picture", fix="export the bundle again",
+            raise InputError("The chat template has no place for the image", fix="export the bundle again",
                              where=f"{self.where}: chat_template.jinja: expected one <|image_pad|>, got {ids.count(pad)}")
         at, count = ids.index(pad), grid_h * grid_w
         ids = ids[:at] + [pad] * count + ids[at + 1:]
-        return (np.array([ids], np.int64), positions_with_grid(len(ids), start=at, grid_h=grid_h, grid_w=grid_w), slice(at, at + count))
+        return Prompt(np.array([ids], np.int64), positions_with_grid(len(ids), start=at, grid_h=grid_h, grid_w=grid_w),
+                      vision_tokens=slice(at, at + count))
 
     def _generate_ids(self, prompt: str) -> list[int]:
         self._check_prompt(prompt)
@@ -143,7 +151,7 @@ def positions_with_grid(length: int, *, start: int, grid_h: int, grid_w: int) ->
     """Three-axis positions [3, 1, length] (time, row, column) of a sequence with one grid of `grid_h` x `grid_w` places at `start`.
 
     Text counts up on all axes; the grid has its start as time, and its rows and columns from there; text goes on after the
-    larger side. Source: transformers 4.51.0 `get_rope_index` of Qwen2.5-VL, one still picture.
+    larger side. Source: transformers 4.51.0 `get_rope_index` of Qwen2.5-VL, one still image.
     """
     after = length - start - grid_h * grid_w
     rows, columns = np.divmod(np.arange(grid_h * grid_w), grid_w)

@@ -11,6 +11,8 @@ import functools
 
 import numpy as np
 
+from ..bundle.bfloat16 import bf16_rounded, float32_from_bits
+
 REALS = ("FLOAT", "HALF", "BF16", "FP8", "FP4", "E8M0")
 INTEGERS = {"INT8": np.int8, "UINT8": np.uint8, "INT32": np.int32, "INT64": np.int64, "INT4": np.int8, "BOOL": np.bool_}
 RANGES = {"INT4": (-8, 7), "INT8": (-128, 127), "UINT8": (0, 255)}
@@ -34,7 +36,7 @@ def rounded(array: np.ndarray, kind: str) -> np.ndarray:
         with np.errstate(over="ignore"):
             return array.astype(np.float16).astype(np.float32)
     if kind == "BF16":
-        return _bfloat16(array)
+        return np.where(np.isnan(array), array, bf16_rounded(array))
     return _small_float(array, *_SMALL[kind])
 
 
@@ -51,9 +53,7 @@ def unpacked(data: np.ndarray, kind: str, count: int) -> np.ndarray:
     if kind == "HALF":
         return data.view(np.float16).astype(np.float32)
     if kind == "BF16":
-        halves = data.view(np.uint16).astype(np.uint32)
-        halves <<= 16  # in place: weights are large
-        return halves.view(np.float32)
+        return float32_from_bits(data.view(np.uint16))
     if kind in ("FP8", "E8M0"):
         return _table(kind)[data]
     fours = np.stack([data & 15, data >> 4], axis=-1).reshape(-1)[:count]
@@ -61,12 +61,6 @@ def unpacked(data: np.ndarray, kind: str, count: int) -> np.ndarray:
         return _table(kind)[fours]
     assert kind == "INT4", kind
     return ((fours.astype(np.int8) ^ 8) - 8).astype(np.int8)
-
-
-def _bfloat16(array: np.ndarray) -> np.ndarray:
-    bits = np.asarray(array, np.float32).view(np.uint32)
-    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(array), array, nearest.view(np.float32))
 
 
 def _small_float(array: np.ndarray, mantissa: int, lowest: int, largest: float) -> np.ndarray:

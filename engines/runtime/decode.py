@@ -1,46 +1,44 @@
 """The two decode loops: image tokens through both decoders, text through the base. Steps are bound once and run many times.
 
-Works on open sessions and arrays; knows nothing of prompts or pictures. Memory is chained, so nothing is copied between sessions: the
+Works on open sessions and arrays; knows nothing of prompts or images. Memory is chained, so nothing is copied between sessions: the
 image head's embedding is the base's next input, the base's hidden states are the stack's input. Per step the host writes where the
 step goes and the uniform numbers, and reads nothing.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from ..progress import Progress, silent
+from ..sessions import Session
 from .kv_cache import Slots, cache_buffers
 from .sampler import penalise_repetition
-
-Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """The progress of who does not want to see any."""
-
 
 class ImageLoop:
     """Draws `tokens` image tokens for N images on sessions of base_ar, stacked_ar and image_head.
 
-    `base_step`, `stacked_step` and `head_steps` (one per token: each leaves its ids in its own buffer) are the bound steps.
+    `base_step`, `stacked_step` and `head_steps` (one per token: each leaves its ids in its own buffer) are the bound steps;
+    `tensors` what is bound to each of the three, by name (but for the ids).
     """
 
-    def __init__(self, base, stacked, head, *, num_images: int, tokens: int, capacity_tokens: int):
+    def __init__(self, base: Session, stacked: Session, head: Session, *, num_images: int, tokens: int, capacity_tokens: int):
         rows, hidden = 2 * num_images, base.spec.outputs[0].shape[-1]
         self.tokens, self.slots = tokens, Slots(capacity_tokens)
         self.decoders = [(s, cache_buffers(s, rows=rows, capacity_tokens=capacity_tokens)) for s in (base, stacked)]
         self.write_indices, self.position_ids = base.buffer((rows,), "int64"), base.buffer((3, rows, 1), "int64")
         embeds, base_hidden, self.hidden_states = (base.buffer((rows, 1, hidden), "float32") for _ in range(3))
         where = {"write_indices": self.write_indices, "position_ids": self.position_ids}
-        self.base_step = base.bind(self.decoders[0][1] | where | {"inputs_embeds": embeds, "hidden_states": base_hidden})
-        self.stacked_step = stacked.bind(self.decoders[1][1] | where | {"inputs_embeds": base_hidden, "hidden_states": self.hidden_states})
+        base_tensors = self.decoders[0][1] | where | {"inputs_embeds": embeds, "hidden_states": base_hidden}
+        stacked_tensors = self.decoders[1][1] | where | {"inputs_embeds": base_hidden, "hidden_states": self.hidden_states}
+        self.base_step, self.stacked_step = base.bind(base_tensors), stacked.bind(stacked_tensors)
         self.settings = {"guidance": head.buffer((1,), "float32"), "top_k": head.buffer((1,), "int64"),
                          "top_p": head.buffer((1,), "float32"), "uniform": head.buffer((num_images,), "float32")}
         logits = head.buffer((num_images, head.spec.outputs[2].shape[-1]), "float32")
         common = self.settings | {"hidden_states": self.hidden_states, "inputs_embeds": embeds, "logits": logits}
         self.image_ids = [head.buffer((num_images,), "int64") for _ in range(tokens)]
         self.head_steps = [head.bind(common | {"image_ids": ids}) for ids in self.image_ids]
+        self.tensors = base_tensors, stacked_tensors, common
 
     def draw(self, inputs_embeds: np.ndarray, position_ids: np.ndarray, *, guidance: float, top_k: int, top_p: float,
              uniforms: np.ndarray, progress: Progress = silent) -> np.ndarray:
@@ -78,7 +76,7 @@ class ImageLoop:
 class TextLoop:
     """Answers in text, greedily, on sessions of token_embedding, base_ar and text_head. One row."""
 
-    def __init__(self, embedding, base, head, *, capacity_tokens: int):
+    def __init__(self, embedding: Session, base: Session, head: Session, *, capacity_tokens: int):
         hidden = base.spec.outputs[0].shape[-1]
         self.slots, caches = Slots(capacity_tokens), cache_buffers(base, rows=1, capacity_tokens=capacity_tokens)
         self.decoders = [(base, caches)]
@@ -114,7 +112,7 @@ class TextLoop:
         return seen[length:length + i + 1]
 
 
-def prefill(decoders: Sequence[tuple[object, dict]], inputs_embeds: np.ndarray, position_ids: np.ndarray, slots: Slots) -> np.ndarray:
+def prefill(decoders: Sequence[tuple[Session, dict]], inputs_embeds: np.ndarray, position_ids: np.ndarray, slots: Slots) -> np.ndarray:
     """Run a prompt through `decoders` (session, caches), each fed by the one before: inputs_embeds [B, L, H], position_ids [3, B, L] ->
     the last position's hidden states [B, 1, H]. In parts, where a session takes fewer tokens at once."""
     rows, length, _ = inputs_embeds.shape

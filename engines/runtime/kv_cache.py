@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import InputError
+from ..sessions import Buffer, Session
 from ..bundle.tensors import present_name, shape_from_symbols
 
 
@@ -64,9 +65,10 @@ def rows_from_int8_cache(cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, np.ascontiguousarray(scales).view(np.float32)
 
 
-def cache_buffers(session, *, rows: int, capacity_tokens: int) -> dict[str, object]:
+def cache_buffers(session: Session, *, rows: int, capacity_tokens: int) -> dict[str, Buffer]:
     """Buffers for all caches of a decoder `session`, by their `past_key_values.` names, filled with zeros."""
-    symbols, buffers = {"B": rows, "C": capacity_tokens}, {}
+    symbols: dict[str, int] = {"B": rows, "C": capacity_tokens}
+    buffers: dict[str, Buffer] = {}
     for tensor in session.spec.inputs:
         if present_name(tensor.name):
             buffers[tensor.name] = session.buffer(shape_from_symbols(tensor.shape, symbols), tensor.dtype)

@@ -19,6 +19,7 @@ from ..interpreter import Network, describe_network, network_hash, parsed_from_n
 from ..tensorrt.profiles import CAPACITY, largest, limits_from_options
 from ..targets import target_from_name
 from ..tensorrt.module import log_of, tensorrt_of
+from ..bundle.bfloat16 import float32_from_bits
 from ..bundle.tensors import check_array, check_binding, present_name
 from .onnxruntime import twin_spec
 
@@ -33,8 +34,8 @@ class ArrayBuffer:
     def write(self, array: np.ndarray) -> None:
         """Copy `array` in. Raises InputError unless shape, type and layout are the buffer's."""
         check_array(array, shape=self.shape, dtype=self.dtype)
-        if self.dtype == "bfloat16":  # the upper half of a float32
-            array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        if self.dtype == "bfloat16":
+            array = float32_from_bits(array.view(np.uint16))
         self.array[...] = array
 
     def read(self) -> np.ndarray:
@@ -42,7 +43,7 @@ class ArrayBuffer:
         return self.array
 
 
-class ReadBackSession:
+class InterpreterSession:
     """One network. See `engines.sessions` for the protocol. `capacity_tokens` is that of the network's caches;
     `prefill_tokens` the most new positions that the plan takes, where there is one, `ranks` whether a layer ranks elements."""
 
@@ -98,7 +99,7 @@ class ReadBackSession:
         return self._network
 
 
-def open_session(bundle: Bundle, component: str, *, target: str, wide: bool = False, ties: str = "first") -> ReadBackSession:
+def open_session(bundle: Bundle, component: str, *, target: str, wide: bool = False, ties: str = "first") -> InterpreterSession:
     """Parse `component` as for `target` and read it back. With a plan there, the network must be the very one that it was built
     from.
 
@@ -106,7 +107,7 @@ def open_session(bundle: Bundle, component: str, *, target: str, wide: bool = Fa
     cannot be read, or for a network other than the plan's.
     """
     parsed, prefill = parsed_component(bundle, component, target=target)
-    return ReadBackSession(Network(parsed, wide=wide, ties=ties), bundle.component(component), prefill_tokens=prefill)
+    return InterpreterSession(Network(parsed, wide=wide, ties=ties), bundle.component(component), prefill_tokens=prefill)
 
 
 def describe_component(bundle: Bundle, component: str, *, target: str) -> dict:

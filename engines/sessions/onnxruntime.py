@@ -15,6 +15,7 @@ import numpy as np
 from ..bundle.reader import Bundle
 from ..errors import InputError, MissingError
 from ..bundle.manifest import ComponentSpec, TensorSpec
+from ..bundle.bfloat16 import float32_from_bits
 from ..bundle.tensors import check_array, check_binding, present_name
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -73,9 +74,9 @@ class DeviceBuffer:
 
 
 def float32_from_bfloat16(address: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The bfloat16 numbers at `address` in the host's memory as float32: a bfloat16 is the upper half of one."""
-    halves = np.ctypeslib.as_array((ctypes.c_uint16 * math.prod(shape)).from_address(address))
-    return (halves.astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    """The bfloat16 numbers at `address` in the host's memory, as float32 of `shape`."""
+    bits = np.ctypeslib.as_array((ctypes.c_uint16 * math.prod(shape)).from_address(address))
+    return float32_from_bits(bits).reshape(shape)
 
 
 class OnnxRuntimeSession:
@@ -123,19 +124,18 @@ class OnnxRuntimeSession:
         caches = {present_name(t.name): t.name for t in self.spec.inputs if present_name(t.name)}
         for tensor in self.spec.outputs:
             binding.bind_ortvalue_output(tensor.name, tensors[caches.get(tensor.name, tensor.name)].value)
-        running, kept = self._running, dict(tensors)  # ONNX Runtime holds addresses: keep the memory alive
+        bound = binding, dict(tensors)  # ONNX Runtime holds addresses only: the step keeps the memory alive
 
         def step() -> None:
-            if not running.acquire(blocking=False):
+            if not self._running.acquire(blocking=False):
                 raise InputError("This session is busy", where=f"{self.component}: expected one thread at a time, got a second call while running",
                                  fix="give each thread its own session")
             try:
                 self._check_open()
-                self.inference_session.run_with_iobinding(binding)
+                self.inference_session.run_with_iobinding(bound[0])
             finally:
-                running.release()
+                self._running.release()
 
-        step.tensors = kept
         return step
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from ..tensorrt.plan import read_plan
 from ..tensorrt.profiles import CAPACITY, Profile, fits, largest
 from ..targets import target_from_name
 from ..tensorrt.module import log_of, tensorrt_of, words
+from ..bundle.bfloat16 import float32_from_bits
 from ..bundle.tensors import check_array, check_binding, present_name, shape_from_symbols
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
@@ -50,10 +51,10 @@ class DeviceBuffer:
             device.copy_to_host(array, self.address)
             plugins.check_overflow()
             return array
-        halves = np.empty(self.shape, np.uint16)  # a bfloat16 is the upper half of a float32
-        device.copy_to_host(halves, self.address)
+        bits = np.empty(self.shape, np.uint16)
+        device.copy_to_host(bits, self.address)
         plugins.check_overflow()
-        return (halves.astype(np.uint32) << 16).view(np.float32)
+        return float32_from_bits(bits)
 
     def close(self) -> None:
         """Give the memory back now."""

@@ -27,16 +27,16 @@ from .plan import BUILD, Build, PlanSpec, build_header, onnx_hashes, plan_name, 
 from ..interpreter import network_hash, parsed_from_network
 from ..interpreter.parsed import Parsed
 from .profiles import ROWS, Limits, Profile, check_recipe, largest, limits_from_options, recipe_from_limits
+from ..progress import Progress, silent
 from ..targets import Target, target_from_name
 from .module import check_gpu, check_platform, log_of, tensorrt_of, version_tuple, words
 
 NATIVE_CACHES = (10, 15)  # from this TensorRT on, the modern dialect
-Progress = Callable[[str, int, int], None]  # what is being done, plans done, plans in all
 Look = Callable[[str, Parsed], None]  # component and its network, just before it is compiled; raises what stops the build
 
 
 @dataclass(frozen=True)
-class Result:
+class BuiltPlan:
     """One plan after `build_plans`. `skipped`: it was there already, built from the same files, recipe, TensorRT and target."""
 
     target: str
@@ -48,7 +48,7 @@ class Result:
 
 def build_plans(bundle: Bundle, targets: list[str], *, components: list[str] | None = None, capacity_tokens: int | None = None,
                 rows: int = ROWS, prefill_tokens: int | None = None, recipes: Mapping[str, tuple[Profile, ...]] | None = None,
-                look: Look | None = None, progress: Progress = lambda what, done, total: None) -> list[Result]:
+                look: Look | None = None, progress: Progress = silent) -> list[BuiltPlan]:
     """Build the plans of `components` (all of the bundle's by default) for each of `targets`.
 
     `capacity_tokens` is the size of the KV caches (default: the model's positions, at most 2048), `prefill_tokens` the longest
@@ -99,7 +99,7 @@ def check_precision(bundle: Bundle, target: Target) -> None:
                          where=f"{bundle.path}: precision: expected one of {', '.join(target.precisions)}, got {precision}")
 
 
-def build_plan(bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], *, look: Look | None = None) -> Result:
+def build_plan(bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], *, look: Look | None = None) -> BuiltPlan:
     """Build one plan and enter it into `build.json`, or find that it is there already."""
     graph = bundle.graph(component, dialect=target.dialect)
     version = tensorrt_of(target).__version__
@@ -107,7 +107,7 @@ def build_plan(bundle: Bundle, target: Target, component: str, recipe: tuple[Pro
     path = bundle.path / plan_name(target.name, component)
     known = _present(bundle, header).components.get(component)
     if known is not None and known.plugin == plugin and _is_current(bundle, target, component, recipe, known):
-        return Result(target.name, component, path, True, known)
+        return BuiltPlan(target.name, component, path, True, known)
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with atomic_file(path) as file:
@@ -120,7 +120,7 @@ def build_plan(bundle: Bundle, target: Target, component: str, recipe: tuple[Pro
     build = _present(bundle, header)  # read again: another process may have added to it
     build = replace(build, components=build.components | {component: made})
     write_atomic(path.parent / BUILD, json_from_manifest(build).encode())
-    return Result(target.name, component, path, False, made)
+    return BuiltPlan(target.name, component, path, False, made)
 
 
 def _recipe(bundle: Bundle, name: str, limits: Limits, recipes: Mapping[str, tuple[Profile, ...]]) -> tuple[Profile, ...]:

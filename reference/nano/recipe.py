@@ -12,7 +12,7 @@ SEED = 1
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 256, 4, 2, 448
 BASE_LAYERS, STACKED_LAYERS = 4, 4
-# 16, 24, 24 of 64 in the release. The last section turns with the column of a merged patch, of which a picture here has four: with
+# 16, 24, 24 of 64 in the release. The last section turns with the column of a merged patch, of which an image here has four: with
 # the release's proportion and theta of 1e6 neighbouring columns differ by a hundred thousandth of a radian, with (8, 12, 12) and theta
 # 50 by 0.02 to 0.09, and what is left of what was told by chance. Now they differ by up to 0.38; the slowest period is 280 tokens.
 MROPE_SECTION = (4, 4, 24)
@@ -22,7 +22,7 @@ VISION = {"depth": 4, "hidden_size": 128, "num_heads": 2, "intermediate_size": 2
           "temporal_patch_size": 2, "window_size": 56, "fullatt_block_indexes": [1, 3], "out_hidden_size": HIDDEN,
           "hidden_act": "silu", "in_chans": 3, "spatial_patch_size": 14, "tokens_per_second": 2}
 # 64 channels give the 32 norm groups two each. With 32 they would norm every channel by itself, which forgets colours: trained on
-# equally many pictures, that was 2 to 4 dB worse from the start.
+# equally many images, that was 2 to 4 dB worse from the start.
 VQ = {"ch": 64, "ch_mult": [1, 1, 1, 2], "res_blocks": 1, "z_channels": 64, "num_heads": 2}
 CODEBOOK_SIZE, CODEBOOK_DIM, TOKENS_SIDE = 2048, 8, 8
 IMAGE_TOKENS = TOKENS_SIDE**2
@@ -59,7 +59,7 @@ class Stage:
         return self.batch // size
 
 
-# Small batches: what is scarce is arithmetic, and on equally many pictures the VQ was far ahead in batches of 16.
+# Small batches: what is scarce is arithmetic, and on equally many images the VQ was far ahead in batches of 16.
 STAGES = {stage.name: stage for stage in (
     Stage("vq", steps=7_500, batch=16, learning_rate=1e-3, weight_decay=0.0),
     Stage("local", steps=1_100, batch=16, learning_rate=3e-4, warmup=100, weight_decay=0.0),
@@ -71,6 +71,6 @@ STAGES = {stage.name: stage for stage in (
     Stage("reward", steps=990, batch=128, learning_rate=1e-4, warmup=10))}
 VQ_UNQUANTISED = 0.15  # share of the vq stage before the codebook exists
 DROPPED_PROMPTS = 0.1  # share of generation and editing samples whose prompt is the unconditional one
-ATTEMPTS = 8  # pictures of each prompt of the reward stage
+ATTEMPTS = 8  # images of each prompt of the reward stage
 REWARD_TOP_K, REWARD_TOP_P = 20, 0.9  # how that stage samples, without guidance
-GIVEN_WEIGHT = 0.1  # of the pictures that fulfil those prompts
+GIVEN_WEIGHT = 0.1  # of the images that fulfil those prompts

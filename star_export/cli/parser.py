@@ -14,6 +14,7 @@ import sys
 from engines.errors import StarError, UsageError
 from reference.errors import CheckpointError
 
+from .. import __version__
 from . import verbs
 
 INTERRUPTED = 130
@@ -56,7 +57,8 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """One sub-command per verb; the destinations are the keywords of the function of that name in `verbs`."""
-    parser = Parser(prog="star-export", description="STAR from a checkpoint to TensorRT engines, answers and pictures, with proof.")
+    parser = Parser(prog="star-export", description="STAR from a checkpoint to TensorRT engines, answers and images, with proof.")
+    parser.add_argument("--version", action="version", version=f"star-export {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for add in (_export, _build, _validate, _generate, _edit, _ask, _bench, _score, _inspect, _targets, _doctor):
         add(commands)
@@ -91,7 +93,7 @@ def _build(commands) -> None:
     c.add_argument("--components", type=_words, metavar="A,B", help="only these components (default: all)")
     c.add_argument("--capacity-tokens", type=_count, metavar="N", help="slots of the KV caches (default: the model's positions, at most 2048)")
     c.add_argument("--prefill-tokens", type=_count, metavar="N", help="longest prompt (default: the capacity)")
-    c.add_argument("--rows", type=_count, metavar="N", help="largest batch, two rows per picture (default: 4)")
+    c.add_argument("--rows", type=_count, metavar="N", help="largest batch, two rows per image (default: 4)")
     _add_progress(c)
 
 
@@ -117,7 +119,7 @@ def _generate(commands) -> None:
 
 
 def _edit(commands) -> None:
-    c = _command(commands, "edit", "change a picture by an instruction", 'star-3b-bf16 cat.png "make the cat blue" -o blue.png')
+    c = _command(commands, "edit", "change an image by an instruction", 'star-3b-bf16 cat.png "make the cat blue" -o blue.png')
     c.add_argument("bundle", metavar="BUNDLE")
     c.add_argument("image", metavar="IMAGE", help="PNG or JPEG")
     c.add_argument("instruction", metavar="INSTRUCTION")
@@ -126,7 +128,7 @@ def _edit(commands) -> None:
 
 
 def _ask(commands) -> None:
-    c = _command(commands, "ask", "answer a question about a picture", 'star-3b-bf16 cat.png "what is on the sofa?"')
+    c = _command(commands, "ask", "answer a question about an image", 'star-3b-bf16 cat.png "what is on the sofa?"')
     c.add_argument("bundle", metavar="BUNDLE")
     c.add_argument("image", metavar="IMAGE", help="PNG or JPEG")
     c.add_argument("question", metavar="QUESTION")
@@ -169,11 +171,11 @@ def _doctor(commands) -> None:
 
 
 def _add_drawing(c: Parser) -> None:
-    c.add_argument("-o", "--output", required=True, type=_named(".png"), metavar="F.png", help="the picture to write")
+    c.add_argument("-o", "--output", required=True, type=_named(".png"), metavar="F.png", help="the image to write")
     c.add_argument("--cfg", type=_number(0, math.inf), metavar="W", help="guidance; 1 is none (default: the model's; STAR: 1.1)")
     c.add_argument("--top-k", type=_count, metavar="K", help="default: the model's; STAR: 1000")
     c.add_argument("--top-p", type=_number(0, 1), metavar="P", help="1 is off (default: the model's; STAR: 0.8)")
-    c.add_argument("--seed", type=_seed, default=100, metavar="S", help="the same seed gives the same picture (default: 100)")
+    c.add_argument("--seed", type=_seed, default=100, metavar="S", help="the same seed gives the same image (default: 100)")
     c.add_argument("--greedy", action="store_true", help="arg-max after guidance instead of a draw")
     _add_running(c, "the image token ids, int64 [N,T]")
 

@@ -3,17 +3,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-
-Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 
 SILENT_S = 2.0  # in a log, nothing shorter than this is mentioned
 LINE_EVERY_S = 10.0
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """The progress of who does not want to see any."""
 
 
 class ProgressBar(AbstractContextManager):

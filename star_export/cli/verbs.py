@@ -79,14 +79,14 @@ def validate(bundle: str, *, target: str | None = None, backend: str = "onnxrunt
              _nearest(rung) or rung.note) for rung in certificate.rungs]
     gaps = "\n".join(f"  not proven: {gap}" for gap in certificate.not_proven)
     return Outcome(json.loads(json_from_certificate(certificate)) | {"certificate": str(path)},
-                   f"{table(('rung', '', 'compared', 'took', 'nearest to its limit'), rows)}\n{gaps}\ncertificate: {path}")
+                   f"{table(('rung', '', 'compared', 'took', 'nearest to its tolerance'), rows)}\n{gaps}\ncertificate: {path}")
 
 
 def generate(bundle: str, prompt: str, *, output: str, cfg: float | None = None, top_k: int | None = None, top_p: float | None = None,
              seed: int = 100,
              num_images: int = 1, greedy: bool = False, reason: bool = False, max_new_tokens: int = 256, save_ids: str | None = None,
              backend: str = "onnxruntime", progress: bool = True) -> Outcome:
-    """Draw a prompt: `engines.runtime.star.Star.generate`; N pictures are F.png, F-1.png, F-2.png, ..."""
+    """Draw a prompt: `engines.runtime.star.Star.generate`; N images are F.png, F-1.png, F-2.png, ..."""
     names = [Path(output)] + [Path(output).with_name(f"{Path(output).stem}-{i}{Path(output).suffix}") for i in range(1, num_images)]
     _check_parent(output, save_ids)
     with _star(bundle, backend) as star, ProgressBar("generate", shown=progress) as bar:
@@ -98,7 +98,7 @@ def generate(bundle: str, prompt: str, *, output: str, cfg: float | None = None,
 def edit(bundle: str, image: str, instruction: str, *, output: str, cfg: float | None = None, top_k: int | None = None, top_p: float | None = None,
          seed: int = 100, greedy: bool = False, min_pixels: int | None = None, max_pixels: int | None = None,
          save_ids: str | None = None, backend: str = "onnxruntime", progress: bool = True) -> Outcome:
-    """Change a picture: `engines.runtime.star.Star.edit`."""
+    """Change an image: `engines.runtime.star.Star.edit`."""
     _check_parent(output, save_ids)
     with _star(bundle, backend) as star, ProgressBar("edit", shown=progress) as bar:
         drawn = star.edit(image, instruction, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, progress=bar,
@@ -108,7 +108,7 @@ def edit(bundle: str, image: str, instruction: str, *, output: str, cfg: float |
 
 def ask(bundle: str, image: str, question: str, *, max_new_tokens: int = 256, greedy: bool = True, min_pixels: int | None = None,
         max_pixels: int | None = None, save_ids: str | None = None, backend: str = "onnxruntime", progress: bool = True) -> Outcome:
-    """Answer a question about a picture: `engines.runtime.star.Star.ask`. It is always greedy; the flag says so."""
+    """Answer a question about an image: `engines.runtime.star.Star.ask`. It is always greedy; the flag says so."""
     _check_parent(save_ids)
     with _star(bundle, backend) as star, ProgressBar("ask", shown=progress) as bar:
         answer = star.ask(image, question, max_new_tokens=max_new_tokens, progress=bar, **_pixels(min_pixels, max_pixels))
@@ -122,10 +122,10 @@ def bench(bundle: str, *, backend: str = "onnxruntime", progress: bool = True) -
 
     with _star(bundle, backend) as star, ProgressBar("bench", shown=progress) as bar:
         measured = measure(star, progress=bar)
-    rows = [(s.name, f"{s.ms:.3f}", _bytes(s.read_bytes) if s.read_bytes else "", f"{s.share:.0%}" if s.share else "") for s in measured.stages]
+    rows = [(s.name, f"{s.ms:.3f}", _bytes(s.read_bytes) if s.read_bytes else "", f"{s.share:.0%}" if s.share else "") for s in measured.timings]
     head = f"{measured.model}, {measured.precision}, {backend} on {measured.device}; measured read bandwidth {measured.bandwidth / 1e9:.1f} GB/s"
     return Outcome(dataclasses.asdict(measured), f"{head}\n{table(('stage', 'ms', 'must read', 'of the limit'), rows)}\n"
-                   f"one picture of {measured.tokens} tokens: {measured.seconds_per_image:.3f} s\n"
+                   f"one image of {measured.tokens} tokens: {measured.seconds_per_image:.3f} s\n"
                    + "\n".join(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()))
 
 
@@ -137,7 +137,7 @@ def score(bundle: str, *, full: bool = False, pictures: str | None = None, backe
 
     _check_folder(pictures)
     with ProgressBar("score", shown=progress) as bar:
-        measured = measure(bundle, backend=backend, full=full, pictures=pictures, progress=bar)
+        measured = measure(bundle, backend=backend, full=full, images=pictures, progress=bar)
     return Outcome({"score": json_from_score(measured.score), "reference": measured.reference and json_from_score(measured.reference)},
                    measured.text)
 
@@ -201,7 +201,7 @@ def _written(names: list[Path], drawn, save_ids: str | None) -> Outcome:
     for name, image in zip(names, drawn.images, strict=True):
         write_png(name, image)
     _save(save_ids, drawn.image_ids)
-    data = {"pictures": [str(name) for name in names], "image_ids": drawn.image_ids.tolist()}
+    data = {"images": [str(name) for name in names], "image_ids": drawn.image_ids.tolist()}
     text = "\n".join(str(name) for name in names)
     if drawn.answer is not None:
         data, text = data | {"answer": drawn.answer}, f"{drawn.answer}\n{text}"
@@ -235,13 +235,13 @@ def _yes_or_no(refusal: str | None) -> str:
 
 
 def _nearest(rung) -> str:
-    """The result of a rung that uses most of its limit."""
+    """The result of a rung that uses most of its tolerance."""
     from ..golden.compare import excess
 
     if not rung.rows:
         return ""
     row = max(rung.rows, key=lambda row: excess(row.worst))
-    return f"{row.component} {row.worst.tensor}: {row.worst.value:.3g} of {row.worst.limit:.3g}"
+    return f"{row.component} {row.worst.tensor}: {row.worst.value:.3g} of {row.worst.tolerance:.3g}"
 
 
 def _bytes(size: int) -> str:

@@ -11,6 +11,7 @@ from engines import plugins
 from engines.errors import UsageError
 from engines.bundle.manifest import ComponentSpec
 from engines.bundle.tensors import present_name
+from engines.progress import Progress, silent
 from reference.config import StarConfig, config_from_files
 from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 
@@ -26,12 +27,11 @@ from ..graph.trace import graph_from_config
 from ..graph.wrappers import TABLE, FoldedStar
 
 INLINE_BYTES = 1024  # smaller tensors stay in model.onnx: they are shapes and scalars
-Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 
 
 def export(source: str, *, out: str | Path, precision: str = "fp32", checkpoint: str | None = None, base: str | None = None,
            vq: str | None = None, rope_bf16: bool = True, components: list[str] | None = None,
-           progress: Progress = lambda what, done, total: None) -> Path:
+           progress: Progress = silent) -> Path:
     """Export `source` (a folder in the release layout, its config JSON, `nano`, or a hub id) to the new bundle `out`.
 
     `checkpoint`, `base` and `vq` override parts; `rope_bf16=False` keeps the rotary frequencies in float32 (STAR.md 0.2).

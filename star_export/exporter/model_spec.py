@@ -12,7 +12,7 @@ from reference.config import DecoderConfig, StarConfig
 from reference.weights import CheckpointFiles
 
 from ..components import TOP_K_LIMIT
-from ..validator.score import SCORE, SETS, score_from_bytes
+from ..scores import KINDS, SCORE, score_of_kind
 
 SAMPLING = "sampling.json"  # beside the configuration; STAR-Nano has one
 TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
@@ -22,7 +22,7 @@ TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "vision_start": "<
 def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, rope_bf16: bool) -> ModelSpec:
     """The manifest's `model`. Raises InputError when the tokenizer lacks a special token."""
     v = config.vision
-    picture = _json(files.qwen_folder / "preprocessor_config.json")
+    image = _json(files.qwen_folder / "preprocessor_config.json")
     return ModelSpec(
         name=config.name, hidden_size=config.base_ar.hidden_size, vocab_size=config.vocab_size,
         codebook_size=config.vq.codebook_size, image_tokens=config.vq.image_tokens, image_size=config.vq.image_size,
@@ -31,7 +31,7 @@ def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, ro
         tokens=_token_spec(files.qwen_folder / "tokenizer.json", config),
         vision=VisionSpec(patch_size=v.patch_size, temporal_patch_size=v.temporal_patch_size, spatial_merge_size=v.spatial_merge_size,
                           window_size=v.window_size, head_dim=v.hidden_size // v.num_heads,
-                          image_mean=tuple(map(float, picture["image_mean"])), image_std=tuple(map(float, picture["image_std"]))),
+                          image_mean=tuple(map(float, image["image_mean"])), image_std=tuple(map(float, image["image_std"]))),
         cache={"base_ar": _cache_spec(config.base_ar), "stacked_ar": _cache_spec(config.stacked_ar)},
         sampling=sampling_specs(files.config_json.parent / SAMPLING))
 
@@ -61,8 +61,8 @@ def score_files(files: CheckpointFiles) -> dict[str, bytes]:
     if not path.exists():
         return {}
     data = path.read_bytes()
-    for kind in SETS:
-        score_from_bytes(data, kind, where=str(path))
+    for kind in KINDS:
+        score_of_kind(data, kind, where=str(path))
     return {SCORE: data}
 
 

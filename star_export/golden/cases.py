@@ -16,13 +16,14 @@ from engines.bundle.manifest import ComponentSpec, value_from_json
 from .compare import check_not_vacuous
 
 Tensors = dict[str, np.ndarray]
+POISON = 1e4  # in cache slots that may not be read; finite, because an executor may multiply it by a weight of 0
 DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 
 
 @dataclass
 class Case:
     """One recorded call: input name -> array, output name -> array. Floats are float32 (caches too), ids int64. `noise`: name of an
-    output -> how far the reference itself is from it in the bundle's 16-bit type (`limits`); nothing in a fp32 bundle."""
+    output -> how far the reference itself is from it in the bundle's 16-bit type (`tolerances`); nothing in a fp32 bundle."""
 
     inputs: Tensors = field(default_factory=dict)
     outputs: Tensors = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""The gate: is `candidate` what `reference` is, tensor by tensor, within limits.
+"""The gate: is `candidate` what `reference` is, tensor by tensor, within tolerances.
 
-Knows nothing of models, files or sessions. Written positively (`passed = value <= limit`), so NaN fails; shapes and types must be
+Knows nothing of models, files or sessions. Written positively (`passed = value <= tolerance`), so NaN fails; shapes and types must be
 equal, so nothing broadcasts; metrics are float64. A reference that cannot prove anything (empty, constant, all zero) is refused
 instead of passed. The gate is itself tested with planted faults (tests/star_export/test_parity.py).
 """
@@ -20,8 +20,8 @@ class VacuousError(InputError):
 
 
 @dataclass(frozen=True)
-class Result:
-    """One tensor. `value` is what `limit` bounds: the largest absolute difference in units of the reference's standard deviation,
+class Comparison:
+    """One tensor. `value` is what `tolerance` bounds: the largest absolute difference in units of the reference's standard deviation,
     or for integers the share of elements that differ. Where the two could not be compared, `fault` says why and `value` is NaN.
     `place` is where within a check the tensor was seen: a step, a set of slots.
 
@@ -31,7 +31,7 @@ class Result:
 
     tensor: str
     value: float
-    limit: float
+    tolerance: float
     fault: str = ""
     max_abs: float = math.nan
     rel_rms: float = math.nan
@@ -41,28 +41,28 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        return not self.fault and self.value <= self.limit
+        return not self.fault and self.value <= self.tolerance
 
 
 def compare(candidate: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], *,
-            limits: Mapping[str, float]) -> list[Result]:
+            tolerances: Mapping[str, float]) -> list[Comparison]:
     """One result per name of either side, in the reference's order.
 
-    `limits` by tensor name; the tensors of a family `present.0.key`, `present.0.value`, ... share the limit of `present`. Raises
+    `tolerances` by tensor name; the tensors of a family `present.0.key`, `present.0.value`, ... share the tolerance of `present`. Raises
     VacuousError when a reference is empty or constant: agreement with it would prove nothing.
     """
-    results = [_compare_one(name, candidate.get(name), array, limit=limit_of(name, limits)) for name, array in reference.items()]
+    results = [_compare_one(name, candidate.get(name), array, tolerance=tolerance_of(name, tolerances)) for name, array in reference.items()]
     extra = [name for name in candidate if name not in reference]
-    return results + [Result(name, math.nan, 0.0, f"expected no such tensor, got {_kind(candidate[name])}") for name in extra]
+    return results + [Comparison(name, math.nan, 0.0, f"expected no such tensor, got {_kind(candidate[name])}") for name in extra]
 
 
-def limit_of(name: str, limits: Mapping[str, float]) -> float:
-    """The limit of tensor `name`: its own, or that of its family (the part before the first dot)."""
-    return limits[name] if name in limits else limits[name.partition(".")[0]]
+def tolerance_of(name: str, tolerances: Mapping[str, float]) -> float:
+    """The tolerance of tensor `name`: its own, or that of its family (the part before the first dot)."""
+    return tolerances[name] if name in tolerances else tolerances[name.partition(".")[0]]
 
 
-def check(results: list[Result], *, where: str) -> None:
-    """Raise ParityError for the failing result that is furthest beyond its limit; `where` names the component and case."""
+def check(results: list[Comparison], *, where: str) -> None:
+    """Raise ParityError for the failing result that is furthest beyond its tolerance; `where` names the component and case."""
     failing = [r for r in results if not r.passed]
     if not failing:
         return
@@ -72,16 +72,16 @@ def check(results: list[Result], *, where: str) -> None:
                       fix="compare with another precision or backend; a graph or plan that fails must not be used")
 
 
-def excess(result: Result) -> float:
-    """How many times its limit a result is; infinite where nothing could be compared."""
+def excess(result: Comparison) -> float:
+    """How many times its tolerance a result is; infinite where nothing could be compared."""
     if result.fault or not math.isfinite(result.value):
         return math.inf
-    return result.value / result.limit if result.limit > 0 else (math.inf if result.value > 0 else 0.0)
+    return result.value / result.tolerance if result.tolerance > 0 else (math.inf if result.value > 0 else 0.0)
 
 
-def verdict(result: Result) -> str:
+def verdict(result: Comparison) -> str:
     """`place: tensor: expected ..., got ...` of one result."""
-    return f"{result.place}: {result.tensor}: ".removeprefix(": ") + (result.fault or f"expected at most {result.limit:.3g}, got {result.value:.3g}")
+    return f"{result.place}: {result.tensor}: ".removeprefix(": ") + (result.fault or f"expected at most {result.tolerance:.3g}, got {result.value:.3g}")
 
 
 def check_not_vacuous(name: str, reference: np.ndarray, *, where: str = "reference") -> None:
@@ -98,17 +98,17 @@ def check_not_vacuous(name: str, reference: np.ndarray, *, where: str = "referen
                        fix="record the reference again, with inputs that give different outputs")
 
 
-def _compare_one(name: str, candidate: np.ndarray | None, reference: np.ndarray, *, limit: float) -> Result:
+def _compare_one(name: str, candidate: np.ndarray | None, reference: np.ndarray, *, tolerance: float) -> Comparison:
     if fault := _fault(candidate, reference):
-        return Result(name, math.nan, limit, fault)
+        return Comparison(name, math.nan, tolerance, fault)
     check_not_vacuous(name, reference)
     if not _is_float(reference):
-        return Result(name, float(np.mean(candidate != reference)), limit)
+        return Comparison(name, float(np.mean(candidate != reference)), tolerance)
     wanted = reference.astype(np.float64)
     difference = candidate.astype(np.float64) - wanted
     max_abs, rms, scale = np.abs(difference).max(), _rms(difference), _rms(wanted)
     norms = _rms(candidate.astype(np.float64)) * scale
-    return Result(name, float(max_abs / wanted.std()), limit, max_abs=float(max_abs), rel_rms=float(rms / scale),
+    return Comparison(name, float(max_abs / wanted.std()), tolerance, max_abs=float(max_abs), rel_rms=float(rms / scale),
                   cosine=float(np.mean(candidate.astype(np.float64) * wanted) / norms) if norms > 0 else math.nan,
                   psnr_db=float(20 * np.log10(np.abs(wanted).max() / rms)) if rms > 0 else math.inf)
 

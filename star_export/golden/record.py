@@ -23,10 +23,10 @@ from reference.config import DecoderConfig, StarConfig
 from ..graph import wrappers
 from ..components import COMPONENTS
 from .run_case import written_slots
-from .compare import compare, limit_of
+from .cases import POISON
+from .compare import compare, tolerance_of
 
 Case = dict[str, np.ndarray]  # input name -> value
-POISON = 1e4  # in cache slots that may not be read; finite, because an executor may multiply it by a weight of 0
 CAPACITY = 24
 PROMPT_TOKENS, IMAGE_TOKENS, ANSWER_TOKENS, TRIES = 12, 16, 8, 50
 
@@ -44,7 +44,7 @@ def component_golden(name: str, star: wrappers.FoldedStar, path: Path, *, comput
         recorded |= {f"{case}/out/{key}": array for key, array in results.items()}
         if narrow:
             rounded = _outputs(lambda *given: functional_call(module, narrow, given), feeds, inputs, outputs, compute=compute)
-            noise = _noise(rounded, results, feeds, limits=COMPONENTS[name].limits)
+            noise = _noise(rounded, results, feeds, tolerances=COMPONENTS[name].tolerances)
             recorded |= {f"{case}/noise/{key}": np.array(value, np.float32) for key, value in noise.items()}
     save_file(recorded, path)
 
@@ -60,14 +60,14 @@ def _outputs(module: Callable, feeds: Case, inputs: Sequence[TensorSpec], output
     return {spec.name: (r if r.dtype == torch.int64 else r.float()).contiguous().numpy() for spec, r in zip(outputs, results, strict=True)}
 
 
-def _noise(got: Case, wanted: Case, feeds: Case, *, limits: dict[str, float]) -> dict[str, float]:
+def _noise(got: Case, wanted: Case, feeds: Case, *, tolerances: dict[str, float]) -> dict[str, float]:
     """How far each output is from its float32 self: the largest difference in standard deviations, as `parity` measures it, of the
     family's tensors; of caches, where they were written. Only of outputs that are not exact."""
     def seen(name: str, array: np.ndarray) -> np.ndarray:
         return written_slots(array, feeds["write_indices"], feeds["inputs_embeds"].shape[1]) if name.startswith(PRESENT) else array
 
-    bounded = [name for name in wanted if limit_of(name, limits) > 0]
-    found = compare({n: seen(n, got[n]) for n in bounded}, {n: seen(n, wanted[n]) for n in bounded}, limits=limits)
+    bounded = [name for name in wanted if tolerance_of(name, tolerances) > 0]
+    found = compare({n: seen(n, got[n]) for n in bounded}, {n: seen(n, wanted[n]) for n in bounded}, tolerances=tolerances)
     noise: dict[str, float] = {}
     for result in found:
         family = result.tensor.partition(".")[0]
@@ -130,7 +130,7 @@ def _vision_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Cas
     return cases
 
 
-def _picture_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]:
+def _image_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]:
     size = config.vq.image_size
     return {f"{n}": {"image": rng.uniform(-1, 1, (n, 3, size, size)).astype(np.float32)} for n in (1, 2, 3)}
 
@@ -175,7 +175,7 @@ def _draw_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]
 
 
 CASES = {
-    "token_embedding": _token_cases, "vision_encoder": _vision_cases, "vq_encoder": _picture_cases, "vq_decoder": _image_id_cases,
+    "token_embedding": _token_cases, "vision_encoder": _vision_cases, "vq_encoder": _image_cases, "vq_decoder": _image_id_cases,
     "base_ar": lambda c, r: _decoder_cases(c.base_ar, r), "stacked_ar": lambda c, r: _decoder_cases(c.stacked_ar, r),
     "text_head": _hidden_cases, "image_head": _draw_cases,
 }

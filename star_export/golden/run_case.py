@@ -1,4 +1,4 @@
-"""One call of a session against a recorded case: outputs within limits, caches right where written and untouched elsewhere.
+"""One call of a session against a recorded case: outputs within tolerances, caches right where written and untouched elsewhere.
 
 Knows nothing of bundles or reports. A session is anything with `spec`, `buffer(shape, dtype)` and `bind(buffers) -> step`.
 """
@@ -13,16 +13,15 @@ from engines.errors import MissingError
 from engines.runtime.sampler import sample
 from engines.bundle.tensors import PRESENT, bound_tensors, present_name
 
-from .cases import Case, Tensors
-from .compare import Result, compare
-
-POISON = 1e4  # in cache slots that may not be read; finite, because an executor may multiply it by a weight of 0
+from .cases import POISON, Case, Tensors
+from .compare import Comparison, compare
 
 
-def run_case(session, case: Case, *, limits: Mapping[str, float], capacity_tokens: int | None = None,
-             own_draws: bool = False) -> list[Result]:
+
+def run_case(session, case: Case, *, tolerances: Mapping[str, float], capacity_tokens: int | None = None,
+             own_draws: bool = False) -> list[Comparison]:
     """Run `case` once and compare every output. `capacity_tokens`: the fixed capacity of a plan, to which caches are extended by
-    poison. Written cache slots are held to the limits; all others must keep their bits. `own_draws`: ids that are drawn are held to
+    poison. Written cache slots are held to the tolerances; all others must keep their bits. `own_draws`: ids that are drawn are held to
     the executor's own logits, not to the recorded ones."""
     feeds = {name: extended(array, capacity_tokens) if present_name(name) else array for name, array in case.inputs.items()}
     buffers = {}
@@ -37,17 +36,17 @@ def run_case(session, case: Case, *, limits: Mapping[str, float], capacity_token
     got, wanted = where_ids_agree({name: buffers[name].read() for name in outputs}, outputs)
     if own_draws:
         wanted = wanted | redrawn(got, feeds)
-    results = compare(got, wanted, limits=limits)
+    results = compare(got, wanted, tolerances=tolerances)
     if before:
         wanted = {name: array for name, array in case.outputs.items() if name not in outputs}
-        results += compare_caches(read_caches(buffers), wanted, before=before, limits=limits,
+        results += compare_caches(read_caches(buffers), wanted, before=before, tolerances=tolerances,
                                   write_indices=feeds["write_indices"], tokens=feeds["inputs_embeds"].shape[1])
     return results
 
 
 def where_ids_agree(got: Tensors, wanted: Tensors) -> tuple[Tensors, Tensors]:
     """Both sides with `inputs_embeds` [..,H] only where `image_ids` agree: the row of another id is another row, and the share of such
-    ids has a limit of its own. Rows are the ids' in order, two for each id under guidance. Without them where no id agrees."""
+    ids has a tolerance of its own. Rows are the ids' in order, two for each id under guidance. Without them where no id agrees."""
     if not {"image_ids", "inputs_embeds"} <= wanted.keys() or got["image_ids"].shape != wanted["image_ids"].shape:
         return got, wanted
     same = (got["image_ids"] == wanted["image_ids"]).reshape(-1)
@@ -74,11 +73,11 @@ def read_caches(buffers: Mapping[str, object]) -> Tensors:
 
 
 def compare_caches(after: Tensors, reference: Tensors, *, before: Tensors, write_indices: np.ndarray, tokens: int,
-                   limits: Mapping[str, float]) -> list[Result]:
+                   tolerances: Mapping[str, float]) -> list[Comparison]:
     """Caches [B,KV,C,D] after a step of `tokens` positions at `write_indices` [B]: the written slots against those of `reference`
-    (of any capacity) within the limits, all other slots against `before`, bit by bit."""
+    (of any capacity) within the tolerances, all other slots against `before`, bit by bit."""
     written = compare({name: written_slots(cache, write_indices, tokens) for name, cache in after.items()},
-                      {name: written_slots(cache, write_indices, tokens) for name, cache in reference.items()}, limits=limits)
+                      {name: written_slots(cache, write_indices, tokens) for name, cache in reference.items()}, tolerances=tolerances)
     return written + [untouched(name, cache, before=before[name], write_indices=write_indices, tokens=tokens)
                       for name, cache in after.items()]
 
@@ -89,14 +88,14 @@ def written_slots(cache: np.ndarray, write_indices: np.ndarray, tokens: int) -> 
     return cache[rows, :, slots].astype(np.float32)
 
 
-def untouched(name: str, after: np.ndarray, *, before: np.ndarray, write_indices: np.ndarray, tokens: int) -> Result:
+def untouched(name: str, after: np.ndarray, *, before: np.ndarray, write_indices: np.ndarray, tokens: int) -> Comparison:
     """The share of elements outside the written slots whose bits changed; none may."""
     slots = np.arange(after.shape[2])
     outside = (slots < write_indices[:, None]) | (slots >= write_indices[:, None] + tokens)  # [B,C]
     changed = bits(after) != bits(before)  # [B,KV,C,D]
     changed &= outside[:, None, :, None]
     where = f" (first at row {(first := np.argwhere(changed)[0])[0]}, slot {first[2]})" if changed.any() else ""
-    return Result(name, float(changed.mean()), 0.0, place=f"slots that must not change{where}")
+    return Comparison(name, float(changed.mean()), 0.0, place=f"slots that must not change{where}")
 
 
 def extended(cache: np.ndarray, capacity_tokens: int | None) -> np.ndarray:
@@ -124,6 +123,6 @@ def array_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def placed(place: str, results: list[Result]) -> list[Result]:
+def placed(place: str, results: list[Comparison]) -> list[Comparison]:
     """The same results, seen at `place`: `step 3`."""
     return [replace(result, place=f"{place}: {result.place}".removesuffix(": ")) for result in results]

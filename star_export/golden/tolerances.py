@@ -1,6 +1,6 @@
 """How far an output may be from its golden tensor, by what the executor computes in.
 
-In float32 (a fp32 bundle, or the fp32 twin of any other) the component table's limits hold: rounding level. An executor that computes
+In float32 (a fp32 bundle, or the fp32 twin of any other) the component table's tolerances hold: rounding level. An executor that computes
 in 16 bits differs from the float32 reference by its own rounding, and how much that is depends on the weights. So the reference is run
 in that type too when a bundle is exported; how far it is then from itself in float32 is recorded with each case as its noise, and an
 executor may be MARGIN times as far. It rounds in other places (after fewer or more operations), not by other amounts.
@@ -17,7 +17,6 @@ from ..components import COMPONENTS
 from .cases import Case
 
 MARGIN = 3.0
-FLIPPED_IDS = 0.25  # largest share of a picture's ids, or of a teacher-forced run's, that may be others; measured: 0.0625 in bf16
 
 
 def compute_type(precision: str, *, twin: bool) -> str:
@@ -25,19 +24,19 @@ def compute_type(precision: str, *, twin: bool) -> str:
     return "fp32" if twin or precision == "fp32" else "fp16" if precision == "fp16" else "bf16"
 
 
-def limits_of(component: str, compute: str, noise: Mapping[str, np.ndarray]) -> dict[str, float]:
+def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Limit per output of `component` when it computes in `compute`; caches share the key `present`. `noise` of the case, or of all
     (`largest_noise`). What is 0 in the table is exact in every type, but the ids that an encoder finds. Raises InputError where 16 bits
     are to be judged and no noise was recorded."""
-    table = COMPONENTS[component].limits
+    table = COMPONENTS[component].tolerances
     if compute == "fp32":
         return table
-    measured = {name for name, limit in table.items() if limit > 0}
+    measured = {name for name, tolerance in table.items() if tolerance > 0}
     if missing := sorted(measured - noise.keys()):
         raise InputError("The golden set cannot prove anything in 16 bits", fix="export the bundle again",
                          where=f"{component}: expected the reference's own noise in {compute} of {', '.join(missing)}, got none")
     found = table | {name: MARGIN * float(noise[name]) for name in measured}
-    return found | {"image_ids": FLIPPED_IDS} if component == "vq_encoder" else found
+    return found | COMPONENTS[component].tolerances_16bit
 
 
 def largest_noise(cases: Iterable[Case]) -> dict[str, np.ndarray]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 
-import onnx
 import onnx_ir as ir
 import torch
 from onnx import defs, helper

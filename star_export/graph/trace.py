@@ -19,6 +19,7 @@ from torch.export import Dim
 
 from engines.errors import InputError
 from engines.bundle.manifest import TensorSpec
+from engines.bundle.tensors import present_name
 from reference.config import StarConfig
 
 from . import ops, wrappers
@@ -73,8 +74,8 @@ def _export(name: str, module: nn.Module, inputs: tuple[TensorSpec, ...], output
     dims = _dims(inputs)
     args = tuple(torch.empty([_size(d) for d in spec.shape], dtype=DTYPES[spec.dtype], device="meta") for spec in inputs)
     shapes = [{i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs]
-    takes_list = name in ("base_ar", "stacked_ar")
-    dynamic = (*shapes[:3], tuple(shapes[3:])) if takes_list else tuple(shapes)
+    caches = sum(bool(present_name(spec.name)) for spec in inputs)  # they come last, as the module's variadic arguments
+    dynamic = (*shapes[:-caches], tuple(shapes[-caches:])) if caches else tuple(shapes)
     try:
         with _quiet():
             program = torch.onnx.export(

@@ -17,7 +17,7 @@ from pathlib import Path
 from engines.bundle.reader import MANIFEST, Bundle
 from engines.bundle.files import sha256_of
 
-from ..golden.compare import Result
+from ..golden.compare import Comparison
 
 FOLDER = "certificates"
 SCHEMA = 1
@@ -26,11 +26,11 @@ PACKAGES = ("star-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt-
 
 @dataclass(frozen=True)
 class Row:
-    """The worst of `compared` results of one kind: `component`, what was checked, and the result nearest to its limit or beyond."""
+    """The worst of `compared` results of one kind: `component`, what was checked, and the result nearest to its tolerance or beyond."""
 
     component: str
     check: str
-    worst: Result
+    worst: Comparison
     compared: int
 
 
@@ -79,13 +79,13 @@ def new_certificate(bundle: Bundle, backend: str, compute: str, rungs: tuple[Run
 
 def not_proven(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ...]) -> list[str]:
     """What a reader could think was shown, and was not."""
-    gaps = ["inputs other than the recorded ones, and the quality of answers and pictures",
+    gaps = ["inputs other than the recorded ones, and the quality of answers and images",
             "that the checkpoint's own numbers survive the rounding of this precision: the reference was rounded alike"]
     if bundle.manifest.precision != "fp32" and compute == "fp32":
         gaps.append(f"the arithmetic of {bundle.manifest.precision}: the graphs' fp32 twins ran, on the same rounded weights")
     if compute != "fp32":
         gaps.append("the ids of long runs: in 16 bits a near tie may fall either way")
-    if backend.startswith("readback"):
+    if backend.startswith("interpreter"):
         gaps.append("the kernels, and anything on the device: the networks that the plans were compiled from were evaluated on the CPU")
     elif not backend.startswith("tensorrt"):
         gaps.append("TensorRT plans, which are validated with --target on their device")
@@ -111,7 +111,7 @@ def certificate_path(bundle: Path, backend: str, device: str) -> Path:
 
 def device_name(backend: str) -> str:
     """What `backend` runs on here: `cpu`, or the first GPU's name. Raises MissingError without a GPU."""
-    if backend == "onnxruntime" or backend.startswith("readback"):
+    if backend == "onnxruntime" or backend.startswith("interpreter"):
         return "cpu"
     from engines.tensorrt.device import gpus
 

@@ -1,4 +1,4 @@
-"""The rung "read-back": the network that TensorRT parsed, evaluated in numpy, against the reference. Needs no GPU.
+"""The rung "interpreted": the network that TensorRT parsed, evaluated in numpy, against the reference. Needs no GPU.
 
 Every component against its golden tensors, whole runs teacher-forced and greedy, an answer and an edit; in float32 throughout,
 which is held to rounding level, and in the network's own types. The decoders step by step, with poison in unused slots, in
@@ -22,24 +22,26 @@ from engines.interpreter import BUILDERS, Network
 from engines.interpreter.parsed import Parsed
 from engines.runtime.star import Star
 from engines.sessions import run
-from engines.sessions.interpreter import ReadBackSession, open_session
+from engines.sessions.interpreter import InterpreterSession, open_session
 from engines.targets import target_from_name
 
 from .certificate import Row
 from ..golden.cases import Case, cases_from_file, component_cases
-from ..golden.tolerances import FLIPPED_IDS, compute_type, limits_of
+from ..components import FLIPPED_IDS
+from ..golden.tolerances import compute_type, tolerances_of
 from ..golden.run_case import run_case
 from ..golden.compare import check, compare
-from ..cli.progress_bar import Progress
-from .ladder import RUNS, Subject, decoder_steps, golden_tensors, rows_from_results, whole_runs
+from engines.progress import Progress
+from .rungs import decoder_steps, golden_tensors, rows_from_results, whole_runs
+from .subject import RUNS, Subject
 
 STEPS, CHUNK_TOKENS = 16, 256  # of each decoder one by one, and at once where the whole capacity is filled
 RUN_TOKENS = 8  # of the answer and the edit
-PICTURE = (56, 84, 3)
+IMAGE = (56, 84, 3)
 QUESTION, INSTRUCTION = "what is in the picture?", "make it blue"
 
 
-def read_back(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
+def interpreted(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     """All of this module on the networks of `subject.target`, one row per kind of result, and what was left out."""
     target, bundle = subject.target, subject.bundle
     builder = target_from_name(target).builder
@@ -50,11 +52,11 @@ def read_back(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
                          where=f"{subject.backend}: expected a target of {', '.join(BUILDERS)}, got one of {builder}")
     native = compute_type(bundle.manifest.precision, twin=False)
     rows, notes = [], [*_not_compared(bundle, target)]
-    for backend, compute in {f"readback-fp32:{target}": "fp32", f"readback:{target}": native}.items():
-        if backend.startswith("readback:") and native == "fp32":
+    for backend, compute in {f"interpreter-fp32:{target}": "fp32", f"interpreter:{target}": native}.items():
+        if backend.startswith("interpreter:") and native == "fp32":
             continue
         inner = Subject(bundle, backend, compute)
-        for rung in (golden_tensors, *[_steps] * (compute == "fp32"), whole_runs, teacher_forced, pictures):
+        for rung in (golden_tensors, *[_steps] * (compute == "fp32"), whole_runs, teacher_forced, images):
             found, note = rung(inner, progress)
             rows += [Row(row.component, f"{compute}: {row.check}", row.worst, row.compared) for row in found]
             notes += [f"{compute}: {note}"] if note else []
@@ -79,8 +81,8 @@ def teacher_forced(subject: Subject, progress: Progress) -> tuple[list[Row], str
     progress("teacher-forced run", 0, 1)
     with Star(subject.bundle, backend=subject.backend) as star:
         ids = forced_ids(star, case)
-    limits = {"image_ids": 0.0 if subject.compute == "fp32" else FLIPPED_IDS}
-    return rows_from_results("runtime", "teacher-forced", compare({"image_ids": ids}, case.outputs, limits=limits)), ""
+    tolerances = {"image_ids": 0.0 if subject.compute == "fp32" else FLIPPED_IDS}
+    return rows_from_results("runtime", "teacher-forced", compare({"image_ids": ids}, case.outputs, tolerances=tolerances)), ""
 
 
 def forced_ids(star: Star, case: Case) -> np.ndarray:
@@ -115,36 +117,34 @@ def _drawn(head, feeds: Mapping[str, np.ndarray], logits: np.ndarray, wanted: in
     return run(head, feeds | {"top_k": np.array([top_k]), "uniform": np.array([middle], np.float32)})
 
 
-def pictures(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
-    """An answer and an edit of a made-up picture, greedy: the ids of ONNX Runtime on the same bundle."""
+def images(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
+    """An answer and an edit of a made-up image, greedy: the ids of ONNX Runtime on the same bundle."""
     names = subject.bundle.manifest.components
     needed = {"vision_encoder", "vq_encoder", "base_ar", "stacked_ar", "token_embedding", "text_head", "image_head"}
     if not importlib.util.find_spec("onnxruntime") or not needed <= set(names):
         return [], "left out: edit and ask, which are compared with ONNX Runtime on the whole bundle"
-    limit = 0.0 if subject.compute == "fp32" else 1.0
+    tolerance = 0.0 if subject.compute == "fp32" else 1.0
     progress("ask and edit", 0, 1)
     with Star(subject.bundle, backend="onnxruntime") as oracle, Star(subject.bundle, backend=subject.backend) as star:
         found = []
         for name, ids in (("ask", asked_ids), ("edit", edited_ids)):
             wanted, got = ids(oracle), ids(star)
-            if limit:  # an answer that ends earlier than the other is compared as far as both go
+            if tolerance:  # an answer that ends earlier than the other is compared as far as both go
                 wanted, got = (array[..., :min(wanted.shape[-1], got.shape[-1])] for array in (wanted, got))
-            found += rows_from_results("runtime", name, compare({"ids": got}, {"ids": wanted}, limits={"ids": limit}))
+            found += rows_from_results("runtime", name, compare({"ids": got}, {"ids": wanted}, tolerances={"ids": tolerance}))
     return found, ""
 
 
 def asked_ids(star: Star) -> np.ndarray:
-    """Ids of a short answer about the made-up picture."""
-    return star.ask(_picture(), QUESTION, max_new_tokens=RUN_TOKENS).ids
+    """Ids of a short answer about the made-up image."""
+    return star.ask(_image(), QUESTION, max_new_tokens=RUN_TOKENS).ids
 
 
 def edited_ids(star: Star) -> np.ndarray:
-    """The first image ids [1,n] of an edit of the made-up picture, greedy: what `Star.edit` does, stopped early."""
-    vision, square = edit_inputs(_picture(), star.model, min_pixels=_PIXELS, max_pixels=_PIXELS)
-    rows = star.chat.edit_rows(INSTRUCTION, grid_h=vision.grid_h, grid_w=vision.grid_w)
-    embeds = run(star.session("token_embedding"), {"input_ids": rows.input_ids})["inputs_embeds"]
-    embeds[:, rows.vq_tokens] = run(star.session("vq_encoder"), {"image": square})["inputs_embeds"]
-    embeds[:, rows.vision_tokens] = run(star.session("vision_encoder"), vision.feeds())["image_embeds"]
+    """The first image ids [1,n] of an edit of the made-up image, greedy: what `Star.edit` does, stopped early."""
+    vision, square = edit_inputs(_image(), star.model, min_pixels=_PIXELS, max_pixels=_PIXELS)
+    rows = star.chat.edit_prompt(INSTRUCTION, grid_h=vision.grid_h, grid_w=vision.grid_w)
+    embeds = star.embedded(rows, vision=vision, square=square)
     tokens = min(RUN_TOKENS, star.model.image_tokens)
     loop = star.image_loop(num_images=1, length=rows.input_ids.shape[1], tokens=tokens)
     return loop.draw(embeds, rows.position_ids, guidance=3.0, top_k=1, top_p=1.0, uniforms=np.zeros((tokens, 1), np.float32))
@@ -153,9 +153,9 @@ def edited_ids(star: Star) -> np.ndarray:
 _PIXELS = 4 * 28 * 28
 
 
-def _picture() -> np.ndarray:
-    """A smooth colourful picture, uint8 [H,W,3]."""
-    y, x, c = np.ogrid[:PICTURE[0], :PICTURE[1], :3]
+def _image() -> np.ndarray:
+    """A smooth colourful image, uint8 [H,W,3]."""
+    y, x, c = np.ogrid[:IMAGE[0], :IMAGE[1], :3]
     return (127.5 + 127.5 * np.sin(x / 9 + y / (7 + c) + 2 * c)).astype(np.uint8)
 
 
@@ -170,7 +170,7 @@ def ties(subject: Subject, progress: Progress) -> list[Row]:
             continue
         for case, recorded in component_cases(subject.bundle.file(spec.golden), spec).items():
             found += rows_from_results(name, f"fp32: case {case}, ties the other way",
-                                       run_case(session, recorded, limits=limits_of(name, "fp32", {})))
+                                       run_case(session, recorded, tolerances=tolerances_of(name, "fp32", {})))
     return found
 
 
@@ -179,7 +179,7 @@ def look_at_golden(bundle: Bundle) -> Callable[[str, Parsed], None]:
     float32 throughout. Raises ParityError, and then no plan is written."""
     def look(component: str, parsed: Parsed) -> None:
         spec = bundle.component(component)
-        session, cases = ReadBackSession(Network(parsed, wide=True), spec), component_cases(bundle.file(spec.golden), spec)
+        session, cases = InterpreterSession(Network(parsed, wide=True), spec), component_cases(bundle.file(spec.golden), spec)
         capacity = session.capacity_tokens
         fitting = {name: case for name, case in cases.items()
                    if capacity is None or case.inputs["past_key_values.0.key"].shape[2] <= capacity}
@@ -187,7 +187,7 @@ def look_at_golden(bundle: Bundle) -> Callable[[str, Parsed], None]:
             raise InputError("No golden case fits this network", fix="build with a larger capacity, or without this check",
                              where=f"{component}: expected a capacity that holds one of {', '.join(cases)}, got {capacity}")
         for case, recorded in fitting.items():
-            results = run_case(session, recorded, limits=limits_of(component, "fp32", {}), capacity_tokens=capacity)
+            results = run_case(session, recorded, tolerances=tolerances_of(component, "fp32", {}), capacity_tokens=capacity)
             check(results, where=f"{component}, read back: case {case}")
 
     return look

@@ -9,7 +9,7 @@ from .certificate import Certificate, Row, Rung
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#1a1a1a;background:#fff}
 table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}th,td{text-align:left;padding:.2rem .7rem;border-bottom:1px solid #ddd}
 td.n{text-align:right;font-variant-numeric:tabular-nums}.pass{color:#06662d}.fail{color:#a30b0b;font-weight:600}"""
-_HEAD = ("", "component", "check", "tensor", "worst value", "limit", "max abs", "cosine", "compared")
+_HEAD = ("", "component", "check", "tensor", "worst value", "tolerance", "max abs", "cosine", "compared")
 
 
 def html_from_certificate(certificate: Certificate) -> str:
@@ -36,7 +36,7 @@ def _rung(rung: Rung) -> str:
 
 def _row(row: Row) -> str:
     r = row.worst
-    numbers = "".join(f'<td class="n">{_number(value)}' for value in (r.value, r.limit, r.max_abs, r.cosine, row.compared))
+    numbers = "".join(f'<td class="n">{_number(value)}' for value in (r.value, r.tolerance, r.max_abs, r.cosine, row.compared))
     tensor = ": ".join(part for part in (r.place, r.tensor, r.fault) if part)
     return f"\n<tr><td>{_verdict(r.passed)}<td>{_text(row.component)}<td>{_text(row.check)}<td>{_text(tensor)}{numbers}"
 

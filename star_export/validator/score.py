@@ -1,12 +1,12 @@
 """How well a bundle of STAR-Nano paints, edits, answers and reasons, beside what the reference reached on the same items.
 
-The items, random numbers and judges are `reference.nano.benchmark.score`'s; the pictures come from the runtime on any backend and in
+The items, random numbers and judges are `reference.nano.benchmark.score`'s; the images come from the runtime on any backend and in
 any precision. The reference's side was recorded with the weights, and travels in the bundle.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,22 +14,22 @@ import numpy as np
 
 from engines.bundle.reader import Bundle
 from engines.errors import InputError
-from engines.inputs.preprocess import pictures_from_decoded
-from engines.bundle.manifest import value_from_json
+from engines.inputs.preprocess import images_from_decoded
 from engines.runtime.star import Star
+from engines.progress import Progress, silent
 from engines.sessions import run
 from reference.nano.benchmark import score as benchmark
 from reference.nano.benchmark.gallery import write_gallery
 from reference.nano.recipe import NAME
 
-SCORE = "score.json"  # beside a checkpoint's configuration, and in its bundle
-PSNR_SHORTFALL = 0.5  # dB: 6 % more error in the picture, which nobody sees
+from ..scores import SCORE, score_of_kind
+
+PSNR_SHORTFALL = 0.5  # dB: 6 % more error in the image, which nobody sees
 SETS = {"small": benchmark.SMALL, "full": benchmark.FULL}
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScoreReport:
     """The bundle's score, the reference's where it is recorded, and both as a table."""
 
     score: benchmark.Score
@@ -38,7 +38,7 @@ class Outcome:
 
 
 class RuntimePainter:
-    """The runtime with the methods that the benchmark asks for, drawing as the bundle says. Pictures are uint8 [64, 64, 3]."""
+    """The runtime with the methods that the benchmark asks for, drawing as the bundle says. Images are uint8 [64, 64, 3]."""
 
     batch = 4  # one after another; so often is progress told
 
@@ -51,30 +51,30 @@ class RuntimePainter:
     def reason(self, prompts: Sequence[str], *, seed: int) -> tuple[list[str], list[np.ndarray]]:
         made = [self.star.generate(prompt, seed=seed + i, reason=True, max_new_tokens=benchmark.ANSWER_TOKENS)
                 for i, prompt in enumerate(prompts)]
-        return [pictures.answer for pictures in made], [pictures.images[0] for pictures in made]
+        return [images.answer for images in made], [images.images[0] for images in made]
 
-    def edit(self, pictures: Sequence[np.ndarray], texts: Sequence[str], *, seed: int) -> list[np.ndarray]:
-        return [self.star.edit(picture, text, seed=seed + i).images[0]
-                for i, (picture, text) in enumerate(zip(pictures, texts, strict=True))]
+    def edit(self, images: Sequence[np.ndarray], texts: Sequence[str], *, seed: int) -> list[np.ndarray]:
+        return [self.star.edit(image, text, seed=seed + i).images[0]
+                for i, (image, text) in enumerate(zip(images, texts, strict=True))]
 
-    def ask(self, pictures: Sequence[np.ndarray], questions: Sequence[str]) -> list[str]:
-        return [self.star.ask(picture, question, max_new_tokens=benchmark.ANSWER_TOKENS).text
-                for picture, question in zip(pictures, questions, strict=True)]
+    def ask(self, images: Sequence[np.ndarray], questions: Sequence[str]) -> list[str]:
+        return [self.star.ask(image, question, max_new_tokens=benchmark.ANSWER_TOKENS).text
+                for image, question in zip(images, questions, strict=True)]
 
-    def rebuild(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def rebuild(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         made = []
-        for picture in pictures:
-            image = np.ascontiguousarray(picture.transpose(2, 0, 1)[None], np.float32) / np.float32(127.5) - np.float32(1)
+        for image in images:
+            image = np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / np.float32(127.5) - np.float32(1)
             ids = run(self.star.session("vq_encoder"), {"image": image})["image_ids"]
-            made += list(pictures_from_decoded(run(self.star.session("vq_decoder"), {"image_ids": ids})["image"]))
+            made += list(images_from_decoded(run(self.star.session("vq_decoder"), {"image_ids": ids})["image"]))
         return made
 
 
-def score(bundle: str | Path | Bundle, *, backend: str = "onnxruntime", full: bool = False, pictures: str | Path | None = None,
-          progress: Progress = lambda what, done, total: None) -> Outcome:
+def score(bundle: str | Path | Bundle, *, backend: str = "onnxruntime", full: bool = False, images: str | Path | None = None,
+          progress: Progress = silent) -> ScoreReport:
     """Run the benchmark on `bundle`: a small fixed set, or with `full` enough items for narrow intervals.
 
-    `pictures` is a folder for grids of what was drawn, edited, answered and reasoned. Raises InputError for a bundle of another
+    `images` is a folder for grids of what was drawn, edited, answered and reasoned. Raises InputError for a bundle of another
     model, and what the runtime raises.
     """
     kind = "full" if full else "small"
@@ -84,9 +84,9 @@ def score(bundle: str | Path | Bundle, *, backend: str = "onnxruntime", full: bo
                              where=f"{star.bundle.path}: model: name: expected {NAME}, got {star.model.name}")
         reference = recorded_score(star.bundle, kind)
         measured = benchmark.measure(RuntimePainter(star), SETS[kind], progress=progress)
-    if pictures is not None:
-        write_gallery(Path(pictures), measured.results)
-    return Outcome(measured, reference, benchmark.table(measured, reference))
+    if images is not None:
+        write_gallery(Path(images), measured.results)
+    return ScoreReport(measured, reference, benchmark.table(measured, reference))
 
 
 def recorded_score(bundle: Bundle, kind: str) -> benchmark.Score | None:
@@ -96,15 +96,7 @@ def recorded_score(bundle: Bundle, kind: str) -> benchmark.Score | None:
 
 def score_from_bytes(data: bytes, kind: str, *, where: str) -> benchmark.Score:
     """The score of a kind out of a recorded file's bytes. Raises InputError."""
-    try:
-        found = benchmark.score_from_json(value_from_json(data.decode(), where=where)[kind])
-        pairs = [found.overall(task) for task in benchmark.GOALS]
-        if not all(0 <= right <= asked and asked for right, asked in pairs) or not found.psnr > 0:
-            raise ValueError(f"expected 0 <= right <= asked of each task and a PSNR above 0, got {pairs} and {found.psnr}")
-        return found
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError("The recorded score cannot be read", where=f"{where}: {kind}: {type(error).__name__}: {error}",
-                         fix="record it again: python -m reference.nano.benchmark.sweep CHECKPOINT --record") from None
+    return benchmark.score_from_json(score_of_kind(data, kind, where=where))
 
 
 def shortfalls(measured: benchmark.Score, reference: benchmark.Score) -> dict[str, tuple[float, float]]:

@@ -5,7 +5,8 @@ import torch
 from tiny_bundle import MODEL, VISION
 
 from engines.errors import InputError, ParityError, UsageError
-from engines.inputs.preprocess import ask_inputs, bf16_rounded, check_pixel_limits, edit_inputs, patch_coordinates, pictures_from_decoded, rotary_angles, rotary_cos_sin, smart_size, vision_inputs
+from engines.bundle.bfloat16 import bf16_rounded
+from engines.inputs.preprocess import ask_inputs, check_pixel_limits, edit_inputs, patch_coordinates, images_from_decoded, rotary_angles, rotary_cos_sin, smart_size, vision_inputs
 from reference import vision as reference
 from reference.config import VisionConfig
 
@@ -32,7 +33,7 @@ def test_edit_gives_the_official_pixels(official, name):
     assert square.shape == (1, 3, 64, 64) and square.dtype == np.float32 and square.min() >= -1 and square.max() <= 1
 
 
-def test_the_square_keeps_the_picture(official):
+def test_the_square_keeps_the_image(official):
     _, square = edit_inputs(official["vq0.image"], MODEL, **LIMITS)
     np.testing.assert_allclose(square[0].transpose(1, 2, 0), official["vq0.image"] / 127.5 - 1, atol=2e-7)
 
@@ -50,9 +51,9 @@ def test_angles_and_windows_are_the_references(head_dim, rope_bf16, grid):
     both = reference.rotary_cos_sin(config, grid_h=grid[0], grid_w=grid[1], rope_bf16=rope_bf16)
     for got, expected in zip(rotary_cos_sin(vision, rows, columns, rope_bf16=rope_bf16), both):
         np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=0 if rope_bf16 else 3e-5)
-    picture = np.zeros((grid[0] * 14, grid[1] * 14, 3), np.uint8)
+    image = np.zeros((grid[0] * 14, grid[1] * 14, 3), np.uint8)
     if max(grid) < 200:
-        got = vision_inputs(picture, replace(MODEL, vision=vision), min_pixels=784, max_pixels=28 * 28 * 4096)
+        got = vision_inputs(image, replace(MODEL, vision=vision), min_pixels=784, max_pixels=28 * 28 * 4096)
         np.testing.assert_array_equal(got.window_ids, reference.window_ids(config, grid_h=grid[0], grid_w=grid[1]).numpy())
         assert got.feeds().keys() == {"pixel_values", "rotary_cos", "rotary_sin", "window_ids"} and got.window_ids.dtype == np.int64
 
@@ -77,12 +78,12 @@ def test_sizes_are_those_of_transformers():
             assert smart_size(height, width, **limits) == smart_resize(height, width, **limits)
 
 
-def test_a_thin_picture_is_refused():
+def test_a_thin_image_is_refused():
     with pytest.raises(InputError, match="200 to 1, got 804x4"):
         smart_size(4, 804, factor=28, **LIMITS)
 
 
-def test_a_small_picture_is_enlarged_for_edit():
+def test_a_small_image_is_enlarged_for_edit():
     got, square = edit_inputs(np.full((7, 20, 3), 9, np.uint8), MODEL, **LIMITS)  # 28 x 80 before both encoders
     assert (got.grid_h, got.grid_w) == (2, 4) and square.shape == (1, 3, 64, 64)
 
@@ -95,12 +96,12 @@ def test_limits_that_cannot_be_met_are_refused(low, high):
 
 def test_decoded_images_are_clipped_and_truncated(official):
     image = np.array([-2, -1, 0, 0.999, 1, 2], np.float32).reshape(1, 1, 1, 6).repeat(3, 1)
-    assert pictures_from_decoded(image)[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+    assert images_from_decoded(image)[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
     images = official["gen1.images"]
     expected = np.clip((images + 1) / 2 * 255, 0, 255).astype(np.uint8)
-    np.testing.assert_array_equal(pictures_from_decoded(images.transpose(0, 3, 1, 2)), expected)
+    np.testing.assert_array_equal(images_from_decoded(images.transpose(0, 3, 1, 2)), expected)
 
 
 def test_a_decoded_image_that_is_not_finite_is_refused():
     with pytest.raises(ParityError, match="got 1 others"):
-        pictures_from_decoded(np.array([0, np.nan, 1], np.float32).reshape(1, 3, 1, 1))
+        images_from_decoded(np.array([0, np.nan, 1], np.float32).reshape(1, 3, 1, 1))

@@ -120,7 +120,7 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(tmp_path, change,
 
 def test_a_graph_that_is_no_graph_is_refused(tmp_path):
     root = write_tiny_bundle(tmp_path / "b")
-    (root / "token_embedding/model.onnx").write_bytes(b"\xff\xd8 a picture")
+    (root / "token_embedding/model.onnx").write_bytes(b"\xff\xd8 an image")
     bundle = Bundle.open(write_tiny_bundle(tmp_path / "c"))
     with pytest.raises(InputError):
         Bundle.open(root)  # its size and hash
@@ -216,7 +216,7 @@ def test_two_threads_on_one_session_are_refused(decoder):
 def test_an_unknown_backend_is_answered_with_the_valid_ones(tmp_path):
     bundle = Bundle.open(write_tiny_bundle(tmp_path / "b"))
     for backend in ("onnx", "tensorrt:", "", "cuda"):
-        with pytest.raises(UsageError, match="onnxruntime, onnxruntime-cuda, tensorrt:TARGET, readback:TARGET, readback-fp32:TARGET, got"):
+        with pytest.raises(UsageError, match="onnxruntime, onnxruntime-cuda, tensorrt:TARGET, interpreter:TARGET, interpreter-fp32:TARGET, got"):
             open_session(bundle, "token_embedding", backend=backend)
     with pytest.raises(UsageError, match="one of token_embedding, got 'base'"):
         open_session(bundle, "base")

@@ -1,4 +1,4 @@
-"""Picture files: refused, or one defined meaning (BAD_INPUTS rows 44 and 45)."""
+"""Image files: refused, or one defined meaning (BAD_INPUTS rows 44 and 45)."""
 import io
 import os
 import struct
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from engines.errors import InputError
-from engines.inputs.image_io import check_picture, picture_from_bytes, png_from_picture, read_picture, write_png
+from engines.inputs.image_io import check_image, image_from_bytes, png_from_image, read_image, write_png
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 10, 3), dtype=np.uint8)
@@ -45,9 +45,9 @@ APNG = encoded(Image.new("RGB", (8, 8)), save_all=True, append_images=[Image.new
     (encoded(Image.new("RGB", (1, 1))), "at least 2 pixels a side, got 1x1"), (png(0, 0), "PNG or JPEG"), (png(0, 5), "PNG or JPEG|at least 2"),
     (png(4, 4, colour=7), "PNG or JPEG"), (png(4, 4, depth=3), "PNG or JPEG"), (png(4, 4, data=b"\0"), "damaged"),
     (b"\x89PNG\r\n\x1a\n", "PNG or JPEG"), (b"\xff\xd8\xff", "PNG or JPEG")])
-def test_what_is_no_picture_is_refused(data, match, recwarn):
+def test_what_is_no_image_is_refused(data, match, recwarn):
     with pytest.raises(InputError, match=match) as caught:
-        picture_from_bytes(data, where="x.png")
+        image_from_bytes(data, where="x.png")
     assert len(str(caught.value).splitlines()) == 3 and not recwarn.list
 
 
@@ -55,50 +55,50 @@ def test_what_is_no_picture_is_refused(data, match, recwarn):
 def test_what_is_no_file_is_refused_at_once(tmp_path, make):
     make(tmp_path / "x.png")
     with pytest.raises(InputError, match="regular file|No such file"):
-        read_picture(tmp_path / "x.png")
+        read_image(tmp_path / "x.png")
 
 
 def test_a_huge_file_is_refused_unread(tmp_path):
     with open(tmp_path / "x.png", "wb") as file:
         file.truncate(300 << 20)
     with pytest.raises(InputError, match="at most 268435456 bytes, got 314572800"):
-        read_picture(tmp_path / "x.png")
+        read_image(tmp_path / "x.png")
 
 
 # Row 45
 def test_rgb_is_itself(tmp_path):
     write_png(tmp_path / "x.png", RGB)
-    np.testing.assert_array_equal(read_picture(tmp_path / "x.png"), RGB)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), RGB)
     assert os.listdir(tmp_path) == ["x.png"]
-    np.testing.assert_array_equal(picture_from_bytes(png_from_picture(RGB), where="x"), RGB)
+    np.testing.assert_array_equal(image_from_bytes(png_from_image(RGB), where="x"), RGB)
 
 
 def test_grey_becomes_three_equal_channels():
     grey = RGB[..., 0]
-    np.testing.assert_array_equal(picture_from_bytes(encoded(Image.fromarray(grey)), where="x"), np.stack([grey] * 3, axis=2))
-    bits = picture_from_bytes(encoded(Image.fromarray(grey > 99)), where="x")
+    np.testing.assert_array_equal(image_from_bytes(encoded(Image.fromarray(grey)), where="x"), np.stack([grey] * 3, axis=2))
+    bits = image_from_bytes(encoded(Image.fromarray(grey > 99)), where="x")
     np.testing.assert_array_equal(bits[..., 1], np.where(grey > 99, 255, 0))
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     grey = np.array([[0, 255, 256, 257], [32768, 40000, 65279, 65535]], np.uint16)
-    got = picture_from_bytes(encoded(Image.fromarray(grey)), where="x")
+    got = image_from_bytes(encoded(Image.fromarray(grey)), where="x")
     np.testing.assert_array_equal(got, np.stack([grey >> 8] * 3, axis=2))
 
 
 def test_sixteen_bit_colour_is_scaled_not_clipped():
     samples = RNG.integers(0, 65536, (2, 3, 3)).astype(">u2")
     data = b"".join(b"\0" + row.tobytes() for row in samples)
-    np.testing.assert_array_equal(picture_from_bytes(png(3, 2, depth=16, data=data), where="x"), samples >> 8)
+    np.testing.assert_array_equal(image_from_bytes(png(3, 2, depth=16, data=data), where="x"), samples >> 8)
 
 
 def test_transparency_is_laid_on_white():
     alpha = np.concatenate([RGB, np.full((6, 10, 1), 0, np.uint8)], axis=2)
-    assert (picture_from_bytes(encoded(Image.fromarray(alpha)), where="x") == 255).all()
+    assert (image_from_bytes(encoded(Image.fromarray(alpha)), where="x") == 255).all()
     alpha[..., :3], alpha[..., 3] = 0, 102  # 40 % black on white
-    np.testing.assert_array_equal(picture_from_bytes(encoded(Image.fromarray(alpha)), where="x"), np.full_like(RGB, 153))
+    np.testing.assert_array_equal(image_from_bytes(encoded(Image.fromarray(alpha)), where="x"), np.full_like(RGB, 153))
     grey = Image.merge("LA", [Image.new("L", (4, 4), 0), Image.new("L", (4, 4), 102)])
-    assert (picture_from_bytes(encoded(grey), where="x") == 153).all()
+    assert (image_from_bytes(encoded(grey), where="x") == 153).all()
 
 
 @pytest.mark.parametrize("mode, colour, transparent", [("P", 1, 1), ("L", 7, 7), ("RGB", (1, 2, 3), (1, 2, 3)), ("I;16", 700, 700)])
@@ -107,18 +107,18 @@ def test_a_transparent_colour_is_laid_on_white(mode, colour, transparent):
     if mode == "P":
         image.putpalette([0, 0, 0, 10, 20, 30])
     image.putpixel((1, 2), 0 if mode != "RGB" else (0, 0, 0))
-    got = picture_from_bytes(encoded(image, transparency=transparent), where="x")
+    got = image_from_bytes(encoded(image, transparency=transparent), where="x")
     assert (got[2, 1] == 0).all() and (np.delete(got.reshape(16, 3), 9, axis=0) == 255).all()
 
 
 def test_a_palette_gives_its_colours():
     image = Image.fromarray(RGB).quantize(16)
-    np.testing.assert_array_equal(picture_from_bytes(encoded(image), where="x"), np.array(image.convert("RGB")))
+    np.testing.assert_array_equal(image_from_bytes(encoded(image), where="x"), np.array(image.convert("RGB")))
 
 
 def test_cmyk_is_converted_without_a_profile():
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    np.testing.assert_allclose(picture_from_bytes(encoded(image, "JPEG", quality=100), where="x"),
+    np.testing.assert_allclose(image_from_bytes(encoded(image, "JPEG", quality=100), where="x"),
                                np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=2)
 
 
@@ -127,28 +127,28 @@ def test_cmyk_is_converted_without_a_profile():
 def test_exif_rotation_is_applied(orientation, kind):
     turned = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.transpose(1, 0, 2),
               6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a)}[orientation]
-    picture = np.zeros((16, 32, 3), np.uint8)
-    picture[:8, :16] = 255  # top left is white
+    image = np.zeros((16, 32, 3), np.uint8)
+    image[:8, :16] = 255  # top left is white
     exif = Image.Exif()
     exif[0x0112] = orientation
-    got = picture_from_bytes(encoded(Image.fromarray(picture), kind, exif=exif), where="x")
-    np.testing.assert_allclose(got, turned(picture), atol=8)
+    got = image_from_bytes(encoded(Image.fromarray(image), kind, exif=exif), where="x")
+    np.testing.assert_allclose(got, turned(image), atol=8)
 
 
-def test_a_jpeg_with_more_pictures_behind_it_is_its_first():
+def test_a_jpeg_with_more_images_behind_it_is_its_first():
     first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-    got = picture_from_bytes(encoded(first, "MPO", save_all=True, append_images=[second]), where="x")
+    got = image_from_bytes(encoded(first, "MPO", save_all=True, append_images=[second]), where="x")
     assert (got[..., 0] > 250).all() and (got[..., 2] < 5).all()
 
 
-def test_arrays_that_are_no_pictures_are_refused():
-    check_picture(RGB, where="image")
+def test_arrays_that_are_no_images_are_refused():
+    check_image(RGB, where="image")
     for bad, got in [(RGB.astype(np.float32), "float32[6,10,3]"), (RGB[..., 0], "uint8[6,10]"), (RGB[None], "uint8[1,6,10,3]"), ("x.png", "str[]")]:
         with pytest.raises(InputError) as caught:
-            check_picture(bad, where="image")
+            check_image(bad, where="image")
         assert got in str(caught.value)
 
 
-def test_a_picture_that_cannot_be_written_is_an_input_error(tmp_path):
+def test_a_image_that_cannot_be_written_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         write_png(tmp_path / "absent" / "x.png", RGB)

@@ -16,13 +16,13 @@ def table():
 @pytest.mark.parametrize("name", ["gen0", "gen1"])
 def test_generate_rows_are_the_official_ones(chat, official, cases, table, name):
     case = cases[name]
-    rows = chat.generate_rows(case["prompt"], num_images=case["num_images"])
+    rows = chat.generate_prompt(case["prompt"], num_images=case["num_images"]).input_ids
     np.testing.assert_array_equal(rows[0], [*official[f"{name}.prompt_ids"], TOKENS.vision_start])
     np.testing.assert_array_equal(table[rows], official[f"{name}.prefill_embeds"])  # both rows, by their embeddings
 
 
 def test_the_unconditional_row_keeps_the_first_and_the_last_four(chat):
-    cond, uncond = chat.generate_rows("a red cat", num_images=1)
+    cond, uncond = chat.generate_prompt("a red cat", num_images=1).input_ids
     assert uncond[0] == cond[0] == TOKENS.im_start
     assert (uncond[1:-4] == TOKENS.fim_pad).all() and (uncond[-4:] == cond[-4:]).all()
     assert [chat.tokenizer.id_to_token(i) for i in cond[-4:]] == ["<|im_start|>", "assistant", "Ċ", "<|vision_start|>"]
@@ -33,26 +33,26 @@ def test_prefix_and_suffix_are_measured_on_the_template(tokenizer_files):
     tokenizer, template = tokenizer_files
     other = Chat(tokenizer, template.replace("You are a helpful assistant.", "the star"), MODEL)
     assert other.prefix_length == 14 - len(other.ids("You are a helpful assistant.")) + len(other.ids("the star"))
-    rows = other.reason_rows("cat", "dog", num_images=1)
+    rows = other.reason_prompt("cat", "dog", num_images=1).input_ids
     assert other.text(rows[0]) == "system\nthe star\nuser\ndog" + MAGIC_SUFFIX + "\nassistant\n"
 
 
 def test_reason_rows_are_the_official_ones(chat, official, cases):
     answer = str(official["reason0.answer_text"])
-    rows = chat.reason_rows(cases["reason0"]["prompt"], answer, num_images=1)
+    rows = chat.reason_prompt(cases["reason0"]["prompt"], answer, num_images=1).input_ids
     np.testing.assert_array_equal(rows, official["reason0.input_ids"])
-    ids = chat.question_ids(cases["reason0"]["prompt"])
+    ids = chat.question_prompt(cases["reason0"]["prompt"]).input_ids
     assert ids.shape == official["reason0.prefill_position_ids"].shape[1:]
 
 
 def test_an_empty_answer_draws_the_prompt(chat):
-    np.testing.assert_array_equal(chat.reason_rows("a cat", "", num_images=2), chat.generate_rows("a cat", num_images=2))
+    np.testing.assert_array_equal(chat.reason_prompt("a cat", "", num_images=2).input_ids, chat.generate_prompt("a cat", num_images=2).input_ids)
 
 
 @pytest.mark.parametrize("name", ["edit0", "edit1"])
 def test_edit_rows_and_positions_are_the_official_ones(chat, official, cases, table, name):
     _, h, w = official[f"{name}.grid_thw"][0]
-    rows = chat.edit_rows(cases[name]["prompt"], grid_h=h // 2, grid_w=w // 2)
+    rows = chat.edit_prompt(cases[name]["prompt"], grid_h=h // 2, grid_w=w // 2)
     np.testing.assert_array_equal(rows.position_ids, np.repeat(official[f"{name}.prefill_position_ids"], 2, axis=1))
     expected, got = official[f"{name}.prefill_embeds"], table[rows.input_ids]
     np.testing.assert_array_equal(expected[:, rows.vision_tokens], np.stack([official[f"{name}.image_embeds"]] * 2))
@@ -71,7 +71,8 @@ def test_edit_positions_of_the_specification(chat):
 @pytest.mark.parametrize("name", ["und0", "und1"])
 def test_ask_rows_and_positions_are_the_official_ones(chat, official, cases, name):
     _, h, w = official[f"{name}.grid_thw"][0]
-    ids, positions, patches = chat.ask_rows(cases[name]["prompt"], grid_h=h // 2, grid_w=w // 2)
+    asked = chat.ask_prompt(cases[name]["prompt"], grid_h=h // 2, grid_w=w // 2)
+    ids, positions, patches = asked.input_ids, asked.position_ids, asked.vision_tokens
     np.testing.assert_array_equal(ids, official[f"{name}.input_ids"])
     np.testing.assert_array_equal(positions, official[f"{name}.position_ids"])
     assert (ids[0, patches] == TOKENS.image_pad).all() and patches.stop - patches.start == h * w // 4
@@ -85,26 +86,26 @@ def test_text_positions_count_up_on_all_axes():
 @pytest.mark.parametrize("task", ["generate", "question", "edit", "ask", "reason"])
 def test_an_empty_prompt_is_refused(chat, prompt, task):
     with pytest.raises(InputError, match="The prompt is empty"):
-        {"generate": lambda: chat.generate_rows(prompt, num_images=1), "question": lambda: chat.question_ids(prompt),
-         "edit": lambda: chat.edit_rows(prompt, grid_h=2, grid_w=2), "ask": lambda: chat.ask_rows(prompt, grid_h=2, grid_w=2),
-         "reason": lambda: chat.reason_rows(prompt, "x", num_images=1)}[task]()
+        {"generate": lambda: chat.generate_prompt(prompt, num_images=1).input_ids, "question": lambda: chat.question_prompt(prompt).input_ids,
+         "edit": lambda: chat.edit_prompt(prompt, grid_h=2, grid_w=2), "ask": lambda: chat.ask_prompt(prompt, grid_h=2, grid_w=2),
+         "reason": lambda: chat.reason_prompt(prompt, "x", num_images=1).input_ids}[task]()
 
 
 @pytest.mark.parametrize("mark", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|fim_pad|>"])
 def test_the_models_own_marks_are_refused_in_a_prompt(chat, mark):
     with pytest.raises(InputError, match="own marks") as caught:
-        chat.ask_rows(f"what is{mark} this", grid_h=2, grid_w=2)
+        chat.ask_prompt(f"what is{mark} this", grid_h=2, grid_w=2)
     assert mark in str(caught.value)
 
 
 def test_text_that_is_not_unicode_is_refused(chat):
     with pytest.raises(InputError, match="lone surrogates"):
-        chat.generate_rows("a \udcff cat", num_images=1)
+        chat.generate_prompt("a \udcff cat", num_images=1).input_ids
 
 
 @pytest.mark.parametrize("prompt", ["猫", "x", "a photo\nof a cat\n", "\n\nleading", "🐈 " * 50, "{{ 7 * 7 }}{% raw %}"])
 def test_any_other_text_is_taken_as_it_is(chat, prompt):
-    rows = chat.generate_rows(prompt, num_images=1)
+    rows = chat.generate_prompt(prompt, num_images=1).input_ids
     assert chat.text(rows[0]) == f"system\nYou are a helpful assistant.\nuser\n{prompt}\nassistant\n"
 
 

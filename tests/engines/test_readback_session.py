@@ -42,7 +42,7 @@ def bound(session, *, rows=2, tokens=3):
     return buffers, session.bind(buffers)
 
 
-@pytest.mark.parametrize("backend, cache", [(f"readback:{TARGET}", "bfloat16"), (f"readback-fp32:{TARGET}", "float32")])
+@pytest.mark.parametrize("backend, cache", [(f"interpreter:{TARGET}", "bfloat16"), (f"interpreter-fp32:{TARGET}", "float32")])
 def test_a_step_writes_its_slots_in_place_and_its_outputs(bundle, backend, cache):
     session = open_session(bundle, "base_ar", backend=backend)
     assert session.capacity_tokens == 2048 and {t.dtype for t in session.spec.inputs[3:]} == {cache}
@@ -62,7 +62,7 @@ def test_a_step_writes_its_slots_in_place_and_its_outputs(bundle, backend, cache
 
 
 def test_wrong_shapes_foreign_buffers_and_closed_sessions_are_refused(bundle):
-    session = open_session(bundle, "base_ar", backend=f"readback:{TARGET}")
+    session = open_session(bundle, "base_ar", backend=f"interpreter:{TARGET}")
     buffers, step = bound(session)
     smaller = cache_buffers(session, rows=2, capacity_tokens=CAPACITY)
     with pytest.raises(InputError, match=rf"expected \(-1, {KV}, 2048, {DIM}\), got \(2, {KV}, {CAPACITY}, {DIM}\)"):
@@ -76,8 +76,8 @@ def test_wrong_shapes_foreign_buffers_and_closed_sessions_are_refused(bundle):
     session.close()
     with pytest.raises(InputError, match="closed"):
         step()
-    with pytest.raises(UsageError, match="readback-fp32:TARGET"):
-        check_backend("readback:")
+    with pytest.raises(UsageError, match="interpreter-fp32:TARGET"):
+        check_backend("interpreter:")
 
 
 def test_the_network_read_is_the_one_that_was_compiled(bundle):
@@ -89,7 +89,7 @@ def test_the_network_read_is_the_one_that_was_compiled(bundle):
     record = bundle.path / f"plans/{TARGET}/build.json"
     record.write_text(record.read_text().replace(result.spec.network, "0" * 64))
     with pytest.raises(InputError, match="compiled from another network"):
-        open_session(bundle, "base_ar", backend=f"readback:{TARGET}")
+        open_session(bundle, "base_ar", backend=f"interpreter:{TARGET}")
 
 
 def test_a_look_that_raises_stops_the_build_and_leaves_no_plan(bundle):
@@ -105,7 +105,7 @@ def test_a_network_that_cannot_be_read_is_built_all_the_same(bundle, monkeypatch
     monkeypatch.setattr("engines.interpreter.parsed.ATTRIBUTES", {})
     assert built(bundle).spec.network is None
     with pytest.raises(InputError, match="cannot be read back"):
-        open_session(bundle, "base_ar", backend=f"readback:{TARGET}")
+        open_session(bundle, "base_ar", backend=f"interpreter:{TARGET}")
 
 
 def small(*, alpha=0.1, weight=1.0, order=("x", "h"), middle="h", name="n"):
@@ -150,7 +150,7 @@ def test_plans_without_a_recorded_network_are_still_read(bundle):
     del data["components"]["base_ar"]["network"]
     (bundle.path / f"plans/{TARGET}/build.json").write_text(json.dumps(data))
     assert plan.read_build(bundle, TARGET).components["base_ar"].network is None
-    assert open_session(bundle, "base_ar", backend=f"readback:{TARGET}").capacity_tokens == CAPACITY
+    assert open_session(bundle, "base_ar", backend=f"interpreter:{TARGET}").capacity_tokens == CAPACITY
 
 
 def test_constants_are_kept_only_where_there_is_room(bundle, monkeypatch):

@@ -23,14 +23,14 @@ def draw(star: Star, ids: np.ndarray, tokens: int = 3, **changes) -> np.ndarray:
     return star.generate_ids(ids, **settings)
 
 
-def test_the_same_seed_gives_the_same_pictures_and_another_others(star):
+def test_the_same_seed_gives_the_same_images_and_another_others(star):
     first, again, other = (star.generate("a photo of a red cat", seed=seed) for seed in (7, 7, 8))
     np.testing.assert_array_equal(first.images, again.images)
     assert (first.image_ids != other.image_ids).any() and first.images.shape == (1, 64, 64, 3)
 
 
-def test_pictures_of_one_call_do_not_depend_on_each_other(star):
-    """Each of N pictures has its own uniforms; greedy ones are all alike, and alike the picture drawn alone."""
+def test_images_of_one_call_do_not_depend_on_each_other(star):
+    """Each of N images has its own uniforms; greedy ones are all alike, and alike the image drawn alone."""
     alone, three = (star.generate("a red dog", greedy=True, num_images=n) for n in (1, 3))
     np.testing.assert_array_equal(three.image_ids, np.repeat(alone.image_ids, 3, axis=0))
     drawn = star.generate("a red dog", num_images=2)
@@ -43,11 +43,11 @@ def test_an_empty_answer_draws_the_prompt_itself(star, monkeypatch):
     np.testing.assert_array_equal(reasoned.image_ids, star.generate("a red dog", greedy=True).image_ids)
 
 
-def test_a_picture_is_a_file_or_an_array(star, tmp_path):
+def test_a_image_is_a_file_or_an_array(star, tmp_path):
     from engines.inputs.image_io import write_png
-    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    write_png(tmp_path / "p.png", picture)
-    by_file, by_array = (star.ask(image, "what is a dog?", max_new_tokens=3).ids for image in (tmp_path / "p.png", picture))
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    write_png(tmp_path / "p.png", image)
+    by_file, by_array = (star.ask(given, "what is a dog?", max_new_tokens=3).ids for given in (tmp_path / "p.png", image))
     np.testing.assert_array_equal(by_file, by_array)
 
 
@@ -69,8 +69,8 @@ def test_top_k_beyond_the_codebook_is_all_of_it(star):
 # Row 42
 @pytest.mark.parametrize("prompt", ["", "   ", "\n"])
 def test_an_empty_prompt_is_refused(star, prompt):
-    picture = np.full((56, 56, 3), 9, np.uint8)
-    for call in (lambda: star.generate(prompt), lambda: star.edit(picture, prompt), lambda: star.ask(picture, prompt)):
+    image = np.full((56, 56, 3), 9, np.uint8)
+    for call in (lambda: star.generate(prompt), lambda: star.edit(image, prompt), lambda: star.ask(image, prompt)):
         with pytest.raises(InputError, match="empty"):
             call()
 
@@ -138,9 +138,9 @@ def test_progress_is_told_step_by_step(star):
 def test_the_benchmark_measures_what_it_says(star):
     from engines.bench import bench
     measured = bench(star, repeats=3)
-    stages = {stage.name: stage for stage in measured.stages}
-    assert {"base_ar", "stacked_ar", "image_head", "decode step", "vq_decoder"} <= set(stages) and measured.bandwidth > 1e9
+    timings = {timing.name: timing for timing in measured.timings}
+    assert {"base_ar", "stacked_ar", "image_head", "decode step", "vq_decoder"} <= set(timings) and measured.bandwidth > 1e9
     weights = sum(star.bundle.manifest.files[name].size for name in star.bundle.weights("base_ar"))
-    assert stages["base_ar"].read_bytes == weights + 2 * 40 * 4 * 2 * (2 * 16) * 4  # rows, slots, layers, key and value, heads x size, float32
-    step = stages["decode step"]
+    assert timings["base_ar"].read_bytes == weights + 2 * 40 * 4 * 2 * (2 * 16) * 4  # rows, slots, layers, key and value, heads x size, float32
+    step = timings["decode step"]
     assert step.share == pytest.approx(step.read_bytes / measured.bandwidth / (step.ms / 1e3)) and len(measured.ratios) == 2

@@ -11,7 +11,7 @@ from reference.nano.benchmark import score as benchmark
 
 from reference.nano.world import edits, prompts, questions, riddles, words
 from reference.nano.training.batches import PROMPTS
-from reference.nano.world.draw import pictures_from_scenes
+from reference.nano.world.draw import images_from_scenes
 from reference.nano.world.prompts import Group, Request
 from reference.nano.world.scorer import Found, Reading, read
 from reference.nano.world.world import Look, Scene, Thing, random_scene
@@ -25,8 +25,8 @@ def test_a_scene_of_a_prompt_meets_its_demands(category: str) -> None:
     random = Random(category)
     for turn in range(12):
         text, request = prompts.random_prompt(random, category, test=turn % 2 == 0)
-        picture = pictures_from_scenes([prompts.scene_of(random, request)], seed=turn)[0]
-        assert all(prompts.check(request, read(picture)).values()), text
+        image = images_from_scenes([prompts.scene_of(random, request)], seed=turn)[0]
+        assert all(prompts.check(request, read(image)).values()), text
 
 
 def found(shape: str, color: str, x: float = 32, y: float = 32, size: str = "small") -> Found:
@@ -125,11 +125,11 @@ def test_ambiguous_things_are_not_spoken_of() -> None:
 
 
 @pytest.mark.parametrize("kind", edits.KINDS)
-def test_an_edit_is_judged_by_both_pictures(kind: str) -> None:
+def test_an_edit_is_judged_by_both_images(kind: str) -> None:
     random = Random(kind)
     for turn in range(12):
         edit = edits.random_edit(random, kind, test=turn % 2 == 0)
-        before, after = (read(p) for p in pictures_from_scenes([edit.before, edit.after], seed=turn))
+        before, after = (read(p) for p in images_from_scenes([edit.before, edit.after], seed=turn))
         assert all(edits.check(edit, after).values()), edit.text
         assert not edits.check(edit, before)["done"], edit.text
         lost = replace(after, things=after.things[:-1]) if after.things else replace(after, background=None)

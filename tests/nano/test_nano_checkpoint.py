@@ -1,4 +1,4 @@
-"""STAR-Nano is a STAR: the release's layout and loader, the release's rows and picture preparation, small enough to ship."""
+"""STAR-Nano is a STAR: the release's layout and loader, the release's rows and image preparation, small enough to ship."""
 from __future__ import annotations
 
 import dataclasses
@@ -14,8 +14,8 @@ from engines.inputs.prompt import Chat
 from reference import vision
 from reference.nano.checkpoint import layout
 from reference.nano import recipe
-from reference.nano.world.draw import pictures_from_scenes
-from reference.nano.benchmark.painter import SAMPLED, Painter, Sampling, pictures_of, uniforms
+from reference.nano.world.draw import images_from_scenes
+from reference.nano.benchmark.painter import SAMPLED, Painter, Sampling, images_of, uniforms
 from reference.nano.checkpoint.tokens import MAGIC_SUFFIX, Rows
 from reference.nano.checkpoint.vision import MERGED_SIDE, embeds_of, patches, prepared, seen
 from reference.nano.world.world import random_scene
@@ -35,10 +35,10 @@ def chat(nano_root: Path) -> Chat:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> np.ndarray:
+def images() -> np.ndarray:
     from random import Random
     random = Random(9)
-    return pictures_from_scenes([random_scene(random) for _ in range(6)], seed=9)
+    return images_from_scenes([random_scene(random) for _ in range(6)], seed=9)
 
 
 def test_all_files_together_are_small_enough_to_ship(nano_root: Path) -> None:
@@ -54,7 +54,7 @@ def test_the_sizes_are_those_that_every_target_is_fast_with(nano_root: Path) -> 
     assert set(heads) <= {64, 128}
     blocks = set(range(config.vision.depth)) - set(config.vision.full_attention_blocks)
     side = config.vision.window_size // config.vision.patch_size
-    assert blocks and side < 112 // config.vision.patch_size  # some blocks see windows, and a picture has several
+    assert blocks and side < 112 // config.vision.patch_size  # some blocks see windows, and an image has several
     assert config.vq.image_size == 64
 
 
@@ -86,30 +86,32 @@ def test_grammar_words_are_single_tokens_and_any_text_survives(nano_rows: Rows) 
 @pytest.mark.parametrize("text", TEXTS)
 def test_rows_are_the_runtimes(nano_rows: Rows, chat: Chat, text: str) -> None:
     row = nano_rows.draw(text)
-    assert chat.generate_rows(text, num_images=1).tolist() == [row, nano_rows.unconditional(row)]
-    assert chat.question_ids(text).tolist() == [nano_rows.question(text)]
-    assert MAGIC_SUFFIX and chat.reason_rows("a cat", text, num_images=1)[0].tolist() == nano_rows.draw(text, magic=True)
-    asked, positions, patches_at = chat.ask_rows(text, grid_h=MERGED_SIDE, grid_w=MERGED_SIDE)
-    assert asked[0].tolist() == nano_rows.ask(text, merged_patches=16) and patches_at.stop - patches_at.start == 16
-    edited = chat.edit_rows(text, grid_h=MERGED_SIDE, grid_w=MERGED_SIDE)
+    assert chat.generate_prompt(text, num_images=1).input_ids.tolist() == [row, nano_rows.unconditional(row)]
+    assert chat.question_prompt(text).input_ids.tolist() == [nano_rows.question(text)]
+    assert MAGIC_SUFFIX and chat.reason_prompt("a cat", text, num_images=1).input_ids[0].tolist() == nano_rows.draw(text, magic=True)
+    asked = chat.ask_prompt(text, grid_h=MERGED_SIDE, grid_w=MERGED_SIDE)
+    assert asked.input_ids[0].tolist() == nano_rows.ask(text, merged_patches=16)
+    positions, patches_at = asked.position_ids, asked.vision_tokens
+    assert patches_at.stop - patches_at.start == 16
+    edited = chat.edit_prompt(text, grid_h=MERGED_SIDE, grid_w=MERGED_SIDE)
     row = nano_rows.edit(text, image_tokens=recipe.IMAGE_TOKENS, merged_patches=16)
     assert edited.input_ids.tolist() == [row, nano_rows.unconditional(row)]
 
 
 @pytest.mark.parametrize("sharp", [False, True], ids=["ask", "edit"])
-def test_pictures_are_prepared_as_the_runtime_does(chat: Chat, pictures: np.ndarray, sharp: bool) -> None:
+def test_images_are_prepared_as_the_runtime_does(chat: Chat, images: np.ndarray, sharp: bool) -> None:
     """Exactly by Pillow; in torch up to the rounding to bytes between two resizes, which is two levels of 255 at most."""
-    image = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     config = vision_config(recipe.VISION)
-    exact = patches(prepared(pictures, sharp=sharp), config).numpy()
-    close = patches(seen(image, sharp=torch.full((len(pictures),), sharp)), config).numpy()
-    for index, picture in enumerate(pictures):
-        inputs = runtime_image.edit_inputs(picture, chat.model)[0] if sharp else runtime_image.ask_inputs(picture, chat.model)
+    exact = patches(prepared(images, sharp=sharp), config).numpy()
+    close = patches(seen(batch, sharp=torch.full((len(images),), sharp)), config).numpy()
+    for index, image in enumerate(images):
+        inputs = runtime_image.edit_inputs(image, chat.model)[0] if sharp else runtime_image.ask_inputs(image, chat.model)
         assert (inputs.grid_h, inputs.grid_w) == (MERGED_SIDE, MERGED_SIDE)
         np.testing.assert_allclose(exact[index], inputs.pixel_values, atol=1e-6)
         assert np.abs(close[index] - inputs.pixel_values).max() < 2.5 / 255 / min(layout.IMAGE_STD)
-    square = runtime_image.edit_inputs(pictures[0], chat.model)[1]
-    assert np.abs(square - image[:1].numpy()).max() < 1e-6
+    square = runtime_image.edit_inputs(images[0], chat.model)[1]
+    assert np.abs(square - batch[:1].numpy()).max() < 1e-6
 
 
 def vision_config(values: dict):
@@ -119,9 +121,9 @@ def vision_config(values: dict):
     return VisionConfig(**{n: values[n] for n in names}, full_attention_blocks=tuple(values["fullatt_block_indexes"]))
 
 
-def test_many_pictures_at_once_are_each_alone(nano_root: Path, pictures: np.ndarray) -> None:
+def test_many_images_at_once_are_each_alone(nano_root: Path, images: np.ndarray) -> None:
     star = load_star(resolve_checkpoint(nano_root))
-    image, sharp = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.tensor([True, False] * 3)
+    image, sharp = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.tensor([True, False] * 3)
     together, config = embeds_of(star.vision_encoder, seen(image, sharp=sharp)), star.config.vision
     cos, sin = vision.rotary_cos_sin(config, grid_h=8, grid_w=8)
     windows = vision.window_ids(config, grid_h=8, grid_w=8)
@@ -148,14 +150,14 @@ def test_random_numbers_are_the_runtimes() -> None:
         np.testing.assert_array_equal(ours[:, column:column + 1], runtime_uniforms(seed=seed, tokens=64, num_images=1))
 
 
-def test_pictures_are_truncated_as_the_runtime_does() -> None:
+def test_images_are_truncated_as_the_runtime_does() -> None:
     decoded = torch.linspace(-1.5, 1.5, 3 * 64 * 64).reshape(1, 3, 64, 64)
-    np.testing.assert_array_equal(pictures_of(decoded)[0], runtime_image.pictures_from_decoded(decoded.numpy())[0])
+    np.testing.assert_array_equal(images_of(decoded)[0], runtime_image.images_from_decoded(decoded.numpy())[0])
 
 
 def test_an_over_long_prompt_is_refused_with_both_numbers(chat: Chat) -> None:
     from engines.inputs.prompt import check_length
-    rows = chat.generate_rows("circle " * 600, num_images=1)
+    rows = chat.generate_prompt("circle " * 600, num_images=1).input_ids
     with pytest.raises(InputError, match=rf"at most {recipe.MAX_POSITIONS} tokens, got {rows.shape[1] + 63}"):
         check_length(rows.shape[1] + chat.model.image_tokens - 1, limit_tokens=chat.model.max_positions, what="prompt")
 

@@ -15,9 +15,8 @@ import torch
 
 from reference import tasks
 from reference.nano.world import edits, prompts
-from reference.nano import recipe
 from reference.nano.training import stage_reward
-from reference.nano.world.draw import pictures_from_scenes
+from reference.nano.world.draw import images_from_scenes
 from reference.nano.world.prompts import Group, Request
 from reference.nano.recipe import ATTEMPTS, IMAGE_TOKENS, REWARD_TOP_K, REWARD_TOP_P, STAGES
 from reference.nano.world.scorer import Found, Reading, read
@@ -72,17 +71,17 @@ def test_ids_are_drawn_by_the_filters_of_the_reference() -> None:
     assert (counts - shares).abs().max() < 0.015 and not counts[shares == 0].any()
 
 
-def test_rewards_tell_what_of_a_picture_is_good() -> None:
-    """A prompt's four kinds of pictures: right, one thing of the wrong colour, one missing, and nothing at all."""
+def test_rewards_tell_what_of_a_image_is_good() -> None:
+    """A prompt's four kinds of images: right, one thing of the wrong colour, one missing, and nothing at all."""
     request = Request((Group(1, "circle", "red"), Group(1, "star")))
     green = Thing(Look("circle", "green", "large"), 16.0, 16.0, 10.0, 0.0)
     scenes = [Scene("white", things) for things in ((CIRCLE, STAR), (green, STAR), (STAR,), ())]
-    pictures = list(pictures_from_scenes(scenes, seed=1)) * 2
-    assert len(pictures) == ATTEMPTS
-    reward, right = rewards(pictures, [partial(prompts.check, request)])
+    images = list(images_from_scenes(scenes, seed=1)) * 2
+    assert len(images) == ATTEMPTS
+    reward, right = rewards(images, [partial(prompts.check, request)])
     with multiprocessing.Pool(2) as pool:
         elsewhere = Mock(wraps=pool.map)
-        shared = rewards(pictures, [partial(prompts.check, request)], elsewhere)
+        shared = rewards(images, [partial(prompts.check, request)], elsewhere)
     elsewhere.assert_called_once()
     assert torch.equal(reward, shared[0]) and torch.equal(right, shared[1])
     assert right.tolist() == [[1, 0, 0, 0] * 2] and reward[0, 0] == 1 and 0.5 > reward[0, 1] > reward[0, 2] >= reward[0, 3] > 0
@@ -100,7 +99,7 @@ def test_what_is_better_becomes_more_probable(small_root: Path, monkeypatch: pyt
     before = {name: tensor.clone() for name, tensor in star.state_dict().items()}
     seen = []
 
-    def liked(pictures: list, judges: list, each: Callable) -> tuple[torch.Tensor, ...]:
+    def liked(images: list, judges: list, each: Callable) -> tuple[torch.Tensor, ...]:
         low = (seen.pop() < 32).float()
         return low.mean(-1), low.mean(-1)
 
@@ -145,4 +144,4 @@ def test_an_added_thing_may_be_anywhere_in_its_corner() -> None:
     for kind in edits.KINDS:
         for _ in range(8):
             edit = edits.random_edit(random, kind, test=True)
-            assert all(edits.check(edit, read(pictures_from_scenes([edit.after], seed=3)[0])).values())
+            assert all(edits.check(edit, read(images_from_scenes([edit.after], seed=3)[0])).values())

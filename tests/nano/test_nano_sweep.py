@@ -32,9 +32,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
             for task in counts:
                 s, best = (of["edit" if task == "edit" else "generate"] for of in (painter.sampling, BEST))
                 misses = 10 * abs(s.guidance - best.guidance) + 100 * abs(s.top_p - best.top_p) + (s.top_k != best.top_k)
-                item = benchmark.Item("any", f"a text of {number}", lambda picture: {})
-                picture = None if task == "ask" else np.zeros((64, 64, 3), np.uint8)
-                score.add(benchmark.Result(task, item, np.ones((64, 64, 3), np.uint8) if task in ("ask", "edit") else None, picture,
+                item = benchmark.Item("any", f"a text of {number}", lambda image: {})
+                image = None if task == "ask" else np.zeros((64, 64, 3), np.uint8)
+                score.add(benchmark.Result(task, item, np.ones((64, 64, 3), np.uint8) if task in ("ask", "edit") else None, image,
                                            "said" if task in ("ask", "reason") else None, {"count": number >= misses}))
         return score
 
@@ -86,7 +86,7 @@ def test_curves_of_a_size_share_a_chart(tmp_path: Path, monkeypatch: pytest.Monk
     assert charts == [("edit: loss", ["loss"]), ("edit", [f"small {i}" for i in range(7)]), ("edit", ["large"])]
 
 
-def test_a_chart_shows_its_lines_and_a_grid_its_pictures(tmp_path: Path) -> None:
+def test_a_chart_shows_its_lines_and_a_grid_its_images(tmp_path: Path) -> None:
     from PIL import Image
     image = np.asarray(plot.chart("t", {"flat": [(x, 1.0) for x in range(30)], "rising": [(0, 1.0), (30, 2.0)]}))
     assert all((image == ink).all(-1).sum() > 100 for ink in plot.INKS[:2])
@@ -106,7 +106,7 @@ def test_a_logarithmic_chart_has_ten_in_the_middle_of_one_and_a_hundred() -> Non
 
 
 def test_a_caption_tells_the_verdict_the_text_and_the_answer() -> None:
-    item = benchmark.Item("any", "as many stars as a hand has fingers", lambda picture: {})
+    item = benchmark.Item("any", "as many stars as a hand has fingers", lambda image: {})
     blank = np.zeros((64, 64, 3), np.uint8)
     result = benchmark.Result("reason", item, None, blank, "five stars", {"count": False, "things": True, "relation": False})
     assert gallery.caption(result) == "WRONG: count, relation|as many stars as a hand has fingers|-> five stars"

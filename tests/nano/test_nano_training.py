@@ -19,7 +19,7 @@ from reference.nano import recipe
 from reference.nano.training.batches import IGNORED, base_batch, cells_of, edit_batch, generate_batch, token_tensors, touched_tensor
 from reference.nano.training.cells import drawn, empty_cells, image_from_scenes, same_cells, scenes_of, with_fewer_things
 from reference.nano.world.edits import Edit
-from reference.nano.benchmark.painter import pictures_of
+from reference.nano.benchmark.painter import images_of
 from reference.nano.recipe import STAGES, Stage
 from reference.nano.world.scorer import Reading, read
 from reference.nano.training.sequences import grouped_attention, through
@@ -191,7 +191,7 @@ def test_tokens_tell_which_thing_reaches_them() -> None:
     assert shape[3].tolist() == [0, 0, 4, 4, 4, 1, 1, 0]  # the fifth's centre is 1.6 pixels from the star and in the circle
 
 
-def test_heads_are_asked_of_the_given_picture(small_root: Path) -> None:
+def test_heads_are_asked_of_the_given_image(small_root: Path) -> None:
     """Of where its tokens are and what it shows, and what the instruction means by it."""
     star, rows = small_star(small_root)
     job, batch = stages.edit_job(star, rows, STAGES["edit"]), edit_batch(0, rows=rows, batch=4)
@@ -237,8 +237,8 @@ def test_an_edit_is_right_about_what_it_touches_or_not() -> None:
     assert float(hit) == pytest.approx(2 / 3) and float(loss) == pytest.approx(5 / 3, abs=0.02)
 
 
-def test_instructions_share_their_picture(small_root: Path) -> None:
-    """What is computed of four instructions behind one picture is what is computed of each in a row of its own."""
+def test_instructions_share_their_image(small_root: Path) -> None:
+    """What is computed of four instructions behind one image is what is computed of each in a row of its own."""
     star, rows = small_star(small_root)
     job, batch = stages.edit_job(star, rows, STAGES["edit"]), edit_batch(1, rows=rows, batch=8)
     own = dict(batch)
@@ -250,7 +250,7 @@ def test_instructions_share_their_picture(small_root: Path) -> None:
         patch.setattr(stages, "drawn", lambda batch, step, stream=0: image_from_scenes(batch, noise=None))
         with torch.no_grad():
             shared = job.losses(batch, 0)
-            patch.setattr(stages, "EDITS_A_PICTURE", 1)
+            patch.setattr(stages, "EDITS_PER_IMAGE", 1)
             alone = job.losses(own, 1)
     for name, value in shared.items():
         torch.testing.assert_close(alone[name], value, rtol=1e-3, atol=1e-4)
@@ -298,8 +298,8 @@ def test_empty_background_is_painted_with_one_id_of_each_colour(nano_rows: Rows)
     star = load_star(resolve_checkpoint("nano"))
     backgrounds = background_ids(star)
     with torch.no_grad():
-        bare = pictures_of(star.vq_decoder(backgrounds[:, None].expand(-1, recipe.IMAGE_TOKENS)))
-    assert [read(picture) for picture in bare] == [Reading(color, ()) for color in COLORS]
+        bare = images_of(star.vq_decoder(backgrounds[:, None].expand(-1, recipe.IMAGE_TOKENS)))
+    assert [read(image) for image in bare] == [Reading(color, ()) for color in COLORS]
     batch = generate_batch(0, rows=nano_rows, batch=6, stage="generate")
     natural, painted = stages.ids_of(star, image_from_scenes(batch, noise=None)), stages.painted_ids(star, backgrounds, batch)
     empty = empty_cells(batch).flatten(1) == 1
@@ -314,7 +314,7 @@ def test_one_scene_of_a_batch_is_bare() -> None:
     assert all((~row).nonzero().tolist() == [[14]] for row in present)
 
 
-def test_the_decoder_reads_every_other_picture_with_one_background() -> None:
+def test_the_decoder_reads_every_other_image_with_one_background() -> None:
     star = load_star(resolve_checkpoint("nano"))
     trainer, batch = VQ_TRAINERS["decoder"](star, STAGES["decoder"], torch.device("cpu")), scenes_of(0, batch=4)
     image = drawn(batch, 0)
@@ -326,7 +326,7 @@ def test_the_decoder_reads_every_other_picture_with_one_background() -> None:
         assert len(set(ids[cells].tolist())) == 1 < len(set(own[cells].tolist()))
 
 
-def test_the_decoder_misreads_some_ids_of_half_of_the_pictures_as_near_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decoder_misreads_some_ids_of_half_of_the_images_as_near_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     star = load_star(resolve_checkpoint("nano"))
     trainer, batch = VQ_TRAINERS["decoder"](star, STAGES["decoder"], torch.device("cpu")), scenes_of(0, batch=64)
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_the_decoder_misreads_some_ids_of_half_of_the_pictures_as_near_ones(monk
 
 
 def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches in turn, one drawn and one edited, with the base frozen; without noise, so that pictures repeat."""
+    """Two batches in turn, one drawn and one edited, with the base frozen; without noise, so that images repeat."""
     star, rows = small_star(small_root)
     before = {name: tensor.clone() for name, tensor in star.state_dict().items()}
     batches = [edit_batch(0, rows=rows, batch=4), generate_batch(1, rows=rows, batch=2, stage="edit")]
@@ -364,7 +364,7 @@ def test_generation_and_editing_learn_a_batch_by_heart(small_root: Path, monkeyp
     assert moved == set(stages.DRAWING_PARTS)
 
 
-def test_the_vq_model_learns_pictures_by_heart(small_root: Path) -> None:
+def test_the_vq_model_learns_images_by_heart(small_root: Path) -> None:
     """First whole, then made local, then the decoder alone from a new codebook."""
     star, _ = small_star(small_root)
     batch, device = scenes_of(0, batch=4), torch.device("cpu")
@@ -394,10 +394,10 @@ def test_latents_are_scaled_and_nothing_else_changes(small_root: Path) -> None:
         star.vq_decoder.post_quant_conv.weight.div_(700)
         image = drawn(scenes_of(0, batch=2), 0)
         ids = star.vq_encoder(image)
-        picture = star.vq_decoder(ids)
+        decoded = star.vq_decoder(ids)
         scale_latents(star)
         assert 0.7 < float(star.codebook.weight.square().mean().sqrt()) < 1.5
-        assert torch.equal(star.vq_encoder(image), ids) and torch.equal(star.vq_decoder(ids), picture)
+        assert torch.equal(star.vq_encoder(image), ids) and torch.equal(star.vq_decoder(ids), decoded)
 
 
 def test_cells_tell_what_is_the_same_and_what_is_empty() -> None:
@@ -427,7 +427,7 @@ def test_latents_are_held_where_they_should_be_equal() -> None:
     empty[1, 0] = 1
     latents[1, :, 0] = torch.tensor([1.0, 2.0, 3.0])[:, None]
     assert float(apart(latents, empty)) == pytest.approx(0, abs=1e-12)
-    latents[1, :, 0, :2] += 2.0  # two of four are 1 above their mean, two 1 below; a picture without empty cells counts as none
+    latents[1, :, 0, :2] += 2.0  # two of four are 1 above their mean, two 1 below; an image without empty cells counts as none
     assert float(apart(latents, empty)) == pytest.approx(1 / 2)
 
 
@@ -503,7 +503,7 @@ def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
     positions = tasks.mrope_position_ids(torch.tensor(row + [0] * 63), [(4, 4)], star.config.special)
     ids = torch.tensor([row, row])
     given = stages.given_tensors(star, batch, 0)
-    embeds = stages.with_pictures(star, ids[:1], given["given_ids"].long(), given["vision"])
+    embeds = stages.with_images(star, ids[:1], given["given_ids"].long(), given["vision"])
     embeds = embeds.repeat(2, 1, 1)
     made = tasks.generate(cached, ids, guidance=1.0, top_k=1, top_p=1.0, uniforms=None, inputs_embeds=embeds,
                           position_ids=tasks.mrope_position_ids(ids[0], [(4, 4)], star.config.special, trailing=64))

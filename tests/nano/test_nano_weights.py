@@ -41,7 +41,7 @@ def test_what_was_recorded_is_reached(painter: Painter) -> None:
     assert all(value <= limit for value, limit in found.values()), found
 
 
-def test_pictures_are_rebuilt(painter: Painter) -> None:
+def test_images_are_rebuilt(painter: Painter) -> None:
     assert benchmark.reconstruction(painter, 60, seed=benchmark.SEED) > benchmark.GOAL_PSNR
 
 

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from reference.nano.world.draw import pictures_from_scenes, thing_coverage, unit_area
+from reference.nano.world.draw import images_from_scenes, thing_coverage, unit_area
 from reference.nano.world.scorer import Reading, read
 from reference.nano.world.world import COLORS, PLACES, SHAPES, Look, Scene, Thing, clear, place_of, placed, random_scene
 
@@ -26,39 +26,39 @@ def errors(scene: Scene, reading: Reading) -> int:
 def test_drawn_things_are_read() -> None:
     random = Random(5)
     scenes = [random_scene(random) for _ in range(SCENES)]
-    wrong = sum(errors(scene, read(picture)) for scene, picture in zip(scenes, pictures_from_scenes(scenes, seed=1)))
+    wrong = sum(errors(scene, read(image)) for scene, image in zip(scenes, images_from_scenes(scenes, seed=1)))
     assert wrong / sum(len(scene.things) for scene in scenes) <= 0.005
 
 
-def test_slightly_blurred_pictures_are_read_too() -> None:
+def test_slightly_blurred_images_are_read_too() -> None:
     """Near 30 dB, where a reconstruction may be."""
     random = Random(6)
     scenes = [random_scene(random) for _ in range(60)]
-    pictures = pictures_from_scenes(scenes, seed=2)
-    wide = np.pad(pictures.astype(np.float32), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    images = images_from_scenes(scenes, seed=2)
+    wide = np.pad(images.astype(np.float32), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     weights = np.outer([1, 2, 1], [1, 2, 1]) / 16
     blurred = sum(weights[y, x] * wide[:, y:y + 64, x:x + 64] for y in range(3) for x in range(3))
-    psnr = np.mean([10 * math.log10(255**2 / np.mean((a - b) ** 2)) for a, b in zip(pictures.astype(np.float32), blurred)])
+    psnr = np.mean([10 * math.log10(255**2 / np.mean((a - b) ** 2)) for a, b in zip(images.astype(np.float32), blurred)])
     wrong = sum(errors(s, read(p)) for s, p in zip(scenes, blurred.clip(0, 255).astype(np.uint8)))
     assert 27 < psnr < 34 and wrong / sum(len(s.things) for s in scenes) <= 0.02
 
 
 def test_noise_holds_no_thing_that_is_known() -> None:
     random = np.random.default_rng(0)
-    for picture in (random.integers(0, 256, (64, 64, 3)), (random.normal(128, 40, (64, 64, 3))).clip(0, 255),
+    for image in (random.integers(0, 256, (64, 64, 3)), (random.normal(128, 40, (64, 64, 3))).clip(0, 255),
                     np.kron(random.integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1)))):
-        reading = read(picture.astype(np.uint8))
+        reading = read(image.astype(np.uint8))
         assert not [t for t in reading.things if t.shape and t.color and t.size] or reading.background is None
 
 
 @pytest.mark.parametrize("color", COLORS)
-def test_an_empty_picture_is_its_background(color: str) -> None:
-    picture = pictures_from_scenes([Scene(color, ())], seed=3)[0]
-    assert read(picture) == Reading(color, ())
+def test_an_empty_image_is_its_background(color: str) -> None:
+    image = images_from_scenes([Scene(color, ())], seed=3)[0]
+    assert read(image) == Reading(color, ())
 
 
 def painted(mask: np.ndarray, color=(220, 40, 40)) -> np.ndarray:
-    """A picture with soft mask [64, 64] of a colour on white."""
+    """An image with soft mask [64, 64] of a colour on white."""
     return (245 + mask[..., None] * (np.array(color) - 245)).round().astype(np.uint8)
 
 
@@ -90,12 +90,12 @@ def test_near_misses_are_not_read(name: str) -> None:
 
 def test_dirt_is_ignored_and_more_than_dirt_is_not() -> None:
     scene = random_scene(Random(2), count=1)
-    picture = pictures_from_scenes([replace(scene, background="white")], seed=4)[0]
+    image = images_from_scenes([replace(scene, background="white")], seed=4)[0]
     far = (0, 0) if place_of(scene.things[0]) != "top left" else (60, 60)
-    picture[far[0]:far[0] + 3, far[1]:far[1] + 3] = 0
-    assert len(read(picture).things) == 1
-    picture[far[0]:far[0] + 4, far[1]:far[1] + 4] = 0
-    assert len(read(picture).things) == 2
+    image[far[0]:far[0] + 3, far[1]:far[1] + 3] = 0
+    assert len(read(image).things) == 1
+    image[far[0]:far[0] + 4, far[1]:far[1] + 4] = 0
+    assert len(read(image).things) == 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -112,7 +112,7 @@ def test_things_keep_apart_and_inside() -> None:
     assert [place_of(t) for t in placed(random, [look] * 4, places=PLACES)] == list(PLACES)
 
 
-@pytest.mark.parametrize("picture", [np.zeros((64, 64), np.uint8), np.zeros((32, 32, 3), np.uint8), np.zeros((64, 64, 3))])
-def test_what_is_no_picture_of_this_world_is_refused(picture: np.ndarray) -> None:
+@pytest.mark.parametrize("image", [np.zeros((64, 64), np.uint8), np.zeros((32, 32, 3), np.uint8), np.zeros((64, 64, 3))])
+def test_what_is_no_image_of_this_world_is_refused(image: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected uint8"):
-        read(picture)
+        read(image)

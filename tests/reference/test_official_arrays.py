@@ -12,7 +12,7 @@ from golden import CASES, SPECIAL, TEMPLATE, error, golden, names
 from reference import tasks, vision
 from reference.model import Star
 
-LIMIT = 1e-3  # of the standard deviation; measured: 1.1e-5 on hidden states and logits, 2.2e-5 on pictures
+LIMIT = 1e-3  # of the standard deviation; measured: 1.1e-5 on hidden states and logits, 2.2e-5 on images
 BOTH = pytest.mark.parametrize("rope_bf16", [False, True], ids=["exact_rope", "bf16_rope"])
 
 
@@ -88,8 +88,8 @@ def test_edits(stars: dict[bool, Star], tokenizer, rope_bf16: bool, case: str) -
     positions = tasks.mrope_position_ids(rows[0], [grid], SPECIAL, trailing=vq.image_tokens)
     assert torch.equal(positions[:, :, :rows.shape[1]], golden(rope_bf16, f"{case}.prefill_position_ids"))
     squashed = Image.fromarray(golden(rope_bf16, f"{case}.image").numpy()).resize((vq.image_size,) * 2, Image.Resampling.BILINEAR)
-    picture = torch.from_numpy(np.array(squashed)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    mixed = tasks.edit_embeds(star, rows, image_ids=star.vq_encoder(picture)[0], image_embeds=embeds)
+    image = torch.from_numpy(np.array(squashed)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    mixed = tasks.edit_embeds(star, rows, image_ids=star.vq_encoder(image)[0], image_embeds=embeds)
     drawn = tasks.generate(star, rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, uniforms=None, inputs_embeds=mixed,
                            position_ids=positions)
     check_generated(drawn, rope_bf16, case)

@@ -92,7 +92,7 @@ def test_edit_positions_of_the_release_example() -> None:
 
 
 @pytest.mark.parametrize("grid", [(1, 576), (576, 1), (1, 1)])
-def test_edit_positions_of_extreme_pictures(grid: tuple[int, int]) -> None:
+def test_edit_positions_of_extreme_images(grid: tuple[int, int]) -> None:
     ids = tasks.edit_ids(torch.arange(30)[None], SPECIAL, insert_at=14, newline=198, image_tokens=16,
                          merged_patches=grid[0] * grid[1])
     positions = tasks.mrope_position_ids(ids[0], [grid], SPECIAL)[:, 0]
@@ -120,7 +120,7 @@ def test_sampling_depends_on_the_uniforms_alone(star: Star) -> None:
     first, again, other = (tasks.generate(star, rows, guidance=2.0, top_k=50, top_p=0.9, uniforms=u).image_ids
                            for u in (uniforms, uniforms, 1 - uniforms))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert not torch.equal(first[0], first[1])  # two pictures of one prompt draw apart
+    assert not torch.equal(first[0], first[1])  # two images of one prompt draw apart
     short = tasks.generate(star, rows, guidance=2.0, top_k=50, top_p=0.9, uniforms=uniforms, image_tokens=5)
     assert torch.equal(short.image_ids, first[:, :5]) and short.image is None
 

@@ -82,7 +82,7 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
+def image(tmp_path: Path) -> str:
     write_png(tmp_path / "in.png", np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     return str(tmp_path / "in.png")
 
@@ -90,20 +90,20 @@ def picture(tmp_path: Path) -> str:
 # Rows 42, 44: a bad input keeps what was there before
 @pytest.mark.parametrize("words, code, said", [
     (["generate", "BUNDLE", " ", "-o", "OUT"], 3, "empty"), (["generate", "BUNDLE", "cat " * 40_000, "-o", "OUT"], 3, "too long"),
-    (["edit", "BUNDLE", "HTML", "p", "-o", "OUT"], 3, "picture"), (["edit", "BUNDLE", "nothing.png", "p", "-o", "OUT"], 3, "nothing.png"),
-    (["edit", "BUNDLE", "PICTURE", "p", "-o", "OUT", "--min-pixels", "9", "--max-pixels", "8"], 2, "pixel"),
+    (["edit", "BUNDLE", "HTML", "p", "-o", "OUT"], 3, "image"), (["edit", "BUNDLE", "nothing.png", "p", "-o", "OUT"], 3, "nothing.png"),
+    (["edit", "BUNDLE", "IMAGE", "p", "-o", "OUT", "--min-pixels", "9", "--max-pixels", "8"], 2, "pixel"),
     (["generate", "nowhere", "p", "-o", "OUT"], 3, "nowhere"), (["generate", "BUNDLE", "p", "-o", "OUT", "--backend", "gpu"], 2, "backend"),
     (["generate", "BUNDLE", "p", "-o", "OUT", "--backend", "tensorrt:rtx-4090"], 3, "star-export build"),
     (["generate", "BUNDLE", "p", "-o", "OUT", "--backend", "onnxruntime-cuda"], 5, "onnxruntime-gpu|CUDA"),
     (["generate", "BUNDLE", "p", "-o", "nowhere/p.png"], 3, "nowhere"), (["inspect", "HTML"], 3, "inspect"),
     (["validate", "BUNDLE", "--report", "nowhere/r.html"], 3, "nowhere"), (["build", "BUNDLE", "--target", "rtx-1"], 2, "rtx-4090"),
     (["build", "BUNDLE", "--target", "rtx-4090", "--rows", "1"], 2, "rows"), (["build", "BUNDLE", "--target", "rtx-4090"], 3, "fp32")])
-def test_a_bad_input_is_three_lines_and_the_old_file_stays(mini_bundle: Path, tmp_path: Path, picture: str, capsys: pytest.CaptureFixture,
+def test_a_bad_input_is_three_lines_and_the_old_file_stays(mini_bundle: Path, tmp_path: Path, image: str, capsys: pytest.CaptureFixture,
                                                            words: list[str], code: int, said: str) -> None:
     import re
     (tmp_path / "page.png").write_text("<html>")
     (tmp_path / "out.png").write_bytes(b"old")
-    names = {"BUNDLE": str(mini_bundle), "OUT": str(tmp_path / "out.png"), "PICTURE": picture, "HTML": str(tmp_path / "page.png")}
+    names = {"BUNDLE": str(mini_bundle), "OUT": str(tmp_path / "out.png"), "IMAGE": image, "HTML": str(tmp_path / "page.png")}
     assert main([names.get(word, word) for word in words]) == code
     text = capsys.readouterr().err
     lines = [line for line in text.splitlines() if line.startswith(("error: ", "  where: ", "  fix: "))]
@@ -111,9 +111,9 @@ def test_a_bad_input_is_three_lines_and_the_old_file_stays(mini_bundle: Path, tm
     assert (tmp_path / "out.png").read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == ["in.png", "out.png", "page.png"]
 
 
-def test_n_pictures_get_n_names(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_n_images_get_n_names(mini_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["generate", str(mini_bundle), "a cat", "-o", str(tmp_path / "p.png"), "--num-images", "3", "--json", "--no-progress"]) == 0
-    assert json.loads(capsys.readouterr().out)["pictures"] == [str(tmp_path / name) for name in ("p.png", "p-1.png", "p-2.png")]
+    assert json.loads(capsys.readouterr().out)["images"] == [str(tmp_path / name) for name in ("p.png", "p-1.png", "p-2.png")]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p-1.png", "p-2.png", "p.png"]
 
 

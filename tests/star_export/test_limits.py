@@ -5,9 +5,9 @@ import pytest
 from engines.bundle.reader import Bundle
 from engines.errors import InputError
 from engines.runtime.sampler import sample
-from star_export.components import COMPONENTS
+from star_export.components import COMPONENTS, FLIPPED_IDS
 from star_export.golden.cases import component_cases
-from star_export.golden.tolerances import FLIPPED_IDS, MARGIN, largest_noise, limits_of
+from star_export.golden.tolerances import MARGIN, largest_noise, tolerances_of
 from star_export.golden.run_case import redrawn, run_case
 
 
@@ -21,23 +21,23 @@ def test_a_16_bit_bundle_records_how_far_the_reference_itself_is_off(bundle_of) 
     fp32, fp16, bf16 = (noise_of(Bundle.open(bundle_of(precision))) for precision in ("fp32", "fp16", "bf16"))
     assert not any(fp32.values())
     for name, row in COMPONENTS.items():
-        assert bf16[name].keys() == fp16[name].keys() == {output for output, limit in row.limits.items() if limit > 0}
+        assert bf16[name].keys() == fp16[name].keys() == {output for output, tolerance in row.tolerances.items() if tolerance > 0}
         for output, value in bf16[name].items():
             assert 1e-3 < value < 0.5 and value / 20 < fp16[name][output] < value / 3  # three bits more: about an eighth
 
 
 def test_the_limit_is_the_margin_times_the_noise_of_the_case() -> None:
     noise = {"image_ids": np.float32(0.5), "logits": np.float32(0.02)}
-    assert limits_of("image_head", "fp32", {}) == COMPONENTS["image_head"].limits
+    assert tolerances_of("image_head", "fp32", {}) == COMPONENTS["image_head"].tolerances
     for compute in ("bf16", "fp16"):
-        found = limits_of("image_head", compute, noise)
+        found = tolerances_of("image_head", compute, noise)
         assert MARGIN == 3 and found["logits"] == pytest.approx(0.06) and found["image_ids"] == found["inputs_embeds"] == 0
-    assert limits_of("vq_encoder", "bf16", {}) == {"image_ids": FLIPPED_IDS, "inputs_embeds": 0.0}
+    assert tolerances_of("vq_encoder", "bf16", {}) == {"image_ids": FLIPPED_IDS, "inputs_embeds": 0.0}
 
 
 def test_without_noise_nothing_is_judged_in_16_bits() -> None:
     with pytest.raises(InputError, match="stacked_ar: expected the reference's own noise in bf16 of present, got none"):
-        limits_of("stacked_ar", "bf16", {"hidden_states": np.float32(0.1)})
+        tolerances_of("stacked_ar", "bf16", {"hidden_states": np.float32(0.1)})
 
 
 def test_drawn_ids_are_held_to_the_executors_own_logits() -> None:
@@ -80,10 +80,10 @@ def test_a_head_in_16_bits_is_judged_by_its_own_logits(bundle_of) -> None:
     bundle = Bundle.open(bundle_of("bf16"))
     spec = bundle.component("image_head")
     case = component_cases(bundle.file(spec.golden), spec)["open"]
-    limits = limits_of("image_head", "bf16", case.noise)
+    tolerances = tolerances_of("image_head", "bf16", case.noise)
     recorded = case.outputs["logits"]
     noise = np.random.Generator(np.random.Philox(5)).uniform(-1, 1, recorded.shape).astype(np.float32)
-    logits = recorded + noise * 0.9 * limits["logits"] * recorded.std()
+    logits = recorded + noise * 0.9 * tolerances["logits"] * recorded.std()
     for uniform in np.linspace(0, 1, 500, endpoint=False, dtype=np.float32):  # the first that the noise carries over a border
         case.inputs["uniform"] = np.full(len(recorded), uniform)
         ids, drawn = (redrawn({"logits": array}, case.inputs)["image_ids"] for array in (recorded, logits))
@@ -94,7 +94,7 @@ def test_a_head_in_16_bits_is_judged_by_its_own_logits(bundle_of) -> None:
 
     def fails(given: np.ndarray, *, own_draws: bool = True) -> set[str]:
         head = Head(bundle, case.outputs | {"logits": logits, "image_ids": given})
-        return {r.tensor for r in run_case(head, case, limits=limits, own_draws=own_draws) if not r.passed}
+        return {r.tensor for r in run_case(head, case, tolerances=tolerances, own_draws=own_draws) if not r.passed}
 
     assert fails(drawn) == set() and fails(drawn, own_draws=False) == {"image_ids"}
     assert fails(drawn + 1) == {"image_ids"} and fails(ids) == {"image_ids"}

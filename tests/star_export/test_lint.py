@@ -141,7 +141,7 @@ def test_a_targets_own_rules_apply_to_that_target_only(options, rule) -> None:
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path) -> None:
-    for name, data in (("empty.onnx", b""), ("picture.onnx", b"\xff\xd8\xff\xe0JFIF" * 9)):
+    for name, data in (("empty.onnx", b""), ("image.onnx", b"\xff\xd8\xff\xe0JFIF" * 9)):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError):
             lint.check_graph(tmp_path / name)

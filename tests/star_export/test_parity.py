@@ -7,7 +7,7 @@ import pytest
 from engines.errors import InputError, ParityError
 from star_export.golden.compare import check, compare, excess
 
-LIMITS = {"hidden_states": 2e-4, "present": 2e-4, "logits": 2e-4, "image": 2e-4, "image_ids": 0.0}
+TOLERANCES = {"hidden_states": 2e-4, "present": 2e-4, "logits": 2e-4, "image": 2e-4, "image_ids": 0.0}
 H, HEADS, D, C, S, LAYERS = 16, 4, 4, 12, 5, 2  # hidden, heads, head dim, capacity, tokens, layers
 
 
@@ -16,7 +16,7 @@ def normal(*shape, seed=0):
 
 
 def failing(candidate, reference):
-    return [r.tensor for r in compare(candidate, reference, limits=LIMITS) if not r.passed]
+    return [r.tensor for r in compare(candidate, reference, tolerances=TOLERANCES) if not r.passed]
 
 
 def bf16(array):
@@ -59,7 +59,7 @@ def decoder(seed, *, fault=None, dtype=np.float32, order=slice(None)):
     return outputs
 
 
-PICTURE = np.random.default_rng(5).uniform(0.1, 0.9, (1, 3, 8, 8)).astype(np.float32)
+IMAGE = np.random.default_rng(5).uniform(0.1, 0.9, (1, 3, 8, 8)).astype(np.float32)
 ARRAY_FAULTS = {
     "channels bgr": lambda image: image[:, ::-1],
     "wrong mean and std": lambda image: (image - np.float32(0.48)) / np.float32(0.27),
@@ -75,9 +75,9 @@ def test_faults_planted_in_a_decoder_fail(fault):
 
 
 @pytest.mark.parametrize("fault", ARRAY_FAULTS)
-def test_faults_planted_in_a_picture_fail(fault):
+def test_faults_planted_in_a_image_fail(fault):
     with np.errstate(over="ignore"):
-        assert failing({"image": ARRAY_FAULTS[fault](PICTURE)}, {"image": PICTURE}) == ["image"]
+        assert failing({"image": ARRAY_FAULTS[fault](IMAGE)}, {"image": IMAGE}) == ["image"]
 
 
 def test_no_false_alarm_in_200_clean_seeds():
@@ -93,7 +93,7 @@ def test_numbers_that_are_not_finite_fail_on_either_side_and_on_both(bad, side):
     broken[1, 2] = bad
     candidate = good if side == "reference" else broken
     reference = good if side == "candidate" else broken
-    (result,) = compare({"logits": candidate}, {"logits": reference}, limits=LIMITS)
+    (result,) = compare({"logits": candidate}, {"logits": reference}, tolerances=TOLERANCES)
     assert not result.passed and "NaN or Inf" in result.fault and excess(result) == np.inf
 
 
@@ -109,7 +109,7 @@ def test_a_missing_an_extra_and_a_renamed_output_fail():
     normal(4, 8).astype(np.float64), np.float32(0).reshape(())],
     ids=["row", "column", "rank", "transposed", "fp16", "fp64", "scalar"])
 def test_broadcastable_shapes_and_other_types_fail(candidate):
-    (result,) = compare({"logits": candidate}, {"logits": normal(4, 8)}, limits=LIMITS)
+    (result,) = compare({"logits": candidate}, {"logits": normal(4, 8)}, tolerances=TOLERANCES)
     assert not result.passed and "float32[4, 8]" in result.fault
 
 
@@ -122,14 +122,14 @@ def test_a_square_array_that_is_transposed_fails():
     np.zeros(4, np.int64), np.full(4, 7), np.zeros(1, np.int64)])
 def test_a_reference_that_proves_nothing_is_refused(reference):
     with pytest.raises(InputError, match="cannot prove anything"):
-        compare({"logits": reference.copy()}, {"logits": reference}, limits=LIMITS)
+        compare({"logits": reference.copy()}, {"logits": reference}, tolerances=TOLERANCES)
 
 
 def test_one_bad_element_in_a_million_fails_although_psnr_is_74_db():
     reference = np.random.default_rng(3).uniform(-1, 1, 10**6).astype(np.float32)
     candidate = reference.copy()
     candidate[123_456] += 0.2
-    (result,) = compare({"image": candidate}, {"image": reference}, limits=LIMITS)
+    (result,) = compare({"image": candidate}, {"image": reference}, tolerances=TOLERANCES)
     assert not result.passed and result.psnr_db == pytest.approx(74, abs=0.5) and result.cosine > 0.999999
 
 
@@ -137,20 +137,20 @@ def test_ids_are_compared_one_by_one():
     ids = np.arange(16)
     other = ids.copy()
     other[3] = 9
-    (result,) = compare({"image_ids": other}, {"image_ids": ids}, limits=LIMITS)
+    (result,) = compare({"image_ids": other}, {"image_ids": ids}, tolerances=TOLERANCES)
     assert not result.passed and result.value == 1 / 16
-    assert compare({"image_ids": ids.copy()}, {"image_ids": ids}, limits=LIMITS)[0].passed
+    assert compare({"image_ids": ids.copy()}, {"image_ids": ids}, tolerances=TOLERANCES)[0].passed
 
 
 def test_a_limit_is_met_at_the_limit_and_not_above():
     reference = np.array([-1.0, 1.0])  # standard deviation 1
-    at, above = (compare({"x": reference + e}, {"x": reference}, limits={"x": 0.25})[0] for e in (0.25, 0.2500001))
+    at, above = (compare({"x": reference + e}, {"x": reference}, tolerances={"x": 0.25})[0] for e in (0.25, 0.2500001))
     assert at.passed and at.value == 0.25 and not above.passed
 
 
 def test_metrics_are_those_of_their_names():
     reference, candidate = np.array([3.0, -4.0]), np.array([3.0, -3.0])
-    (result,) = compare({"x": candidate}, {"x": reference}, limits={"x": 1.0})
+    (result,) = compare({"x": candidate}, {"x": reference}, tolerances={"x": 1.0})
     assert result.max_abs == 1 and result.value == pytest.approx(1 / 3.5) and result.rel_rms == pytest.approx(1 / 5)
     assert result.cosine == pytest.approx(21 / (5 * np.sqrt(18)))
     assert result.psnr_db == pytest.approx(20 * np.log10(4 * np.sqrt(2)))
@@ -159,10 +159,10 @@ def test_metrics_are_those_of_their_names():
 def test_check_raises_the_worst_with_tensor_limit_and_value():
     x = normal(4, 8)
     candidate = {"logits": x + np.float32(1e-3), "hidden_states": x + np.float32(1)}
-    results = compare(candidate, {"logits": x, "hidden_states": x}, limits=LIMITS)
+    results = compare(candidate, {"logits": x, "hidden_states": x}, tolerances=TOLERANCES)
     with pytest.raises(ParityError, match="What runs") as caught:
         check(results, where="text_head: case 2")
     assert caught.value.exit_code == 4
     for part in ("text_head: case 2", "hidden_states", "at most 0.0002", "1 more of 2"):
         assert part in caught.value.where
-    check(compare({"logits": x}, {"logits": x}, limits=LIMITS), where="text_head")
+    check(compare({"logits": x}, {"logits": x}, tolerances=TOLERANCES), where="text_head")

@@ -14,7 +14,7 @@ from engines.sessions import open_session
 from engines.sessions.interpreter import parsed_component
 from star_export.validator import interpreted as readback, ladder as validate
 from star_export.golden.cases import Case, cases_from_file, component_cases
-from star_export.golden.tolerances import compute_type, limits_of
+from star_export.golden.tolerances import compute_type, tolerances_of
 from star_export.golden.run_case import run_case, where_ids_agree
 
 pytest.importorskip("tensorrt_rtx")
@@ -29,16 +29,16 @@ def small_caches(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", ["readback-fp32", "readback"])
+@pytest.mark.parametrize("kind", ["interpreter-fp32", "interpreter"])
 def test_every_component_is_read_back_within_its_limits(bundle_of, precision, kind):
     """In float32 within the component table's limits, at rounding level; in the network's own types within those of 16 bits."""
     bundle = Bundle.open(bundle_of(precision))
-    compute = "fp32" if kind == "readback-fp32" else compute_type(precision, twin=False)
+    compute = "fp32" if kind == "interpreter-fp32" else compute_type(precision, twin=False)
     compared = 0
     for name, spec in bundle.manifest.components.items():
         session = open_session(bundle, name, backend=f"{kind}:{TARGET}")
         for case, recorded in component_cases(bundle.file(spec.golden), spec).items():
-            results = run_case(session, recorded, limits=limits_of(name, compute, recorded.noise), own_draws=compute != "fp32",
+            results = run_case(session, recorded, tolerances=tolerances_of(name, compute, recorded.noise), own_draws=compute != "fp32",
                                capacity_tokens=session.capacity_tokens)
             assert all(r.passed for r in results), f"{name}: {case}: {[r for r in results if not r.passed][0]}"
             compared += len(results)
@@ -57,7 +57,7 @@ def test_ids_of_a_generation_an_answer_and_an_edit_are_onnx_runtimes(bundle_of, 
     bundle = Bundle.open(bundle_of(precision))
     case = cases_from_file(bundle.file(validate.RUNS))["generate"]
     ids = {}
-    for backend in ("onnxruntime", f"readback-fp32:{TARGET}"):
+    for backend in ("onnxruntime", f"interpreter-fp32:{TARGET}"):
         with Star(bundle, backend=backend) as star:
             ids[backend] = [
                 validate._generate(star, case)["image_ids"],
@@ -91,8 +91,8 @@ def test_without_the_device_the_networks_are_read_back_and_the_certificate_says_
     monkeypatch.setattr(validate, "check_runnable", here_is_no_gpu)
     steps = []
     certificate = validate.validate(built, target=TARGET, progress=lambda *step: steps.append(step[0]))
-    assert certificate.passed and (certificate.backend, certificate.device) == (f"readback:{TARGET}", "cpu")
-    assert [rung.name for rung in certificate.rungs] == ["files and graphs", "read-back"]
+    assert certificate.passed and (certificate.backend, certificate.device) == (f"interpreter:{TARGET}", "cpu")
+    assert [rung.name for rung in certificate.rungs] == ["files and graphs", "interpreted"]
     rung = certificate.rungs[1]
     assert rung.note.startswith("proves the meaning of the network, not the kernels")
     assert any("the kernels, and anything on the device" in gap for gap in certificate.not_proven)
@@ -119,7 +119,7 @@ def test_a_network_that_means_something_else_fails_the_rung(built, monkeypatch, 
 
     monkeypatch.setitem(evaluate.READERS, "ATTENTION_INPUT", wrong)
     monkeypatch.setattr(validate, "check_runnable", here_is_no_gpu)
-    for check in ("whole_runs", "teacher_forced", "pictures", "_steps"):  # the golden tensors see it
+    for check in ("whole_runs", "teacher_forced", "images", "_steps"):  # the golden tensors see it
         monkeypatch.setattr(readback, check, lambda subject, progress: ([], ""))
     with pytest.raises(ParityError, match="not what the reference computes"):
         validate.validate(built, target=TARGET)
@@ -139,11 +139,11 @@ def test_a_plan_is_needed_and_a_target_that_cannot_be_read_is_left_out(bundle_of
     monkeypatch.setattr(validate, "check_runnable", here_is_no_gpu)
     bundle = Bundle.open(bundle_of("bf16"))
     with pytest.raises(InputError, match=f"no plans for {TARGET}"):
-        readback.read_back(validate.Subject(bundle, f"readback:{TARGET}", "bf16"), lambda *step: None)
-    rows, note = readback.read_back(validate.Subject(bundle, "tensorrt:h200", "bf16"), lambda *step: None)
+        readback.interpreted(validate.Subject(bundle, f"interpreter:{TARGET}", "bf16"), lambda *step: None)
+    rows, note = readback.interpreted(validate.Subject(bundle, "tensorrt:h200", "bf16"), lambda *step: None)
     assert rows == [] and "left out: networks of tensorrt" in note
     with pytest.raises(UsageError, match="expected a target of tensorrt_rtx, got one of tensorrt"):
-        readback.read_back(validate.Subject(bundle, "readback:h200", "bf16"), lambda *step: None)
+        readback.interpreted(validate.Subject(bundle, "interpreter:h200", "bf16"), lambda *step: None)
     with pytest.raises(MissingError, match="There is no GPU"):
         validate._backend_of("h200")
     with pytest.raises(InputError, match="No golden case fits this network"):
@@ -154,7 +154,7 @@ def test_with_the_device_both_run(monkeypatch):
     monkeypatch.setattr(validate, "check_runnable", lambda target: None)
     assert validate._backend_of(TARGET) == f"tensorrt:{TARGET}"
     assert list(validate.rungs_of(f"tensorrt:{TARGET}", scored=False)) == [
-        "files and graphs", "read-back", "golden tensors", "decoder steps", "whole runs"
+        "files and graphs", "interpreted", "golden tensors", "decoder steps", "whole runs"
     ]
     assert list(validate.rungs_of("onnxruntime", scored=True)) == ["files and graphs", "golden tensors", "decoder steps", "whole runs", "score"]
     monkeypatch.setattr(validate, "check_runnable", here_is_no_gpu)
@@ -169,7 +169,7 @@ def test_a_forced_run_goes_on_along_the_recorded_ids(mini_bundle):
     case = cases_from_file(bundle.file(validate.RUNS))["generate"]
     other = case.outputs["image_ids"].copy()
     other[0, 2] = (other[0, 2] + 5) % bundle.manifest.model.codebook_size
-    with Star(bundle, backend=f"readback:{TARGET}") as star:
+    with Star(bundle, backend=f"interpreter:{TARGET}") as star:
         got = readback.forced_ids(star, Case(case.inputs, {"image_ids": other}))
     assert got[0, :3].tolist() == case.outputs["image_ids"][0, :3].tolist() and got.shape == other.shape
 

@@ -14,10 +14,10 @@ from engines.bundle.reader import Bundle
 from engines.errors import InputError
 from engines.tensorrt.network import network_from_onnx
 from engines.interpreter import Network, parsed_from_network
-from engines.sessions.interpreter import ReadBackSession
+from engines.sessions.interpreter import InterpreterSession
 from engines.tensorrt.module import log_of
 from star_export.golden.cases import component_cases
-from star_export.golden.tolerances import limits_of
+from star_export.golden.tolerances import tolerances_of
 from star_export.golden.run_case import run_case
 from star_export.golden.compare import compare
 
@@ -33,11 +33,11 @@ def parsed_file(path, capacity_tokens):
         return parsed_from_network(trt, network, owner=(builder, parser))
 
 
-def read_back(path, spec, cases, name):
+def interpreted(path, spec, cases, name):
     """`passes`, `fails`, or `refuses` with the words."""
     try:
-        session = ReadBackSession(Network(parsed_file(path, 24), wide=True), spec)
-        results = [r for case in cases.values() for r in run_case(session, case, limits=limits_of(name, "fp32", {}))]
+        session = InterpreterSession(Network(parsed_file(path, 24), wide=True), spec)
+        results = [r for case in cases.values() for r in run_case(session, case, tolerances=tolerances_of(name, "fp32", {}))]
     except InputError as error:
         return f"refuses: {error.where}"
     return "passes" if all(r.passed for r in results) else "fails"
@@ -54,7 +54,7 @@ def on_onnxruntime(path, cases, name):
         names, results = [o.name for o in session.get_outputs()], []
         for case in cases.values():
             got = dict(zip(names, session.run(None, case.inputs)))
-            results += compare(got, case.outputs, limits=limits_of(name, "fp32", {}))
+            results += compare(got, case.outputs, tolerances=tolerances_of(name, "fp32", {}))
     except Exception as error:  # the library raises bare exceptions
         return f"refuses: {error}"
     return "passes" if all(r.passed for r in results) else "fails"
@@ -161,7 +161,7 @@ def planted(bundle, folder, plant):
 def test_without_a_fault_both_pass(decoder, tmp_path):
     bundle, spec, cases = decoder
     path = planted(bundle, tmp_path, lambda model: None)
-    assert (read_back(path, spec, cases, "base_ar"), on_onnxruntime(path, cases, "base_ar")) == ("passes", "passes")
+    assert (interpreted(path, spec, cases, "base_ar"), on_onnxruntime(path, cases, "base_ar")) == ("passes", "passes")
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -169,7 +169,7 @@ def test_a_planted_fault_is_seen_in_the_network(decoder, tmp_path, name):
     (bundle, spec, cases), fault = decoder, FAULTS[name]
     path = planted(bundle, tmp_path, fault.plant)
     chosen = {case: cases[case] for case in fault.cases or cases}
-    here, there = read_back(path, spec, chosen, "base_ar"), on_onnxruntime(path, chosen, "base_ar")
+    here, there = interpreted(path, spec, chosen, "base_ar"), on_onnxruntime(path, chosen, "base_ar")
     assert (here.partition(":")[0], there.partition(":")[0]) == (fault.here, fault.onnxruntime), f"{here}\n{there}"
 
 
@@ -215,7 +215,7 @@ def test_a_fault_in_quantised_weights_is_seen_in_the_network(bundle_of, tmp_path
         model = onnx.load(bundle.path / "stacked_ar" / graph)
         fault.plant(model)
         (tmp_path / graph).write_bytes(model.SerializeToString())
-    here, there = read_back(tmp_path / "model.onnx", spec, cases,
+    here, there = interpreted(tmp_path / "model.onnx", spec, cases,
                             "stacked_ar"), on_onnxruntime(tmp_path / "twin.onnx", cases, "stacked_ar")
     assert (here.partition(":")[0], there.partition(":")[0]) == (fault.here, fault.onnxruntime), f"{here}\n{there}"
 

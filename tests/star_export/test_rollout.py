@@ -6,15 +6,16 @@ import pytest
 from fake_decoder import FAULTS, H, FakeDecoder
 
 from star_export.golden.cases import Case
-from star_export.golden.run_case import POISON, run_case
+from star_export.golden.cases import POISON
+from star_export.golden.run_case import run_case
 from star_export.validator.rollout import check_decoder
 
 
-LIMITS = {"hidden_states": 2e-4, "present": 2e-4}
+TOLERANCES = {"hidden_states": 2e-4, "present": 2e-4}
 
 
 def all_results(session, *, tokens=12, capacity_tokens=12):
-    checks = check_decoder(session, tokens=tokens, capacity_tokens=capacity_tokens, limits=LIMITS, seed=3)
+    checks = check_decoder(session, tokens=tokens, capacity_tokens=capacity_tokens, tolerances=TOLERANCES, seed=3)
     return [result for results in checks.values() for result in results]
 
 
@@ -53,8 +54,8 @@ def recorded(session, *, capacity_tokens=10):
 @pytest.mark.parametrize("capacity_tokens", [None, 10, 17])
 @pytest.mark.parametrize("cache", ["float32", "float16"])
 def test_a_recorded_case_passes_in_a_cache_of_any_capacity_and_type(capacity_tokens, cache):
-    limits = LIMITS if cache == "float32" else dict.fromkeys(LIMITS, 5e-3)
-    results = run_case(FakeDecoder(cache=cache), recorded(FakeDecoder()), limits=limits, capacity_tokens=capacity_tokens)
+    tolerances = TOLERANCES if cache == "float32" else dict.fromkeys(TOLERANCES, 5e-3)
+    results = run_case(FakeDecoder(cache=cache), recorded(FakeDecoder()), tolerances=tolerances, capacity_tokens=capacity_tokens)
     assert [r.tensor for r in results] == ["hidden_states"] + 2 * ["present.0.key", "present.0.value"]
     assert all(r.passed for r in results)
 
@@ -62,10 +63,10 @@ def test_a_recorded_case_passes_in_a_cache_of_any_capacity_and_type(capacity_tok
 @pytest.mark.parametrize("fault", ["every row at the first row's index", "one slot too many is written",
                                    "one slot too many is read", "second row gets the first row's value"])
 def test_a_recorded_case_catches_faults(fault):
-    results = run_case(FakeDecoder(fault), recorded(FakeDecoder()), limits=LIMITS)
+    results = run_case(FakeDecoder(fault), recorded(FakeDecoder()), tolerances=TOLERANCES)
     assert not all(r.passed for r in results)
 
 
 def test_a_poisoned_slot_that_changed_is_named():
-    results = run_case(FakeDecoder("one slot too many is written"), recorded(FakeDecoder()), limits=LIMITS)
+    results = run_case(FakeDecoder("one slot too many is written"), recorded(FakeDecoder()), tolerances=TOLERANCES)
     assert any("slots that must not change (first at row 0, slot 7)" in r.place for r in results if not r.passed)

@@ -1,4 +1,4 @@
-"""The benchmark on a bundle: the runtime's pictures are the reference's, the table tells both, and faults cost points."""
+"""The benchmark on a bundle: the runtime's images are the reference's, the table tells both, and faults cost points."""
 from __future__ import annotations
 
 import dataclasses
@@ -14,14 +14,14 @@ from engines.bundle.reader import Bundle
 from engines.errors import InputError
 from reference.nano.benchmark import score as benchmark, sweep
 from reference.nano.checkpoint import layout
-from reference.nano.world.draw import pictures_from_scenes
+from reference.nano.world.draw import images_from_scenes
 from reference.nano.world.edits import random_edit
 from reference.nano.benchmark.painter import Painter
 from reference.nano.world.prompts import scene_of
 from reference.nano.world.world import random_scene
 from star_export.validator import score as scoring
 from star_export.cli.parser import main
-from star_export.cli.progress_bar import silent
+from engines.progress import silent
 from star_export.validator.ladder import Subject, score_of_tasks
 
 SAMPLING = {"generate": {"guidance": 2.0, "top_k": 100, "top_p": 0.9}, "edit": {"guidance": 1.5, "top_k": 3, "top_p": 0.8}}
@@ -44,14 +44,14 @@ class Perfect:
     def reason(self, prompts, *, seed):
         return list(prompts), [self.known[prompt] if self.wrong != "reason" else blank() for prompt in prompts]
 
-    def edit(self, pictures, texts, *, seed):
-        return [self.known[text] if self.wrong != "edit" else picture for picture, text in zip(pictures, texts)]
+    def edit(self, images, texts, *, seed):
+        return [self.known[text] if self.wrong != "edit" else image for image, text in zip(images, texts)]
 
-    def ask(self, pictures, questions):
+    def ask(self, images, questions):
         return [self.known[question] if self.wrong != "ask" else "maybe" for question in questions]
 
-    def rebuild(self, pictures):
-        return [np.clip(picture.astype(int) + 8, 0, 255).astype(np.uint8) for picture in pictures]
+    def rebuild(self, images):
+        return [np.clip(image.astype(int) + 8, 0, 255).astype(np.uint8) for image in images]
 
 
 def blank() -> np.ndarray:
@@ -66,7 +66,7 @@ def answers(task: str) -> dict[str, object]:
     for kind in kinds:
         if task == "edit":
             edit = random_edit(random, kind, test=True)
-            known[edit.text] = pictures_from_scenes([edit.after], seed=1)[0]
+            known[edit.text] = images_from_scenes([edit.after], seed=1)[0]
         elif task == "ask":
             while not (found := questions.random_question(random, random_scene(random), kind, test=True)):
                 pass
@@ -74,7 +74,7 @@ def answers(task: str) -> dict[str, object]:
         else:
             make = prompts.random_prompt if task == "generate" else riddles.random_riddle
             text, request = make(random, kind, test=True)
-            known[text] = pictures_from_scenes([scene_of(Random(0), request)], seed=1)[0]
+            known[text] = images_from_scenes([scene_of(Random(0), request)], seed=1)[0]
     return known
 
 
@@ -121,27 +121,27 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_the_runtime_paints_what_the_reference_paints(nano: tuple[Path, Path]) -> None:
     checkpoint, bundle = nano
     random = Random(3)
-    pictures = list(pictures_from_scenes([random_scene(random) for _ in range(2)], seed=3))
+    images = list(images_from_scenes([random_scene(random) for _ in range(2)], seed=3))
     reference = Painter.from_checkpoint(checkpoint)
     with scoring.Star(bundle) as star:
         shipped = dataclasses.asdict(star.model.sampling)
         assert shipped == {task: dataclasses.asdict(s) for task, s in reference.sampling.items()} == SAMPLING
         runtime = scoring.RuntimePainter(star)
-        for made in (lambda p: p.draw(["a red circle", "zwei Igel"], seed=5), lambda p: p.rebuild(pictures),
-                     lambda p: p.edit(pictures, ["remove the star", "make it blue"], seed=6),
+        for made in (lambda p: p.draw(["a red circle", "zwei Igel"], seed=5), lambda p: p.rebuild(images),
+                     lambda p: p.edit(images, ["remove the star", "make it blue"], seed=6),
                      lambda p: p.reason(["a big box"], seed=7)[1]):
             for expected, got in zip(made(reference), made(runtime), strict=True):
                 assert np.mean(np.abs(expected.astype(int) - got) > 2) < 0.02  # a tie may turn one of 64 tokens
-        assert runtime.ask(pictures, ["what color is the star?"] * 2) == reference.ask(pictures, ["what color is the star?"] * 2)
+        assert runtime.ask(images, ["what color is the star?"] * 2) == reference.ask(images, ["what color is the star?"] * 2)
 
 
 def test_bad_inputs_of_people(nano: tuple[Path, Path]) -> None:
-    """Words of no grammar and pictures of any size are taken; what cannot fit is refused with both numbers."""
+    """Words of no grammar and images of any size are taken; what cannot fit is refused with both numbers."""
     with scoring.Star(nano[1]) as star:
-        picture = np.random.default_rng(1).integers(0, 256, (37, 200, 3)).astype(np.uint8)
+        image = np.random.default_rng(1).integers(0, 256, (37, 200, 3)).astype(np.uint8)
         assert star.generate("Ein Mops kam in die Küche 🐶", seed=1).images.shape == (1, 64, 64, 3)
-        assert star.edit(picture, "sort the books by colour", seed=1).images.shape == (1, 64, 64, 3)
-        assert len(star.ask(picture, "who is this?", max_new_tokens=4).ids) <= 4
+        assert star.edit(image, "sort the books by colour", seed=1).images.shape == (1, 64, 64, 3)
+        assert len(star.ask(image, "who is this?", max_new_tokens=4).ids) <= 4
         with pytest.raises(InputError, match="at most 512 tokens, got [0-9]+"):
             star.generate("circle " * 600)
 
@@ -168,7 +168,7 @@ def measured(nano: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 def test_a_bundle_carries_the_references_score_and_is_scored_beside_it(measured: tuple[Path, Path], tmp_path: Path,
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scoring.SETS, "small", COUNTS)
-    outcome = scoring.score(measured[1], pictures=tmp_path)
+    outcome = scoring.score(measured[1], images=tmp_path)
     assert outcome.reference.right == outcome.score.right and outcome.reference.psnr == pytest.approx(outcome.score.psnr, abs=0.01)
     assert "reference" in outcome.text
     assert {path.name for path in tmp_path.iterdir()} == {"generated.png", "edited.png", "answered.png", "reasoned.png"}
@@ -190,7 +190,7 @@ def test_a_score_may_fall_short_as_far_as_chance_goes() -> None:
     reference = benchmark.Score({task: {"any": (90, 100)} for task in benchmark.GOALS}, psnr=32.0)
     ours = benchmark.Score({task: {"any": (82, 100)} for task in benchmark.GOALS} | {"edit": {"any": (79, 100)}}, psnr=33.0)
     found = scoring.shortfalls(ours, reference)
-    assert found["rebuild"][0] == 0 and {task: value <= limit for task, (value, limit) in found.items()} == {
+    assert found["rebuild"][0] == 0 and {task: value <= tolerance for task, (value, tolerance) in found.items()} == {
         "rebuild": True, "generate": True, "edit": False, "ask": True, "reason": True}
     assert found["ask"][1] == pytest.approx(0.098, abs=1e-3) and found["edit"][1] == pytest.approx(0.101, abs=1e-3)
     ours.right["edit"] = {"any": (9, 10)}  # fewer items of the same share

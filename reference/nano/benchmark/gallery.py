@@ -1,4 +1,4 @@
-"""What was drawn, edited, answered and reasoned in a benchmark, as pictures for people: one grid per task, each with its verdict."""
+"""What was drawn, edited, answered and reasoned in a benchmark, as images for people: one grid per task, each with its verdict."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def write_gallery(folder: Path, results: Sequence[Result]) -> list[Path]:
 def write_results(path: Path, results: Sequence[Result]) -> None:
     """One grid of these results, in their order."""
     panels = [panel(result) for result in results]
-    widest = max(picture.shape[1] for picture in panels)
+    widest = max(image.shape[1] for image in panels)
     padded = [np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=WHITE) for p in panels]
     write_grid(path, padded, [caption(result) for result in results], across=6 if widest == panels[0].shape[0] else 3)
 
@@ -38,8 +38,8 @@ def spread(results: list[Result], count: int) -> list[Result]:
 
 
 def panel(result: Result) -> np.ndarray:
-    """The picture that was given, the one that was made, or the first before the second."""
-    shown = [picture for picture in (result.given, result.picture) if picture is not None]
+    """The image that was given, the one that was made, or the first before the second."""
+    shown = [image for image in (result.given, result.image) if image is not None]
     gap = np.full((shown[0].shape[0], 4, 3), WHITE, np.uint8)
     return shown[0] if len(shown) == 1 else np.concatenate([shown[0], gap, shown[1]], axis=1)
 

@@ -1,6 +1,6 @@
-"""The reference as the benchmark uses it: prompts, pictures and questions in lists, by `reference.tasks` on a loaded model.
+"""The reference as the benchmark uses it: prompts, images and questions in lists, by `reference.tasks` on a loaded model.
 
-The same random numbers as the runtime's: picture i of a list is drawn with the uniforms of seed + i.
+The same random numbers as the runtime's: image i of a list is drawn with the uniforms of seed + i.
 """
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .score import ANSWER_TOKENS
 from ..checkpoint.tokens import Rows
 from ..checkpoint.vision import MERGED_SIDE, embeds_of, prepared
 
-ROWS = 256  # pictures drawn together
+ROWS = 256  # images drawn together
 SAMPLED = ("generate", "edit")  # tasks with a sampling of their own; reasoning draws as `generate`
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a task's pictures are drawn."""
+    """How a task's images are drawn."""
 
     guidance: float = recipe.GUIDANCE
     top_k: int = recipe.TOP_K
@@ -35,13 +35,13 @@ class Sampling:
 
 
 def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
-    """The uniform numbers of pictures with these seeds, float32 [tokens, N]: the runtime's Philox stream of each."""
+    """The uniform numbers of images with these seeds, float32 [tokens, N]: the runtime's Philox stream of each."""
     streams = [np.random.Generator(np.random.Philox(key=seed)).random((tokens, 1), dtype=np.float32) for seed in seeds]
     return torch.from_numpy(np.concatenate(streams, axis=1))
 
 
 class Painter:
-    """A STAR-Nano model that draws, edits, answers and reasons. Pictures are uint8 [64, 64, 3]; `sampling`: how, by task of SAMPLED."""
+    """A STAR-Nano model that draws, edits, answers and reasons. Images are uint8 [64, 64, 3]; `sampling`: how, by task of SAMPLED."""
 
     batch = 300
 
@@ -58,44 +58,44 @@ class Painter:
         return cls(star, rows, sampling or stored_sampling(root))
 
     def draw(self, prompts: Sequence[str], *, seed: int) -> list[np.ndarray]:
-        """A picture of each prompt."""
+        """An image of each prompt."""
         return self._drawn([self.rows.draw(prompt) for prompt in prompts], seed)
 
     def reason(self, prompts: Sequence[str], *, seed: int) -> tuple[list[str], list[np.ndarray]]:
-        """The base model's answer to each prompt, and a picture of that answer (of the prompt where it is empty)."""
+        """The base model's answer to each prompt, and an image of that answer (of the prompt where it is empty)."""
         answers = [self._answer(self.rows.question(prompt), None) for prompt in prompts]
         rows = [self.rows.draw(a, magic=True) if a else self.rows.draw(p) for p, a in zip(prompts, answers, strict=True)]
         return answers, self._drawn(rows, seed)
 
-    def edit(self, pictures: Sequence[np.ndarray], texts: Sequence[str], *, seed: int) -> list[np.ndarray]:
-        """Each picture changed by its instruction."""
+    def edit(self, images: Sequence[np.ndarray], texts: Sequence[str], *, seed: int) -> list[np.ndarray]:
+        """Each image changed by its instruction."""
         size = self.star.config.vq.image_tokens
         rows = [self.rows.edit(text, image_tokens=size, merged_patches=MERGED_PATCHES) for text in texts]
-        return self._drawn(rows, seed, pictures=pictures)
+        return self._drawn(rows, seed, images=images)
 
     @torch.no_grad()
-    def ask(self, pictures: Sequence[np.ndarray], questions: Sequence[str]) -> list[str]:
-        """The answer to each question about its picture."""
+    def ask(self, images: Sequence[np.ndarray], questions: Sequence[str]) -> list[str]:
+        """The answer to each question about its image."""
         answers = []
-        for picture, question in zip(pictures, questions, strict=True):
-            embeds = embeds_of(self.star.vision_encoder, prepared([picture], sharp=False).to(self.device))[0]
+        for image, question in zip(images, questions, strict=True):
+            embeds = embeds_of(self.star.vision_encoder, prepared([image], sharp=False).to(self.device))[0]
             answers.append(self._answer(self.rows.ask(question, merged_patches=MERGED_PATCHES), embeds))
         return answers
 
     @torch.no_grad()
-    def rebuild(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Pictures through the VQ model and back."""
-        parts = [self._image(pictures[i:i + ROWS]) for i in range(0, len(pictures), ROWS)]
+    def rebuild(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Images through the VQ model and back."""
+        parts = [self._image(images[i:i + ROWS]) for i in range(0, len(images), ROWS)]
         made = [self.star.vq_decoder(self.star.vq_encoder(part)) for part in parts]
-        return pictures_of(torch.cat(made))
+        return images_of(torch.cat(made))
 
     def _answer(self, row: list[int], embeds: Tensor | None) -> str:
         ids = torch.tensor([row], device=self.device)
         positions = tasks.mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], self.star.config.special)
         return self.rows.text(tasks.answer(self.star, ids, positions, embeds, max_new_tokens=ANSWER_TOKENS).tolist())
 
-    def _drawn(self, rows: list[list[int]], seed: int, *, pictures: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
-        """Pictures in the order of the rows, rows of one length together."""
+    def _drawn(self, rows: list[list[int]], seed: int, *, images: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """Images in the order of the rows, rows of one length together."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, row in enumerate(rows):
             by_length[len(row)].append(index)
@@ -103,35 +103,35 @@ class Painter:
         for indices in by_length.values():
             for at in range(0, len(indices), ROWS):
                 part = indices[at:at + ROWS]
-                chosen = None if pictures is None else [pictures[i] for i in part]
+                chosen = None if images is None else [images[i] for i in part]
                 made |= dict(zip(part, self._draw_equal([rows[i] for i in part], [seed + i for i in part], chosen), strict=True))
         return [made[index] for index in range(len(rows))]
 
     @torch.no_grad()
-    def _draw_equal(self, rows: list[list[int]], seeds: list[int], pictures: Sequence[np.ndarray] | None) -> list[np.ndarray]:
-        """Pictures of rows of one length."""
+    def _draw_equal(self, rows: list[list[int]], seeds: list[int], images: Sequence[np.ndarray] | None) -> list[np.ndarray]:
+        """Images of rows of one length."""
         star, special = self.star, self.star.config.special
         pairs = [row for cond in rows for row in (cond, self.rows.unconditional(cond))]
         ids = torch.tensor(pairs, device=self.device)
         embeds, positions, count = None, None, star.config.vq.image_tokens
-        if pictures is not None:
-            seen = embeds_of(star.vision_encoder, prepared(pictures, sharp=True).to(self.device))  # [N, 16, H]
-            tokens = star.image_embedding(star.vq_encoder(self._image(pictures)))  # [N, T, H]
+        if images is not None:
+            seen = embeds_of(star.vision_encoder, prepared(images, sharp=True).to(self.device))  # [N, 16, H]
+            tokens = star.image_embedding(star.vq_encoder(self._image(images)))  # [N, T, H]
             embeds = star.token_embedding(ids)
             for placeholder, values in ((special.vision_pad, tokens), (special.image_pad, seen)):
                 embeds[ids == placeholder] = values.repeat_interleave(2, dim=0).flatten(0, 1)
             positions = tasks.mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], special, trailing=count)
-        s = self.sampling["generate" if pictures is None else "edit"]
+        s = self.sampling["generate" if images is None else "edit"]
         made = tasks.generate(star, ids, guidance=s.guidance, top_k=s.top_k, top_p=s.top_p, inputs_embeds=embeds,
                               position_ids=positions, uniforms=uniforms(seeds, count).to(self.device))
-        return pictures_of(made.image)
+        return images_of(made.image)
 
-    def _image(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """Pictures as the VQ encoder takes them, [N, 3, 64, 64] in [-1, 1]."""
-        return torch.from_numpy(np.stack(pictures)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    def _image(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Images as the VQ encoder takes them, [N, 3, 64, 64] in [-1, 1]."""
+        return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def pictures_of(image: Tensor) -> list[np.ndarray]:
+def images_of(image: Tensor) -> list[np.ndarray]:
     """Decoded images [N, 3, 64, 64] as bytes, clipped and truncated as the release does (STAR.md 3.3)."""
     return list(((image + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy())
 

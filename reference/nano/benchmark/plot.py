@@ -1,4 +1,4 @@
-"""Charts and picture grids as PNG, with Pillow alone."""
+"""Charts and image grids as PNG, with Pillow alone."""
 from __future__ import annotations
 
 import json
@@ -74,18 +74,18 @@ def write_curves(folder: Path, stages: Sequence[str]) -> None:
         write_charts(folder / "losses.png", charts)
 
 
-def write_grid(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str], *, across: int = 6, scale: int = 3) -> None:
-    """Pictures uint8 [H, W, 3] of one size, enlarged, each over its caption (lines split at "|" and where they are full), as one
+def write_grid(path: Path, images: Sequence[np.ndarray], captions: Sequence[str], *, across: int = 6, scale: int = 3) -> None:
+    """Images uint8 [H, W, 3] of one size, enlarged, each over its caption (lines split at "|" and where they are full), as one
     PNG file."""
     from PIL import Image, ImageDraw
-    high, wide = (side * scale for side in pictures[0].shape[:2])
+    high, wide = (side * scale for side in images[0].shape[:2])
     texts = [wrapped(caption, int(wide / LETTER)) for caption in captions]
     below = LINE * max(map(len, texts)) + GAP
-    page = Image.new("RGB", ((wide + GAP) * min(across, len(pictures)), (high + below) * -(-len(pictures) // across)), "white")
+    page = Image.new("RGB", ((wide + GAP) * min(across, len(images)), (high + below) * -(-len(images) // across)), "white")
     pen = ImageDraw.Draw(page)
-    for number, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
+    for number, (image, lines) in enumerate(zip(images, texts, strict=True)):
         x, y = number % across * (wide + GAP), number // across * (high + below)
-        page.paste(Image.fromarray(picture).resize((wide, high), Image.Resampling.NEAREST), (x, y))
+        page.paste(Image.fromarray(image).resize((wide, high), Image.Resampling.NEAREST), (x, y))
         for index, line in enumerate(lines):
             pen.text((x, y + high + 1 + LINE * index), line, fill="black")
     page.save(path)

@@ -1,7 +1,7 @@
 """What STAR-Nano must reach, measured: generation, editing, questions, reasoning and reconstruction on what training never saw.
 
 The items are a function of a seed. Whoever is measured is a `Painter` or anything with its methods and its `batch`, how many
-items it takes at once (which changes no result); pictures are judged by the scorer, answers by equality.
+items it takes at once (which changes no result); images are judged by the scorer, answers by equality.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..world import edits, prompts, questions, riddles
-from ..world.draw import pictures_from_scenes
+from ..world.draw import images_from_scenes
 from ..world.prompts import Request
 from ..world.scorer import read
 from ..world.world import SIDE_PIXELS, Scene, random_scene
@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]  # what is measured, items done, item
 
 @dataclass(frozen=True)
 class Item:
-    """One thing asked for. `judge` tells of a picture (or answer) which demands it meets; `scene` is the picture it starts from."""
+    """One thing asked for. `judge` tells of an image (or answer) which demands it meets; `scene` is the image it starts from."""
 
     category: str
     text: str
@@ -40,13 +40,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Result:
-    """What was made of an item of `task` from the picture `given`, where it starts from one: a picture, an answer, or both when it
+    """What was made of an item of `task` from the image `given`, where it starts from one: an image, an answer, or both when it
     was reasoned; and the demands that were met or not."""
 
     task: str
     item: Item
     given: np.ndarray | None
-    picture: np.ndarray | None
+    image: np.ndarray | None
     answer: str | None
     demands: dict[str, bool]
 
@@ -89,7 +89,7 @@ def make_item(random: Random, task: str, category: str) -> Item:
         return request_item(category, *riddles.random_riddle(random, category, test=True))
     if task == "edit":
         edit = edits.random_edit(random, category, test=True)
-        return Item(category, edit.text, lambda picture: edits.check(edit, read(picture)), edit.before)
+        return Item(category, edit.text, lambda image: edits.check(edit, read(image)), edit.before)
     while True:
         scene = random_scene(random)
         if found := questions.random_question(random, scene, category, test=True):
@@ -97,7 +97,7 @@ def make_item(random: Random, task: str, category: str) -> Item:
 
 
 def request_item(category: str, text: str, request: Request) -> Item:
-    return Item(category, text, lambda picture: prompts.check(request, read(picture)))
+    return Item(category, text, lambda image: prompts.check(request, read(image)))
 
 
 def measure(painter, counts: dict[str, int], *, seed: int = SEED, progress: Progress = lambda what, done, total: None) -> Score:
@@ -112,10 +112,10 @@ def measure(painter, counts: dict[str, int], *, seed: int = SEED, progress: Prog
             part = chosen[task][at:at + painter.batch]
             given = [None] * len(part)
             if part[0].scene:
-                given = list(pictures_from_scenes([item.scene for item in part], seed=seed + at))
+                given = list(images_from_scenes([item.scene for item in part], seed=seed + at))
             made = made_of(painter, name, [item.text for item in part], given, seed=seed + at)
-            for item, before, (picture, answer) in zip(part, given, made, strict=True):
-                score.add(Result(name, item, before, picture, answer, item.judge(answer if picture is None else picture)))
+            for item, before, (image, answer) in zip(part, given, made, strict=True):
+                score.add(Result(name, item, before, image, answer, item.judge(answer if image is None else image)))
             done += len(part)
             progress(name, done, total)
     if counts.get("rebuild"):
@@ -126,22 +126,22 @@ def measure(painter, counts: dict[str, int], *, seed: int = SEED, progress: Prog
 
 def made_of(painter, name: str, texts: Sequence[str], given: Sequence[np.ndarray | None], *, seed: int
             ) -> list[tuple[np.ndarray | None, str | None]]:
-    """What the painter makes of texts and the pictures given with them: a picture and an answer each, or None for either."""
+    """What the painter makes of texts and the images given with them: an image and an answer each, or None for either."""
     if name == "ask":
         return [(None, answer) for answer in painter.ask(given, texts)]
     if name == "reason":
-        answers, pictures = painter.reason(texts, seed=seed)
-        return list(zip(pictures, answers, strict=True))
-    pictures = painter.edit(given, texts, seed=seed) if name == "edit" else painter.draw(texts, seed=seed)
-    return [(picture, None) for picture in pictures]
+        answers, images = painter.reason(texts, seed=seed)
+        return list(zip(images, answers, strict=True))
+    images = painter.edit(given, texts, seed=seed) if name == "edit" else painter.draw(texts, seed=seed)
+    return [(image, None) for image in images]
 
 
 def reconstruction(painter, count: int, *, seed: int) -> float:
-    """Mean PSNR in dB of pictures through the VQ model and back."""
+    """Mean PSNR in dB of images through the VQ model and back."""
     random = Random(f"benchmark {seed} rebuild")
-    pictures = list(pictures_from_scenes([random_scene(random) for _ in range(count)], seed=seed))
-    errors = [np.mean((a.astype(np.float64) - b) ** 2) for a, b in zip(pictures, painter.rebuild(pictures), strict=True)]
-    assert pictures[0].shape == (SIDE_PIXELS, SIDE_PIXELS, 3)
+    images = list(images_from_scenes([random_scene(random) for _ in range(count)], seed=seed))
+    errors = [np.mean((a.astype(np.float64) - b) ** 2) for a, b in zip(images, painter.rebuild(images), strict=True)]
+    assert images[0].shape == (SIDE_PIXELS, SIDE_PIXELS, 3)
     return float(np.mean([10 * math.log10(255**2 / max(error, 1e-9)) for error in errors]))
 
 

@@ -1,7 +1,7 @@
 """Measure a trained checkpoint and choose how it draws:
 
     python -m reference.nano.benchmark.sweep CHECKPOINT --choose     guidance, top-k and top-p: sampling.json, sweep.json and sweep.png
-    python -m reference.nano.benchmark.sweep CHECKPOINT --record     the reference's score, small and full: score.json; pictures
+    python -m reference.nano.benchmark.sweep CHECKPOINT --record     the reference's score, small and full: score.json; images
                                                            of the small set, and failures.png of the full one
 
 The sweep draws from other items than the score is measured on, so the choice cannot flatter it.
@@ -21,7 +21,7 @@ from .plot import chart, write_charts
 from ..recipe import REWARD_TOP_K, REWARD_TOP_P
 
 GUIDANCES, TOP_PS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0), (0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
-# A prompt has many pictures; the most probable ids alone are the same one for every seed.
+# A prompt has many images; the most probable ids alone are the same one for every seed.
 TOP_KS = {"generate": (3, 5, 10, 20, 100, 1000), "edit": (1, 3, 5, 10, 20, 100, 1000)}
 # Where a sweep starts: as stage `reward` draws, with a little guidance. A strong one makes a small top-k look best, and where nothing but background
 # is probable the release's top-p of 0.8 leaves single things out, which may begin at any of forty tokens.
@@ -30,7 +30,7 @@ SWEEP_SEED = 7_000_000
 
 
 def share(painter: Painter, task: str, count: int) -> float:
-    """Share of a task's pictures that are right."""
+    """Share of a task's images that are right."""
     right, asked = benchmark.measure(painter, {task: count}, seed=SWEEP_SEED).overall(task)
     return right / asked
 
@@ -50,7 +50,7 @@ def choose(painter: Painter, folder: Path, *, count: int) -> dict[str, Sampling]
                 measured.append({"task": task} | asdict(painter.sampling[task]) | {"right": found[task][-1][1]})
                 print(f"{task} {name} {value}: {found[task][-1][1]:.3f}", file=sys.stderr, flush=True)
             best[task] = replace(best[task], **{name: max(found[task], key=lambda pair: pair[1])[0]})
-        charts.append(chart(f"right pictures by {name}", found, x_label=name, logarithmic=name == "top_k"))
+        charts.append(chart(f"right images by {name}", found, x_label=name, logarithmic=name == "top_k"))
     (folder / "sampling.json").write_text(json.dumps({task: asdict(s) for task, s in best.items()}, indent=1) + "\n")
     (folder / "sweep.json").write_text(json.dumps(measured, indent=1) + "\n")
     write_charts(folder / "sweep.png", charts)
@@ -58,7 +58,7 @@ def choose(painter: Painter, folder: Path, *, count: int) -> dict[str, Sampling]
 
 
 def record(painter: Painter, folder: Path) -> dict[str, benchmark.Score]:
-    """Measure the small and the full set; write both scores, pictures of the small set, and honest failures of the full one."""
+    """Measure the small and the full set; write both scores, images of the small set, and honest failures of the full one."""
     scores = {"small": benchmark.measure(painter, benchmark.SMALL), "full": benchmark.measure(painter, benchmark.FULL)}
     stored = {name: benchmark.json_from_score(score) for name, score in scores.items()}
     (folder / "score.json").write_text(json.dumps(stored, indent=1) + "\n")

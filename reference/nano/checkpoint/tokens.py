@@ -79,25 +79,25 @@ class Rows:
         return self.prefix + self.ids(text) + self.suffix
 
     def ask(self, question: str, *, merged_patches: int) -> list[int]:
-        """A question about a picture."""
-        return self.prefix + self.picture(merged_patches) + self.ids(question) + self.suffix
+        """A question about an image."""
+        return self.prefix + self.image(merged_patches) + self.ids(question) + self.suffix
 
     def again(self, question: str) -> list[int]:
         """The next question of a conversation, after an answer and its `<|im_end|>`."""
         return self.newline + self.ids("<|im_start|>user\n") + self.ids(question) + self.suffix
 
     def edit(self, instruction: str, *, image_tokens: int, merged_patches: int) -> list[int]:
-        """An instruction with the picture's places before it, up to `<|vision_start|>`."""
+        """An instruction with the image's places before it, up to `<|vision_start|>`."""
         special = self.special
         tokens = [special.vision_start, *[special.vision_pad] * image_tokens, special.vision_end]
-        return (self.prefix + tokens + self.picture(merged_patches) + self.newline + self.ids(instruction) + self.suffix
+        return (self.prefix + tokens + self.image(merged_patches) + self.newline + self.ids(instruction) + self.suffix
                 + [special.vision_start])
 
-    def picture(self, merged_patches: int) -> list[int]:
+    def image(self, merged_patches: int) -> list[int]:
         return [self.special.vision_start, *[self.special.image_pad] * merged_patches, self.special.vision_end]
 
     def unconditional(self, row: list[int]) -> list[int]:
-        """The row without its text: `<|fim_pad|>` but for the first id, the last four and the places of a picture."""
+        """The row without its text: `<|fim_pad|>` but for the first id, the last four and the places of an image."""
         special, newline = self.special, self.newline[0]
         kept = range(len(row) - 4, len(row))
         if special.vision_end in row:

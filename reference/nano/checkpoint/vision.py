@@ -1,6 +1,6 @@
-"""Pictures of this world as the vision encoder takes them, many at once.
+"""Images of this world as the vision encoder takes them, many at once.
 
-The runtime prepares one picture with Pillow (`engines/inputs/preprocess.py`). `prepared` does exactly that, `seen` the same on any device and
+The runtime prepares one image with Pillow (`engines/inputs/preprocess.py`). `prepared` does exactly that, `seen` the same on any device and
 without the rounding to bytes between, so that training need not leave it. Tests hold the three together.
 """
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...config import VisionConfig
 from ...vision import VisionAttention, VisionEncoder, rotary_cos_sin, window_ids
 from .layout import IMAGE_MEAN, IMAGE_STD
 
-SEEN_PIXELS = 112  # a picture of 64 is below the encoder's least size, and is enlarged to this
+SEEN_PIXELS = 112  # an image of 64 is below the encoder's least size, and is enlarged to this
 ASKED_PIXELS = 56  # what `ask` first reduces it to (STAR.md 3.2: it resizes twice)
 MERGED_SIDE = 4  # merged patches a side
 
@@ -28,12 +28,12 @@ def seen(image: Tensor, *, sharp: Tensor) -> Tensor:
     return (torch.where(sharp[:, None, None, None], resized(image, SEEN_PIXELS), asked) + 1) / 2
 
 
-def prepared(pictures: Sequence[np.ndarray], *, sharp: bool) -> Tensor:
-    """As `seen`, by Pillow: pictures uint8 [64, 64, 3] -> [N, 3, 112, 112] in 0 to 1."""
+def prepared(images: Sequence[np.ndarray], *, sharp: bool) -> Tensor:
+    """As `seen`, by Pillow: images uint8 [64, 64, 3] -> [N, 3, 112, 112] in 0 to 1."""
     from PIL import Image
     made = []
-    for picture in pictures:
-        image = Image.fromarray(picture)
+    for image in images:
+        image = Image.fromarray(image)
         for side in (SEEN_PIXELS,) if sharp else (ASKED_PIXELS, SEEN_PIXELS):
             image = image.resize((side, side), Image.Resampling.BICUBIC)
         made.append(np.asarray(image))
@@ -62,9 +62,9 @@ def patches(image: Tensor, config: VisionConfig) -> Tensor:
 
 
 def embeds_of(encoder: VisionEncoder, image: Tensor) -> Tensor:
-    """The vision encoder on many pictures, `seen` or `prepared`: image [N, 3, 112, 112] in 0 to 1 -> [N, 16, H].
+    """The vision encoder on many images, `seen` or `prepared`: image [N, 3, 112, 112] in 0 to 1 -> [N, 16, H].
 
-    `VisionEncoder.forward` takes one; its blocks are run here with a row for each picture, which a test holds equal.
+    `VisionEncoder.forward` takes one; its blocks are run here with a row for each image, which a test holds equal.
     """
     config, side = encoder.config, SEEN_PIXELS // encoder.config.patch_size
     cos, sin = (t.to(image.device)[None] for t in rotary_cos_sin(config, grid_h=side, grid_w=side))  # [1, P, head_dim/2]
@@ -78,7 +78,7 @@ def embeds_of(encoder: VisionEncoder, image: Tensor) -> Tensor:
 
 
 def attended(attn: VisionAttention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-    """`VisionAttention.forward` for many pictures. x [N, P, h] -> [N, P, h]."""
+    """`VisionAttention.forward` for many images. x [N, P, h] -> [N, P, h]."""
     query, key, value = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in attn.qkv(x).chunk(3, dim=-1))
     query, key = (attn.rotate(part.float(), cos, sin).to(value.dtype) for part in (query, key))  # [N, heads, P, D]
     scores = query * attn.head_dim**-0.5 @ key.transpose(-1, -2)  # written out for the gradient's sake: `sequences.grouped_attention`

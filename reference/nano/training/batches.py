@@ -22,13 +22,13 @@ from ..world.world import COLORS, MAX_THINGS, RADII, SHAPES, SIDE_PIXELS, Look, 
 
 QUESTIONS = {"color": 16, "shape": 8, "count": 16, "position": 20, "yes/no": 32, "describe": 8}  # shares
 PROMPTS = {"mixed": 30, "attributes": 15, "position": 20, "counting": 15, "two": 10, "colors": 5, "single": 5}
-QUESTIONS_A_PICTURE = 5  # in one conversation: drawing and seeing a picture costs as much as four more questions
-TEXT_SHARE = 0.125  # rows of the base stage without a picture, half of them riddles; text is learnt long before seeing
+QUESTIONS_A_IMAGE = 5  # in one conversation: drawing and seeing an image costs as much as four more questions
+TEXT_SHARE = 0.125  # rows of the base stage without an image, half of them riddles; text is learnt long before seeing
 MAGIC_SHARE = 0.3  # prompts worded as a reasoned answer, with what the release appends
 MERGED_PATCHES = MERGED_SIDE**2
 CELL_PIXELS = SIDE_PIXELS // MERGED_SIDE
 REACHED_PIXELS = 3.0  # a token shows a thing whose radius ends at most so far from its centre
-EDITS_A_PICTURE = 4  # of stage `edit`: what comes before the instructions is more than half of a row
+EDITS_PER_IMAGE = 4  # of stage `edit`: what comes before the instructions is more than half of a row
 WIDTHS = 32  # rows are padded to a multiple of it
 IGNORED = -100
 
@@ -38,10 +38,10 @@ def drawn_from(random: Random, shares: dict[str, int]) -> str:
 
 
 def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
-    """Stage `base`: conversations about pictures, then prompts to put in plain words. Labels are the answers alone.
+    """Stage `base`: conversations about images, then prompts to put in plain words. Labels are the answers alone.
 
     input_ids [B, S], labels [B, S] (IGNORED elsewhere), position_ids [3, B, S], things and backgrounds of the first rows'
-    pictures, what `cell_tensors` tells of them, `sharp`: which of them come as `edit` prepares them.
+    images, what `cell_tensors` tells of them, `sharp`: which of them come as `edit` prepares them.
     """
     random, texts = Random(f"{SEED} base {step}"), int(TEXT_SHARE * batch)
     scenes, turns = [], []  # turns: of each row, what is given and what is to be said
@@ -68,13 +68,13 @@ def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
 
 def conversation(random: Random, scene: Scene) -> list[questions.Question]:
     """Questions of different wording about a scene; a description, which tells everything, comes last."""
-    kinds = sorted((drawn_from(random, QUESTIONS) for _ in range(QUESTIONS_A_PICTURE)), key=lambda kind: kind == "describe")
+    kinds = sorted((drawn_from(random, QUESTIONS) for _ in range(QUESTIONS_A_IMAGE)), key=lambda kind: kind == "describe")
     found = [questions.random_question(random, scene, kind, test=False) for kind in kinds]
     return list(dict.fromkeys(question for question in found if question))
 
 
 def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
-    """Stage `generate`: prompts and scenes that fulfil them. input_ids [B, S] with room for the picture behind each prompt, `first` [B]
+    """Stage `generate`: prompts and scenes that fulfil them. input_ids [B, S] with room for the image behind each prompt, `first` [B]
     the column from which its first token is predicted, position_ids [3, B, S], things, backgrounds, and what `token_tensors` and
     `wanted_tensors` tell."""
     random, requests, scenes, full, told = Random(f"{SEED} {stage} generate {step}"), [], [], [], []
@@ -85,21 +85,21 @@ def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
         row = prompt_row(random, rows, text, request)
         told.append(random.random() >= DROPPED_PROMPTS)
         full.append(row if told[-1] else rows.unconditional(row))
-    return picture_rows(full) | scene_tensors(scenes) | token_tensors(scenes) | wanted_tensors(requests, scenes, told)
+    return image_rows(full) | scene_tensors(scenes) | token_tensors(scenes) | wanted_tensors(requests, scenes, told)
 
 
 def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
-    """Stage `edit`: instructions on pictures, EDITS_A_PICTURE each. As `generate_batch`, of what comes behind a picture; what comes before, the
-    same for all of its instructions, as prompt_ids [P, L] and prompt_positions [3, P, L], with the picture in the columns `given` [P, T] and as
+    """Stage `edit`: instructions on images, EDITS_PER_IMAGE each. As `generate_batch`, of what comes behind an image; what comes before, the
+    same for all of its instructions, as prompt_ids [P, L] and prompt_positions [3, P, L], with the image in the columns `given` [P, T] and as
     `before_things` and `before_backgrounds`. Of each instruction `given_classes` and `given_offsets`, what `token_tensors` tell of that
-    picture, `meant` of `meant_tensor` and `touched` of `touched_tensor`."""
+    image, `meant` of `meant_tensor` and `touched` of `touched_tensor`."""
     random, asked, told = Random(f"{SEED} edit {step}"), [], []
-    for _ in range(batch // EDITS_A_PICTURE):
-        asked += edits.random_edits(random, EDITS_A_PICTURE, test=False)
-        told += [random.random() >= DROPPED_PROMPTS] * EDITS_A_PICTURE
+    for _ in range(batch // EDITS_PER_IMAGE):
+        asked += edits.random_edits(random, EDITS_PER_IMAGE, test=False)
+        told += [random.random() >= DROPPED_PROMPTS] * EDITS_PER_IMAGE
     before, after = [edit.before for edit in asked], [edit.after for edit in asked]
     found = edit_rows(asked, told, rows)
-    ids, positions, one = found["input_ids"], found["position_ids"], slice(None, None, EDITS_A_PICTURE)
+    ids, positions, one = found["input_ids"], found["position_ids"], slice(None, None, EDITS_PER_IMAGE)
     length = (ids[0] == rows.special.vision_end).nonzero()[-1].item() + 2  # with the line's end
     found |= {"prompt_ids": ids[one, :length], "prompt_positions": positions[:, one, :length], "input_ids": ids[:, length:],
               "position_ids": positions[:, :, length:], "first": found["first"] - length,
@@ -117,9 +117,9 @@ def prompt_row(random: Random, rows: Rows, text: str, request: prompts.Request) 
 
 
 def edit_rows(asked: list[edits.Edit], told: list[bool], rows: Rows) -> dict:
-    """`picture_rows` of edits, those that are not `told` without their text, and the scenes after and `before_`."""
+    """`image_rows` of edits, those that are not `told` without their text, and the scenes after and `before_`."""
     full = [rows.edit(edit.text, image_tokens=IMAGE_TOKENS, merged_patches=MERGED_PATCHES) for edit in asked]
-    found = picture_rows([row if said else rows.unconditional(row) for row, said in zip(full, told, strict=True)])
+    found = image_rows([row if said else rows.unconditional(row) for row, said in zip(full, told, strict=True)])
     length = found["input_ids"].shape[1]
     positions = mrope_position_ids(found["input_ids"][0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
     found["position_ids"] = positions[:, :, :length].expand(-1, len(full), -1).contiguous()
@@ -127,8 +127,8 @@ def edit_rows(asked: list[edits.Edit], told: list[bool], rows: Rows) -> dict:
     return found | scene_tensors([edit.after for edit in asked]) | {f"before_{name}": tensor for name, tensor in before.items()}
 
 
-def picture_rows(full: list[list[int]]) -> dict:
-    """Prompt rows padded so that all but the last token of a picture follow each: ids, first predicted column, positions."""
+def image_rows(full: list[list[int]]) -> dict:
+    """Prompt rows padded so that all but the last token of an image follow each: ids, first predicted column, positions."""
     ids = padded([row + [0] * (IMAGE_TOKENS - 1) for row in full])
     positions = torch.arange(ids.shape[1]).expand(3, len(full), -1).contiguous()
     return {"input_ids": ids, "first": torch.tensor([len(row) - 1 for row in full]), "position_ids": positions}

@@ -1,4 +1,4 @@
-"""Scenes of a step as pictures, and which of their tokens show the same, or nothing but background."""
+"""Scenes of a step as images, and which of their tokens show the same, or nothing but background."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ def scenes_of(step: int, *, batch: int, seed: int = SEED) -> dict:
 
 
 def drawn(batch: dict, step: int, *, stream: int = 0) -> Tensor:
-    """Pictures of a batch with its noise, float32 [B, 3, 64, 64] in [-1, 1], on the batch's device."""
+    """Images of a batch with its noise, float32 [B, 3, 64, 64] in [-1, 1], on the batch's device."""
     device = batch["things"].device
     generator = torch.Generator(device).manual_seed(SEED * 1_000_003 + 7 * step + stream)
     noise = torch.randn(len(batch["things"]), 3, SIDE_PIXELS, SIDE_PIXELS, generator=generator, device=device)
@@ -33,7 +33,7 @@ def drawn(batch: dict, step: int, *, stream: int = 0) -> Tensor:
 
 
 def image_from_scenes(batch: dict, *, noise: Tensor | None) -> Tensor:
-    """Pictures of a batch, float32 [B, 3, 64, 64] in [-1, 1], with noise [B, 3, 64, 64] or without."""
+    """Images of a batch, float32 [B, 3, 64, 64] in [-1, 1], with noise [B, 3, 64, 64] or without."""
     return draw(batch["things"], batch["backgrounds"], noise=noise).float() / 127.5 - 1
 
 

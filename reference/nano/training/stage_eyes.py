@@ -2,7 +2,7 @@
 
 From each merged patch a linear head, which is not kept, reads what has its centre there: shape, colour, size and where in the
 patch; and the background. Questions alone teach seeing far too slowly: 256,000 of them left shapes and places at chance. (Where in
-the picture cannot be learnt here: the encoder's positions are relative, and on an empty background all patches are alike.)
+the image cannot be learnt here: the encoder's positions are relative, and on an empty background all patches are alike.)
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..world.world import COLORS, RADII, SHAPES, random_scene
 
 CLASSES = (1 + len(SHAPES), len(COLORS), len(RADII), len(COLORS))  # nothing or a shape, its colour, its size, the background
 OUTPUTS = sum(CLASSES) + 2
-SHARP_SHARE = 0.3  # of pictures, as `edit` prepares them
+SHARP_SHARE = 0.3  # of images, as `edit` prepares them
 
 
 def eyes_batch(step: int, *, batch: int) -> dict:

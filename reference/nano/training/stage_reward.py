@@ -1,7 +1,7 @@
-"""Stage `reward`: the stack draws each prompt several times, the scorer reads the pictures, and those it finds better than their fellows become
+"""Stage `reward`: the stack draws each prompt several times, the scorer reads the images, and those it finds better than their fellows become
 more probable.
 
-Cross entropy asks how likely a given picture is, token by token, after tokens that are given too; what becomes of the stack's own tokens it
+Cross entropy asks how likely a given image is, token by token, after tokens that are given too; what becomes of the stack's own tokens it
 never sees. Here they are drawn as they will be, from the most probable few. Base and adapter are frozen, so the base's hidden states of what
 was drawn serve the drawing and the learning.
 
@@ -18,29 +18,28 @@ from random import Random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...decoder import Decoder
 from ...model import Star
 from ..world import edits, prompts
-from .batches import drawn_from, edit_rows, picture_rows, prompt_row, scene_tensors
+from .batches import drawn_from, edit_rows, image_rows, prompt_row, scene_tensors
 from .loop import Job, Losses, process
-from ..benchmark.painter import pictures_of
+from ..benchmark.painter import images_of
 from ..recipe import ATTEMPTS, GIVEN_WEIGHT, IMAGE_TOKENS, REWARD_TOP_K, REWARD_TOP_P, SEED, Stage
 from ..world.scorer import read
 from .sequences import behind_prompt, through
 from .stage_vq import background_ids
-from .stages import DRAWING_PARTS, freeze, given_tensors, painted_ids, with_pictures
+from .stages import DRAWING_PARTS, freeze, given_tensors, painted_ids, with_images
 from ..checkpoint.tokens import Rows
 
-READ_TOGETHER = 16  # pictures that a process gets at a time
+READ_TOGETHER = 16  # images that a process gets at a time
 REWARDED = {"mixed": 10, "single": 10, "two": 20, "counting": 10, "colors": 5, "position": 25, "attributes": 20}  # shares of prompts
 EDITED_EVERY = 2  # of so many batches one edits
 
 
 def reward_job(star: Star, rows: Rows, stage: Stage, *, workers: int = 0) -> Job:
-    """Stage `reward`: one batch of EDITED_EVERY edits, the rest draw. A batch is ATTEMPTS pictures of each of its prompts. Pictures are read in
+    """Stage `reward`: one batch of EDITED_EVERY edits, the rest draw. A batch is ATTEMPTS images of each of its prompts. Images are read in
     `workers` processes, or in this one."""
     count = stage.groups(ATTEMPTS, "attempts at a prompt")
     parts = freeze(star, trained=DRAWING_PARTS)
@@ -52,7 +51,7 @@ def reward_job(star: Star, rows: Rows, stage: Stage, *, workers: int = 0) -> Job
 
 def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
     """Prompts of a step, of edits or of drawings: input_ids [P, S], `first` [P], position_ids [3, P, S] as in
-    `generate_batch`, an edit's pictures, and `judges`: what tells of a picture which demands of its prompt hold."""
+    `generate_batch`, an edit's images, and `judges`: what tells of an image which demands of its prompt hold."""
     random = Random(f"{SEED} reward {step}")
     if step % EDITED_EVERY == 0:
         asked = [edits.random_edit(random, edits.random_kind(random), test=False) for _ in range(count)]
@@ -63,12 +62,12 @@ def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
         full.append(prompt_row(random, rows, text, request))
         scenes.append(prompts.scene_of(random, request))
         judges.append(partial(prompts.check, request))
-    return picture_rows(full) | scene_tensors(scenes) | {"judges": judges}
+    return image_rows(full) | scene_tensors(scenes) | {"judges": judges}
 
 
 def reward_losses(star: Star, painter: Star, backgrounds: Tensor, each: Callable, batch: dict, step: int) -> Losses:
-    """ATTEMPTS pictures of each prompt, read by `each`, which is a `map`, and what `attempt_loss` says of them. `edited` or `drawn`: the
-    share of pictures at which all demands hold."""
+    """ATTEMPTS images of each prompt, read by `each`, which is a `map`, and what `attempt_loss` says of them. `edited` or `drawn`: the
+    share of images at which all demands hold."""
     painter.load_state_dict(star.state_dict())
     device, first, positions = batch["input_ids"].device, batch["first"], batch["position_ids"]
     length = -(-(int(first.max()) + 1) // 16) * 16
@@ -77,29 +76,29 @@ def reward_losses(star: Star, painter: Star, backgrounds: Tensor, each: Callable
         embeds = star.token_embedding(batch["input_ids"])
         if editing:
             own = given_tensors(star, batch, step)
-            embeds = with_pictures(star, batch["input_ids"], own["given_ids"].long(), own["vision"])
+            embeds = with_images(star, batch["input_ids"], own["given_ids"].long(), own["vision"])
     generator = torch.Generator(device).manual_seed((SEED * 1_000_003 + step) * 64 + process()[0])
     made = attempts(painter, embeds[:, :length].bfloat16(), first, positions, given, generator)
-    pictures = pictures_of(painter.vq_decoder(made["ids"][:, :ATTEMPTS].flatten(0, 1)).float())
-    reward, right = (found.to(device) for found in rewards(pictures, batch["judges"], each))
+    images = images_of(painter.vq_decoder(made["ids"][:, :ATTEMPTS].flatten(0, 1)).float())
+    reward, right = (found.to(device) for found in rewards(images, batch["judges"], each))
     with torch.autocast(device.type, torch.bfloat16):
         drawn, given = attempt_loss(star.stacked_ar, star.image_head, made, first, positions, evened(reward))
     return {"loss": drawn + GIVEN_WEIGHT * given, ("edited" if editing else "drawn"): right.mean(), "reward": reward.mean(),
             "given": given.detach()}
 
 
-def rewards(pictures: Sequence[np.ndarray], judges: Sequence[Callable], each: Callable = map) -> tuple[Tensor, Tensor]:
-    """Of ATTEMPTS pictures for each judge: the reward [P, A], half of it for the share of demands that hold and half for all; and whether all
+def rewards(images: Sequence[np.ndarray], judges: Sequence[Callable], each: Callable = map) -> tuple[Tensor, Tensor]:
+    """Of ATTEMPTS images for each judge: the reward [P, A], half of it for the share of demands that hold and half for all; and whether all
     hold [P, A]."""
-    demands = list(each(demands_met, [(judges[index // ATTEMPTS], picture) for index, picture in enumerate(pictures)]))
+    demands = list(each(demands_met, [(judges[index // ATTEMPTS], image) for index, image in enumerate(images)]))
     right = torch.tensor([float(all(met)) for met in demands]).view(-1, ATTEMPTS)
     return 0.5 * torch.tensor([sum(met) / len(met) for met in demands]).view(-1, ATTEMPTS) + 0.5 * right, right
 
 
 def demands_met(attempt: tuple[Callable, np.ndarray]) -> list[bool]:
-    """Which demands of a judge a picture meets."""
-    judge, picture = attempt
-    return list(judge(read(picture)).values())
+    """Which demands of a judge an image meets."""
+    judge, image = attempt
+    return list(judge(read(image)).values())
 
 
 def evened(reward: Tensor) -> Tensor:
@@ -110,7 +109,7 @@ def evened(reward: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attempts(star: Star, embeds: Tensor, first: Tensor, positions: Tensor, given: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """ATTEMPTS pictures of each prompt, drawn from the REWARD_TOP_K most probable ids up to a cumulative probability of REWARD_TOP_P, and behind
+    """ATTEMPTS images of each prompt, drawn from the REWARD_TOP_K most probable ids up to a cumulative probability of REWARD_TOP_P, and behind
     them one that is given.
 
     embeds [P, L, H], first [P]: the last column of each prompt, positions [3, P, S], given ids [P, T] -> `ids` [P, A + 1, T],
@@ -119,7 +118,7 @@ def attempts(star: Star, embeds: Tensor, first: Tensor, positions: Tensor, given
     """
     (*_, prompt), base_past = through(star.base_ar, embeds, positions[:, :, :embeds.shape[1]])
     (*_, states), stack_past = through(star.stacked_ar, prompt, positions[:, :, :embeds.shape[1]])
-    shown, places = prompt_mask(first, embeds.shape[1]), picture_positions(first, positions)  # [3, P, T - 1]
+    shown, places = prompt_mask(first, embeds.shape[1]), image_positions(first, positions)  # [3, P, T - 1]
     (*_, taught), _ = through(star.base_ar, star.image_embedding(given[:, :-1]), places, behind_prompt(base_past, 1), shown)
     last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(ATTEMPTS, 0)  # [B, 1, H]
     base_past, stack_past = (behind_prompt(past, ATTEMPTS) for past in (base_past, stack_past))
@@ -141,11 +140,11 @@ def attempts(star: Star, embeds: Tensor, first: Tensor, positions: Tensor, given
 def attempt_loss(stack: Decoder, head: nn.Linear, made: dict[str, Tensor], first: Tensor, positions: Tensor,
                  better: Tensor) -> tuple[Tensor, Tensor]:
     """Minus the mean over tokens of the log probability with which each was drawn, times how much `better` [P, A] than its fellows its
-    picture is; and the cross entropy of the given pictures. `made`: what `attempts` returned."""
+    image is; and the cross entropy of the given images. `made`: what `attempts` returned."""
     prompt, (groups, each, _) = made["prompt"], made["ids"].shape
     (*_, states), past = through(stack, prompt, positions[:, :, :prompt.shape[1]])
     last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(each, 0)
-    (*_, drawn), _ = through(stack, made["hidden"].flatten(0, 1), picture_positions(first, positions).repeat_interleave(each, 1),
+    (*_, drawn), _ = through(stack, made["hidden"].flatten(0, 1), image_positions(first, positions).repeat_interleave(each, 1),
                        behind_prompt(past, each), prompt_mask(first, prompt.shape[1]))
     logits = head(torch.cat([last, drawn], dim=1)).float().unflatten(0, (groups, each))  # [P, A + 1, T, K]
     chosen = logits.gather(-1, made["ids"].unsqueeze(-1)).squeeze(-1)  # [P, A + 1, T]
@@ -164,8 +163,8 @@ def sampled(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
     return order.gather(1, drawn)[:, 0], order.masked_fill(beyond, -1)
 
 
-def picture_positions(first: Tensor, positions: Tensor) -> Tensor:
-    """Positions [3, P, T - 1] of all but the last token of each prompt's picture."""
+def image_positions(first: Tensor, positions: Tensor) -> Tensor:
+    """Positions [3, P, T - 1] of all but the last token of each prompt's image."""
     columns = first[:, None] + 1 + torch.arange(IMAGE_TOKENS - 1, device=first.device)  # [P, T - 1]
     return positions.gather(2, columns.expand(3, -1, -1))
 

@@ -2,7 +2,7 @@
 made local; then they get a new codebook, and the decoder learns to read it.
 
 The codebook is not trained by gradients: it starts as cluster centres of real latents and then, in stage `vq`, is the running mean of
-what is assigned to each entry; entries that nothing uses start again at a latent. Pictures are drawn on the device that trains.
+what is assigned to each entry; entries that nothing uses start again at a latent. Images are drawn on the device that trains.
 
 Source: van den Oord et al. 2017, appendix A.1 (running means); the rest is common practice.
 """
@@ -33,7 +33,7 @@ KMEANS_BATCHES, LOCAL_KMEANS_BATCHES, KMEANS_ROUNDS = 8, 300, 25
 
 @torch.no_grad()
 def background_ids(star: Star) -> Tensor:
-    """The id [8] of each colour's empty background: the entry nearest to the mean latent of a picture with nothing on it."""
+    """The id [8] of each colour's empty background: the entry nearest to the mean latent of an image with nothing on it."""
     things, backgrounds = (torch.from_numpy(array).to(star.codebook.weight.device)
                            for array in arrays_from_scenes([Scene(color, ()) for color in COLORS]))
     with torch.autocast(things.device.type, enabled=False):
@@ -42,7 +42,7 @@ def background_ids(star: Star) -> Tensor:
 
 
 def with_one_background(ids: Tensor, backgrounds: Tensor, batch: dict) -> Tensor:
-    """The ids [B, T] of a batch's pictures, of empty background the one in `backgrounds`, which are `background_ids`."""
+    """The ids [B, T] of a batch's images, of empty background the one in `backgrounds`, which are `background_ids`."""
     levels = torch.tensor(list(COLORS.values()), dtype=torch.float32, device=ids.device)
     colors = torch.cdist(batch["backgrounds"], levels).argmin(1)  # [B]
     return torch.where(empty_cells(batch).flatten(1) > 0, backgrounds[colors].unsqueeze(1), ids)
@@ -51,7 +51,7 @@ def with_one_background(ids: Tensor, backgrounds: Tensor, batch: dict) -> Tensor
 class Trainer:
     """Stage `vq`: the VQ half of a model and the running sums behind its codebook."""
 
-    clustered = KMEANS_BATCHES  # batches of pictures whose latents the codebook starts from
+    clustered = KMEANS_BATCHES  # batches of images whose latents the codebook starts from
 
     def __init__(self, star: Star, stage: Stage, device: torch.device):
         self.star, self.stage = star, stage
@@ -67,8 +67,8 @@ class Trainer:
                    finish=partial(scale_latents, self.star))
 
     def losses(self, batch: dict, step: int) -> Losses:
-        """Squared error of the picture, and the distance of latents from their entries, weighed so that neither outgrows the other:
-        as a share of the latents' variance, times the picture's error. `psnr` in dB, `used`: share of entries."""
+        """Squared error of the image, and the distance of latents from their entries, weighed so that neither outgrows the other:
+        as a share of the latents' variance, times the image's error. `psnr` in dB, `used`: share of entries."""
         image = drawn(batch, step)
         if step == self.starts:
             self.start_codebook(step, len(image))
@@ -106,7 +106,7 @@ class Trainer:
 
     @torch.no_grad()
     def start_codebook(self, step: int, batch: int) -> None:
-        """Cluster centres of latents of pictures made for this."""
+        """Cluster centres of latents of images made for this."""
         device, latents = self.counts.device, []
         for number in range(self.clustered):
             scenes = {k: v.to(device) for k, v in scenes_of(-1 - number, batch=batch).items()}
@@ -130,7 +130,7 @@ class LocalTrainer(Trainer):
         return replace(super().job(), extra=None)
 
     def losses(self, batch: dict, step: int) -> Losses:
-        """Squared error of the picture, and `moved` (on a quarter of the batch) and `apart` as shares of the latents' variance, times
+        """Squared error of the image, and `moved` (on a quarter of the batch) and `apart` as shares of the latents' variance, times
         that error."""
         image = drawn(batch, step)
         part = {name: tensor[:max(1, len(image) // 4)] for name, tensor in batch.items()}
@@ -146,7 +146,7 @@ class LocalTrainer(Trainer):
 
 
 class DecoderTrainer(Trainer):
-    """Stage `decoder`: a codebook of cluster centres, once; then, with encoder and codebook frozen, the decoder, of every other picture with
+    """Stage `decoder`: a codebook of cluster centres, once; then, with encoder and codebook frozen, the decoder, of every other image with
     the background that the generating parts paint, and of half of them with some ids misread as near ones, as those parts will misread them.
 
     Source: Qiu et al. 2025 (arXiv 2503.08354), their latent perturbation."""
@@ -160,7 +160,7 @@ class DecoderTrainer(Trainer):
         return replace(super().job(), extra=None)
 
     def losses(self, batch: dict, step: int) -> Losses:
-        """Squared error of the picture, and its PSNR."""
+        """Squared error of the image, and its PSNR."""
         image, entries = drawn(batch, step), self.star.codebook.weight
         if step == 0:
             self.start_codebook(step, len(image))
@@ -202,7 +202,7 @@ VQ_TRAINERS = {"vq": Trainer, "local": LocalTrainer, "decoder": DecoderTrainer}
 
 
 def compared(made: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared error of pictures [B, 3, H, W] in [-1, 1], and their mean PSNR in dB."""
+    """Squared error of images [B, 3, H, W] in [-1, 1], and their mean PSNR in dB."""
     made = made.float()
     return F.mse_loss(made, image), -10 * (made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)).div(4).log10().mean()
 
@@ -213,16 +213,16 @@ def as_map(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def moved(latents: Tensor, others: Tensor, same: Tensor) -> Tensor:
-    """How far latents [B, d, h, w] of the cells that show the `same` [B, h, w] are from those of a picture that is another elsewhere.
+    """How far latents [B, d, h, w] of the cells that show the `same` [B, h, w] are from those of an image that is another elsewhere.
 
-    The encoder's norms and attention see the whole picture, and unless told otherwise it says of all that is in it wherever there is
+    The encoder's norms and attention see the whole image, and unless told otherwise it says of all that is in it wherever there is
     room. Then ids of an empty background tell of things to come, and whoever paints row by row must know them all at the first.
     """
     return ((latents - others).square().mean(1) * same).sum() / same.sum().clamp(min=1)
 
 
 def apart(latents: Tensor, empty: Tensor) -> Tensor:
-    """How far latents [B, d, h, w] of `empty` cells [B, h, w] are from their mean in each picture: one background, one id."""
+    """How far latents [B, d, h, w] of `empty` cells [B, h, w] are from their mean in each image: one background, one id."""
     weights = (empty / empty.sum((1, 2), keepdim=True).clamp(min=1)).unsqueeze(1)
     mean = (latents * weights).sum((2, 3), keepdim=True)
     return ((latents - mean).square().mean(1, keepdim=True) * weights).sum((1, 2, 3)).mean()
@@ -230,7 +230,7 @@ def apart(latents: Tensor, empty: Tensor) -> Tensor:
 
 @torch.no_grad()
 def scale_latents(star: Star) -> None:
-    """Make entries about 1 in size, by a power of two, which changes no picture and no id.
+    """Make entries about 1 in size, by a power of two, which changes no image and no id.
 
     Nothing in training keeps latents small (those here came out near 500), and the pixel adapter is fed with entries: embeddings of
     that size drown whatever the base's layers add to them, so that its hidden states tell neither a token's place nor its prompt.

@@ -1,4 +1,4 @@
-"""Stages `base`, `generate` and `edit`: the base on text and pictures, then, with the base frozen, the generating parts, then editing mixed in.
+"""Stages `base`, `generate` and `edit`: the base on text and images, then, with the base frozen, the generating parts, then editing mixed in.
 
 The frozen base is the one on file: stage `generate` starts by reading it back as it will be shipped, in float16, so the generating parts
 are trained on exactly the base they will meet, and its answers cannot change.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model import Star
-from .batches import EDITS_A_PICTURE, IGNORED, base_batch, edit_batch, generate_batch
+from .batches import EDITS_PER_IMAGE, IGNORED, base_batch, edit_batch, generate_batch
 from .cells import drawn, image_from_scenes
 from .loop import Job, Losses, fused
 from ..recipe import IMAGE_TOKENS, SEED, TOKENS_SIDE, Stage
@@ -62,14 +62,14 @@ def base_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) ->
 
 def base_losses(star: Star, head: nn.Linear, see: Callable, decode: Callable, batch: dict, step: int) -> Losses:
     """Cross entropy of the answers, and `read_losses` and cross entropy of the patches' rows and columns; the shares of answer tokens
-    that the model would say, with a picture and without, of shapes read right and of rows and columns."""
+    that the model would say, with an image and without, of shapes read right and of rows and columns."""
     labels, count = batch["labels"], len(batch["things"])
     with torch.autocast(labels.device.type, torch.bfloat16):
         embeds = star.token_embedding(batch["input_ids"]).clone()
         image = drawn(batch, step, stream=1)
         patches = batch["input_ids"][:count] == star.config.special.image_pad  # [count, S]
-        pictures = see(star.vision_encoder, seen(image, sharp=batch["sharp"]))  # [count, 16, H]
-        embeds[:count][patches] = pictures.flatten(0, 1).to(embeds.dtype)
+        images = see(star.vision_encoder, seen(image, sharp=batch["sharp"]))  # [count, 16, H]
+        embeds[:count][patches] = images.flatten(0, 1).to(embeds.dtype)
         said = labels != IGNORED
         states, _ = decode(star.base_ar, embeds, batch["position_ids"])
         logits = star.text_head(states[-1][said]).float()  # [n, V]
@@ -114,19 +114,19 @@ def generate_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False
     stack_from_base(star)
     start_from_codebook(star)
     batch_of = partial(generate_batch, rows=rows, batch=stage.batch, stage=stage.name)
-    return picture_job(star, stage, batch_of, trained=TRAINED_PARTS, compiled=compiled)
+    return image_job(star, stage, batch_of, trained=TRAINED_PARTS, compiled=compiled)
 
 
 def edit_job(star: Star, rows: Rows, stage: Stage, *, compiled: bool = False) -> Job:
     """Stage `edit`: one batch of DRAWN_EVERY draws, the rest edit. The adapter stays as it is, so no gradient goes through the base."""
-    stage.groups(EDITS_A_PICTURE, "instructions on a picture")
+    stage.groups(EDITS_PER_IMAGE, "instructions on an image")
     batch_of = partial(mixed_batch, rows=rows, batch=stage.batch, stage=stage.name)
-    return picture_job(star, stage, batch_of, trained=DRAWING_PARTS, compiled=compiled)
+    return image_job(star, stage, batch_of, trained=DRAWING_PARTS, compiled=compiled)
 
 
-def picture_job(star: Star, stage: Stage, batch_of: Callable[[int], dict], *, trained: tuple[str, ...], compiled: bool) -> Job:
-    """Training of the generating parts. Linear heads, which are not kept, tell the row and column of a picture's next token after the
-    stack's first layer, for the same reason as in the base, after the second what is wanted, what an edit means, and what its own picture
+def image_job(star: Star, stage: Stage, batch_of: Callable[[int], dict], *, trained: tuple[str, ...], compiled: bool) -> Job:
+    """Training of the generating parts. Linear heads, which are not kept, tell the row and column of an image's next token after the
+    stack's first layer, for the same reason as in the base, after the second what is wanted, what an edit means, and what its own image
     has and shows at that place, and after the third what is left, what the next token shows and whether the edit touches what is there."""
     parts = freeze(star, trained=trained)
     width, device = star.image_head.in_features, star.image_head.weight.device
@@ -138,7 +138,7 @@ def picture_job(star: Star, stage: Stage, batch_of: Callable[[int], dict], *, tr
     whole = compiled and device.type == "cpu"
     if compiled and not whole:
         compile_layers(star)
-    losses = partial(picture_losses, star, parts["heads"], background_ids(star), fused(token_losses, compiled=whole),
+    losses = partial(image_losses, star, parts["heads"], background_ids(star), fused(token_losses, compiled=whole),
                      {} if stage.distinct else None)
     return Job(stage, parts, batch_of, losses, by_muon=[p for p in star.stacked_ar.parameters() if p.ndim == 2],
                waiting=[p for name in trained for p in parts[name].parameters()])
@@ -157,9 +157,9 @@ def mixed_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
     return edit_batch(step, rows=rows, batch=batch)
 
 
-def picture_losses(star: Star, heads: nn.ModuleDict, backgrounds: Tensor, losses_of: Callable, known: dict | None, batch: dict,
+def image_losses(star: Star, heads: nn.ModuleDict, backgrounds: Tensor, losses_of: Callable, known: dict | None, batch: dict,
                    number: int) -> Losses:
-    """What `token_losses` says of a batch with its pictures drawn. `backgrounds`: `background_ids`. `known`: what was found of batches by
+    """What `token_losses` says of a batch with its images drawn. `backgrounds`: `background_ids`. `known`: what was found of batches by
     number, where they come again: finding it is a third of a step's work."""
     edits = "before_things" in batch
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16):
@@ -172,8 +172,8 @@ def picture_losses(star: Star, heads: nn.ModuleDict, backgrounds: Tensor, losses
         asked, prompt = {name: batch[name] for name in ASKED if name in batch}, None
         if edits:
             given = found["given_ids"].long()
-            asked["given_ids"] = given.repeat_interleave(EDITS_A_PICTURE, 0)
-            prompt = with_pictures(star, batch["prompt_ids"], given, found["vision"]), batch["prompt_positions"]
+            asked["given_ids"] = given.repeat_interleave(EDITS_PER_IMAGE, 0)
+            prompt = with_images(star, batch["prompt_ids"], given, found["vision"]), batch["prompt_positions"]
         losses = losses_of(star, heads, prompt, star.token_embedding(batch["input_ids"]), found["image_ids"].long(), batch["first"],
                            batch["position_ids"], asked)
     minimised = sum(weight * losses[name] for name, weight in WEIGHTS.items() if name in losses)
@@ -182,7 +182,7 @@ def picture_losses(star: Star, heads: nn.ModuleDict, backgrounds: Tensor, losses
 
 def token_losses(star: Star, heads: nn.ModuleDict, prompt: tuple[Tensor, Tensor] | None, embeds: Tensor, image_ids: Tensor, first: Tensor,
                  positions: Tensor, asked: dict[str, Tensor]) -> Losses:
-    """`tokens`: cross entropy of a picture's tokens, and `right`, the share of them that is the most probable; `placed`: cross entropy of
+    """`tokens`: cross entropy of an image's tokens, and `right`, the share of them that is the most probable; `placed`: cross entropy of
     their rows and columns; `wanted` and `left`: what `wanted_loss` says; `shown`: what `read_losses` says of what the next token shows, and
     `foreseen`, the share of its shapes that is right; of edits what `edit_losses` says.
 
@@ -212,8 +212,8 @@ def token_losses(star: Star, heads: nn.ModuleDict, prompt: tuple[Tensor, Tensor]
 
 def edit_losses(heads: nn.ModuleDict, entries: Tensor, given: Tensor, states: list[Tensor], columns: Tensor, placed: Tensor,
                 asked: dict[str, Tensor]) -> Losses:
-    """`placed`: its mean with the cross entropy of the given picture's rows and columns; `copied`: squared error of the entry that the given
-    picture has where the next token is, as a share of the entries' variance; `there`: what `read_losses` says of what that picture shows
+    """`placed`: its mean with the cross entropy of the given image's rows and columns; `copied`: squared error of the entry that the given
+    image has where the next token is, as a share of the entries' variance; `there`: what `read_losses` says of what that image shows
     there, and `found`, the share of its shapes that is right; `meant`: what `meant_loss` says; `touched` and `hit`: what `touched_loss` says.
 
     entries [K, d] of the codebook, given [P, L, H]: hidden states of what comes first, states [B, S, H] after each layer, columns [B, T] from
@@ -233,7 +233,7 @@ def told(head: nn.Linear, hidden: Tensor, columns: Tensor) -> Tensor:
 
 
 def place_loss(placed: Tensor) -> Tensor:
-    """Cross entropy of the rows and columns of a picture's tokens, [B, T, 2 * TOKENS_SIDE]."""
+    """Cross entropy of the rows and columns of an image's tokens, [B, T, 2 * TOKENS_SIDE]."""
     index = torch.arange(IMAGE_TOKENS, device=placed.device)
     places = torch.stack((index // TOKENS_SIDE, index % TOKENS_SIDE), dim=1).expand(len(placed), -1, -1)  # [B, T, 2]
     return F.cross_entropy(placed.unflatten(-1, (2, TOKENS_SIDE)).flatten(0, 2), places.flatten())
@@ -241,7 +241,7 @@ def place_loss(placed: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ids_of(star: Star, image: Tensor) -> Tensor:
-    """VQ ids [B, T] of pictures [B, 3, S, S]. Latents in bfloat16, a third of the time of float32, which was half of a training step;
+    """VQ ids [B, T] of images [B, 3, S, S]. Latents in bfloat16, a third of the time of float32, which was half of a training step;
     the nearest entry in float32."""
     latents = star.vq_encoder.latents(image.contiguous(memory_format=torch.channels_last))
     with torch.autocast(image.device.type, enabled=False):
@@ -249,7 +249,7 @@ def ids_of(star: Star, image: Tensor) -> Tensor:
 
 
 def painted_ids(star: Star, backgrounds: Tensor, batch: dict) -> Tensor:
-    """VQ ids [B, T] of what is to be painted: of pictures without noise, and of empty background the same everywhere. Nobody can foresee
+    """VQ ids [B, T] of what is to be painted: of images without noise, and of empty background the same everywhere. Nobody can foresee
     noise, which turns one id in four into a neighbour's, nor which of half a dozen alike ids an empty token has; and where those are
     the most probable ones, sampling leaves no room for a thing to begin."""
     return with_one_background(ids_of(star, image_from_scenes(batch, noise=None)), backgrounds, batch)
@@ -257,14 +257,14 @@ def painted_ids(star: Star, backgrounds: Tensor, batch: dict) -> Tensor:
 
 @torch.no_grad()
 def given_tensors(star: Star, batch: dict, number: int) -> dict[str, Tensor]:
-    """Of an edit's own pictures, with their noise: their VQ ids `given_ids` int16 [P, T], and what the vision encoder sees, `vision` [P, 16, H]."""
+    """Of an edit's own images, with their noise: their VQ ids `given_ids` int16 [P, T], and what the vision encoder sees, `vision` [P, 16, H]."""
     image = drawn({"things": batch["before_things"], "backgrounds": batch["before_backgrounds"]}, number, stream=2)
     sharp = torch.ones(len(image), dtype=torch.bool, device=image.device)
     return {"given_ids": ids_of(star, image).short(), "vision": embeds_of(star.vision_encoder, seen(image, sharp=sharp))}
 
 
-def with_pictures(star: Star, ids: Tensor, given: Tensor, vision: Tensor) -> Tensor:
-    """Embeddings [P, S, H] of rows ids [P, S] of edits with their pictures in their places: the VQ ids `given` [P, T], and what the vision
+def with_images(star: Star, ids: Tensor, given: Tensor, vision: Tensor) -> Tensor:
+    """Embeddings [P, S, H] of rows ids [P, S] of edits with their images in their places: the VQ ids `given` [P, T], and what the vision
     encoder sees, `vision` [P, 16, H]."""
     special, embeds = star.config.special, star.token_embedding(ids)
     embeds = embeds.masked_scatter((ids == special.vision_pad).unsqueeze(-1), star.image_embedding(given).to(embeds.dtype))

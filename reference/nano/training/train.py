@@ -6,7 +6,7 @@ or, for the stages behind `vq`, in several processes that share each batch:
 
     torchrun --nproc-per-node 2 -m reference.nano.training.train --out FOLDER --threads 1
 
-FOLDER becomes a checkpoint in the release's layout; beside it lie each stage's optimiser state, losses as text and as a picture.
+FOLDER becomes a checkpoint in the release's layout; beside it lie each stage's optimiser state, losses as text and as an image.
 Stages run in order; one that is complete is skipped. The same seed, machine, number of threads and processes give the same weights.
 """
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a prompt wants, what of it is still to be painted, and what an edit means, as numbers: heads that are not kept are trained to tell
 them from the stack's hidden states.
 
-A prompt decides a few nats of a picture's tokens, texture hundreds: without such heads the stack paints fine pictures of anything
+A prompt decides a few nats of an image's tokens, texture hundreds: without such heads the stack paints fine images of anything
 long before it reads. What is left is what counting takes: a thing that was begun is not wanted any more.
 """
 from __future__ import annotations

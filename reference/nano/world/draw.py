@@ -1,7 +1,7 @@
-"""Scenes -> pictures, many at once: numpy arrays give numpy arrays, torch tensors give tensors on their device.
+"""Scenes -> images, many at once: numpy arrays give numpy arrays, torch tensors give tensors on their device.
 
 Every shape is a signed distance: what lies within half a pixel of its outline is blended, so edges are smooth. Light noise is
-added, so that no two pictures are equal.
+added, so that no two images are equal.
 """
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def namespace(array: Array):
 
 
 def draw(things: Array, backgrounds: Array, *, noise: Array | None) -> Array:
-    """Pictures of scenes: things [N, 4, FIELDS], backgrounds [N, 3], noise [N, 3, 64, 64] of standard deviation one or None
+    """Images of scenes: things [N, 4, FIELDS], backgrounds [N, 3], noise [N, 3, 64, 64] of standard deviation one or None
     -> uint8 [N, 3, 64, 64]. All of numpy, or all of torch."""
     xp = namespace(things)
-    picture, (count, most) = backgrounds[:, :, None, None], things.shape[:2]
+    image, (count, most) = backgrounds[:, :, None, None], things.shape[:2]
     present, *looks = (things[..., i].reshape(-1, 1, 1) for i in range(6))
     alpha = (present * coverage(*looks)).reshape(count, most, 1, SIDE_PIXELS, SIDE_PIXELS)
     for m in range(most):
-        picture = picture + alpha[:, m] * (things[:, m, 6:, None, None] - picture)
+        image = image + alpha[:, m] * (things[:, m, 6:, None, None] - image)
     if noise is not None:
-        picture = picture + NOISE * noise
-    return xp.asarray(xp.clip(xp.round(picture), 0, 255), dtype=xp.uint8)
+        image = image + NOISE * noise
+    return xp.asarray(xp.clip(xp.round(image), 0, 255), dtype=xp.uint8)
 
 
 def coverage(shape: Array, x: Array, y: Array, radius: Array, angle: Array, *, shapes: Sequence[str] = SHAPES) -> Array:
@@ -104,8 +104,8 @@ def unit_area(shape: str) -> float:
     return points * REACH[shape] ** 2 * inner * math.sin(math.pi / points)
 
 
-def pictures_from_scenes(scenes: Sequence[Scene], *, seed: int | None) -> np.ndarray:
-    """Pictures as uint8 [N, 64, 64, 3]; `seed` decides the noise, None leaves it out."""
+def images_from_scenes(scenes: Sequence[Scene], *, seed: int | None) -> np.ndarray:
+    """Images as uint8 [N, 64, 64, 3]; `seed` decides the noise, None leaves it out."""
     noise = None
     if seed is not None:
         generator = np.random.Generator(np.random.Philox(key=seed))

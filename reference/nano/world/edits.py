@@ -1,4 +1,4 @@
-"""Editing: an instruction, the scene before and after it, and whether a picture shows what was asked and left the rest alone."""
+"""Editing: an instruction, the scene before and after it, and whether an image shows what was asked and left the rest alone."""
 from __future__ import annotations
 
 import math
@@ -146,7 +146,7 @@ def with_look(scene: Scene, index: int, look: Look) -> Scene:
 
 
 def check(edit: Edit, reading: Reading) -> dict[str, bool]:
-    """Demand -> whether a picture meets it: `done` is the instruction, `rest unchanged` everything else."""
+    """Demand -> whether an image meets it: `done` is the instruction, `rest unchanged` everything else."""
     free = list(reading.things)
     kept = [index for index in range(len(edit.after.things)) if index != edit.added]
     changed = {i for i in kept if edit.kind in ("recolor", "replace") and edit.after.things[i].look != edit.before.things[i].look}

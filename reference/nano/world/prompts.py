@@ -1,4 +1,4 @@
-"""Prompts: what may be asked for, how it is said, which scene fulfils it, and whether a picture does.
+"""Prompts: what may be asked for, how it is said, which scene fulfils it, and whether an image does.
 
 The six categories are those of GenEval (Ghosh et al. 2023): single, two, counting, colors, position, attributes.
 """
@@ -13,7 +13,7 @@ from .scorer import Found, Reading
 from .world import COLORS, MAX_THINGS, RELATIONS, SHAPES, Look, Scene, placed, random_gain, random_look, related, sized_looks
 
 CATEGORIES = ("single", "two", "counting", "colors", "position", "attributes")
-SEEN_APART_PIXELS = 4.0  # how clearly a relation must hold in a picture
+SEEN_APART_PIXELS = 4.0  # how clearly a relation must hold in an image
 ASSIGNMENT_LIMIT = 6  # things beyond which nothing is asked for, so nothing is matched
 
 
@@ -29,7 +29,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Request:
-    """All that a prompt demands, and nothing more may be in the picture. `relation` is of the first group to the second."""
+    """All that a prompt demands, and nothing more may be in the image. `relation` is of the first group to the second."""
 
     groups: tuple[Group, ...]
     background: str | None = None
@@ -130,7 +130,7 @@ def scene_of(random: Random, request: Request) -> Scene:
 
 
 def check(request: Request, reading: Reading) -> dict[str, bool]:
-    """Demand -> whether a picture meets it. All must hold; `things` and `relation` of one and the same assignment."""
+    """Demand -> whether an image meets it. All must hold; `things` and `relation` of one and the same assignment."""
     demands = {"all known": reading.background is not None and all(t.shape and t.color and t.size for t in reading.things),
                "count": len(reading.things) == request.count}
     if request.background:

@@ -1,4 +1,4 @@
-"""Questions about a picture, with the one right answer: colour, shape, count, position, yes or no, and descriptions."""
+"""Questions about an image, with the one right answer: colour, shape, count, position, yes or no, and descriptions."""
 from __future__ import annotations
 
 from random import Random

@@ -1,4 +1,4 @@
-"""Reads a picture of this world back, with no learned model: what was drawn, where, and what cannot be told.
+"""Reads an image of this world back, with no learned model: what was drawn, where, and what cannot be told.
 
 Colours are segmented against the background, connected pixels make a thing, its moments give centre, size and rotation, and
 of the five shapes drawn so the one that overlaps best is read. A thing that overlaps with none, or of no colour of the
@@ -29,7 +29,7 @@ PALETTE = np.array(list(COLORS.values()), np.float32)  # [8, 3]
 
 @dataclass(frozen=True)
 class Found:
-    """A thing in a picture. `shape`, `color` and `size` are None where they cannot be told; `overlap` is with the drawn shape."""
+    """A thing in an image. `shape`, `color` and `size` are None where they cannot be told; `overlap` is with the drawn shape."""
 
     shape: str | None
     color: str | None
@@ -42,17 +42,17 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """All that a picture shows; `background` is None where it is no colour of the palette."""
+    """All that an image shows; `background` is None where it is no colour of the palette."""
 
     background: str | None
     things: tuple[Found, ...]
 
 
-def read(picture: np.ndarray) -> Reading:
-    """Read a picture, uint8 [64, 64, 3]. Raises ValueError for another size or type."""
-    if picture.shape != (SIDE_PIXELS, SIDE_PIXELS, 3) or picture.dtype != np.uint8:
-        raise ValueError(f"expected uint8 [64, 64, 3], got {picture.dtype} {list(picture.shape)}")
-    pixels = picture.astype(np.float32)
+def read(image: np.ndarray) -> Reading:
+    """Read an image, uint8 [64, 64, 3]. Raises ValueError for another size or type."""
+    if image.shape != (SIDE_PIXELS, SIDE_PIXELS, 3) or image.dtype != np.uint8:
+        raise ValueError(f"expected uint8 [64, 64, 3], got {image.dtype} {list(image.shape)}")
+    pixels = image.astype(np.float32)
     background = np.median(pixels.reshape(-1, 3), axis=0)
     difference = np.linalg.norm(pixels - background, axis=-1)  # [64, 64]
     things = [found_from_pixels(pixels, background, part) for part in connected(difference > CONTRAST)]

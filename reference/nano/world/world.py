@@ -1,6 +1,6 @@
 """The world of STAR-Nano: up to four coloured shapes on a coloured background, 64 pixels square.
 
-What a picture shows is a `Scene`; `draw.py` draws it and `scorer.py` reads it back. Positions and radii are in pixels, x to the
+What an image shows is a `Scene`; `draw.py` draws it and `scorer.py` reads it back. Positions and radii are in pixels, x to the
 right and y down, angles in radians. Nothing here knows of text, tensors or files.
 """
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `gain` multiplies all light."""
+    """What an image shows. `gain` multiplies all light."""
 
     background: str
     things: tuple[Thing, ...]
