@@ -2,6 +2,7 @@
 
 The public names are imported when they are first used, so that importing the package costs nothing.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -14,10 +15,29 @@ if TYPE_CHECKING:
     from .tensorrt.build import build_plans as build
 
 _HOMES = {
-    "Star": "runtime.star", "Answer": "runtime.star", "Images": "runtime.star", "Bundle": "bundle.reader", "build": "tensorrt.build:build_plans",
-    "StarError": "errors", "UsageError": "errors", "InputError": "errors", "ParityError": "errors", "MissingError": "errors",
+    "Star": "runtime.star",
+    "Answer": "runtime.star",
+    "Images": "runtime.star",
+    "Bundle": "bundle.reader",
+    "build": "tensorrt.build:build_plans",
+    "StarError": "errors",
+    "UsageError": "errors",
+    "InputError": "errors",
+    "ParityError": "errors",
+    "MissingError": "errors",
 }
-__all__ = ["Answer", "Bundle", "Images", "InputError", "MissingError", "ParityError", "Star", "StarError", "UsageError", "build"]
+__all__ = [
+    "Answer",
+    "Bundle",
+    "Images",
+    "InputError",
+    "MissingError",
+    "ParityError",
+    "Star",
+    "StarError",
+    "UsageError",
+    "build",
+]
 
 
 def __getattr__(name: str) -> Any:

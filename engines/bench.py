@@ -4,6 +4,7 @@ Reading the weights once per step is the floor of decoding. The floor here is th
 over the bandwidth that this machine shows in the same run; an executor that widens weights when it loads them reads more.
 All variants are measured in turns, and medians are reported: a machine's speed drifts.
 """
+
 from __future__ import annotations
 
 import os
@@ -15,14 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .bundle.tensors import bound_tensors, present_name
+from .inputs.prompt import text_positions
 from .progress import Progress, silent
 from .runtime.decode import ImageLoop
-from .inputs.prompt import text_positions
-from .runtime.star import Star
 from .runtime.sampler import uniforms
+from .runtime.star import Star
 from .sessions import run
 from .sessions.onnxruntime import OnnxRuntimeSession
-from .bundle.tensors import bound_tensors, present_name
 
 PROMPT_TOKENS, REPEATS = 32, 15
 BANDWIDTH_BYTES, BANDWIDTH_REPEATS = 1 << 28, 7
@@ -59,31 +60,72 @@ def bench(star: Star, *, repeats: int = REPEATS, progress: Progress = silent) ->
     device, bandwidth = device_bandwidth(star.backend)
     model, tokens = star.model, star.model.image_tokens
     ids = np.arange(2 * PROMPT_TOKENS, dtype=np.int64).reshape(2, PROMPT_TOKENS) % model.vocab_size
-    embeds, positions = run(star.session("token_embedding"), {"input_ids": ids})["inputs_embeds"], text_positions(2, PROMPT_TOKENS)
-    settings = {"guidance": 1.1, "top_k": min(1000, model.codebook_size), "top_p": 0.8, "uniforms": uniforms(seed=100, tokens=tokens, num_images=1)}
+    embeds, positions = (
+        run(star.session("token_embedding"), {"input_ids": ids})["inputs_embeds"],
+        text_positions(2, PROMPT_TOKENS),
+    )
+    settings = {
+        "guidance": 1.1,
+        "top_k": min(1000, model.codebook_size),
+        "top_p": 0.8,
+        "uniforms": uniforms(seed=100, tokens=tokens, num_images=1),
+    }
     loop = star.image_loop(num_images=1, length=PROMPT_TOKENS, tokens=tokens)
     drawn = loop.draw(embeds, positions, **settings)
     plain = PlainLoop(loop, star) if star.backend == "onnxruntime" else None
-    kinds: dict[str, Callable[[], object]] = {"image": lambda: loop.draw(embeds, positions, **settings),
-                                              "runtime": lambda: rewound(loop, settings["uniforms"]), "bare": lambda: bare_decode(loop)}
+    kinds: dict[str, Callable[[], object]] = {
+        "image": lambda: loop.draw(embeds, positions, **settings),
+        "runtime": lambda: rewound(loop, settings["uniforms"]),
+        "bare": lambda: bare_decode(loop),
+    }
     kinds |= {"plain": plain.decode} if plain else {}
-    kinds |= {"base_ar": loop.base_step, "stacked_ar": loop.stacked_step, "image_head": loop.head_steps[0],
-              "vq_decoder": lambda: run(star.session("vq_decoder"), {"image_ids": drawn})}
-    seconds = in_turns(kinds, repeats=repeats, synchronize=lambda: loop.image_ids[0].read(), progress=progress)
+    kinds |= {
+        "base_ar": loop.base_step,
+        "stacked_ar": loop.stacked_step,
+        "image_head": loop.head_steps[0],
+        "vq_decoder": lambda: run(star.session("vq_decoder"), {"image_ids": drawn}),
+    }
+    seconds = in_turns(
+        kinds, repeats=repeats, synchronize=lambda: loop.image_ids[0].read(), progress=progress
+    )
     steps = tokens - 1
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    timings = [timing(name, median[name], bytes_read(star, loop, name), bandwidth) for name in ("base_ar", "stacked_ar", "image_head")]
+    timings = [
+        timing(name, median[name], bytes_read(star, loop, name), bandwidth)
+        for name in ("base_ar", "stacked_ar", "image_head")
+    ]
     total = sum(s.read_bytes for s in timings)
-    timings += [timing("decode step", median["runtime"] / steps, total, bandwidth), timing("vq_decoder", median["vq_decoder"], 0, bandwidth)]
+    timings += [
+        timing("decode step", median["runtime"] / steps, total, bandwidth),
+        timing("vq_decoder", median["vq_decoder"], 0, bandwidth),
+    ]
     timings += [timing("prefill and decode of an image", median["image"], 0, bandwidth)]
     ratios = {"the same sessions in a bare loop": ratio(seconds, "runtime", "bare")}
-    ratios |= {"ONNX Runtime's plain run, caches returned as new arrays": ratio(seconds, "runtime", "plain")} if plain else {}
-    return Benchmark(model.name, star.bundle.manifest.precision, star.backend, device, bandwidth, tokens,
-                     median["image"] + median["vq_decoder"], tuple(timings), ratios)
+    ratios |= (
+        {"ONNX Runtime's plain run, caches returned as new arrays": ratio(seconds, "runtime", "plain")}
+        if plain
+        else {}
+    )
+    return Benchmark(
+        model.name,
+        star.bundle.manifest.precision,
+        star.backend,
+        device,
+        bandwidth,
+        tokens,
+        median["image"] + median["vq_decoder"],
+        tuple(timings),
+        ratios,
+    )
 
 
-def in_turns(kinds: dict[str, Callable[[], object]], *, repeats: int, synchronize: Callable[[], object],
-             progress: Progress = silent) -> dict[str, list[float]]:
+def in_turns(
+    kinds: dict[str, Callable[[], object]],
+    *,
+    repeats: int,
+    synchronize: Callable[[], object],
+    progress: Progress = silent,
+) -> dict[str, list[float]]:
     """Seconds of each call, measured in turns: name -> one figure per repeat. The first turn warms up and is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in range(repeats + 1):
@@ -124,9 +166,13 @@ class PlainLoop:
     def __init__(self, loop: ImageLoop, star: Star):
         self.steps = loop.tokens - 1
         sessions = [star.session(name) for name in ("base_ar", "stacked_ar", "image_head")]
-        self.sessions = [session.inference_session for session in sessions if isinstance(session, OnnxRuntimeSession)]
-        self.feeds = [{t.name: tensors[t.name].read().copy() for t in session.spec.inputs}
-                      for session, tensors in zip(sessions, loop.tensors, strict=True)]
+        self.sessions = [
+            session.inference_session for session in sessions if isinstance(session, OnnxRuntimeSession)
+        ]
+        self.feeds = [
+            {t.name: tensors[t.name].read().copy() for t in session.spec.inputs}
+            for session, tensors in zip(sessions, loop.tensors, strict=True)
+        ]
 
     def decode(self) -> None:
         """All decode steps of an image."""

@@ -1,4 +1,5 @@
 """What this machine has, and what it can build and run: facts, for the command line to print."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -7,14 +8,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import plugins
-from .tensorrt.build import check_buildable
-from .tensorrt.device import Gpu, driver_version, gpus
 from .errors import MissingError, StarError
 from .targets import RTX_PLATFORMS, TARGETS, Target, host_platform
+from .tensorrt.build import check_buildable
+from .tensorrt.device import Gpu, driver_version, gpus
 from .tensorrt.module import check_runnable, tensorrt_of
 
-PACKAGES = ("numpy", "pillow", "tokenizers", "jinja2", "tqdm", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt",
-            "cuda-python", "torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "transformers")
+PACKAGES = (
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "jinja2",
+    "tqdm",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-rtx-cu13",
+    "tensorrt",
+    "cuda-python",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "safetensors",
+    "transformers",
+)
 ORT = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -53,11 +70,26 @@ def facts() -> Facts:
         devices = gpus()
     except MissingError as error:
         no_gpu = one_line(error)
-    targets = tuple(TargetFacts(t.name, t.device, no_build=refusal(t, check_buildable, check_plugin),
-                                no_run=refusal(t, check_runnable, check_plugin)) for t in TARGETS.values())
-    return Facts(python=platform.python_version(), platform=host_platform(), system=platform.platform(), packages=packages,
-                 driver=driver, gpus=devices, no_gpu=no_gpu, targets=targets,
-                 advice=advice(packages, targets, has_gpu=bool(devices)))
+    targets = tuple(
+        TargetFacts(
+            t.name,
+            t.device,
+            no_build=refusal(t, check_buildable, check_plugin),
+            no_run=refusal(t, check_runnable, check_plugin),
+        )
+        for t in TARGETS.values()
+    )
+    return Facts(
+        python=platform.python_version(),
+        platform=host_platform(),
+        system=platform.platform(),
+        packages=packages,
+        driver=driver,
+        gpus=devices,
+        no_gpu=no_gpu,
+        targets=targets,
+        advice=advice(packages, targets, has_gpu=bool(devices)),
+    )
 
 
 def installed_version(name: str) -> str | None:
@@ -71,7 +103,9 @@ def installed_version(name: str) -> str | None:
 def check_plugin(target: Target) -> None:
     """The library that decoders of a classic target need is here, for its TensorRT, or StarError."""
     if target.dialect == "classic":
-        plugins.check_library(plugins.find_library(), abi=plugins.ABI, tensorrt=tensorrt_of(target).__version__)
+        plugins.check_library(
+            plugins.find_library(), abi=plugins.ABI, tensorrt=tensorrt_of(target).__version__
+        )
 
 
 def refusal(target: Target, *checks: Callable[[Target], None]) -> str | None:
@@ -88,17 +122,23 @@ def one_line(error: StarError) -> str:
     return f"{error.what} ({error.where})"
 
 
-def advice(packages: dict[str, str | None], targets: tuple[TargetFacts, ...], *, has_gpu: bool) -> tuple[str, ...]:
+def advice(
+    packages: dict[str, str | None], targets: tuple[TargetFacts, ...], *, has_gpu: bool
+) -> tuple[str, ...]:
     """What to install or remove so that something runs here."""
     lines = []
     if all(packages[name] for name in ORT):
         lines.append("onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, then install one")
     runs_plans = any(target.no_run is None for target in targets)
     if not any(packages[name] for name in ORT) and not runs_plans:
-        lines.append("nothing here runs a bundle: pip install 'star-export[cpu]' (or [cuda], [rtx], [jetpack], [tensorrt])")
+        lines.append(
+            "nothing here runs a bundle: pip install 'star-export[cpu]' (or [cuda], [rtx], [jetpack], [tensorrt])"
+        )
     if not packages["tensorrt-rtx-cu13"] and host_platform() in RTX_PLATFORMS:
         lines.append("to build plans for RTX GPUs (it needs no GPU): pip install 'star-export[rtx]'")
     if has_gpu and not runs_plans:
-        lines.append("the GPU here runs no plans: install the TensorRT of its target (RTX: [rtx]; JetPack before 7.2: [jetpack] and "
-                     "the plugin; else [tensorrt])")
+        lines.append(
+            "the GPU here runs no plans: install the TensorRT of its target (RTX: [rtx]; JetPack before 7.2: [jetpack] and "
+            "the plugin; else [tensorrt])"
+        )
     return tuple(lines)

@@ -2,6 +2,7 @@
 
 Each class carries the exit code of the command line. Anything else that reaches the top is a bug of ours (exit code 1).
 """
+
 from __future__ import annotations
 
 

@@ -1,4 +1,5 @@
 """How long work tells how far it is: a callback that every long function takes as `progress`."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -6,6 +6,7 @@ and non-finite values are refused by the path of their key; sizes are bounded, s
 
 Sources: STAR.md 1; MM-MVR/STAR, star/configs/; transformers, models/qwen2_5_vl/configuration_qwen2_5_vl.py.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -22,18 +23,62 @@ MAX_LAYERS, MAX_SIZE, MAX_ROWS = 512, 1 << 17, 1 << 22
 # Known keys that change nothing in what is computed here.
 STAR_UNUSED = frozenset({"model_type", "torch_dtype", "dtype", "pixel_decoder"})
 OUTPUT_HEAD_UNUSED = frozenset({"image_token_embed"})
-LIBRARY_UNUSED = frozenset({
-    "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "output_hidden_states", "output_attentions",
-    "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type",
-    "_attn_implementation_autoset"})
+LIBRARY_UNUSED = frozenset(
+    {
+        "architectures",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "_name_or_path",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "_attn_implementation_autoset",
+    }
+)
 TEXT_UNUSED = LIBRARY_UNUSED | {
-    "model_type", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_window_layers",
-    "sliding_window", "layer_types", "use_cache", "image_token_id", "video_token_id", "vision_start_token_id",
-    "vision_end_token_id", "vision_token_id"}
-VISION_UNUSED = LIBRARY_UNUSED | {"model_type", "in_chans", "in_channels", "spatial_patch_size", "tokens_per_second",
-                                  "initializer_range", "rope_parameters"}
-GENERATION_UNUSED = frozenset({"bos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p",
-                               "transformers_version", "_from_model_config"})
+    "model_type",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+    "max_window_layers",
+    "sliding_window",
+    "layer_types",
+    "use_cache",
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "vision_token_id",
+}
+VISION_UNUSED = LIBRARY_UNUSED | {
+    "model_type",
+    "in_chans",
+    "in_channels",
+    "spatial_patch_size",
+    "tokens_per_second",
+    "initializer_range",
+    "rope_parameters",
+}
+GENERATION_UNUSED = frozenset(
+    {
+        "bos_token_id",
+        "pad_token_id",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "transformers_version",
+        "_from_model_config",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +155,9 @@ def config_from_files(star_json: Path, qwen_folder: Path) -> StarConfig:
     Raises CheckpointError, naming the key, where either is not exactly what the loader understands or the two disagree.
     """
     base_ar, vision, vocab_size, tied = base_from_json(qwen_folder / "config.json")
-    eos_token_ids, repetition_penalty = generation_from_json(qwen_folder / "generation_config.json", vocab_size=vocab_size)
+    eos_token_ids, repetition_penalty = generation_from_json(
+        qwen_folder / "generation_config.json", vocab_size=vocab_size
+    )
 
     star = section_from_file(star_json)
     name = star.text("model_name")
@@ -135,10 +182,19 @@ def config_from_files(star_json: Path, qwen_folder: Path) -> StarConfig:
     expect_equal(head, "n_embed", base_ar.hidden_size, "the base model's hidden_size")
     head.finish(unused=OUTPUT_HEAD_UNUSED)
     star.finish(unused=STAR_UNUSED)
-    return StarConfig(name=name, base_ar=base_ar, stacked_ar=stacked_ar, vision=vision, vq=vq, adapter_depth=adapter_depth,
-                      vocab_size=vocab_size, tie_word_embeddings=tied, eos_token_ids=eos_token_ids,
-                      repetition_penalty=repetition_penalty,
-                      special=special_ids_from_tokenizer(qwen_folder / "tokenizer.json", vocab_size=vocab_size))
+    return StarConfig(
+        name=name,
+        base_ar=base_ar,
+        stacked_ar=stacked_ar,
+        vision=vision,
+        vq=vq,
+        adapter_depth=adapter_depth,
+        vocab_size=vocab_size,
+        tie_word_embeddings=tied,
+        eos_token_ids=eos_token_ids,
+        repetition_penalty=repetition_penalty,
+        special=special_ids_from_tokenizer(qwen_folder / "tokenizer.json", vocab_size=vocab_size),
+    )
 
 
 def section_from_file(path: Path) -> Section:
@@ -167,9 +223,12 @@ def vq_from_section(section: Section) -> VQConfig:
         num_heads=section.integer("num_heads", high=1024),
         codebook_size=section.integer("image_token_size", high=MAX_ROWS),
         codebook_dim=section.integer("n_embed", high=MAX_SIZE),
-        image_tokens=section.integer("num_tokens", high=1 << 16))
+        image_tokens=section.integer("num_tokens", high=1 << 16),
+    )
     section.finish(unused=frozenset({"model_path"}))
-    expect_divides(section, "num_heads", vq.num_heads, vq.ch * vq.ch_mult[-1], "the channels of the lowest resolution")
+    expect_divides(
+        section, "num_heads", vq.num_heads, vq.ch * vq.ch_mult[-1], "the channels of the lowest resolution"
+    )
     if vq.ch % 32:
         raise section.refuse("ch", "a multiple of the 32 norm groups", str(vq.ch))
     if len(vq.ch_mult) > 8:
@@ -194,8 +253,11 @@ def base_from_json(path: Path) -> tuple[DecoderConfig, VisionConfig, int, bool]:
     text.finish(unused=TEXT_UNUSED)
     top.finish(unused=TEXT_UNUSED)
     if vision.out_hidden_size != decoder.hidden_size:
-        raise vision_section.refuse("out_hidden_size", f"{decoder.hidden_size} (the decoder's hidden_size)",
-                                    str(vision.out_hidden_size))
+        raise vision_section.refuse(
+            "out_hidden_size",
+            f"{decoder.hidden_size} (the decoder's hidden_size)",
+            str(vision.out_hidden_size),
+        )
     return decoder, vision, vocab_size, tied
 
 
@@ -223,10 +285,17 @@ def decoder_from_section(text: Section) -> DecoderConfig:
         raise text.refuse("use_sliding_window", "false (sliding windows are not part of STAR)", "true")
     rope_theta, mrope_section = rope_from_section(text, head_dim=head_dim)
     return DecoderConfig(
-        hidden_size=hidden_size, num_layers=text.integer("num_hidden_layers", high=MAX_LAYERS), num_heads=num_heads,
-        num_kv_heads=num_kv_heads, head_dim=head_dim, intermediate_size=text.integer("intermediate_size", high=MAX_SIZE),
-        rms_norm_eps=text.number("rms_norm_eps", low=1e-12, high=1e-2), rope_theta=rope_theta, mrope_section=mrope_section,
-        max_positions=text.integer("max_position_embeddings", high=1 << 24))
+        hidden_size=hidden_size,
+        num_layers=text.integer("num_hidden_layers", high=MAX_LAYERS),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=text.integer("intermediate_size", high=MAX_SIZE),
+        rms_norm_eps=text.number("rms_norm_eps", low=1e-12, high=1e-2),
+        rope_theta=rope_theta,
+        mrope_section=mrope_section,
+        max_positions=text.integer("max_position_embeddings", high=1 << 24),
+    )
 
 
 def rope_from_section(text: Section, *, head_dim: int) -> tuple[float, tuple[int, int, int]]:
@@ -239,28 +308,46 @@ def rope_from_section(text: Section, *, head_dim: int) -> tuple[float, tuple[int
     sections = rope.integers("mrope_section", low=0, high=head_dim, length=3)
     rope.finish()
     if 2 * sum(sections) != head_dim:
-        raise rope.refuse("mrope_section", f"a sum of {head_dim / 2:g} (half of the head dimension {head_dim})",
-                          str(sum(sections)))
+        raise rope.refuse(
+            "mrope_section",
+            f"a sum of {head_dim / 2:g} (half of the head dimension {head_dim})",
+            str(sum(sections)),
+        )
     return theta, sections
 
 
 def vision_from_section(section: Section) -> VisionConfig:
     vision = VisionConfig(
-        depth=section.integer("depth", high=MAX_LAYERS), hidden_size=section.integer("hidden_size", high=MAX_SIZE),
-        intermediate_size=section.integer("intermediate_size", high=MAX_SIZE), num_heads=section.integer("num_heads", high=1024),
-        patch_size=section.integer("patch_size", high=256), temporal_patch_size=section.integer("temporal_patch_size", high=16),
+        depth=section.integer("depth", high=MAX_LAYERS),
+        hidden_size=section.integer("hidden_size", high=MAX_SIZE),
+        intermediate_size=section.integer("intermediate_size", high=MAX_SIZE),
+        num_heads=section.integer("num_heads", high=1024),
+        patch_size=section.integer("patch_size", high=256),
+        temporal_patch_size=section.integer("temporal_patch_size", high=16),
         spatial_merge_size=section.integer("spatial_merge_size", high=16),
         window_size=section.integer("window_size", high=1 << 16),
         full_attention_blocks=section.integers("fullatt_block_indexes", low=0, high=MAX_LAYERS),
-        out_hidden_size=section.integer("out_hidden_size", high=MAX_SIZE))
+        out_hidden_size=section.integer("out_hidden_size", high=MAX_SIZE),
+    )
     section.text("hidden_act", choices=("silu",))
     section.finish(unused=VISION_UNUSED)
-    expect_divides(section, "num_heads", 4 * vision.num_heads, vision.hidden_size, "hidden_size, with 4 quarters per head,")
+    expect_divides(
+        section,
+        "num_heads",
+        4 * vision.num_heads,
+        vision.hidden_size,
+        "hidden_size, with 4 quarters per head,",
+    )
     merged_patch = vision.patch_size * vision.spatial_merge_size
-    expect_divides(section, "patch_size", merged_patch, vision.window_size, "window_size, times spatial_merge_size,")
+    expect_divides(
+        section, "patch_size", merged_patch, vision.window_size, "window_size, times spatial_merge_size,"
+    )
     if max(vision.full_attention_blocks) >= vision.depth:
-        raise section.refuse("fullatt_block_indexes", f"indices below depth {vision.depth}",
-                             str(max(vision.full_attention_blocks)))
+        raise section.refuse(
+            "fullatt_block_indexes",
+            f"indices below depth {vision.depth}",
+            str(max(vision.full_attention_blocks)),
+        )
     return vision
 
 
@@ -268,8 +355,11 @@ def generation_from_json(path: Path, *, vocab_size: int) -> tuple[tuple[int, ...
     """generation_config.json -> ids that end an answer, repetition penalty."""
     section = section_from_file(path)
     listed = type(section.values.get("eos_token_id")) is list
-    eos = (section.integers("eos_token_id", low=0, high=vocab_size - 1) if listed
-           else (section.integer("eos_token_id", low=0, high=vocab_size - 1),))
+    eos = (
+        section.integers("eos_token_id", low=0, high=vocab_size - 1)
+        if listed
+        else (section.integer("eos_token_id", low=0, high=vocab_size - 1),)
+    )
     penalty = section.number("repetition_penalty", low=0.01, high=100.0)
     section.finish(unused=GENERATION_UNUSED)
     return eos, penalty

@@ -6,6 +6,7 @@ and nothing else, and there is no second attempt without.
 
 Sources: the safetensors format (github.com/huggingface/safetensors, "Format"); torch.serialization.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,8 +24,18 @@ from .errors import CheckpointError
 from .strict_json import object_from_bytes
 
 MAX_HEADER_BYTES = 16 << 20  # 825 tensors need 0.1 MiB
-DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-          "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 AGAIN = "download the file again"
 ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22
 
@@ -45,8 +56,11 @@ class LazyTensor:
         low, high = tensor.aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             count = int((~tensor.isfinite()).sum())
-            raise CheckpointError("weights that are not finite", fix=AGAIN + "; if it stays so, the checkpoint is broken",
-                                  where=f"{self.source}: {self.name}: {count} of {tensor.numel()} numbers are NaN or infinite")
+            raise CheckpointError(
+                "weights that are not finite",
+                fix=AGAIN + "; if it stays so, the checkpoint is broken",
+                where=f"{self.source}: {self.name}: {count} of {tensor.numel()} numbers are NaN or infinite",
+            )
         return tensor
 
 
@@ -59,10 +73,15 @@ def check_weights_file(path: Path) -> int:
             start = file.read(64)
         size = path.stat().st_size
     except OSError as error:
-        raise CheckpointError("cannot read a weights file", where=f"{path}: {error.strerror}", fix="check the path") from None
+        raise CheckpointError(
+            "cannot read a weights file", where=f"{path}: {error.strerror}", fix="check the path"
+        ) from None
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError("this is a Git LFS pointer, not weights", where=f"{path}: {size} bytes of text",
-                              fix="run `git lfs pull` in its folder")
+        raise CheckpointError(
+            "this is a Git LFS pointer, not weights",
+            where=f"{path}: {size} bytes of text",
+            fix="run `git lfs pull` in its folder",
+        )
     if size < 16:
         raise CheckpointError("not a whole weights file", where=f"{path}: got {size} bytes", fix=AGAIN)
     return size
@@ -74,23 +93,36 @@ def tensors_from_safetensors(path: Path) -> dict[str, LazyTensor]:
     with path.open("rb") as file:
         start = file.read(8)
         if start[:4] == b"PK\x03\x04" or (start[0] == 0x80 and start[1] in range(2, 6)):
-            raise CheckpointError("pickle is not read", where=f"{path}: expected safetensors, got a pickle",
-                                  fix="convert it with safetensors.torch.save_file, or use the release's safetensors")
+            raise CheckpointError(
+                "pickle is not read",
+                where=f"{path}: expected safetensors, got a pickle",
+                fix="convert it with safetensors.torch.save_file, or use the release's safetensors",
+            )
         header_bytes = int.from_bytes(start, "little")
         if header_bytes > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError("not a whole safetensors file", fix=AGAIN,
-                                  where=f"{path}: the header claims {header_bytes} bytes, the file has {size}")
+            raise CheckpointError(
+                "not a whole safetensors file",
+                fix=AGAIN,
+                where=f"{path}: the header claims {header_bytes} bytes, the file has {size}",
+            )
         header = object_from_bytes(file.read(header_bytes), where=f"{path}, header")
     header.pop("__metadata__", None)
     entries = {name: safetensors_entry(path, name, entry) for name, entry in header.items()}
-    check_layout(path, {name: span for name, (_, _, span) in entries.items()}, data_bytes=size - 8 - header_bytes)
+    check_layout(
+        path, {name: span for name, (_, _, span) in entries.items()}, data_bytes=size - 8 - header_bytes
+    )
     reader = SafetensorsReader(path)
-    return {name: LazyTensor(name, shape, dtype, path, lambda name=name: reader.tensor(name))
-            for name, (shape, dtype, _) in entries.items()}
+    return {
+        name: LazyTensor(name, shape, dtype, path, lambda name=name: reader.tensor(name))
+        for name, (shape, dtype, _) in entries.items()
+    }
 
 
-def safetensors_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...], torch.dtype, tuple[int, int]]:
+def safetensors_entry(
+    path: Path, name: str, entry: object
+) -> tuple[tuple[int, ...], torch.dtype, tuple[int, int]]:
     """One header entry -> shape, dtype, byte span; checked in itself."""
+
     def refuse(got: str) -> CheckpointError:
         return CheckpointError("bad safetensors header", where=f"{path}: {name[:120]}: {got}", fix=AGAIN)
 
@@ -113,12 +145,18 @@ def check_layout(path: Path, spans: dict[str, tuple[int, int]], *, data_bytes: i
     end = 0
     for name, (first, last) in sorted(spans.items(), key=lambda item: item[1]):
         if first != end:
-            raise CheckpointError("bad safetensors header", fix=AGAIN,
-                                  where=f"{path}: {name[:120]}: starts at byte {first}, the one before ends at {end}")
+            raise CheckpointError(
+                "bad safetensors header",
+                fix=AGAIN,
+                where=f"{path}: {name[:120]}: starts at byte {first}, the one before ends at {end}",
+            )
         end = last
     if end != data_bytes:
-        raise CheckpointError("not a whole safetensors file", fix=AGAIN,
-                              where=f"{path}: expected {end} bytes of tensors, got {data_bytes}")
+        raise CheckpointError(
+            "not a whole safetensors file",
+            fix=AGAIN,
+            where=f"{path}: expected {end} bytes of tensors, got {data_bytes}",
+        )
 
 
 class SafetensorsReader:
@@ -129,11 +167,14 @@ class SafetensorsReader:
 
     def tensor(self, name: str) -> Tensor:
         from safetensors import SafetensorError, safe_open
+
         try:
             self.file = self.file or safe_open(self.path, framework="pt", device="cpu")
             return self.file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError("cannot read a tensor", where=f"{self.path}: {name}: {error}", fix=AGAIN) from None
+            raise CheckpointError(
+                "cannot read a tensor", where=f"{self.path}: {name}: {error}", fix=AGAIN
+            ) from None
 
 
 def tensors_from_pt(path: Path) -> dict[str, LazyTensor]:
@@ -145,14 +186,20 @@ def tensors_from_pt(path: Path) -> dict[str, LazyTensor]:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError("the pickle holds more than tensors; it was not run", fix="use the release's own file",
-                              where=f"{path}: {first_line(error)}") from None
+        raise CheckpointError(
+            "the pickle holds more than tensors; it was not run",
+            fix="use the release's own file",
+            where=f"{path}: {first_line(error)}",
+        ) from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError("damaged .pt file", where=f"{path}: {first_line(error)}", fix=AGAIN) from None
     tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict):
-        raise CheckpointError("no dictionary of tensors", where=f"{path}: expected a dictionary, got {type(tensors).__name__}",
-                              fix="use the release's own file")
+        raise CheckpointError(
+            "no dictionary of tensors",
+            where=f"{path}: expected a dictionary, got {type(tensors).__name__}",
+            fix="use the release's own file",
+        )
     return dict(lazy_from_state_dict(path, tensors))
 
 
@@ -160,9 +207,15 @@ def lazy_from_state_dict(path: Path, tensors: dict) -> Iterator[tuple[str, LazyT
     for name, tensor in tensors.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not isinstance(name, str) or not plain:
-            raise CheckpointError("an entry that is not a plain tensor", fix="use the release's own file",
-                                  where=f"{path}: {str(name)[:120]}: expected a tensor, got {type(tensor).__name__}")
-        yield name, LazyTensor(name, tuple(tensor.shape), tensor.dtype, path, lambda tensor=tensor: tensor.detach())
+            raise CheckpointError(
+                "an entry that is not a plain tensor",
+                fix="use the release's own file",
+                where=f"{path}: {str(name)[:120]}: expected a tensor, got {type(tensor).__name__}",
+            )
+        yield (
+            name,
+            LazyTensor(name, tuple(tensor.shape), tensor.dtype, path, lambda tensor=tensor: tensor.detach()),
+        )
 
 
 def check_torch_zip(path: Path, size: int) -> None:
@@ -172,22 +225,34 @@ def check_torch_zip(path: Path, size: int) -> None:
         file.seek(max(0, size - (1 << 16)))
         tail = file.read()
     if start != b"PK\x03\x04":
-        raise CheckpointError("not a .pt file of the release", where=f"{path}: expected torch's zip container, got {start!r}",
-                              fix="use the release's own file; another pickle is not read")
+        raise CheckpointError(
+            "not a .pt file of the release",
+            where=f"{path}: expected torch's zip container, got {start!r}",
+            fix="use the release's own file; another pickle is not read",
+        )
     found = tail.rfind(ZIP_END)
     expected = size - len(tail) + found + ZIP_END_BYTES
     if found < 0 or expected > size:
-        raise CheckpointError("not a whole .pt file", where=f"{path}: it has no end within its {size} bytes", fix=AGAIN)
+        raise CheckpointError(
+            "not a whole .pt file", where=f"{path}: it has no end within its {size} bytes", fix=AGAIN
+        )
     if expected < size:
-        raise CheckpointError("not a whole .pt file", where=f"{path}: expected {expected} bytes, got {size}", fix=AGAIN)
+        raise CheckpointError(
+            "not a whole .pt file", where=f"{path}: expected {expected} bytes, got {size}", fix=AGAIN
+        )
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            packed = [
+                entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED
+            ]
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
         raise CheckpointError("damaged .pt file", where=f"{path}: {first_line(error)}", fix=AGAIN) from None
     if packed:
-        raise CheckpointError("not a .pt file of the release", where=f"{path}: {packed[0][:120]} is compressed",
-                              fix="use the release's own file")
+        raise CheckpointError(
+            "not a .pt file of the release",
+            where=f"{path}: {packed[0][:120]} is compressed",
+            fix="use the release's own file",
+        )
 
 
 def first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ the mask follows from that number alone. Slots never written may hold anything, 
 
 Source: STAR.md 1.1 and 1.2; transformers 4.51.0, models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -45,8 +46,10 @@ class RotaryAngles(nn.Module):
     def constants(self) -> dict[str, Tensor]:
         """The buffers' values on the CPU, also when the module itself was built on the meta device."""
         axis_of_dim = [axis for axis, dims in enumerate(self.config.mrope_section) for _ in range(dims)]
-        return {"inv_freq": rotary_frequencies(self.config, rope_bf16=self.rope_bf16),
-                "axis_of_dim": torch.tensor(axis_of_dim, dtype=torch.int64, device="cpu")}
+        return {
+            "inv_freq": rotary_frequencies(self.config, rope_bf16=self.rope_bf16),
+            "axis_of_dim": torch.tensor(axis_of_dim, dtype=torch.int64, device="cpu"),
+        }
 
     def _apply(self, fn: Callable, recurse: bool = True) -> RotaryAngles:
         super()._apply(fn, recurse)
@@ -60,8 +63,15 @@ class RotaryAngles(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def kv_cache_attention(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor,
-                       write_indices: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def kv_cache_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    write_indices: Tensor,
+    mask: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Write S new keys and values into the cache in place, then attend to what the mask shows of it.
 
     query [B, heads, S, D], key and value [B, KV, S, D], past_key and past_value [B, KV, C, D], write_indices [B] int64,
@@ -73,8 +83,9 @@ def kv_cache_attention(query: Tensor, key: Tensor, value: Tensor, past_key: Tens
     past_key[rows, :, slots] = key.transpose(1, 2)
     past_value[rows, :, slots] = value.transpose(1, 2)
     seen = mask.any(dim=2).unsqueeze(-1)  # [B, 1, C, 1]: a masked weight of 0 times NaN would still be NaN
-    output = F.scaled_dot_product_attention(query, past_key.where(seen, 0), past_value.where(seen, 0), attn_mask=mask,
-                                            enable_gqa=True)
+    output = F.scaled_dot_product_attention(
+        query, past_key.where(seen, 0), past_value.where(seen, 0), attn_mask=mask, enable_gqa=True
+    )
     return output, past_key, past_value
 
 
@@ -90,10 +101,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size)
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor], write_indices: Tensor,
-                mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        query, key, value = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads or KV, S, D]
-                             for project in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past: tuple[Tensor, Tensor],
+        write_indices: Tensor,
+        mask: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        query, key, value = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads or KV, S, D]
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
         output, *present = self.attention(query, key, value, *past, write_indices, mask)
         return self.o_proj(output.transpose(1, 2).flatten(2)), tuple(present)
@@ -109,8 +129,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor], write_indices: Tensor,
-                mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past: tuple[Tensor, Tensor],
+        write_indices: Tensor,
+        mask: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         attended, present = self.self_attn(self.input_layernorm(x), cos, sin, past, write_indices, mask)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), present
@@ -119,15 +146,25 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Decoder layers and the final norm, without embedding and head."""
 
-    def __init__(self, config: DecoderConfig, *, rope_bf16: bool = True, attention: Callable = kv_cache_attention,
-                 rotate: Callable = rotate_half):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rope_bf16: bool = True,
+        attention: Callable = kv_cache_attention,
+        rotate: Callable = rotate_half,
+    ):
         super().__init__()
         self.config = config
         self.rotary = RotaryAngles(config, rope_bf16=rope_bf16)
-        self.layers = nn.ModuleList(DecoderLayer(config, attention=attention, rotate=rotate) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, attention=attention, rotate=rotate) for _ in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, write_indices: Tensor, past: Cache) -> tuple[Tensor, Cache]:
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, write_indices: Tensor, past: Cache
+    ) -> tuple[Tensor, Cache]:
         """One step of S tokens.
 
         inputs_embeds [B, S, H], position_ids [3, B, S] int64, write_indices [B] int64 (the slot of each row's first new
@@ -135,7 +172,9 @@ class Decoder(nn.Module):
         norm, present: the same tensors as past). Slots below the write index must have been written before.
         """
         cos, sin = (t.to(inputs_embeds.dtype) for t in self.rotary(position_ids))
-        last_visible = write_indices[:, None] + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)  # [B, S]
+        last_visible = write_indices[:, None] + torch.arange(
+            inputs_embeds.shape[1], device=inputs_embeds.device
+        )  # [B, S]
         slots = torch.arange(past[0][0].shape[2], device=inputs_embeds.device)  # [C]
         mask = (slots <= last_visible[..., None]).unsqueeze(1)  # [B, 1, S, C]
         hidden_states, present = inputs_embeds, []

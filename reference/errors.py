@@ -1,4 +1,5 @@
 """The one error of the reference: a checkpoint that is not what it must be."""
+
 from __future__ import annotations
 
 

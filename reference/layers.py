@@ -1,4 +1,5 @@
 """What the decoders and the vision encoder share: RMS norm, gated MLP, rotary embedding by halves."""
+
 from __future__ import annotations
 
 import torch

@@ -2,6 +2,7 @@
 
 Source: STAR.md 1; MM-MVR/STAR, star/models/model.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -23,8 +24,14 @@ class Star(nn.Module):
     release does (STAR.md 0.2). Build it under `torch.device("meta")` and let `weights.load_star` bring the numbers.
     """
 
-    def __init__(self, config: StarConfig, *, rope_bf16: bool = True, attention: Callable = kv_cache_attention,
-                 rotate: Callable = rotate_half):
+    def __init__(
+        self,
+        config: StarConfig,
+        *,
+        rope_bf16: bool = True,
+        attention: Callable = kv_cache_attention,
+        rotate: Callable = rotate_half,
+    ):
         super().__init__()
         hidden_size, vq = config.base_ar.hidden_size, config.vq
         self.config = config
@@ -51,8 +58,11 @@ class Star(nn.Module):
 
     def constants(self) -> dict[str, Tensor]:
         """Values of the buffers that no checkpoint stores, by buffer name, on the CPU even for a model on the meta device."""
-        return {f"{name}.rotary.{key}": value for name, decoder in (("base_ar", self.base_ar), ("stacked_ar", self.stacked_ar))
-                for key, value in decoder.rotary.constants().items()}
+        return {
+            f"{name}.rotary.{key}": value
+            for name, decoder in (("base_ar", self.base_ar), ("stacked_ar", self.stacked_ar))
+            for key, value in decoder.rotary.constants().items()
+        }
 
 
 def pixel_adapter(codebook_dim: int, hidden_size: int, *, depth: int) -> nn.Sequential:

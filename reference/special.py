@@ -2,6 +2,7 @@
 
 Qwen's `config.json` states some of them, its `tokenizer.json` all: one place is read, so two cannot disagree.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
@@ -34,6 +35,9 @@ def special_ids_from_tokenizer(path: Path, *, vocab_size: int) -> SpecialIds:
     found = {field.name: ids.get(f"<|{field.name}|>") for field in fields(SpecialIds)}
     for name, value in found.items():
         if type(value) is not int or not 0 <= value < vocab_size:
-            raise CheckpointError("the tokenizer is not the model's", fix=FIX,
-                                  where=f"{path}: added_tokens: <|{name}|>: expected an id below {vocab_size}, got {value!r:.40}")
+            raise CheckpointError(
+                "the tokenizer is not the model's",
+                fix=FIX,
+                where=f"{path}: added_tokens: <|{name}|>: expected an id below {vocab_size}, got {value!r:.40}",
+            )
     return SpecialIds(**found)

@@ -3,6 +3,7 @@
 Every refusal names the file and the path of the key. A `Section` hands out typed values and at the end refuses what nobody
 asked for, so an unknown key cannot be silently ignored.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,16 +24,22 @@ def read_object(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"no {path.name}", where=f"{path}: not a file", fix="check the path")
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise CheckpointError(f"{path.name} is too large for a JSON file of a checkpoint",
-                                  where=f"{path}: expected at most {MAX_BYTES} bytes, got {size}", fix=FIX)
+            raise CheckpointError(
+                f"{path.name} is too large for a JSON file of a checkpoint",
+                where=f"{path}: expected at most {MAX_BYTES} bytes, got {size}",
+                fix=FIX,
+            )
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot read {path.name}", where=f"{path}: {error.strerror}", fix="check the path") from None
+        raise CheckpointError(
+            f"cannot read {path.name}", where=f"{path}: {error.strerror}", fix="check the path"
+        ) from None
     return object_from_bytes(data, where=str(path))
 
 
 def object_from_bytes(data: bytes, *, where: str) -> dict[str, Any]:
     """The JSON object in UTF-8 bytes; `where` names them in errors."""
+
     def refuse(got: str) -> CheckpointError:
         return CheckpointError("not a strict JSON object", where=f"{where}: {got}", fix=FIX)
 
@@ -57,8 +64,13 @@ def object_from_bytes(data: bytes, *, where: str) -> dict[str, Any]:
     if data.startswith(b"\xef\xbb\xbf"):
         raise refuse("starts with a UTF-8 byte order mark")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=checked, parse_float=number, parse_int=integer,
-                           parse_constant=number)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=checked,
+            parse_float=number,
+            parse_int=integer,
+            parse_constant=number,
+        )
     except UnicodeDecodeError as error:
         raise refuse(f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -87,8 +99,11 @@ class Section:
         self.taken: set[str] = set()
 
     def refuse(self, key: str, expected: str, got: str) -> CheckpointError:
-        return CheckpointError(f"bad value in {self.source.name}",
-                               where=f"{self.source}: {self.key_path(key)}: expected {expected}, got {got}", fix=FIX)
+        return CheckpointError(
+            f"bad value in {self.source.name}",
+            where=f"{self.source}: {self.key_path(key)}: expected {expected}, got {got}",
+            fix=FIX,
+        )
 
     def key_path(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
@@ -143,8 +158,12 @@ class Section:
         expected = f"a list of {length or 'one or more'} integers from {low} to {high}"
         value = self.take(key, expected)
         if type(value) is not list or not value or len(value) > 1024 or (length and len(value) != length):
-            raise self.refuse(key, expected, f"a list of {len(value)}" if type(value) is list else kind(value))
-        return tuple(self.check_integer(f"{key}[{i}]", item, low=low, high=high) for i, item in enumerate(value))
+            raise self.refuse(
+                key, expected, f"a list of {len(value)}" if type(value) is list else kind(value)
+            )
+        return tuple(
+            self.check_integer(f"{key}[{i}]", item, low=low, high=high) for i, item in enumerate(value)
+        )
 
     def section(self, key: str) -> Section:
         """A nested object."""

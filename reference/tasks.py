@@ -5,6 +5,7 @@ reasoning is `answer`, then `generate` on the answer's ids in the prompt's place
 
 Source: STAR.md 3; MM-MVR/STAR, star/models/model.py; transformers 4.51.0, generation/logits_process.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,7 +24,9 @@ class Generated:
     """N images, and what was computed on the way. Rows are conditional, unconditional, conditional, ..."""
 
     image_ids: Tensor  # [N, T] int64
-    image: Tensor | None  # [N, 3, R, R], about [-1, 1] and not clipped; None when fewer ids than an image has were asked for
+    image: (
+        Tensor | None
+    )  # [N, 3, R, R], about [-1, 1] and not clipped; None when fewer ids than an image has were asked for
     prefill_embeds: Tensor  # [2N, L, H]
     base_hidden: Tensor  # [2N, L, H] base_ar after its final norm, prefill
     head_in: Tensor  # [T, 2N, H] stacked_ar after its final norm, last position, per step
@@ -31,9 +34,18 @@ class Generated:
 
 
 @torch.no_grad()
-def generate(star: Star, input_ids: Tensor, *, guidance: float, top_k: int, top_p: float, uniforms: Tensor | None,
-             image_tokens: int | None = None, inputs_embeds: Tensor | None = None,
-             position_ids: Tensor | None = None) -> Generated:
+def generate(
+    star: Star,
+    input_ids: Tensor,
+    *,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    uniforms: Tensor | None,
+    image_tokens: int | None = None,
+    inputs_embeds: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Generated:
     """Draw N images from 2N prompt rows (`guidance_rows`).
 
     input_ids [2N, L]; `inputs_embeds` [2N, L, H] replaces their embeddings (editing: `edit_embeds`). position_ids
@@ -48,7 +60,7 @@ def generate(star: Star, input_ids: Tensor, *, guidance: float, top_k: int, top_
     caches = new_caches(star, rows, capacity_tokens=length + count - 1)
     prefill_embeds, first, image_ids, head_in, cfg_logits = embeds, 0, [], [], []
     for step in range(count):
-        positions = position_ids[:, :, first:first + embeds.shape[1]].expand(-1, rows, -1)
+        positions = position_ids[:, :, first : first + embeds.shape[1]].expand(-1, rows, -1)
         base_hidden, hidden = both_decoders(star, embeds, positions, first, caches)
         first += embeds.shape[1]
         if step == 0:
@@ -62,18 +74,24 @@ def generate(star: Star, input_ids: Tensor, *, guidance: float, top_k: int, top_
         embeds = star.image_embedding(image_ids[-1]).repeat_interleave(2, dim=0).unsqueeze(1)  # [2N, 1, H]
     drawn = torch.stack(image_ids, dim=1)
     image = star.vq_decoder(drawn) if count == star.config.vq.image_tokens else None
-    return Generated(drawn, image, prefill_embeds, prefill_hidden, torch.stack(head_in), torch.stack(cfg_logits))
+    return Generated(
+        drawn, image, prefill_embeds, prefill_hidden, torch.stack(head_in), torch.stack(cfg_logits)
+    )
 
 
 @torch.no_grad()
-def answer(star: Star, input_ids: Tensor, position_ids: Tensor, image_embeds: Tensor | None, *, max_new_tokens: int) -> Tensor:
+def answer(
+    star: Star, input_ids: Tensor, position_ids: Tensor, image_embeds: Tensor | None, *, max_new_tokens: int
+) -> Tensor:
     """Answer in text by the base model alone, greedily, with the checkpoint's repetition penalty on prompt and answer.
 
     input_ids [1, L], position_ids [3, 1, L] (`mrope_position_ids`), image_embeds [P/4, H] for the `<|image_pad|>` places
     -> new ids [n] int64, n <= max_new_tokens, the one that ended the answer included.
     """
     config = star.config
-    embeds = prompt_embeds(star, input_ids, {} if image_embeds is None else {config.special.image_pad: image_embeds})
+    embeds = prompt_embeds(
+        star, input_ids, {} if image_embeds is None else {config.special.image_pad: image_embeds}
+    )
     cache = star.base_ar.new_cache(1, capacity_tokens=input_ids.shape[1] + max_new_tokens)
     seen, positions, first = input_ids[0], position_ids, 0
     for _ in range(max_new_tokens):
@@ -85,17 +103,20 @@ def answer(star: Star, input_ids: Tensor, position_ids: Tensor, image_embeds: Te
         if int(token) in config.eos_token_ids:
             break
         embeds = star.token_embedding(token.view(1, 1))
-    return seen[input_ids.shape[1]:]
+    return seen[input_ids.shape[1] :]
 
 
 def new_caches(star: Star, rows: int, *, capacity_tokens: int) -> tuple[Cache, Cache]:
     """Empty caches for the two decoders."""
-    return (star.base_ar.new_cache(rows, capacity_tokens=capacity_tokens),
-            star.stacked_ar.new_cache(rows, capacity_tokens=capacity_tokens))
+    return (
+        star.base_ar.new_cache(rows, capacity_tokens=capacity_tokens),
+        star.stacked_ar.new_cache(rows, capacity_tokens=capacity_tokens),
+    )
 
 
-def both_decoders(star: Star, embeds: Tensor, positions: Tensor, first: int,
-                  caches: tuple[Cache, Cache]) -> tuple[Tensor, Tensor]:
+def both_decoders(
+    star: Star, embeds: Tensor, positions: Tensor, first: int, caches: tuple[Cache, Cache]
+) -> tuple[Tensor, Tensor]:
     """One step through base and stack: embeds [B, S, H], positions [3, B, S] -> hidden states of each, [B, S, H]."""
     base_hidden = decode(star.base_ar, embeds, positions, first, caches[0])
     return base_hidden, decode(star.stacked_ar, base_hidden, positions, first, caches[1])
@@ -143,7 +164,9 @@ def ranked_probabilities(logits: Tensor, *, top_k: int, top_p: float) -> tuple[T
         ranked = ranked.masked_fill(ranked < threshold, -torch.inf)
     if top_p < 1:
         beyond = ranked.softmax(-1).cumsum(-1) > top_p
-        beyond = torch.cat([torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], dim=-1)  # the first beyond top_p stays
+        beyond = torch.cat(
+            [torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], dim=-1
+        )  # the first beyond top_p stays
         ranked = ranked.masked_fill(beyond, -torch.inf)
     return ranked.softmax(-1), order
 
@@ -179,20 +202,29 @@ def guidance_rows(input_ids: Tensor, special: SpecialIds) -> Tensor:
     return torch.stack([input_ids, unconditional], dim=1).flatten(0, 1)
 
 
-def edit_ids(rows: Tensor, special: SpecialIds, *, insert_at: int, newline: int, image_tokens: int,
-             merged_patches: int) -> Tensor:
+def edit_ids(
+    rows: Tensor, special: SpecialIds, *, insert_at: int, newline: int, image_tokens: int, merged_patches: int
+) -> Tensor:
     """Prompt rows with the image's places put in: its image ids as `<|vision_pad|>`, its patches as `<|image_pad|>`.
 
     rows [2, L0], `insert_at` after "<|im_start|>user\\n" -> [2, L] (STAR.md 3.6).
     """
-    image = [special.vision_start, *[special.vision_pad] * image_tokens, special.vision_end,
-               special.vision_start, *[special.image_pad] * merged_patches, special.vision_end, newline]
+    image = [
+        special.vision_start,
+        *[special.vision_pad] * image_tokens,
+        special.vision_end,
+        special.vision_start,
+        *[special.image_pad] * merged_patches,
+        special.vision_end,
+        newline,
+    ]
     inserted = torch.tensor(image, device=rows.device).expand(rows.shape[0], -1)
     return torch.cat([rows[:, :insert_at], inserted, rows[:, insert_at:]], dim=1)
 
 
-def mrope_position_ids(input_ids: Tensor, grids: Sequence[tuple[int, int]], special: SpecialIds, *,
-                       trailing: int = 0) -> Tensor:
+def mrope_position_ids(
+    input_ids: Tensor, grids: Sequence[tuple[int, int]], special: SpecialIds, *, trailing: int = 0
+) -> Tensor:
     """Positions on the three axes. input_ids [L], merged rows and columns of each image -> [3, 1, L + trailing] int64.
 
     Text advances all axes by one. An image is what follows `<|vision_start|>` as `<|image_pad|>`: one place in time, its rows
@@ -205,7 +237,9 @@ def mrope_position_ids(input_ids: Tensor, grids: Sequence[tuple[int, int]], spec
         if ids[done] == special.image_pad and done and ids[done - 1] == special.vision_start:
             grid_h, grid_w = remaining.pop(0)
             rows = torch.arange(grid_h).repeat_interleave(grid_w)
-            columns.append(start + torch.stack([torch.zeros_like(rows), rows, torch.arange(grid_w).repeat(grid_h)]))
+            columns.append(
+                start + torch.stack([torch.zeros_like(rows), rows, torch.arange(grid_w).repeat(grid_h)])
+            )
             start, done = start + max(grid_h, grid_w), done + grid_h * grid_w
         else:
             columns.append(torch.full((3, 1), start))

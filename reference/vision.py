@@ -5,6 +5,7 @@ release permutes them into windows and back; here a windowed block masks by wind
 
 Source: STAR.md 1.1; transformers 4.51.0, models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -40,7 +41,9 @@ def rotary_angles(config: VisionConfig, *, grid_h: int, grid_w: int, rope_bf16: 
     return torch.cat([axis[:, None].to(dtype) * frequencies for axis in (rows, columns)], dim=-1).float()
 
 
-def rotary_cos_sin(config: VisionConfig, *, grid_h: int, grid_w: int, rope_bf16: bool = True) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(
+    config: VisionConfig, *, grid_h: int, grid_w: int, rope_bf16: bool = True
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of `rotary_angles`, two of float32 [P, head_dim/2].
 
     `rope_bf16` rounds them through bfloat16 too: in the release they are bfloat16 before they are applied in float32.
@@ -67,8 +70,10 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).unsqueeze(0)  # [1, heads, P, D]
-                             for part in self.qkv(x).chunk(3, dim=-1))
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(0, 1).unsqueeze(0)  # [1, heads, P, D]
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
         query, key = (self.rotate(part.float(), cos, sin).to(x.dtype) for part in (query, key))
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.proj(output.squeeze(0).transpose(0, 1).flatten(1))
@@ -96,8 +101,11 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.merged_size = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = RMSNorm(config.hidden_size, RMS_NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(self.merged_size, self.merged_size), nn.GELU(),
-                                 nn.Linear(self.merged_size, config.out_hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(self.merged_size, self.merged_size),
+            nn.GELU(),
+            nn.Linear(self.merged_size, config.out_hidden_size),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).reshape(-1, self.merged_size))
@@ -110,11 +118,15 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         patch_values = 3 * config.temporal_patch_size * config.patch_size**2
-        self.patch_embed = nn.Linear(patch_values, config.hidden_size, bias=False)  # the release's Conv3d, flattened
+        self.patch_embed = nn.Linear(
+            patch_values, config.hidden_size, bias=False
+        )  # the release's Conv3d, flattened
         self.blocks = nn.ModuleList(VisionBlock(config, rotate=rotate) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
-    def forward(self, pixel_values: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, window_ids: Tensor) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, window_ids: Tensor
+    ) -> Tensor:
         """pixel_values [P, 1176], rotary_cos and rotary_sin [P, head_dim/2] float32, window_ids [P] int64 -> [P/4, H]."""
         cos, sin = rotary_cos.unsqueeze(0), rotary_sin.unsqueeze(0)  # [1, P, head_dim/2]
         windows = window_ids[:, None] == window_ids[None, :]  # [P, P]

@@ -2,6 +2,7 @@
 
 Source: STAR.md 1.5; MM-MVR/STAR, star/models/pixel_encoder/vq_model.py.
 """
+
 from __future__ import annotations
 
 import math
@@ -22,7 +23,9 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(
+            x.dtype
+        )
 
 
 class ResBlock(nn.Module):
@@ -54,8 +57,10 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        query, key, value = (project(h).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)  # [N, heads, hw, D]
-                             for project in (self.q, self.k, self.v))
+        query, key, value = (
+            project(h).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)  # [N, heads, hw, D]
+            for project in (self.q, self.k, self.v)
+        )
         attended = F.scaled_dot_product_attention(query, key, value)
         return x + self.proj_out(attended.transpose(2, 3).reshape(x.shape))
 
@@ -85,10 +90,22 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution: residual blocks, each followed by attention at the lowest one, then the resampling."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, blocks: int, heads: int, resample: tuple[str, nn.Module] | None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        blocks: int,
+        heads: int,
+        resample: tuple[str, nn.Module] | None,
+    ):
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(blocks))
-        self.attn = nn.ModuleList(AttentionBlock(out_channels, num_heads=heads) for _ in range(blocks if heads else 0))
+        self.res = nn.ModuleList(
+            ResBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(blocks)
+        )
+        self.attn = nn.ModuleList(
+            AttentionBlock(out_channels, num_heads=heads) for _ in range(blocks if heads else 0)
+        )
         if resample is not None:
             self.add_module(*resample)
 
@@ -105,8 +122,11 @@ class Level(nn.Module):
 
 def middle(channels: int, num_heads: int) -> nn.Sequential:
     """The blocks at the lowest resolution, between encoder or decoder levels and the latent."""
-    return nn.Sequential(ResBlock(channels, channels), AttentionBlock(channels, num_heads=num_heads),
-                         ResBlock(channels, channels))
+    return nn.Sequential(
+        ResBlock(channels, channels),
+        AttentionBlock(channels, num_heads=num_heads),
+        ResBlock(channels, channels),
+    )
 
 
 class VQEncoder(nn.Module):
@@ -119,8 +139,15 @@ class VQEncoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         for level, (before, width) in enumerate(zip([config.ch, *widths], widths)):
             lowest = level == len(widths) - 1
-            self.conv_blocks.append(Level(before, width, blocks=config.res_blocks, heads=config.num_heads if lowest else 0,
-                                          resample=None if lowest else ("downsample", Downsample(width))))
+            self.conv_blocks.append(
+                Level(
+                    before,
+                    width,
+                    blocks=config.res_blocks,
+                    heads=config.num_heads if lowest else 0,
+                    resample=None if lowest else ("downsample", Downsample(width)),
+                )
+            )
         self.mid = middle(widths[-1], config.num_heads)
         self.norm_out = GroupNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
@@ -160,14 +187,23 @@ class VQDecoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         for level, (before, width) in enumerate(zip([widths[0], *widths], widths)):
             last = level == len(widths) - 1
-            self.conv_blocks.append(Level(before, width, blocks=config.res_blocks + 1, heads=0 if level else config.num_heads,
-                                          resample=None if last else ("upsample", Upsample(width))))
+            self.conv_blocks.append(
+                Level(
+                    before,
+                    width,
+                    blocks=config.res_blocks + 1,
+                    heads=0 if level else config.num_heads,
+                    resample=None if last else ("upsample", Upsample(width)),
+                )
+            )
         self.norm_out = GroupNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, image_ids: Tensor) -> Tensor:
         """image_ids [N, T] int64 -> image [N, 3, R, R], about [-1, 1] and not clipped."""
-        z = self.codebook(image_ids).unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)  # [N, codebook_dim, h, w]
+        z = (
+            self.codebook(image_ids).unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+        )  # [N, codebook_dim, h, w]
         x = self.mid(self.conv_in(self.post_quant_conv(z)))
         for level in self.conv_blocks:
             x = level(x)

@@ -2,6 +2,7 @@
 
 Nothing is read before every name, shape and dtype of every file has been compared; all differences are told at once.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -16,8 +17,12 @@ from .model import Star
 from .names import SET_ASIDE, aliases, expected_tensors, release_name
 from .strict_json import Section, read_object
 
-LOADED_DTYPES = {torch.float64: torch.float32, torch.float32: torch.float32,  # stored -> loaded
-                 torch.bfloat16: torch.bfloat16, torch.float16: torch.float16}
+LOADED_DTYPES = {
+    torch.float64: torch.float32,
+    torch.float32: torch.float32,  # stored -> loaded
+    torch.bfloat16: torch.bfloat16,
+    torch.float16: torch.float16,
+}
 TOLD = 10  # differences named in one error
 SHIPPED = {"nano": Path(__file__).parent / "nano" / "weights"}  # source -> a checkpoint of this package
 
@@ -32,8 +37,13 @@ class CheckpointFiles:
     vq_pt: Path
 
 
-def resolve_checkpoint(source: str | Path, *, checkpoint: str | Path | None = None, base: str | Path | None = None,
-                       vq: str | Path | None = None) -> CheckpointFiles:
+def resolve_checkpoint(
+    source: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    base: str | Path | None = None,
+    vq: str | Path | None = None,
+) -> CheckpointFiles:
     """The files of a checkpoint.
 
     `source` is a folder in the release layout, the release's config JSON, `nano` (STAR-Nano, which lies in this package; a folder
@@ -42,13 +52,23 @@ def resolve_checkpoint(source: str | Path, *, checkpoint: str | Path | None = No
     Raises CheckpointError naming what was not found, and where.
     """
     place = SHIPPED.get(str(source)) or local(source)
-    config_json = file_in(place, "STAR*.json", fix="give the JSON of the release's repository, and --checkpoint")
-    star_pt = file_in(local(checkpoint) if checkpoint else config_json.parent, "STAR*.pt", fix="give the file with --checkpoint")
+    config_json = file_in(
+        place, "STAR*.json", fix="give the JSON of the release's repository, and --checkpoint"
+    )
+    star_pt = file_in(
+        local(checkpoint) if checkpoint else config_json.parent,
+        "STAR*.pt",
+        fix="give the file with --checkpoint",
+    )
     values = Section(read_object(config_json), source=config_json)
     qwen = local(base) if base else stated(values.section("language_model"), flag="--base")
     vq_place = local(vq) if vq else stated(values.section("pixel_encoder"), flag="--vq")
-    return CheckpointFiles(config_json=config_json, star_pt=star_pt, qwen_folder=qwen,
-                           vq_pt=file_in(vq_place, "VQ*.pt", fix="give the file with --vq"))
+    return CheckpointFiles(
+        config_json=config_json,
+        star_pt=star_pt,
+        qwen_folder=qwen,
+        vq_pt=file_in(vq_place, "VQ*.pt", fix="give the file with --vq"),
+    )
 
 
 def local(source: str | Path) -> Path:
@@ -59,12 +79,17 @@ def local(source: str | Path) -> Path:
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError("no such file or folder", where=str(source), fix="check the path")
     from huggingface_hub import snapshot_download
+
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.txt", "*.jinja", "*.pt", "*.safetensors"]))
+        return Path(
+            snapshot_download(text, allow_patterns=["*.json", "*.txt", "*.jinja", "*.pt", "*.safetensors"])
+        )
     except Exception as error:  # the hub's errors share no class with its HTTP library's
-        raise CheckpointError("neither a path here nor a repository that the hub gave",
-                              where=f"{source}: {first_line(error)}",
-                              fix="check the spelling and the network, or download it and give the folder") from None
+        raise CheckpointError(
+            "neither a path here nor a repository that the hub gave",
+            where=f"{source}: {first_line(error)}",
+            fix="check the spelling and the network, or download it and give the folder",
+        ) from None
 
 
 def file_in(place: Path, pattern: str, *, fix: str) -> Path:
@@ -74,8 +99,11 @@ def file_in(place: Path, pattern: str, *, fix: str) -> Path:
     found = sorted(place.glob(pattern))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise CheckpointError("cannot tell which file of the folder is meant", fix=fix,
-                              where=f"{place}: expected one {pattern}, got {names}")
+        raise CheckpointError(
+            "cannot tell which file of the folder is meant",
+            fix=fix,
+            where=f"{place}: expected one {pattern}, got {names}",
+        )
     return found[0]
 
 
@@ -89,13 +117,20 @@ def stated(section: Section, *, flag: str) -> Path:
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    raise CheckpointError(f"{section.key_path('model_path')} leads nowhere",
-                          fix=f"put it there, or give a path or hub id with {flag}",
-                          where=f"{section.source}: looked for " + ", ".join(dict.fromkeys(map(str, candidates))))
+    raise CheckpointError(
+        f"{section.key_path('model_path')} leads nowhere",
+        fix=f"put it there, or give a path or hub id with {flag}",
+        where=f"{section.source}: looked for " + ", ".join(dict.fromkeys(map(str, candidates))),
+    )
 
 
-def load_star(files: CheckpointFiles, *, rope_bf16: bool = True, device: str | torch.device = "cpu",
-              dtype: torch.dtype = torch.float32) -> Star:
+def load_star(
+    files: CheckpointFiles,
+    *,
+    rope_bf16: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Star:
     """The model with its weights, in evaluation mode and without gradients.
 
     Weights already stored in `dtype` stay memory-mapped on the CPU. Raises CheckpointError, see `named_tensors`.
@@ -104,7 +139,9 @@ def load_star(files: CheckpointFiles, *, rope_bf16: bool = True, device: str | t
     tensors = named_tensors(files, config)
     with torch.device("meta"):
         star = Star(config, rope_bf16=rope_bf16)
-    star.load_state_dict({name: lazy.load().to(device, dtype) for name, lazy in tensors.items()}, strict=True, assign=True)
+    star.load_state_dict(
+        {name: lazy.load().to(device, dtype) for name, lazy in tensors.items()}, strict=True, assign=True
+    )
     star.tie_text_head()
     for name, value in star.constants().items():
         module, _, key = name.rpartition(".")
@@ -118,8 +155,11 @@ def named_tensors(files: CheckpointFiles, config: StarConfig) -> dict[str, LazyT
     Names that share one tensor (the codebook, tied embeddings) all appear. Raises one CheckpointError that lists all tensors
     that are missing, unexpected, of another shape or not floats.
     """
-    stored = {"base": tensors_from_folder(files.qwen_folder), "trained": tensors_from_pt(files.star_pt),
-              "vq": tensors_from_pt(files.vq_pt)}
+    stored = {
+        "base": tensors_from_folder(files.qwen_folder),
+        "trained": tensors_from_pt(files.star_pt),
+        "vq": tensors_from_pt(files.vq_pt),
+    }
     places = {"base": files.qwen_folder, "trained": files.star_pt, "vq": files.vq_pt}
     found: dict[str, LazyTensor] = {}
     differences: list[str] = []
@@ -129,17 +169,24 @@ def named_tensors(files: CheckpointFiles, config: StarConfig) -> dict[str, LazyT
             if name.startswith(SET_ASIDE):
                 continue
             if (release := release_name(name)) in named:
-                differences.append(f"{places[part].name}: {name[:120]}: also present as {named[release].name}")
+                differences.append(
+                    f"{places[part].name}: {name[:120]}: also present as {named[release].name}"
+                )
             named[release] = lazy
         differences += [f"{places[part].name}: {difference}" for difference in compare(named, expected)]
-        found |= {ours: replace(lazy, shape=shape, dtype=LOADED_DTYPES.get(lazy.dtype, lazy.dtype))
-                  for release, (ours, _, shape) in expected.items() if (lazy := named.get(release))}
+        found |= {
+            ours: replace(lazy, shape=shape, dtype=LOADED_DTYPES.get(lazy.dtype, lazy.dtype))
+            for release, (ours, _, shape) in expected.items()
+            if (lazy := named.get(release))
+        }
     if differences:
         more = f"; and {len(differences) - TOLD} more" if len(differences) > TOLD else ""
-        raise CheckpointError(f"the checkpoint does not fit its configuration: {len(differences)} tensors differ",
-                              where="; ".join(differences[:TOLD]) + more,
-                              fix="use weights and configuration of one release: "
-                                  f"{files.config_json.name} describes {config.name}")
+        raise CheckpointError(
+            f"the checkpoint does not fit its configuration: {len(differences)} tensors differ",
+            where="; ".join(differences[:TOLD]) + more,
+            fix="use weights and configuration of one release: "
+            f"{files.config_json.name} describes {config.name}",
+        )
     return found | {alias: found[name] for alias, name in aliases(config).items()}
 
 
@@ -152,7 +199,9 @@ def compare(named: dict[str, LazyTensor], expected: dict) -> list[str]:
         elif lazy.shape != expected[name][1]:
             differences.append(f"{name}: expected shape {list(expected[name][1])}, got {list(lazy.shape)}")
         elif lazy.dtype not in LOADED_DTYPES:
-            differences.append(f"{name}: expected a float of 16, 32 or 64 bits, got {str(lazy.dtype).removeprefix('torch.')}")
+            differences.append(
+                f"{name}: expected a float of 16, 32 or 64 bits, got {str(lazy.dtype).removeprefix('torch.')}"
+            )
     return differences
 
 
@@ -161,8 +210,11 @@ def tensors_from_folder(folder: Path) -> dict[str, LazyTensor]:
     index_json, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index_json.exists():
         if not single.exists() and (pickles := sorted(folder.glob("*.bin"))):
-            raise CheckpointError("pickle is not read", where=f"{pickles[0]}: expected model.safetensors or its index",
-                                  fix="use the safetensors of the release, or convert with safetensors.torch.save_file")
+            raise CheckpointError(
+                "pickle is not read",
+                where=f"{pickles[0]}: expected model.safetensors or its index",
+                fix="use the safetensors of the release, or convert with safetensors.torch.save_file",
+            )
         return tensors_from_safetensors(single)
     index = Section(read_object(index_json), source=index_json)
     weight_map = index.section("weight_map")
@@ -171,15 +223,24 @@ def tensors_from_folder(folder: Path) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError("bad shard name", fix="use the unmodified index of the release",
-                                  where=f"{index_json}: expected a .safetensors beside the index, got {shard[:120]!r}")
+            raise CheckpointError(
+                "bad shard name",
+                fix="use the unmodified index of the release",
+                where=f"{index_json}: expected a .safetensors beside the index, got {shard[:120]!r}",
+            )
         for name, lazy in tensors_from_safetensors(folder / shard).items():
             if shard_of.get(name) != shard:
-                raise CheckpointError("index and shards disagree", fix="download index and shards of one revision",
-                                      where=f"{folder / shard}: {name[:120]}: the index says {shard_of.get(name, 'nothing')}")
+                raise CheckpointError(
+                    "index and shards disagree",
+                    fix="download index and shards of one revision",
+                    where=f"{folder / shard}: {name[:120]}: the index says {shard_of.get(name, 'nothing')}",
+                )
             tensors[name] = lazy
     for name, shard in shard_of.items():
         if name not in tensors:
-            raise CheckpointError("index and shards disagree", fix="download index and shards of one revision",
-                                  where=f"{index_json}: {name[:120]}: not in {shard}")
+            raise CheckpointError(
+                "index and shards disagree",
+                fix="download index and shards of one revision",
+                where=f"{index_json}: {name[:120]}: not in {shard}",
+            )
     return tensors

@@ -2,6 +2,7 @@
 
 The public names are imported when they are first used: a device without torch and onnx has all but `export` and `validate`.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

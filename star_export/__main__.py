@@ -1,4 +1,5 @@
 """`python -m star_export` is `star-export`."""
+
 import sys
 
 from .cli.parser import main

@@ -5,6 +5,7 @@
 Not a test: nothing is asserted, times are of this machine and this run. Each stage runs in a process of its own, so a cold start is
 part of the figure.
 """
+
 from __future__ import annotations
 
 import subprocess
@@ -20,7 +21,9 @@ LIMITS_S = {"export": 90, "build": 30}
 def timed(*words: str) -> float:
     """Seconds of one run of the command line."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     return time.perf_counter() - start
 
 
@@ -31,7 +34,9 @@ def main() -> None:
         print(f"{'stage':40} {'seconds':>8} {'limit':>6}")
         for precision in ("fp32", "bf16", "int4"):
             bundle = str(root / precision)
-            seconds = timed("star_export", "export", str(root / "checkpoint"), "--out", bundle, "--precision", precision)
+            seconds = timed(
+                "star_export", "export", str(root / "checkpoint"), "--out", bundle, "--precision", precision
+            )
             print(f"{'export ' + precision:40} {seconds:8.1f} {LIMITS_S['export']:6}")
             for target in TARGETS if precision != "fp32" else ():
                 seconds = timed("star_export", "build", bundle, "--target", target)

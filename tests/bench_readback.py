@@ -6,6 +6,7 @@ Not a test: nothing is asserted, times are of this machine and this run. The lay
 memory is what that process grew by at its peak, from before the parse to the end; weights that the parser maps from the file
 are part of it.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -37,11 +38,18 @@ def write_layer(folder: Path) -> None:
     files = resolve_checkpoint(str(folder / "mini"))
     config = config_from_files(files.config_json, files.qwen_folder)
     sizes = {
-        "hidden_size": HIDDEN, "num_layers": 1, "num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM,
-        "intermediate_size": INTERMEDIATE, "mrope_section": (16, 24, 24)
+        "hidden_size": HIDDEN,
+        "num_layers": 1,
+        "num_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": INTERMEDIATE,
+        "mrope_section": (16, 24, 24),
     }
     config = dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **sizes) for name in ("base_ar", "stacked_ar")})
+        config,
+        **{name: dataclasses.replace(getattr(config, name), **sizes) for name in ("base_ar", "stacked_ar")},
+    )
 
     class Random:
         def __init__(self, shape):
@@ -51,14 +59,18 @@ def write_layer(folder: Path) -> None:
             return torch.randn(self.shape) / self.shape[-1] ** 0.5
 
     tensors = {name: Random(p.shape) for name, p in meta_star(config, rope_bf16=True).named_parameters()}
-    write_component(graph_from_config("base_ar", config, rope_bf16=True), tensors, PRECISIONS["bf16"], folder / "base_ar")
+    write_component(
+        graph_from_config("base_ar", config, rope_bf16=True), tensors, PRECISIONS["bf16"], folder / "base_ar"
+    )
 
 
 def peak_bytes(*, reset: bool = False) -> int:
     """The most memory that this process had resident, since the start or the last reset (Linux)."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -66,15 +78,17 @@ def measure(graph: Path) -> None:
     """Parse, read and run the layer twice; print the figures."""
     import tensorrt_rtx as trt
 
-    from engines.tensorrt.network import network_from_onnx
     from engines.interpreter import Network, parsed_from_network
     from engines.tensorrt.module import log_of
+    from engines.tensorrt.network import network_from_onnx
 
     caches = [np.zeros((1, KV_HEADS, CAPACITY, HEAD_DIM), np.float32) for _ in range(2)]
     feeds = {
         "inputs_embeds": np.random.default_rng(0).standard_normal((1, POSITIONS, HIDDEN)).astype(np.float32),
-        "write_indices": np.zeros(1, np.int64), "position_ids": np.broadcast_to(np.arange(POSITIONS), (3, 1, POSITIONS)),
-        "past_key_values.0.key": caches[0], "past_key_values.0.value": caches[1]
+        "write_indices": np.zeros(1, np.int64),
+        "position_ids": np.broadcast_to(np.arange(POSITIONS), (3, 1, POSITIONS)),
+        "past_key_values.0.key": caches[0],
+        "past_key_values.0.value": caches[1],
     }
     builder = trt.Builder(log_of(trt))
     before, start = peak_bytes(reset=True), time.perf_counter()
@@ -86,11 +100,13 @@ def measure(graph: Path) -> None:
     first = time.perf_counter()
     evaluator.run(feeds)
     second, grown = time.perf_counter(), peak_bytes() - before
-    print(f"{'parse and read':28} {read - start:8.2f} s\n{'first run':28} {first - read:8.2f} s\n"
-          f"{'second run':28} {second - first:8.2f} s\n"
-          f"{'parse, read and first run':28} {first - start:8.2f} s  limit {LIMIT_S} s\n"
-          f"{'peak growth of the process':28} {grown / 1e6:8.0f} MB, {grown / weights:.2f} x the {weights / 1e6:.0f} MB of "
-          f"weights in fp32  limit {LIMIT_RATIO}")
+    print(
+        f"{'parse and read':28} {read - start:8.2f} s\n{'first run':28} {first - read:8.2f} s\n"
+        f"{'second run':28} {second - first:8.2f} s\n"
+        f"{'parse, read and first run':28} {first - start:8.2f} s  limit {LIMIT_S} s\n"
+        f"{'peak growth of the process':28} {grown / 1e6:8.0f} MB, {grown / weights:.2f} x the {weights / 1e6:.0f} MB of "
+        f"weights in fp32  limit {LIMIT_RATIO}"
+    )
 
 
 def main() -> None:
@@ -98,7 +114,10 @@ def main() -> None:
         return measure(Path(sys.argv[1]))
     with tempfile.TemporaryDirectory() as folder:
         write_layer(Path(folder))
-        subprocess.run([sys.executable, "-m", "tests.bench_readback", str(Path(folder) / "base_ar/model.onnx")], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "tests.bench_readback", str(Path(folder) / "base_ar/model.onnx")],
+            check=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """What all tests share: the miniature checkpoint, written once per session."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the miniature checkpoint in release layout. Shared by the session: read it, do not write into it."""
     from reference.mini import write_checkpoint
+
     root = tmp_path_factory.mktemp("checkpoint") / "mini"
     write_checkpoint(root)
     return root
@@ -20,11 +22,14 @@ def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle_of(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """precision -> bundle of the miniature checkpoint, exported once per session and precision. Read it, do not write into it."""
     from star_export.exporter.export import export
+
     made: dict[str, Path] = {}
 
     def bundle(precision: str) -> Path:
         if precision not in made:
-            made[precision] = export(str(mini_checkpoint), out=tmp_path_factory.mktemp("bundle") / precision, precision=precision)
+            made[precision] = export(
+                str(mini_checkpoint), out=tmp_path_factory.mktemp("bundle") / precision, precision=precision
+            )
         return made[precision]
 
     return bundle

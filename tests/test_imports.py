@@ -1,26 +1,46 @@
 """Who imports whom (the design's one rule), and what the runtime may need."""
+
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parent.parent
 OURS = {"reference", "star_export", "engines"}
-HOST_ONLY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"}
+HOST_ONLY = {
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "safetensors",
+    "ml_dtypes",
+    "huggingface_hub",
+}
 RUNTIME = {"numpy", "PIL", "tokenizers", "jinja2", "tqdm"}
-EXECUTORS = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}  # imported inside functions, where one is asked for
+EXECUTORS = {
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda",
+}  # imported inside functions, where one is asked for
 
 
 def imported(path: Path) -> dict[str, bool]:
     """Top-level package -> whether it is imported when the module is (not only inside a function)."""
     tree = ast.parse(path.read_text())
     found: dict[str, bool] = {}
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+    inside = {
+        id(n)
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
+        for n in ast.walk(f)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -48,7 +68,9 @@ def test_the_engines_import_no_host_package_and_executors_only_where_asked_for(p
     found = imported(path)
     outside = set(found) - set(sys.stdlib_module_names) - RUNTIME - EXECUTORS
     assert outside <= {"engines"}, f"{path.name} imports {sorted(outside - {'engines'})}"
-    assert not {name for name in EXECUTORS if found.get(name)}, "an executor is imported at the top of the module"
+    assert not {name for name in EXECUTORS if found.get(name)}, (
+        "an executor is imported at the top of the module"
+    )
 
 
 def test_the_rules_can_fail(tmp_path: Path) -> None:
@@ -59,11 +81,20 @@ def test_the_rules_can_fail(tmp_path: Path) -> None:
 
 def test_every_module_runs_on_the_oldest_python_that_the_package_admits(tmp_path: Path) -> None:
     """JetPack 6 has TensorRT for its own Python only."""
-    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(
+        ">="
+    )
     planted = tmp_path / "planted.py"
     planted.write_text("import datetime\nnow = datetime.UTC\n")
     for paths, status in ((sorted(OURS), 0), ([str(planted)], 1)):  # `long` is torch's, not Python 2's
-        command = [str(Path(sys.executable).with_name("vermin")), "--no-tips", "--exclude", "long", f"--target={oldest}-", *paths]
+        command = [
+            str(Path(sys.executable).with_name("vermin")),
+            "--no-tips",
+            "--exclude",
+            "long",
+            f"--target={oldest}-",
+            *paths,
+        ]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == status, result.stdout
 
@@ -76,20 +107,31 @@ class Refuse:
             raise ModuleNotFoundError(f'{{name}} is not installed here', name=name)
 sys.meta_path.insert(0, Refuse())
 """
-BARE = REFUSE + """
+BARE = (
+    REFUSE
+    + """
 import engines.runtime.star, engines.tensorrt.build, engines.doctor, engines.bench, star_export.cli.parser
 bad = set(sys.modules) & {blocked!r}
 assert not bad, bad
 """
+)
 
 
-@pytest.mark.parametrize("blocked", [HOST_ONLY, HOST_ONLY | EXECUTORS], ids=["without the host's packages", "without executors too"])
+@pytest.mark.parametrize(
+    "blocked",
+    [HOST_ONLY, HOST_ONLY | EXECUTORS],
+    ids=["without the host's packages", "without executors too"],
+)
 def test_the_runtime_and_the_command_line_import_bare(blocked: set[str]) -> None:
-    result = subprocess.run([sys.executable, "-c", BARE.format(blocked=blocked)], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", BARE.format(blocked=blocked)], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
 
 
-RUN = REFUSE + """
+RUN = (
+    REFUSE
+    + """
 from star_export.cli.parser import main
 bundle, folder = {bundle!r}, {folder!r}
 assert main(["generate", bundle, "a red cat", "-o", folder + "/a.png", "--no-progress"]) == 0
@@ -98,6 +140,7 @@ assert main(["ask", bundle, folder + "/a.png", "what is a dog?", "--max-new-toke
 bad = set(sys.modules) & {blocked!r}
 assert not bad, bad
 """
+)
 
 
 def test_the_runtime_runs_bare(mini_bundle: Path, tmp_path: Path) -> None:

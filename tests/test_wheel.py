@@ -1,13 +1,14 @@
 """What people install: the three packages, nothing else, and a base install without an executor."""
+
 from __future__ import annotations
 
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -18,24 +19,61 @@ CONSTRAINTS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Names in the wheel, built in a copy so that nothing is left in the tree."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
+    ).stdout.split("\0")
     for name in filter(None, listed):
         if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)],
-                   check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(out),
+            str(source),
+        ],
+        check=True,
+        capture_output=True,
+    )
     return zipfile.ZipFile(next(out.glob("*.whl"))).namelist()
 
 
 def test_the_wheel_holds_the_three_packages_and_no_tests(wheel: list[str]) -> None:
     tops = {name.partition("/")[0] for name in wheel if ".dist-info/" not in name}
     assert tops == {"reference", "star_export", "engines"}
-    assert {"engines/runtime/star.py", "engines/sessions/onnxruntime.py", "star_export/cli/parser.py", "reference/model.py"} <= set(wheel)
-    assert {"engines/plugins/plugin.cpp", "engines/plugins/kv_attention.cuh", "engines/plugins/CMakeLists.txt"} <= set(wheel)
-    nano = {name.removeprefix("reference/nano/weights/") for name in wheel if name.startswith("reference/nano/weights/")}
-    assert {"STAR-Nano.json", "STAR-Nano.pt", "VQ-Model.pt", "sampling.json", "score.json", "Qwen2.5-VL-nano/config.json",
-            "Qwen2.5-VL-nano/model.safetensors", "Qwen2.5-VL-nano/tokenizer.json"} <= nano and not any("training/" in n for n in nano)
+    assert {
+        "engines/runtime/star.py",
+        "engines/sessions/onnxruntime.py",
+        "star_export/cli/parser.py",
+        "reference/model.py",
+    } <= set(wheel)
+    assert {
+        "engines/plugins/plugin.cpp",
+        "engines/plugins/kv_attention.cuh",
+        "engines/plugins/CMakeLists.txt",
+    } <= set(wheel)
+    nano = {
+        name.removeprefix("reference/nano/weights/")
+        for name in wheel
+        if name.startswith("reference/nano/weights/")
+    }
+    assert {
+        "STAR-Nano.json",
+        "STAR-Nano.pt",
+        "VQ-Model.pt",
+        "sampling.json",
+        "score.json",
+        "Qwen2.5-VL-nano/config.json",
+        "Qwen2.5-VL-nano/model.safetensors",
+        "Qwen2.5-VL-nano/tokenizer.json",
+    } <= nano and not any("training/" in n for n in nano)
     assert any(name.endswith("LICENSE") for name in wheel)
 
 
@@ -47,9 +85,15 @@ def test_the_base_install_has_no_executor_and_no_torch() -> None:
 def test_every_range_admits_the_version_that_make_installs() -> None:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
+
     pinned = {canonicalize_name(name): version for name, version in CONSTRAINTS.items()}
     extras = PROJECT["optional-dependencies"]
-    wanted = [Requirement(r) for r in (*PROJECT["dependencies"], *extras["cpu"], *extras["rtx"], *extras["export"], *extras["dev"])]
+    wanted = [
+        Requirement(r)
+        for r in (*PROJECT["dependencies"], *extras["cpu"], *extras["rtx"], *extras["export"], *extras["dev"])
+    ]
     for requirement in wanted:
         if requirement.name != "star-export":
-            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), str(requirement)
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), str(
+                requirement
+            )

@@ -1,4 +1,5 @@
 """bfloat16 in numpy, which has no such type: a bfloat16 is the upper half of a float32."""
+
 from __future__ import annotations
 
 import numpy as np

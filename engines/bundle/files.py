@@ -3,6 +3,7 @@
 Knows nothing of what is in a file. A file under its final name is complete: temporary file in the same folder, fsync, rename,
 fsync of the folder.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -16,19 +17,30 @@ from typing import BinaryIO
 
 from ..errors import InputError
 
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_OPEN_FLAGS = (
+    os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+)
 _PIECE_BYTES = 1 << 20
-_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-          stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a symbolic link"}
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+}
 
 
 def check_relative(relative: str, *, where: str) -> None:
     """Refuse a name that is not a plain relative path with `/`: InputError."""
     parts = relative.split("/")
     plain = all(part not in ("", ".", "..") for part in parts)
-    if not plain or any(c in '\\:' or ord(c) < 32 for c in relative):
-        raise InputError("This path may not be used", fix="restore the file that names it; it is not edited by hand",
-                         where=f"{where}: expected a relative path of plain names inside the folder, got {relative!r:.80}")
+    if not plain or any(c in "\\:" or ord(c) < 32 for c in relative):
+        raise InputError(
+            "This path may not be used",
+            fix="restore the file that names it; it is not edited by hand",
+            where=f"{where}: expected a relative path of plain names inside the folder, got {relative!r:.80}",
+        )
 
 
 def resolve_inside(root: Path, relative: str, *, where: str) -> Path:
@@ -51,8 +63,11 @@ def check_regular(path: Path, *, where: str) -> os.stat_result:
     try:
         status = os.lstat(path)
     except (OSError, ValueError) as error:
-        raise InputError("This file cannot be read", where=f"{where}: {path}: expected a file, got {reason(error)}",
-                         fix="restore it, or check the path") from None
+        raise InputError(
+            "This file cannot be read",
+            where=f"{where}: {path}: expected a file, got {reason(error)}",
+            fix="restore it, or check the path",
+        ) from None
     _check_kind(status, path, where)
     return status
 
@@ -64,8 +79,11 @@ def open_regular(path: Path, *, where: str) -> Iterator[BinaryIO]:
     try:
         file = os.fdopen(os.open(path, _OPEN_FLAGS), "rb")
     except OSError as error:
-        raise InputError("This file cannot be opened", where=f"{where}: {path}: {reason(error)}",
-                         fix="check the file and its permissions") from None
+        raise InputError(
+            "This file cannot be opened",
+            where=f"{where}: {path}: {reason(error)}",
+            fix="check the file and its permissions",
+        ) from None
     with file:
         _check_kind(os.fstat(file.fileno()), path, where)
         yield file
@@ -76,8 +94,11 @@ def read_regular(path: Path, *, limit_bytes: int, where: str) -> bytes:
     with open_regular(path, where=where) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit_bytes:
-            raise InputError("This file is too large", where=f"{where}: {path}: expected at most {limit_bytes} bytes, got {size}",
-                             fix="give the right file")
+            raise InputError(
+                "This file is too large",
+                where=f"{where}: {path}: expected at most {limit_bytes} bytes, got {size}",
+                fix="give the right file",
+            )
         return file.read(limit_bytes)
 
 
@@ -150,10 +171,16 @@ def _check_kind(status: os.stat_result, path: Path, where: str) -> None:
 
 
 def _refusal(path: Path, got: str, where: str) -> InputError:
-    return InputError("This file may not be read", where=f"{where}: {path}: expected a regular file with one name, got {got}",
-                      fix="put a plain copy of the file there")
+    return InputError(
+        "This file may not be read",
+        where=f"{where}: {path}: expected a regular file with one name, got {got}",
+        fix="put a plain copy of the file there",
+    )
 
 
 def _not_written(path: Path, error: Exception) -> InputError:
-    return InputError("This file cannot be written", where=f"{path}: {reason(error)}",
-                      fix="check the folder, its permissions and the free space, or give another path")
+    return InputError(
+        "This file cannot be written",
+        where=f"{path}: {reason(error)}",
+        fix="check the folder, its permissions and the free space, or give another path",
+    )

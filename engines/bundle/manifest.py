@@ -3,6 +3,7 @@
 Knows nothing of files: `bundle.py` reads and checks those. Unknown, missing, mistyped, duplicated and non-finite values are
 refused by the path of their key.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -142,8 +143,11 @@ def manifest_from_json(text: str, *, where: str) -> Manifest:
     value = value_from_json(text, where=where)
     schema = value.get("schema") if isinstance(value, dict) else None
     if type(schema) is int and schema != SCHEMA:
-        raise InputError("This bundle has another schema version", where=f"{where}: schema: expected {SCHEMA}, got {schema}",
-                         fix="export it again with this version of star-export")
+        raise InputError(
+            "This bundle has another schema version",
+            where=f"{where}: schema: expected {SCHEMA}, got {schema}",
+            fix="export it again with this version of star-export",
+        )
     return strict(Manifest, value, where)
 
 
@@ -164,8 +168,11 @@ def value_from_json(text: str, *, where: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise InputError("This JSON file cannot be read", where=f"{where}: expected strict JSON, got {error}",
-                         fix="restore the file; it may be truncated or edited by hand") from None
+        raise InputError(
+            "This JSON file cannot be read",
+            where=f"{where}: expected strict JSON, got {error}",
+            fix="restore the file; it may be truncated or edited by hand",
+        ) from None
 
 
 def strict(kind, value, path: str):
@@ -174,8 +181,11 @@ def strict(kind, value, path: str):
     if dataclasses.is_dataclass(kind):
         hints, value = typing.get_type_hints(kind), _expect(dict, value, path)
         names = {f.name for f in dataclasses.fields(kind)}
-        required = {f.name for f in dataclasses.fields(kind)
-                    if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+        required = {
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
         if wrong := sorted(set(value) - names):
             raise _refusal(f"{path}: {wrong[0]}", "no such key", repr(wrong[0]))
         if absent := sorted(required - set(value)):
@@ -203,10 +213,17 @@ def strict(kind, value, path: str):
 
 def _expect(kind, value, path):
     if type(value) is not kind:
-        raise _refusal(path, {dict: "an object", list: "a list"}.get(kind, kind.__name__), f"{type(value).__name__} {value!r:.40}")
+        raise _refusal(
+            path,
+            {dict: "an object", list: "a list"}.get(kind, kind.__name__),
+            f"{type(value).__name__} {value!r:.40}",
+        )
     return value
 
 
 def _refusal(where: str, expected: str, got: str) -> InputError:
-    return InputError("This file does not say what it must", where=f"{where}: expected {expected}, got {got}",
-                      fix="restore the file or make it again; it is not edited by hand")
+    return InputError(
+        "This file does not say what it must",
+        where=f"{where}: expected {expected}, got {got}",
+        fix="restore the file or make it again; it is not edited by hand",
+    )

@@ -2,6 +2,7 @@
 
 Knows nothing of where tensors live: anything with `.shape` and `.dtype` can be checked.
 """
+
 from __future__ import annotations
 
 import functools
@@ -31,7 +32,9 @@ def check_binding(spec: ComponentSpec, tensors: Mapping[str, object]) -> dict[st
     is extra, and every wrong dtype, rank and size.
     """
     expected = {t.name: t for t in bound_tensors(spec)}
-    wrong = [f"{name}: missing, expected {_signature(t)}" for name, t in expected.items() if name not in tensors]
+    wrong = [
+        f"{name}: missing, expected {_signature(t)}" for name, t in expected.items() if name not in tensors
+    ]
     wrong += [f"{name}: extra" for name in tensors if name not in expected]
     symbols: dict[str, tuple[int, str]] = {}
     for name, tensor in expected.items():
@@ -39,8 +42,11 @@ def check_binding(spec: ComponentSpec, tensors: Mapping[str, object]) -> dict[st
             wrong += disagreements(tensor, tensors[name], symbols)
     if wrong:
         more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
-        raise InputError("These tensors do not fit this component", where=f"{spec.graph}: " + "; ".join(wrong[:_LISTED]) + more,
-                         fix="give each input and output once, with these dtypes and shapes (a cache under its past name only)")
+        raise InputError(
+            "These tensors do not fit this component",
+            where=f"{spec.graph}: " + "; ".join(wrong[:_LISTED]) + more,
+            fix="give each input and output once, with these dtypes and shapes (a cache under its past name only)",
+        )
     return {symbol: size for symbol, (size, _) in symbols.items()}
 
 
@@ -48,7 +54,9 @@ def disagreements(expected: TensorSpec, got: object, symbols: dict[str, tuple[in
     """What is wrong with one tensor. Enters the symbols' sizes, with the tensor that said so, into `symbols`."""
     name, shape = expected.name, tuple(got.shape)
     if dtype_name(got.dtype) != expected.dtype or len(shape) != len(expected.shape):
-        return [f"{name}: expected {_signature(expected)}, got {dtype_name(got.dtype)}[{','.join(map(str, shape))}]"]
+        return [
+            f"{name}: expected {_signature(expected)}, got {dtype_name(got.dtype)}[{','.join(map(str, shape))}]"
+        ]
     wrong = []
     for axis, size in zip(expected.shape, shape):
         if isinstance(axis, int):
@@ -86,8 +94,11 @@ def axis_parts(axis: str) -> tuple[int, str, int]:
     """(factor, symbol, divisor) of a dynamic axis: (2, `N`, 1) for `2N`. Raises InputError for another form."""
     match = _AXIS.fullmatch(axis)
     if match is None:
-        raise InputError("This dynamic axis has no meaning", where=f"expected a form like B, 2N or P/4, got {axis!r}",
-                         fix="export the bundle again with this version of star-export")
+        raise InputError(
+            "This dynamic axis has no meaning",
+            where=f"expected a form like B, 2N or P/4, got {axis!r}",
+            fix="export the bundle again with this version of star-export",
+        )
     return int(match[1] or 1), match[2], int(match[3] or 1)
 
 
@@ -112,8 +123,11 @@ def check_array(array: object, *, shape: tuple[int, ...], dtype: str) -> None:
         got = "one that is not contiguous"
     else:
         return
-    raise InputError("This array does not fit its buffer", fix="convert it with numpy: ascontiguousarray(array, dtype)",
-                     where=f"buffer: expected a contiguous {dtype}[{','.join(map(str, shape))}], got {got}")
+    raise InputError(
+        "This array does not fit its buffer",
+        fix="convert it with numpy: ascontiguousarray(array, dtype)",
+        where=f"buffer: expected a contiguous {dtype}[{','.join(map(str, shape))}], got {got}",
+    )
 
 
 def _size(axis: str, symbols: Mapping[str, int]) -> int:

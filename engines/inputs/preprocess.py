@@ -3,6 +3,7 @@
 Sources: transformers 4.51.0 `Qwen2VLImageProcessor` (the slow one) and `Qwen2_5_VisionTransformer.rot_pos_emb`; qwen-vl-utils
 `fetch_image`; STAR.md 3.2 (`ask` resizes twice) and 3.6 (`edit` looks through two encoders).
 """
+
 from __future__ import annotations
 
 import math
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InputError, ParityError, UsageError
 from ..bundle.bfloat16 import bf16_rounded
 from ..bundle.manifest import ModelSpec, VisionSpec
+from ..errors import InputError, ParityError, UsageError
 
 MIN_PIXELS = 28 * 28 * 16  # the vision encoder's limits, the release's defaults
 MAX_PIXELS = 28 * 28 * 576
@@ -36,18 +37,27 @@ class VisionInputs:
 
     def feeds(self) -> dict[str, np.ndarray]:
         """The four arrays by input name."""
-        return {name: getattr(self, name) for name in ("pixel_values", "rotary_cos", "rotary_sin", "window_ids")}
+        return {
+            name: getattr(self, name) for name in ("pixel_values", "rotary_cos", "rotary_sin", "window_ids")
+        }
 
 
-def ask_inputs(image: np.ndarray, model: ModelSpec, *, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> VisionInputs:
+def ask_inputs(
+    image: np.ndarray, model: ModelSpec, *, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+) -> VisionInputs:
     """An image, uint8 [H, W, 3], for a question: resized under wide limits first, then under the encoder's. Raises InputError."""
     check_pixel_limits(min_pixels=min_pixels, max_pixels=max_pixels, factor=_factor(model.vision))
-    height, width = smart_size(*image.shape[:2], factor=_factor(model.vision), min_pixels=ASK_MIN_PIXELS, max_pixels=ASK_MAX_PIXELS)
-    return vision_inputs(_resized(image, height, width, "BICUBIC"), model, min_pixels=min_pixels, max_pixels=max_pixels)
+    height, width = smart_size(
+        *image.shape[:2], factor=_factor(model.vision), min_pixels=ASK_MIN_PIXELS, max_pixels=ASK_MAX_PIXELS
+    )
+    return vision_inputs(
+        _resized(image, height, width, "BICUBIC"), model, min_pixels=min_pixels, max_pixels=max_pixels
+    )
 
 
-def edit_inputs(image: np.ndarray, model: ModelSpec, *, min_pixels: int = MIN_PIXELS,
-                max_pixels: int = MAX_PIXELS) -> tuple[VisionInputs, np.ndarray]:
+def edit_inputs(
+    image: np.ndarray, model: ModelSpec, *, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+) -> tuple[VisionInputs, np.ndarray]:
     """An image, uint8 [H, W, 3], for `vision_encoder` and, squashed to a square, for `vq_encoder`: float32 [1, 3, R, R] in [-1, 1].
 
     Raises InputError.
@@ -55,28 +65,44 @@ def edit_inputs(image: np.ndarray, model: ModelSpec, *, min_pixels: int = MIN_PI
     check_pixel_limits(min_pixels=min_pixels, max_pixels=max_pixels, factor=_factor(model.vision))
     image = _at_least(image, _factor(model.vision))
     square = _resized(image, model.image_size, model.image_size, "BILINEAR")
-    square = (square.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)  # torchvision's order of rounding
-    return (vision_inputs(image, model, min_pixels=min_pixels, max_pixels=max_pixels),
-            np.ascontiguousarray(square.transpose(2, 0, 1)[None]))
+    square = (square.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(
+        0.5
+    )  # torchvision's order of rounding
+    return (
+        vision_inputs(image, model, min_pixels=min_pixels, max_pixels=max_pixels),
+        np.ascontiguousarray(square.transpose(2, 0, 1)[None]),
+    )
 
 
 def vision_inputs(image: np.ndarray, model: ModelSpec, *, min_pixels: int, max_pixels: int) -> VisionInputs:
     """An image, uint8 [H, W, 3], resized to multiples of patch x merge and cut into patches. Raises InputError."""
     vision = model.vision
-    height, width = smart_size(*image.shape[:2], factor=_factor(vision), min_pixels=min_pixels, max_pixels=max_pixels)
+    height, width = smart_size(
+        *image.shape[:2], factor=_factor(vision), min_pixels=min_pixels, max_pixels=max_pixels
+    )
     pixels = patches_from_image(_resized(image, height, width, "BICUBIC"), vision)
-    rows, columns = patch_coordinates(vision, grid_h=height // vision.patch_size, grid_w=width // vision.patch_size)
+    rows, columns = patch_coordinates(
+        vision, grid_h=height // vision.patch_size, grid_w=width // vision.patch_size
+    )
     side = vision.window_size // vision.patch_size  # in patches
     windows = rows // side * -(-width // vision.patch_size // side) + columns // side
-    return VisionInputs(pixels, *rotary_cos_sin(vision, rows, columns, rope_bf16=model.rope_bf16), windows,
-                        grid_h=height // _factor(vision), grid_w=width // _factor(vision))
+    return VisionInputs(
+        pixels,
+        *rotary_cos_sin(vision, rows, columns, rope_bf16=model.rope_bf16),
+        windows,
+        grid_h=height // _factor(vision),
+        grid_w=width // _factor(vision),
+    )
 
 
 def smart_size(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) near the given one, multiples of `factor`, with an area within the limits. Raises InputError."""
     if max(height, width) > ASPECT_LIMIT * min(height, width):
-        raise InputError("This image is too long and thin", where=f"image: expected sides within {ASPECT_LIMIT} to 1, got {width}x{height}",
-                         fix="crop it")
+        raise InputError(
+            "This image is too long and thin",
+            where=f"image: expected sides within {ASPECT_LIMIT} to 1, got {width}x{height}",
+            fix="crop it",
+        )
     h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
     if h * w > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
@@ -92,9 +118,13 @@ def patches_from_image(image: np.ndarray, vision: VisionSpec) -> np.ndarray:
     patch, merge, (height, width, _) = vision.patch_size, vision.spatial_merge_size, image.shape
     scaled = (image * (1 / 255)).astype(np.float32)  # in float64 first, as the release
     normal = (scaled - np.array(vision.image_mean, np.float32)) / np.array(vision.image_std, np.float32)
-    blocks = normal.transpose(2, 0, 1).reshape(3, height // patch // merge, merge, patch, width // patch // merge, merge, patch)
+    blocks = normal.transpose(2, 0, 1).reshape(
+        3, height // patch // merge, merge, patch, width // patch // merge, merge, patch
+    )
     blocks = blocks.transpose(1, 4, 2, 5, 0, 3, 6)  # [gh, gw, merge, merge, 3, patch, patch]
-    still = np.repeat(blocks[..., None, :, :], vision.temporal_patch_size, axis=-3)  # one image fills every frame
+    still = np.repeat(
+        blocks[..., None, :, :], vision.temporal_patch_size, axis=-3
+    )  # one image fills every frame
     return still.reshape(-1, 3 * vision.temporal_patch_size * patch * patch)
 
 
@@ -106,7 +136,9 @@ def patch_coordinates(vision: VisionSpec, *, grid_h: int, grid_w: int) -> tuple[
     return rows, columns
 
 
-def rotary_angles(vision: VisionSpec, rows: np.ndarray, columns: np.ndarray, *, rope_bf16: bool) -> np.ndarray:
+def rotary_angles(
+    vision: VisionSpec, rows: np.ndarray, columns: np.ndarray, *, rope_bf16: bool
+) -> np.ndarray:
     """Rotary angles of every patch, float32 [P, head_dim/2]: head_dim/4 of its row, then of its column.
 
     `rope_bf16` rounds frequencies, positions and their products through bfloat16, as the release does (STAR.md 1.1).
@@ -115,11 +147,15 @@ def rotary_angles(vision: VisionSpec, rows: np.ndarray, columns: np.ndarray, *, 
     exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
     frequencies = np.float32(1) / np.power(np.float32(ROPE_THETA), exponents)
     rounded = bf16_rounded if rope_bf16 else np.asarray
-    angles = [rounded(rounded(axis.astype(np.float32))[:, None] * rounded(frequencies)) for axis in (rows, columns)]
+    angles = [
+        rounded(rounded(axis.astype(np.float32))[:, None] * rounded(frequencies)) for axis in (rows, columns)
+    ]
     return np.concatenate(angles, axis=1, dtype=np.float32)
 
 
-def rotary_cos_sin(vision: VisionSpec, rows: np.ndarray, columns: np.ndarray, *, rope_bf16: bool) -> tuple[np.ndarray, np.ndarray]:
+def rotary_cos_sin(
+    vision: VisionSpec, rows: np.ndarray, columns: np.ndarray, *, rope_bf16: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of `rotary_angles`, two of float32 [P, head_dim/2]; `rope_bf16` rounds them through bfloat16 too."""
     angles = rotary_angles(vision, rows, columns, rope_bf16=rope_bf16).astype(np.float64)
     cos, sin = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
@@ -132,16 +168,22 @@ def images_from_decoded(image: np.ndarray) -> np.ndarray:
     Raises ParityError when a number is not finite.
     """
     if not np.isfinite(image).all():
-        raise ParityError("The decoded image is broken", where=f"vq_decoder: expected finite numbers, got {np.sum(~np.isfinite(image))} others",
-                          fix="validate the bundle on this device: star-export validate BUNDLE")
+        raise ParityError(
+            "The decoded image is broken",
+            where=f"vq_decoder: expected finite numbers, got {np.sum(~np.isfinite(image))} others",
+            fix="validate the bundle on this device: star-export validate BUNDLE",
+        )
     return np.ascontiguousarray(np.clip((image + 1) / 2 * 255, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def check_pixel_limits(*, min_pixels: int, max_pixels: int, factor: int) -> None:
     """Refuse limits that no image can meet. Raises UsageError."""
     if not (factor * factor <= max_pixels and 1 <= min_pixels <= max_pixels):
-        raise UsageError("These pixel limits cannot be met", fix="leave out the two options to use the defaults",
-                         where=f"expected 1 <= min_pixels <= max_pixels and max_pixels >= {factor * factor}, got {min_pixels} and {max_pixels}")
+        raise UsageError(
+            "These pixel limits cannot be met",
+            fix="leave out the two options to use the defaults",
+            where=f"expected 1 <= min_pixels <= max_pixels and max_pixels >= {factor * factor}, got {min_pixels} and {max_pixels}",
+        )
 
 
 def _factor(vision: VisionSpec) -> int:
@@ -158,4 +200,5 @@ def _at_least(image: np.ndarray, side: int) -> np.ndarray:
 
 def _resized(image: np.ndarray, height: int, width: int, filter_name: str) -> np.ndarray:
     from PIL import Image
+
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[filter_name]))

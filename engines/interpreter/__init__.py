@@ -4,6 +4,7 @@ The parser between ONNX and engine drops and reinterprets things without a word.
 inspection: `parsed` reads it as data, `evaluate` computes it in numpy, `describe` shows and hashes it. What this proves is the
 meaning of the network, not the kernels that are compiled from it.
 """
+
 from .describe import describe_network, network_hash
 from .evaluate import Network
 from .parsed import BUILDERS, parsed_from_network

@@ -1,4 +1,5 @@
 """Rotary embedding, KV-cache update and attention. Quotations are of TensorRT's NvInfer.h (11.1)."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -31,16 +32,22 @@ def rotary_embedding(layer: Layer) -> Compute:
 def kv_cache_update(layer: Layer) -> Compute:
     """IKVCacheUpdateLayer, LINEAR: "output[i, :, writeIndices[i] + s, :] = update[i, :, s, :]", in the cache's own memory;
     "out-of-bound updates will be ignored silently"."""
-    if (layer["cache_mode"], layer["update_form"], layer["update_lengths"]) != ("LINEAR", "PADDED_BHND", None):
-        raise layer.refuse(f"{layer['cache_mode']}, {layer['update_form']}, lengths {layer['update_lengths']}",
-                           "LINEAR, PADDED_BHND, no lengths")
+    if (layer["cache_mode"], layer["update_form"], layer["update_lengths"]) != (
+        "LINEAR",
+        "PADDED_BHND",
+        None,
+    ):
+        raise layer.refuse(
+            f"{layer['cache_mode']}, {layer['update_form']}, lengths {layer['update_lengths']}",
+            "LINEAR, PADDED_BHND, no lengths",
+        )
 
     def compute(cache, update, write_indices):
         if (write_indices < 0).any():
             raise ValueError("a negative write index, which TensorRT does not define")
         for row, first in enumerate(write_indices.tolist()):
             count = max(min(update.shape[2], cache.shape[2] - first), 0)
-            cache[row, :, first:first + count] = update[row, :, :count]
+            cache[row, :, first : first + count] = update[row, :, :count]
         return cache
 
     return compute
@@ -69,14 +76,18 @@ def attention_input(layer: Layer) -> Compute:
             visible = visible & (np.arange(slots) < lengths.reshape(-1, 1, 1, 1))
         scores = np.where(visible, scores, -np.inf if softmax else 0).astype(np.float32)
         weights = softmax_of(scores) if softmax else scores
-        return (weights.reshape(rows, kv_heads, -1, slots) @ value).reshape(query.shape[:-1] + value.shape[-1:])
+        return (weights.reshape(rows, kv_heads, -1, slots) @ value).reshape(
+            query.shape[:-1] + value.shape[-1:]
+        )
 
     return compute
 
 
 def _visible(causal: str, tokens: int, slots: int) -> np.ndarray:
     """Which keys each query may see by position: bool [S,C]."""
-    last = np.arange(tokens)[:, None] + {"NONE": slots, "UPPER_LEFT": 0, "LOWER_RIGHT": slots - tokens}[causal]
+    last = (
+        np.arange(tokens)[:, None] + {"NONE": slots, "UPPER_LEFT": 0, "LOWER_RIGHT": slots - tokens}[causal]
+    )
     return np.arange(slots) <= last
 
 
@@ -89,11 +100,20 @@ def _check(layer: Layer) -> None:
     """Refuse what this module does not compute."""
     forms = layer["query_form"], layer["key_value_form"]
     lengths = layer["key_value_lengths"] is not None
-    if layer["causal_kind"] not in ("NONE", "UPPER_LEFT", "LOWER_RIGHT") or layer["norm_op"] not in ("SOFTMAX", "NONE"):
+    if layer["causal_kind"] not in ("NONE", "UPPER_LEFT", "LOWER_RIGHT") or layer["norm_op"] not in (
+        "SOFTMAX",
+        "NONE",
+    ):
         raise layer.refuse(f"causal kind {layer['causal_kind']}, normalisation {layer['norm_op']}")
-    if forms != ("PADDED_BHND", "PADDED_BHND") or layer["query_lengths"] is not None or layer["num_ranks"] != 1:
-        raise layer.refuse(f"forms {forms}, query lengths {layer['query_lengths']}, {layer['num_ranks']} ranks",
-                           "padded queries and keys")
+    if (
+        forms != ("PADDED_BHND", "PADDED_BHND")
+        or layer["query_lengths"] is not None
+        or layer["num_ranks"] != 1
+    ):
+        raise layer.refuse(
+            f"forms {forms}, query lengths {layer['query_lengths']}, {layer['num_ranks']} ranks",
+            "padded queries and keys",
+        )
     if layer["normalization_quantize_scale"] is not None:
         raise layer.refuse("a quantised normalisation")
     if lengths and layer["causal_kind"] == "LOWER_RIGHT":
@@ -102,5 +122,9 @@ def _check(layer: Layer) -> None:
         raise layer.refuse(f"causal {layer['causal']} with causal kind {layer['causal_kind']}")
 
 
-READERS = {"ROTARY_EMBEDDING": rotary_embedding, "KV_CACHE_UPDATE": kv_cache_update, "ATTENTION_INPUT": attention_input,
-           "ATTENTION_OUTPUT": attention_output}
+READERS = {
+    "ROTARY_EMBEDDING": rotary_embedding,
+    "KV_CACHE_UPDATE": kv_cache_update,
+    "ATTENTION_INPUT": attention_input,
+    "ATTENTION_OUTPUT": attention_output,
+}

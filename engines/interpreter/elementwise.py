@@ -3,6 +3,7 @@
 A reader takes a layer (`parsed.Layer`) and returns the function of its inputs; real numbers are float32 arrays, and the caller
 rounds the result to the output's type.
 """
+
 from __future__ import annotations
 
 import math
@@ -27,21 +28,55 @@ def _divided(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return x / y
     quotient, rest = np.divmod(x, y)
     if ((rest != 0) & ((x < 0) != (y < 0))).any():
-        raise ValueError("a division of integers of unlike sign with a remainder: TensorRT does not say which way it rounds")
+        raise ValueError(
+            "a division of integers of unlike sign with a remainder: TensorRT does not say which way it rounds"
+        )
     return quotient
 
 
 ELEMENTWISE: dict[str, Compute] = {  # enum ElementWiseOperation
-    "SUM": np.add, "PROD": np.multiply, "MAX": np.maximum, "MIN": np.minimum, "SUB": np.subtract, "DIV": _divided,
-    "POW": np.power, "FLOOR_DIV": np.floor_divide, "AND": np.logical_and, "OR": np.logical_or,
-    "XOR": np.logical_xor, "EQUAL": np.equal,
-    "GREATER": np.greater, "LESS": np.less}
+    "SUM": np.add,
+    "PROD": np.multiply,
+    "MAX": np.maximum,
+    "MIN": np.minimum,
+    "SUB": np.subtract,
+    "DIV": _divided,
+    "POW": np.power,
+    "FLOOR_DIV": np.floor_divide,
+    "AND": np.logical_and,
+    "OR": np.logical_or,
+    "XOR": np.logical_xor,
+    "EQUAL": np.equal,
+    "GREATER": np.greater,
+    "LESS": np.less,
+}
 
 UNARY: dict[str, Compute] = {  # enum UnaryOperation
-    "EXP": np.exp, "LOG": np.log, "SQRT": np.sqrt, "RECIP": lambda x: np.float32(1) / x, "ABS": np.abs, "NEG": np.negative,
-    "SIN": np.sin, "COS": np.cos, "TAN": np.tan, "SINH": np.sinh, "COSH": np.cosh, "ASIN": np.arcsin, "ACOS": np.arccos,
-    "ATAN": np.arctan, "ASINH": np.arcsinh, "ACOSH": np.arccosh, "ATANH": np.arctanh, "CEIL": np.ceil, "FLOOR": np.floor,
-    "ERF": erf, "NOT": np.logical_not, "SIGN": np.sign, "ROUND": np.rint, "ISINF": np.isinf, "ISNAN": np.isnan
+    "EXP": np.exp,
+    "LOG": np.log,
+    "SQRT": np.sqrt,
+    "RECIP": lambda x: np.float32(1) / x,
+    "ABS": np.abs,
+    "NEG": np.negative,
+    "SIN": np.sin,
+    "COS": np.cos,
+    "TAN": np.tan,
+    "SINH": np.sinh,
+    "COSH": np.cosh,
+    "ASIN": np.arcsin,
+    "ACOS": np.arccos,
+    "ATAN": np.arctan,
+    "ASINH": np.arcsinh,
+    "ACOSH": np.arccosh,
+    "ATANH": np.arctanh,
+    "CEIL": np.ceil,
+    "FLOOR": np.floor,
+    "ERF": erf,
+    "NOT": np.logical_not,
+    "SIGN": np.sign,
+    "ROUND": np.rint,
+    "ISINF": np.isinf,
+    "ISNAN": np.isnan,
 }
 
 
@@ -59,7 +94,9 @@ ACTIVATION: dict[str, Compute] = {  # enum ActivationType, of x, alpha and beta
     "SCALED_TANH": lambda x, a, b: a * np.tanh(b * x),
     "THRESHOLDED_RELU": lambda x, a, b: np.where(x > a, x, 0),
     "GELU_ERF": lambda x, a, b: 0.5 * x * (1 + erf(np.float32(0.5**0.5) * x)),
-    "GELU_TANH": lambda x, a, b: 0.5 * x * (1 + np.tanh(np.float32((2 / np.pi)**0.5) * (np.float32(0.044715) * x**3 + x))),
+    "GELU_TANH": lambda x, a, b: (
+        0.5 * x * (1 + np.tanh(np.float32((2 / np.pi) ** 0.5) * (np.float32(0.044715) * x**3 + x)))
+    ),
 }
 
 
@@ -82,7 +119,11 @@ def unary(layer: Layer) -> Compute:
 
 def activation(layer: Layer) -> Compute:
     """IActivationLayer: "a per-element activation function"."""
-    function, alpha, beta = _of(layer, ACTIVATION, layer["type"]), np.float32(layer["alpha"]), np.float32(layer["beta"])
+    function, alpha, beta = (
+        _of(layer, ACTIVATION, layer["type"]),
+        np.float32(layer["alpha"]),
+        np.float32(layer["beta"]),
+    )
     return lambda x: function(x, alpha, beta)
 
 
@@ -163,7 +204,11 @@ def _scales(layer: Layer) -> Callable[[tuple[int, ...], np.ndarray], np.ndarray]
         blocked = [i for i in range(rank) if scale.shape[i] != shape[i]]
         if len(blocked) > 1 or any(shape[i] % scale.shape[i] for i in blocked):
             raise ValueError(f"scales {scale.shape} for {shape}")
-        return np.repeat(scale, shape[blocked[0]] // scale.shape[blocked[0]], axis=blocked[0]) if blocked else scale
+        return (
+            np.repeat(scale, shape[blocked[0]] // scale.shape[blocked[0]], axis=blocked[0])
+            if blocked
+            else scale
+        )
 
     if scale_rank > 1 and scale_rank != rank:
         raise layer.refuse(f"scales of rank {scale_rank} for an input of rank {rank}")
@@ -182,6 +227,12 @@ def _of(layer: Layer, table: dict[str, Compute], name: str) -> Compute:
 
 
 READERS = {
-    "ELEMENTWISE": elementwise, "UNARY": unary, "ACTIVATION": activation, "SELECT": select, "IDENTITY": identity, "CAST": cast,
-    "QUANTIZE": quantize, "DEQUANTIZE": dequantize
+    "ELEMENTWISE": elementwise,
+    "UNARY": unary,
+    "ACTIVATION": activation,
+    "SELECT": select,
+    "IDENTITY": identity,
+    "CAST": cast,
+    "QUANTIZE": quantize,
+    "DEQUANTIZE": dequantize,
 }

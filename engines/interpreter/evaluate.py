@@ -5,6 +5,7 @@ throughout, which tells what the network means from what its types cost. Whateve
 fixed sizes) is checked. A tensor is freed after its last use, a KV cache is updated in place, and what depends on no input is
 computed once where there is room.
 """
+
 from __future__ import annotations
 
 import functools
@@ -21,9 +22,20 @@ from .numbers import REALS, held_dtype, rounded, unpacked
 from .parsed import Layer, Parsed, Tensor
 
 READERS = elementwise.READERS | layout.READERS | reductions.READERS | indexing.READERS | attention.READERS
-EXACT = {"CONSTANT", "SELECT", "TOPK", "KV_CACHE_UPDATE", "ATTENTION_OUTPUT", "QUANTIZE",
-         *(layout.READERS.keys() - {"FILL", "RESIZE"}), *indexing.READERS}  # their results need no rounding
-KEEP_BYTES, KEEP_SHARE = 1 << 30, 1 / 4  # of constants kept between runs: so much always, so much of this machine's memory
+EXACT = {
+    "CONSTANT",
+    "SELECT",
+    "TOPK",
+    "KV_CACHE_UPDATE",
+    "ATTENTION_OUTPUT",
+    "QUANTIZE",
+    *(layout.READERS.keys() - {"FILL", "RESIZE"}),
+    *indexing.READERS,
+}  # their results need no rounding
+KEEP_BYTES, KEEP_SHARE = (
+    1 << 30,
+    1 / 4,
+)  # of constants kept between runs: so much always, so much of this machine's memory
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -48,17 +60,26 @@ class Network:
         _check_caches(parsed, needed)
         fixed = _constant_names(needed)
         boundary = {
-            t.name: t for layer in needed if layer.outputs[0].name not in fixed for t in layer.inputs if t and t.name in fixed
+            t.name: t
+            for layer in needed
+            if layer.outputs[0].name not in fixed
+            for t in layer.inputs
+            if t and t.name in fixed
         }
         boundary |= {t.name: t for t in parsed.outputs if t.name in fixed}
         self._kept: dict[str, np.ndarray] | None = None
-        keep = sum(math.prod(t.shape) * held_dtype(t.kind).itemsize for t in boundary.values()) <= _room_bytes()
+        keep = (
+            sum(math.prod(t.shape) * held_dtype(t.kind).itemsize for t in boundary.values()) <= _room_bytes()
+        )
         early = [layer for layer in needed if keep and layer.outputs[0].name in fixed]
         late = [layer for layer in needed if layer not in early]
         compute = {id(layer): self._compute(layer, ties) for layer in needed}
         self._early = _steps(early, compute, keep=boundary)
-        self._late = _steps(late, compute,
-                            keep={t.name for t in (*parsed.outputs, *parsed.inputs)} | set(boundary if keep else ()))
+        self._late = _steps(
+            late,
+            compute,
+            keep={t.name for t in (*parsed.outputs, *parsed.inputs)} | set(boundary if keep else ()),
+        )
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """Outputs by name, reals in float32 (a cache: in its own memory and type). `feeds`: every input by name, caches writable.
@@ -78,7 +99,9 @@ class Network:
                 results = step.compute(*arguments)
             except (ValueError, IndexError, TypeError) as error:
                 raise step.layer.refuse(str(error), "values that TensorRT defines") from error
-            for tensor, result in zip(step.layer.outputs, results if isinstance(results, tuple) else (results,), strict=True):
+            for tensor, result in zip(
+                step.layer.outputs, results if isinstance(results, tuple) else (results,), strict=True
+            ):
                 values[tensor.name] = self._checked(step.layer, tensor, result)
             for name in step.frees:
                 del values[name]
@@ -86,13 +109,19 @@ class Network:
 
     def _checked(self, layer: Layer, tensor: Tensor, result: np.ndarray) -> np.ndarray:
         """`result` in its type, rounded, of the shape that TensorRT inferred."""
-        if result.ndim != len(tensor.shape) or any(d not in (-1, n) for d, n in zip(tensor.shape, result.shape)):
-            raise layer.refuse(f"shape {result.shape}", f"shape {tensor.shape} of {tensor.name}, as TensorRT inferred it")
+        if result.ndim != len(tensor.shape) or any(
+            d not in (-1, n) for d, n in zip(tensor.shape, result.shape)
+        ):
+            raise layer.refuse(
+                f"shape {result.shape}", f"shape {tensor.shape} of {tensor.name}, as TensorRT inferred it"
+            )
         if layer.kind == "KV_CACHE_UPDATE":
             return result
         held = held_dtype(tensor.kind)
         if result.dtype != held:
-            if not (np.issubdtype(result.dtype, np.floating) and tensor.kind in REALS or layer.kind == "TOPK"):
+            if not (
+                np.issubdtype(result.dtype, np.floating) and tensor.kind in REALS or layer.kind == "TOPK"
+            ):
                 raise layer.refuse(f"{result.dtype} values", f"{tensor.kind} for {tensor.name}")
             result = result.astype(held)
         if self.wide or tensor.kind not in REALS or layer.kind in EXACT:
@@ -117,8 +146,11 @@ def _room_bytes() -> int:
 
 def _widened(compute: Callable) -> Callable:
     """Caches of 16 bits arrive as float16: every other array of reals is float32."""
+
     def widened(*arguments):
-        return compute(*(a.astype(np.float32) if a is not None and a.dtype == np.float16 else a for a in arguments))
+        return compute(
+            *(a.astype(np.float32) if a is not None and a.dtype == np.float16 else a for a in arguments)
+        )
 
     return widened
 
@@ -152,12 +184,23 @@ def _check_caches(parsed: Parsed, layers: list[Layer]) -> None:
     """A cache is overwritten when it is updated: nothing else may read its values. Raises InputError."""
     caches = {layer.inputs[0].name for layer in layers if layer.kind == "KV_CACHE_UPDATE"}
     if outside := caches - {tensor.name for tensor in parsed.inputs}:
-        raise InputError("TensorRT's network cannot be read back", fix="export again: a cache is an input of the graph itself",
-                         where=f"cache {min(outside)}: expected an input of the network, to be updated in place")
+        raise InputError(
+            "TensorRT's network cannot be read back",
+            fix="export again: a cache is an input of the graph itself",
+            where=f"cache {min(outside)}: expected an input of the network, to be updated in place",
+        )
     for layer in layers:
-        read = layer.inputs[1:] if layer.kind == "KV_CACHE_UPDATE" else () if layer.kind == "SHAPE" else layer.inputs
+        read = (
+            layer.inputs[1:]
+            if layer.kind == "KV_CACHE_UPDATE"
+            else ()
+            if layer.kind == "SHAPE"
+            else layer.inputs
+        )
         if named := [tensor.name for tensor in read if tensor is not None and tensor.name in caches]:
-            raise layer.refuse(f"the cache {named[0]} read beside its update", "a cache that only its update reads")
+            raise layer.refuse(
+                f"the cache {named[0]} read beside its update", "a cache that only its update reads"
+            )
 
 
 def _steps(layers: list[Layer], compute: Mapping[int, Callable], keep: Iterable[str]) -> list[_Step]:

@@ -1,4 +1,5 @@
 """Layers that read and write by index. Quotations are of TensorRT's NvInfer.h (11.1)."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,7 +18,12 @@ def gather(layer: Layer) -> Compute:
     A negative index counts from the end, except along an axis of dynamic length, where it "has undefined behavior": an error
     here.
     """
-    mode, axis, shared, sizes = layer["mode"], layer["axis"], layer["num_elementwise_dims"], layer.inputs[0].shape
+    mode, axis, shared, sizes = (
+        layer["mode"],
+        layer["axis"],
+        layer["num_elementwise_dims"],
+        layer.inputs[0].shape,
+    )
     if mode not in _GATHER:
         raise layer.refuse(f"mode {mode}", f"one of {', '.join(_GATHER)}")
     function = _GATHER[mode]
@@ -41,7 +47,9 @@ def _gather_default(data, indices, axis, shared, sizes):
     indices, inside = _index(indices, data.shape[axis], sizes[axis])
     if shared:  # "First nbElementwiseDims of output are computed by applying broadcast rules"; at most one
         rows = max(len(data), len(indices))
-        parts = [(data[i % len(data)], indices[i % len(indices)], inside[i % len(inside)]) for i in range(rows)]
+        parts = [
+            (data[i % len(data)], indices[i % len(indices)], inside[i % len(inside)]) for i in range(rows)
+        ]
         return np.stack([_take(d, i, o, axis - 1) for d, i, o in parts])
     return _take(data, indices, inside, axis)
 
@@ -50,21 +58,32 @@ def _take(data, indices, inside, axis):
     taken = np.take(data, indices, axis=axis)
     if inside.all():
         return taken
-    return np.where(inside.reshape([1] * axis + list(inside.shape) + [1] * (data.ndim - axis - 1)), taken, data.dtype.type(0))
+    return np.where(
+        inside.reshape([1] * axis + list(inside.shape) + [1] * (data.ndim - axis - 1)),
+        taken,
+        data.dtype.type(0),
+    )
 
 
 def _gather_element(data, indices, axis, shared, sizes):
-    """"output[J] = data[K]", K is J with [axis] replaced by the index."""
+    """ "output[J] = data[K]", K is J with [axis] replaced by the index."""
     indices, inside = _index(indices, data.shape[axis], sizes[axis])
     return np.where(inside, data[_places(indices, axis)], data.dtype.type(0))
 
 
 def _gather_nd(data, indices, axis, shared, sizes):
-    """"output[i_1, ..., i_{q-1}] = data[indices[i_1, ..., i_{q-1}]]", behind `shared` leading dimensions in common."""
-    at, inside = zip(*(_index(indices[..., i], data.shape[shared + i], sizes[shared + i]) for i in range(indices.shape[-1])))
+    """ "output[i_1, ..., i_{q-1}] = data[indices[i_1, ..., i_{q-1}]]", behind `shared` leading dimensions in common."""
+    at, inside = zip(
+        *(
+            _index(indices[..., i], data.shape[shared + i], sizes[shared + i])
+            for i in range(indices.shape[-1])
+        )
+    )
     leading = np.ogrid[tuple(slice(n) for n in indices.shape[:-1])][:shared]
     taken, inside = data[(*leading, *at)], np.logical_and.reduce(inside)
-    return np.where(inside.reshape(inside.shape + (1,) * (taken.ndim - inside.ndim)), taken, data.dtype.type(0))
+    return np.where(
+        inside.reshape(inside.shape + (1,) * (taken.ndim - inside.ndim)), taken, data.dtype.type(0)
+    )
 
 
 _GATHER = {"DEFAULT": _gather_default, "ELEMENT": _gather_element, "ND": _gather_nd}
@@ -87,12 +106,16 @@ def scatter(layer: Layer) -> Compute:
     def compute(data, indices, updates):
         parts = [indices] if mode == "ELEMENT" else [indices[..., i] for i in range(indices.shape[-1])]
         first = axis if mode == "ELEMENT" else 0
-        at, inside = zip(*(_index(part, data.shape[first + i], sizes[first + i]) for i, part in enumerate(parts)))
+        at, inside = zip(
+            *(_index(part, data.shape[first + i], sizes[first + i]) for i, part in enumerate(parts))
+        )
         places = _places(at[0], axis) if mode == "ELEMENT" else at
-        counts = np.zeros(data.shape[:len(places)], np.int64)
+        counts = np.zeros(data.shape[: len(places)], np.int64)
         np.add.at(counts, places, 1)
         if counts.max(initial=0) > 1 or not np.logical_and.reduce(inside).all():
-            raise ValueError("two writes to one element, or one out of bounds, which TensorRT does not define")
+            raise ValueError(
+                "two writes to one element, or one out of bounds, which TensorRT does not define"
+            )
         result = data.copy()
         result[places] = updates
         return result
@@ -109,7 +132,8 @@ def one_hot(layer: Layer) -> Compute:
         count = int(depth)
         if ((indices < 0) | (indices >= count)).any():
             raise ValueError(
-                f"an index of {indices.min()} to {indices.max()} for a depth of {count}, which TensorRT does not define")
+                f"an index of {indices.min()} to {indices.max()} for a depth of {count}, which TensorRT does not define"
+            )
         place = axis % (indices.ndim + 1)
         classes = np.arange(count).reshape([-1 if i == place else 1 for i in range(indices.ndim + 1)])
         return np.where(np.expand_dims(indices, place) == classes, values[1], values[0])

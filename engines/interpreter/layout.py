@@ -1,4 +1,5 @@
 """Layers that move elements and compute none, and those on shapes. Quotations are of TensorRT's NvInfer.h (11.1)."""
+
 from __future__ import annotations
 
 import math
@@ -21,17 +22,18 @@ def shuffle(layer: Layer) -> Compute:
     """IShuffleLayer: "a transpose operation, a reshape operation and a second transpose operation"; "the layer has an optional
     second input. If present, [...] the reshape dimensions are taken from it". 0 copies a dimension where
     `zero_is_placeholder`, -1 is inferred."""
-    first, second, static, placeholder = (layer[name] for name in ("first_transpose", "second_transpose", "reshape_dims",
-                                                                   "zero_is_placeholder"))
+    first, second, static, placeholder = (
+        layer[name] for name in ("first_transpose", "second_transpose", "reshape_dims", "zero_is_placeholder")
+    )
     if len(layer.inputs) == 2 and static is not None:
         raise layer.refuse(f"reshape dimensions {static} and a second input")
 
     def compute(x, dims=None):
-        x = x.transpose(first[:x.ndim])
+        x = x.transpose(first[: x.ndim])
         dims = static if dims is None else dims.tolist()
         if dims is not None:
             x = x.reshape([x.shape[i] if size == 0 and placeholder else size for i, size in enumerate(dims)])
-        return x.transpose(second[:x.ndim])
+        return x.transpose(second[: x.ndim])
 
     return compute
 
@@ -44,7 +46,9 @@ def slice_(layer: Layer) -> Compute:
         raise layer.refuse(f"sample mode {mode}", f"one of {', '.join(_OUTSIDE)}")
 
     def compute(x, start=None, size=None, stride=None, fill=None, axes=None):
-        starts, sizes, strides = (static[i] if given is None else given.tolist() for i, given in enumerate((start, size, stride)))
+        starts, sizes, strides = (
+            static[i] if given is None else given.tolist() for i, given in enumerate((start, size, stride))
+        )
         chosen = layer["axes"] if axes is None else axes.tolist()
         chosen = range(x.ndim) if chosen is None else [axis % x.ndim for axis in chosen]
         inside = np.array(True)
@@ -63,13 +67,18 @@ def _strict(at: np.ndarray, length: int) -> np.ndarray:
 
 
 def _reflect(at: np.ndarray, length: int) -> np.ndarray:
-    """"The axis of reflection is the middle of the perimeter pixel"; "repeats values for a single pixel"."""
+    """ "The axis of reflection is the middle of the perimeter pixel"; "repeats values for a single pixel"."""
     period = max(2 * (length - 1), 1)
     return (length - 1) - np.abs(at % period - (length - 1))
 
 
-_OUTSIDE = {"STRICT_BOUNDS": _strict, "WRAP": lambda at, n: at % n, "CLAMP": lambda at, n: at.clip(0, n - 1),
-            "FILL": lambda at, n: at.clip(0, n - 1), "REFLECT": _reflect}
+_OUTSIDE = {
+    "STRICT_BOUNDS": _strict,
+    "WRAP": lambda at, n: at % n,
+    "CLAMP": lambda at, n: at.clip(0, n - 1),
+    "FILL": lambda at, n: at.clip(0, n - 1),
+    "REFLECT": _reflect,
+}
 
 
 def concatenation(layer: Layer) -> Compute:
@@ -81,6 +90,7 @@ def concatenation(layer: Layer) -> Compute:
 def squeeze(layer: Layer) -> Compute:
     """ISqueezeLayer: "removing unit dimensions of the first input tensor on a set of axes specified by the second input
     tensor"; without a second input all of them."""
+
     def compute(x, axes=None):
         return np.squeeze(x, None if axes is None else tuple(axes.reshape(-1).tolist()))
 
@@ -97,7 +107,12 @@ def fill(layer: Layer) -> Compute:
     beta. Random numbers are no function of the inputs."""
     if layer["operation"] != "LINSPACE":
         raise layer.refuse(f"operation {layer['operation']}", "LINSPACE")
-    dtype, static, alpha, beta = held_dtype(layer.outputs[0].kind), layer["shape"], layer["alpha"], layer["beta"]
+    dtype, static, alpha, beta = (
+        held_dtype(layer.outputs[0].kind),
+        layer["shape"],
+        layer["alpha"],
+        layer["beta"],
+    )
 
     def compute(dims=None, start=None, steps=None):
         sizes = static if dims is None else dims.tolist()
@@ -105,7 +120,8 @@ def fill(layer: Layer) -> Compute:
         deltas = [beta] if steps is None else steps.reshape(-1).tolist()
         for axis, delta in zip(range(len(sizes)), deltas, strict=True):
             result = result + (dtype.type(delta) * np.arange(sizes[axis], dtype=dtype)).reshape(
-                [-1 if i == axis else 1 for i in range(len(sizes))])
+                [-1 if i == axis else 1 for i in range(len(sizes))]
+            )
         return result
 
     return compute
@@ -129,11 +145,19 @@ def resize(layer: Layer) -> Compute:
     mode, single = layer["resize_mode"], layer["selector_for_single_pixel"]
     origin = _ORIGINS.get(layer["coordinate_transformation"])
     if mode not in ("NEAREST", "LINEAR") or origin is None or layer["nearest_rounding"] not in _NEAREST:
-        raise layer.refuse(f"{mode} with {layer['coordinate_transformation']} and {layer['nearest_rounding']}")
+        raise layer.refuse(
+            f"{mode} with {layer['coordinate_transformation']} and {layer['nearest_rounding']}"
+        )
     nearest, scales, static = _NEAREST[layer["nearest_rounding"]], layer["scales"], layer["shape"]
 
     def compute(x, dims=None):
-        sizes = dims.tolist() if dims is not None else [math.floor(n * s) for n, s in zip(x.shape, scales)] if scales else static
+        sizes = (
+            dims.tolist()
+            if dims is not None
+            else [math.floor(n * s) for n, s in zip(x.shape, scales)]
+            if scales
+            else static
+        )
         for axis, (length, new) in enumerate(zip(x.shape, sizes, strict=True)):
             if length == new:
                 continue
@@ -152,19 +176,32 @@ _ORIGINS = {  # enum ResizeCoordinateTransformation
     "ASYMMETRIC": lambda at, length, new: at * (length / new),
     "HALF_PIXEL": lambda at, length, new: (at + 0.5) * (length / new) - 0.5,
 }
-_NEAREST = {"HALF_UP": lambda at: np.floor(at + 0.5), "HALF_DOWN": lambda at: np.ceil(at - 0.5),
-            "FLOOR": np.floor, "CEIL": np.ceil}
+_NEAREST = {
+    "HALF_UP": lambda at: np.floor(at + 0.5),
+    "HALF_DOWN": lambda at: np.ceil(at - 0.5),
+    "FLOOR": np.floor,
+    "CEIL": np.ceil,
+}
 
 
 def _interpolated(x: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
     at = at.clip(0, x.shape[axis] - 1)
     low = np.floor(at).astype(np.int64)
-    high, share = np.minimum(low + 1, x.shape[axis] - 1), (at - low).astype(np.float32).reshape(
-        [-1 if i == axis else 1 for i in range(x.ndim)])
+    high, share = (
+        np.minimum(low + 1, x.shape[axis] - 1),
+        (at - low).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(x.ndim)]),
+    )
     return np.take(x, low, axis=axis) * (1 - share) + np.take(x, high, axis=axis) * share
 
 
 READERS = {
-    "SHAPE": shape, "SHUFFLE": shuffle, "SLICE": slice_, "CONCATENATION": concatenation, "SQUEEZE": squeeze,
-    "UNSQUEEZE": unsqueeze, "FILL": fill, "PADDING": padding, "RESIZE": resize
+    "SHAPE": shape,
+    "SHUFFLE": shuffle,
+    "SLICE": slice_,
+    "CONCATENATION": concatenation,
+    "SQUEEZE": squeeze,
+    "UNSQUEEZE": unsqueeze,
+    "FILL": fill,
+    "PADDING": padding,
+    "RESIZE": resize,
 }

@@ -5,6 +5,7 @@ Formats: BF16 is the upper half of a float32; FP8 is E4M3 without infinities (la
 power of two (NVIDIA, NvInferRuntimeBase.h `DataType`; OCP Microscaling Formats v1.0, 5.3 and 5.4). Two INT4 or FP4 share a
 byte, the first in the lower half.
 """
+
 from __future__ import annotations
 
 import functools
@@ -14,13 +15,33 @@ import numpy as np
 from ..bundle.bfloat16 import bf16_rounded, float32_from_bits
 
 REALS = ("FLOAT", "HALF", "BF16", "FP8", "FP4", "E8M0")
-INTEGERS = {"INT8": np.int8, "UINT8": np.uint8, "INT32": np.int32, "INT64": np.int64, "INT4": np.int8, "BOOL": np.bool_}
+INTEGERS = {
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "INT4": np.int8,
+    "BOOL": np.bool_,
+}
 RANGES = {"INT4": (-8, 7), "INT8": (-128, 127), "UINT8": (0, 255)}
 BITS = {
-    "FLOAT": 32, "HALF": 16, "BF16": 16, "FP8": 8, "FP4": 4, "E8M0": 8, "INT8": 8, "UINT8": 8, "INT32": 32, "INT64": 64,
-    "INT4": 4, "BOOL": 8
+    "FLOAT": 32,
+    "HALF": 16,
+    "BF16": 16,
+    "FP8": 8,
+    "FP4": 4,
+    "E8M0": 8,
+    "INT8": 8,
+    "UINT8": 8,
+    "INT32": 32,
+    "INT64": 64,
+    "INT4": 4,
+    "BOOL": 8,
 }
-_SMALL = {"FP8": (3, -6, 448.0), "FP4": (1, 0, 6.0)}  # bits of mantissa, exponent of the smallest normal number, largest number
+_SMALL = {
+    "FP8": (3, -6, 448.0),
+    "FP4": (1, 0, 6.0),
+}  # bits of mantissa, exponent of the smallest normal number, largest number
 
 
 def held_dtype(kind: str) -> np.dtype:

@@ -4,6 +4,7 @@ TensorRT hands out layers as `ILayer`; the class of a layer's type is set on it 
 attribute or a type that is not in the tables here is refused by name: what is not known is not guessed. Constants are read
 from TensorRT's own bytes.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -24,8 +25,19 @@ ATTRIBUTES = {  # of each layer kind, all that the class has beyond those of eve
     "CAST": ("to_type",),
     "CONCATENATION": ("axis",),
     "CONSTANT": ("shape", "weights"),
-    "CONVOLUTION": ("bias", "dilation_nd", "kernel", "kernel_size_nd", "num_groups", "num_output_maps", "padding_mode",
-                    "padding_nd", "post_padding", "pre_padding", "stride_nd"),
+    "CONVOLUTION": (
+        "bias",
+        "dilation_nd",
+        "kernel",
+        "kernel_size_nd",
+        "num_groups",
+        "num_output_maps",
+        "padding_mode",
+        "padding_nd",
+        "post_padding",
+        "pre_padding",
+        "stride_nd",
+    ),
     "CUMULATIVE": ("exclusive", "op", "reverse"),
     "DEQUANTIZE": ("axis", "block_shape", "to_type"),
     "ELEMENTWISE": ("op",),
@@ -39,8 +51,16 @@ ATTRIBUTES = {  # of each layer kind, all that the class has beyond those of eve
     "PADDING": ("post_padding_nd", "pre_padding_nd"),
     "QUANTIZE": ("axis", "block_shape", "to_type"),
     "REDUCE": ("axes", "keep_dims", "op"),
-    "RESIZE": ("coordinate_transformation", "cubic_coeff", "exclude_outside", "nearest_rounding", "resize_mode", "scales",
-               "selector_for_single_pixel", "shape"),
+    "RESIZE": (
+        "coordinate_transformation",
+        "cubic_coeff",
+        "exclude_outside",
+        "nearest_rounding",
+        "resize_mode",
+        "scales",
+        "selector_for_single_pixel",
+        "shape",
+    ),
     "ROTARY_EMBEDDING": ("interleaved", "rotary_embedding_dim"),
     "SCATTER": ("axis", "mode"),
     "SELECT": (),
@@ -53,12 +73,29 @@ ATTRIBUTES = {  # of each layer kind, all that the class has beyond those of eve
     "UNARY": ("op",),
     "UNSQUEEZE": (),
 }
-ATTENTION = ("causal", "causal_kind", "decomposable", "key_value_form", "key_value_lengths", "mask", "metadata", "name",
-             "norm_op", "normalization_quantize_scale", "normalization_quantize_to_type", "num_ranks", "query_form",
-             "query_lengths")
+ATTENTION = (
+    "causal",
+    "causal_kind",
+    "decomposable",
+    "key_value_form",
+    "key_value_lengths",
+    "mask",
+    "metadata",
+    "name",
+    "norm_op",
+    "normalization_quantize_scale",
+    "normalization_quantize_to_type",
+    "num_ranks",
+    "query_form",
+    "query_lengths",
+)
 _HIDING = {"ACTIVATION": ("type",)}  # an attribute that hides one of ILayer
-_CLASSES = {"TOPK": "ITopKLayer", "SOFTMAX": "ISoftMaxLayer", "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
-            "ELEMENTWISE": "IElementWiseLayer"}  # the others are named by rule
+_CLASSES = {
+    "TOPK": "ITopKLayer",
+    "SOFTMAX": "ISoftMaxLayer",
+    "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
+    "ELEMENTWISE": "IElementWiseLayer",
+}  # the others are named by rule
 _METHODS = {"get_input", "get_output", "num_inputs", "num_outputs", "set_input"}  # of IAttention
 
 
@@ -96,9 +133,11 @@ class Layer:
 
     def refuse(self, got: str, expected: str = "what this version evaluates") -> InputError:
         """The error for what is not known of this layer."""
-        return InputError("TensorRT's network cannot be read back",
-                          where=f"{self.kind} {self.name}: expected {expected}, got {got}",
-                          fix="use TensorRT for RTX 1.7, or export again; if it fails again, report this graph")
+        return InputError(
+            "TensorRT's network cannot be read back",
+            where=f"{self.kind} {self.name}: expected {expected}, got {got}",
+            fix="use TensorRT for RTX 1.7, or export again; if it fails again, report this graph",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +155,11 @@ def parsed_from_network(trt, network, *, owner: object = None) -> Parsed:
     """Read a network. `owner` is what its memory belongs to (builder, parser). Raises InputError for what is not known, and
     MissingError for another TensorRT: before 10.16, arrays of its constants are wrong with numpy 2."""
     if trt.__name__ not in BUILDERS:
-        raise MissingError("This TensorRT's networks cannot be read back", fix="use TensorRT for RTX 1.7",
-                           where=f"expected one of {', '.join(BUILDERS)}, got {trt.__name__} {trt.__version__}")
+        raise MissingError(
+            "This TensorRT's networks cannot be read back",
+            fix="use TensorRT for RTX 1.7",
+            where=f"expected one of {', '.join(BUILDERS)}, got {trt.__name__} {trt.__version__}",
+        )
     _check_weights_layout(trt)
     layers = [_layer(trt, network.get_layer(i)) for i in range(network.num_layers)]
     inputs = tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs))
@@ -127,25 +169,38 @@ def parsed_from_network(trt, network, *, owner: object = None) -> Parsed:
 
 def _layer(trt, layer) -> Layer:
     kind = layer.type.name  # before the class is set: IActivationLayer has another `type`
-    known = Layer(kind, layer.name, tuple(_tensor(layer.get_input(i)) for i in range(layer.num_inputs)),
-                  tuple(_tensor(layer.get_output(i)) for i in range(layer.num_outputs)))
+    known = Layer(
+        kind,
+        layer.name,
+        tuple(_tensor(layer.get_input(i)) for i in range(layer.num_inputs)),
+        tuple(_tensor(layer.get_output(i)) for i in range(layer.num_outputs)),
+    )
     if kind not in ATTRIBUTES:
         raise known.refuse("a layer of this kind", f"one of {', '.join(ATTRIBUTES)}")
     cls, names = _class_and_attributes(trt, kind)
     if names != set(ATTRIBUTES[kind]):
-        raise known.refuse(f"attributes {', '.join(sorted(names)) or 'none'}",
-                           f"attributes {', '.join(ATTRIBUTES[kind]) or 'none'}")
+        raise known.refuse(
+            f"attributes {', '.join(sorted(names)) or 'none'}",
+            f"attributes {', '.join(ATTRIBUTES[kind]) or 'none'}",
+        )
     layer.__class__ = cls
     for name in (*ATTRIBUTES[kind], *_HIDING.get(kind, ())):
         known.attributes.update(
-            _attention(trt, known, layer.attention) if name == "attention" else {name: _value(trt, known, layer, name)})
+            _attention(trt, known, layer.attention)
+            if name == "attention"
+            else {name: _value(trt, known, layer, name)}
+        )
     return known
 
 
 @functools.cache
 def _class_and_attributes(trt, kind: str) -> tuple[type, frozenset[str]]:
     """The class of layers of `kind`, and what it has beyond every layer."""
-    cls = getattr(trt, _CLASSES.get(kind) or f"I{''.join(word.capitalize() for word in kind.split('_'))}Layer", trt.ILayer)
+    cls = getattr(
+        trt,
+        _CLASSES.get(kind) or f"I{''.join(word.capitalize() for word in kind.split('_'))}Layer",
+        trt.ILayer,
+    )
     return cls, frozenset(name for name in set(dir(cls)) - set(dir(trt.ILayer)) if not name.startswith("__"))
 
 
@@ -182,8 +237,11 @@ def _tensor(tensor) -> Tensor | None:
         return None
     kind = tensor.dtype.name
     if kind not in BITS:
-        raise InputError("TensorRT's network cannot be read back", fix="use TensorRT for RTX 1.7",
-                         where=f"tensor {tensor.name}: expected one of {', '.join(BITS)}, got type {kind}")
+        raise InputError(
+            "TensorRT's network cannot be read back",
+            fix="use TensorRT for RTX 1.7",
+            where=f"tensor {tensor.name}: expected one of {', '.join(BITS)}, got type {kind}",
+        )
     return Tensor(tensor.name, kind, tuple(tensor.shape) if len(tensor.shape) >= 0 else ())
 
 
@@ -203,7 +261,9 @@ def _ordered(layers: list[Layer], inputs: tuple[Tensor, ...]) -> Iterator[Layer]
             if unknown := [t.name for t in layer.inputs if t is not None and t.name not in producers]:
                 raise layer.refuse(f"an input {unknown[0]} that nothing computes")
             before = [
-                producer for t in layer.inputs if t is not None and (producer := producers[t.name]) and id(producer) not in done
+                producer
+                for t in layer.inputs
+                if t is not None and (producer := producers[t.name]) and id(producer) not in done
             ]
             if id(layer) in done or not before:
                 stack.pop()
@@ -234,9 +294,11 @@ def _check_weights_layout(trt) -> None:
     weights = trt.Weights(array)
     raw = _raw(weights)
     if (raw.type, raw.values, raw.count) != (int(trt.DataType.FLOAT), array.ctypes.data, 7):
-        raise MissingError("This TensorRT keeps its weights in another form",
-                           fix="use CPython 3.11 or newer with TensorRT for RTX 1.7",
-                           where=f"{trt.__name__} {trt.__version__}: expected nvinfer1::Weights behind tensorrt.Weights")
+        raise MissingError(
+            "This TensorRT keeps its weights in another form",
+            fix="use CPython 3.11 or newer with TensorRT for RTX 1.7",
+            where=f"{trt.__name__} {trt.__version__}: expected nvinfer1::Weights behind tensorrt.Weights",
+        )
 
 
 def _constant(layer, name: str) -> Constant:
@@ -249,9 +311,19 @@ def _constant(layer, name: str) -> Constant:
     assert (raw.type, raw.count) == (int(weights.dtype), count), f"{name}: {raw.type}, {raw.count}"
     if not count:
         return Constant(kind, 0, np.zeros(0, np.uint8))
-    return Constant(kind, count, np.ctypeslib.as_array((ctypes.c_uint8 * bytes_count(kind, count)).from_address(raw.values)))
+    return Constant(
+        kind,
+        count,
+        np.ctypeslib.as_array((ctypes.c_uint8 * bytes_count(kind, count)).from_address(raw.values)),
+    )
 
 
 _NUMPY = {
-    "float32": "FLOAT", "float16": "HALF", "int8": "INT8", "int32": "INT32", "int64": "INT64", "bool": "BOOL", "uint8": "UINT8"
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "int8": "INT8",
+    "int32": "INT32",
+    "int64": "INT64",
+    "bool": "BOOL",
+    "uint8": "UINT8",
 }

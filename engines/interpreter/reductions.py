@@ -1,5 +1,6 @@
 """Layers that reduce, multiply, normalise or convolve. Quotations are of TensorRT's NvInfer.h (11.1). Sums are taken in
 float32."""
+
 from __future__ import annotations
 
 import itertools
@@ -149,7 +150,12 @@ def _normalized(x: np.ndarray, axes: tuple[int, ...], epsilon: np.float32) -> np
 def convolution(layer: Layer) -> Compute:
     """IConvolutionLayer: "a correlation operation"; kernel [K, C/groups, ...] and bias [K] are weights of the layer or inputs
     1 and 2."""
-    stride, dilation, groups, mode = layer["stride_nd"], layer["dilation_nd"], layer["num_groups"], layer["padding_mode"]
+    stride, dilation, groups, mode = (
+        layer["stride_nd"],
+        layer["dilation_nd"],
+        layer["num_groups"],
+        layer["padding_mode"],
+    )
     size, maps = layer["kernel_size_nd"], layer["num_output_maps"]
     if mode not in ("EXPLICIT_ROUND_DOWN", "SAME_UPPER", "SAME_LOWER"):
         raise layer.refuse(f"padding mode {mode}")
@@ -159,14 +165,21 @@ def convolution(layer: Layer) -> Compute:
     def compute(x, kernel=None, bias=None):
         kernel = own[0].reshape(maps, x.shape[1] // groups, *size) if kernel is None else kernel
         bias = own[1] if bias is None else bias
-        pads = list(zip(layer["pre_padding"], layer["post_padding"])) if mode.startswith("EXPLICIT") else [
-            _same(n, e, s, lower=mode == "SAME_LOWER") for n, e, s in zip(x.shape[2:], extent, stride)]
+        pads = (
+            list(zip(layer["pre_padding"], layer["post_padding"]))
+            if mode.startswith("EXPLICIT")
+            else [_same(n, e, s, lower=mode == "SAME_LOWER") for n, e, s in zip(x.shape[2:], extent, stride)]
+        )
         x = np.pad(x, [(0, 0), (0, 0), *pads])
         new = [(n - e) // s + 1 for n, e, s in zip(x.shape[2:], extent, stride)]
         result = np.zeros((len(x), groups, maps // groups, math.prod(new)), np.float32)
         taps = kernel.reshape(groups, maps // groups, -1, *size)
-        for tap in itertools.product(*map(range, size)):  # one matrix multiplication for each element of the kernel
-            window = tuple(slice(t * d, t * d + (n - 1) * s + 1, s) for t, d, n, s in zip(tap, dilation, new, stride))
+        for tap in itertools.product(
+            *map(range, size)
+        ):  # one matrix multiplication for each element of the kernel
+            window = tuple(
+                slice(t * d, t * d + (n - 1) * s + 1, s) for t, d, n, s in zip(tap, dilation, new, stride)
+            )
             result += taps[(..., *tap)] @ x[(..., *window)].reshape(len(x), groups, x.shape[1] // groups, -1)
         result = result.reshape(len(x), maps, *new)
         return result if bias is None else result + bias.reshape(-1, *[1] * len(new))
@@ -182,5 +195,12 @@ def _same(length: int, extent: int, stride: int, *, lower: bool) -> tuple[int, i
     return (whole - half, half) if lower else (half, whole - half)
 
 
-READERS = {"REDUCE": reduce, "SOFTMAX": softmax, "CUMULATIVE": cumulative, "TOPK": top_k, "MATRIX_MULTIPLY": matrix_multiply,
-           "NORMALIZATION": normalization, "CONVOLUTION": convolution}
+READERS = {
+    "REDUCE": reduce,
+    "SOFTMAX": softmax,
+    "CUMULATIVE": cumulative,
+    "TOPK": top_k,
+    "MATRIX_MULTIPLY": matrix_multiply,
+    "NORMALIZATION": normalization,
+    "CONVOLUTION": convolution,
+}

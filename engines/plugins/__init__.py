@@ -4,6 +4,7 @@ The library is native code, built on the machine it runs on (README.md in this f
 the documented command builds it. Before it is loaded its bytes are read: they say which ABI it has and for which TensorRT it was
 built, and a plan records their SHA-256.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -14,9 +15,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError, MissingError
 from ..bundle.files import read_regular
 from ..bundle.manifest import ComponentSpec, Manifest
+from ..errors import InputError, MissingError
 from ..targets import Target
 
 NAME, ABI = "KVCacheAttention", 1  # the ABI is the plugin's version: plugin_fields.h, STAR_ABI
@@ -51,12 +52,21 @@ def check_limits(manifest: Manifest, component: str, *, rows: int, capacity_toke
 
     def check(good: bool, what: str, expected: str, got: object, fix: str) -> None:
         if not good:
-            raise InputError("The KV-cache plugin cannot compute this decoder", fix=fix,
-                             where=f"{component}: {what}: expected {expected}, got {got}")
+            raise InputError(
+                "The KV-cache plugin cannot compute this decoder",
+                fix=fix,
+                where=f"{component}: {what}: expected {expected}, got {got}",
+            )
 
     other, precision = "use a target with TensorRT 10.15 or newer, or ONNX Runtime", manifest.precision
     check(cache.head_dim in HEAD_DIMS, "head_dim", " or ".join(map(str, HEAD_DIMS)), cache.head_dim, other)
-    check(precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", precision, "export with --precision bf16")
+    check(
+        precision in PRECISIONS,
+        "precision",
+        f"one of {', '.join(PRECISIONS)}",
+        precision,
+        "export with --precision bf16",
+    )
     check(1 <= rows <= MAX_ROWS, "rows", f"1 to {MAX_ROWS}", rows, "build with fewer rows")
     fits = 1 <= capacity_tokens <= MAX_CAPACITY
     check(fits, "capacity", f"1 to {MAX_CAPACITY} tokens", capacity_tokens, "build with a smaller capacity")
@@ -66,8 +76,11 @@ def find_library() -> Library:
     """The library of this machine. Raises MissingError when it is not built, InputError when the file is something else."""
     path = Path(os.environ.get(VARIABLE) or BUILT)
     if not path.is_file():
-        raise MissingError("The KV-cache plugin is not built", fix=f"{COMMAND}; or set {VARIABLE} to its path",
-                           where=f"{path}: expected {BUILT.name}, got nothing")
+        raise MissingError(
+            "The KV-cache plugin is not built",
+            fix=f"{COMMAND}; or set {VARIABLE} to its path",
+            where=f"{path}: expected {BUILT.name}, got nothing",
+        )
     return library_from_file(path)
 
 
@@ -76,8 +89,11 @@ def library_from_file(path: Path) -> Library:
     data = read_regular(path, limit_bytes=_LIMIT_BYTES, where="plugin")
     marker = _MARKER.search(data)
     if marker is None:
-        raise InputError("This is not the KV-cache plugin", fix=f"build it: {COMMAND}",
-                         where=f"{path}: expected its marker, got {len(data)} bytes without it")
+        raise InputError(
+            "This is not the KV-cache plugin",
+            fix=f"build it: {COMMAND}",
+            where=f"{path}: expected its marker, got {len(data)} bytes without it",
+        )
     abi, *version = map(int, marker.groups())
     return Library(path, abi, tuple(version), hashlib.sha256(data).hexdigest())
 
@@ -89,20 +105,29 @@ def check_library(library: Library, *, abi: int, tensorrt: str) -> None:
     """
     major = int(tensorrt.split(".")[0])
     if library.abi != abi:
-        raise MissingError("The KV-cache plugin has another ABI", fix=f"build the plugin of this bundle's star-export: {COMMAND}",
-                           where=f"{library.path}: expected ABI {abi}, got {library.abi}")
+        raise MissingError(
+            "The KV-cache plugin has another ABI",
+            fix=f"build the plugin of this bundle's star-export: {COMMAND}",
+            where=f"{library.path}: expected ABI {abi}, got {library.abi}",
+        )
     if library.tensorrt[0] != major:
         built = ".".join(map(str, library.tensorrt))
-        raise MissingError("The KV-cache plugin was built for another TensorRT", fix=f"build it again: {COMMAND}",
-                           where=f"{library.path}: expected TensorRT {major}, got {built}")
+        raise MissingError(
+            "The KV-cache plugin was built for another TensorRT",
+            fix=f"build it again: {COMMAND}",
+            where=f"{library.path}: expected TensorRT {major}, got {built}",
+        )
 
 
 def check_plan_library(library: Library, sha256: str | None, *, where: str, fix: str) -> None:
     """The library is the one that the plan was built with, or InputError."""
     if library.sha256 != sha256:
         known = f"{sha256[:16]}..." if sha256 else "none"
-        raise InputError("This plan is stale: the KV-cache plugin has changed since", fix=fix,
-                         where=f"{where}: built with sha256 {known}, now {library.sha256[:16]}... ({library.path})")
+        raise InputError(
+            "This plan is stale: the KV-cache plugin has changed since",
+            fix=fix,
+            where=f"{where}: built with sha256 {known}, now {library.sha256[:16]}... ({library.path})",
+        )
 
 
 def library_for(target: Target, spec: ComponentSpec, *, tensorrt: str) -> Library | None:
@@ -124,11 +149,15 @@ def _loaded(path: str, sha256: str) -> ctypes.CDLL:
     try:
         native = ctypes.CDLL(path)
     except OSError as error:
-        raise MissingError("The KV-cache plugin cannot be loaded", where=f"{path}: {error}",
-                           fix=f"build it again: {COMMAND}") from None
+        raise MissingError(
+            "The KV-cache plugin cannot be loaded", where=f"{path}: {error}", fix=f"build it again: {COMMAND}"
+        ) from None
     if not native.star_plugin_registered():
-        raise MissingError("TensorRT did not take the KV-cache plugin", fix="use one plugin library per process",
-                           where=f"{path}: expected {NAME} version {ABI} to be registered, got a refusal")
+        raise MissingError(
+            "TensorRT did not take the KV-cache plugin",
+            fix="use one plugin library per process",
+            where=f"{path}: expected {NAME} version {ABI} to be registered, got a refusal",
+        )
     _LOADED.append(native)
     return native
 
@@ -144,5 +173,8 @@ def take_overflow() -> bool:
 def check_overflow() -> None:
     """`take_overflow`, as an InputError."""
     if take_overflow():
-        raise InputError("A write did not fit the cache", fix="shorten the prompt, or build with a larger capacity",
-                         where="cache: expected slots within the capacity, got more; nothing was written")
+        raise InputError(
+            "A write did not fit the cache",
+            fix="shorten the prompt, or build with a larger capacity",
+            where="cache: expected slots within the capacity, got more; nothing was written",
+        )

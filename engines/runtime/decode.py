@@ -4,6 +4,7 @@ Works on open sessions and arrays; knows nothing of prompts or images. Memory is
 image head's embedding is the base's next input, the base's hidden states are the stack's input. Per step the host writes where the
 step goes and the uniform numbers, and reads nothing.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from ..sessions import Session
 from .kv_cache import Slots, cache_buffers
 from .sampler import penalise_repetition
 
+
 class ImageLoop:
     """Draws `tokens` image tokens for N images on sessions of base_ar, stacked_ar and image_head.
 
@@ -22,32 +24,71 @@ class ImageLoop:
     `tensors` what is bound to each of the three, by name (but for the ids).
     """
 
-    def __init__(self, base: Session, stacked: Session, head: Session, *, num_images: int, tokens: int, capacity_tokens: int):
+    def __init__(
+        self,
+        base: Session,
+        stacked: Session,
+        head: Session,
+        *,
+        num_images: int,
+        tokens: int,
+        capacity_tokens: int,
+    ):
         rows, hidden = 2 * num_images, base.spec.outputs[0].shape[-1]
         self.tokens, self.slots = tokens, Slots(capacity_tokens)
-        self.decoders = [(s, cache_buffers(s, rows=rows, capacity_tokens=capacity_tokens)) for s in (base, stacked)]
-        self.write_indices, self.position_ids = base.buffer((rows,), "int64"), base.buffer((3, rows, 1), "int64")
-        embeds, base_hidden, self.hidden_states = (base.buffer((rows, 1, hidden), "float32") for _ in range(3))
+        self.decoders = [
+            (s, cache_buffers(s, rows=rows, capacity_tokens=capacity_tokens)) for s in (base, stacked)
+        ]
+        self.write_indices, self.position_ids = (
+            base.buffer((rows,), "int64"),
+            base.buffer((3, rows, 1), "int64"),
+        )
+        embeds, base_hidden, self.hidden_states = (
+            base.buffer((rows, 1, hidden), "float32") for _ in range(3)
+        )
         where = {"write_indices": self.write_indices, "position_ids": self.position_ids}
         base_tensors = self.decoders[0][1] | where | {"inputs_embeds": embeds, "hidden_states": base_hidden}
-        stacked_tensors = self.decoders[1][1] | where | {"inputs_embeds": base_hidden, "hidden_states": self.hidden_states}
+        stacked_tensors = (
+            self.decoders[1][1] | where | {"inputs_embeds": base_hidden, "hidden_states": self.hidden_states}
+        )
         self.base_step, self.stacked_step = base.bind(base_tensors), stacked.bind(stacked_tensors)
-        self.settings = {"guidance": head.buffer((1,), "float32"), "top_k": head.buffer((1,), "int64"),
-                         "top_p": head.buffer((1,), "float32"), "uniform": head.buffer((num_images,), "float32")}
+        self.settings = {
+            "guidance": head.buffer((1,), "float32"),
+            "top_k": head.buffer((1,), "int64"),
+            "top_p": head.buffer((1,), "float32"),
+            "uniform": head.buffer((num_images,), "float32"),
+        }
         logits = head.buffer((num_images, head.spec.outputs[2].shape[-1]), "float32")
-        common = self.settings | {"hidden_states": self.hidden_states, "inputs_embeds": embeds, "logits": logits}
+        common = self.settings | {
+            "hidden_states": self.hidden_states,
+            "inputs_embeds": embeds,
+            "logits": logits,
+        }
         self.image_ids = [head.buffer((num_images,), "int64") for _ in range(tokens)]
         self.head_steps = [head.bind(common | {"image_ids": ids}) for ids in self.image_ids]
         self.tensors = base_tensors, stacked_tensors, common
 
-    def draw(self, inputs_embeds: np.ndarray, position_ids: np.ndarray, *, guidance: float, top_k: int, top_p: float,
-             uniforms: np.ndarray, progress: Progress = silent) -> np.ndarray:
+    def draw(
+        self,
+        inputs_embeds: np.ndarray,
+        position_ids: np.ndarray,
+        *,
+        guidance: float,
+        top_k: int,
+        top_p: float,
+        uniforms: np.ndarray,
+        progress: Progress = silent,
+    ) -> np.ndarray:
         """Draw from prompt rows: inputs_embeds [2N, L, H], position_ids [3, 2N, L], uniforms [T, N] -> image ids [N, T] int64.
 
         One prefill and T - 1 decode steps. Positions go on from the last of the prompt. Raises InputError when L + T - 1 tokens
         exceed the capacity.
         """
-        for name, value, dtype in (("guidance", guidance, np.float32), ("top_k", top_k, np.int64), ("top_p", top_p, np.float32)):
+        for name, value, dtype in (
+            ("guidance", guidance, np.float32),
+            ("top_k", top_k, np.int64),
+            ("top_p", top_p, np.float32),
+        ):
             self.settings[name].write(np.array([value], dtype))
         self.slots.rewind(0)
         self.hidden_states.write(prefill(self.decoders, inputs_embeds, position_ids, self.slots))
@@ -57,10 +98,16 @@ class ImageLoop:
     def decode(self, position: int, uniforms: np.ndarray, *, progress: Progress = silent) -> None:
         """The loop after the prefill; `position` is that of the first token fed back, on all axes. Ids stay in `image_ids`."""
         base_step, stacked_step, rows = self.base_step, self.stacked_step, self.write_indices.shape[0]
-        write_index, write_position, write_uniform = self.write_indices.write, self.position_ids.write, self.settings["uniform"].write
+        write_index, write_position, write_uniform = (
+            self.write_indices.write,
+            self.position_ids.write,
+            self.settings["uniform"].write,
+        )
         first = self.slots.used_tokens + np.arange(self.tokens - 1)
         indices = np.repeat(first[:, None], rows, axis=1)  # [T-1, 2N]
-        positions = np.broadcast_to(position + np.arange(self.tokens - 1)[:, None, None, None], (self.tokens - 1, 3, rows, 1)).copy()
+        positions = np.broadcast_to(
+            position + np.arange(self.tokens - 1)[:, None, None, None], (self.tokens - 1, 3, rows, 1)
+        ).copy()
         for i, head_step in enumerate(self.head_steps):
             if i:
                 self.slots.take(1)
@@ -78,18 +125,39 @@ class TextLoop:
 
     def __init__(self, embedding: Session, base: Session, head: Session, *, capacity_tokens: int):
         hidden = base.spec.outputs[0].shape[-1]
-        self.slots, caches = Slots(capacity_tokens), cache_buffers(base, rows=1, capacity_tokens=capacity_tokens)
+        self.slots, caches = (
+            Slots(capacity_tokens),
+            cache_buffers(base, rows=1, capacity_tokens=capacity_tokens),
+        )
         self.decoders = [(base, caches)]
-        self.write_indices, self.position_ids, self.input_ids = (base.buffer(shape, "int64") for shape in ((1,), (3, 1, 1), (1, 1)))
+        self.write_indices, self.position_ids, self.input_ids = (
+            base.buffer(shape, "int64") for shape in ((1,), (3, 1, 1), (1, 1))
+        )
         embeds, self.hidden_states = (base.buffer((1, 1, hidden), "float32") for _ in range(2))
         self.logits = head.buffer((1, head.spec.outputs[0].shape[-1]), "float32")
         self.embed_step = embedding.bind({"input_ids": self.input_ids, "inputs_embeds": embeds})
-        self.base_step = base.bind(caches | {"inputs_embeds": embeds, "position_ids": self.position_ids,
-                                             "write_indices": self.write_indices, "hidden_states": self.hidden_states})
+        self.base_step = base.bind(
+            caches
+            | {
+                "inputs_embeds": embeds,
+                "position_ids": self.position_ids,
+                "write_indices": self.write_indices,
+                "hidden_states": self.hidden_states,
+            }
+        )
         self.head_step = head.bind({"hidden_states": self.hidden_states, "logits": self.logits})
 
-    def answer(self, input_ids: np.ndarray, inputs_embeds: np.ndarray, position_ids: np.ndarray, *, max_new_tokens: int,
-               eos: tuple[int, ...], repetition_penalty: float, progress: Progress = silent) -> np.ndarray:
+    def answer(
+        self,
+        input_ids: np.ndarray,
+        inputs_embeds: np.ndarray,
+        position_ids: np.ndarray,
+        *,
+        max_new_tokens: int,
+        eos: tuple[int, ...],
+        repetition_penalty: float,
+        progress: Progress = silent,
+    ) -> np.ndarray:
         """New ids [n] int64 after the prompt input_ids [1, L], inputs_embeds [1, L, H], position_ids [3, 1, L]: arg-max after the
         repetition penalty on prompt and answer; n <= max_new_tokens, the id of `eos` that ended the answer included."""
         length, position = input_ids.shape[1], int(position_ids.max()) + 1
@@ -104,22 +172,31 @@ class TextLoop:
                 self.base_step()
             self.head_step()
             logits = self.logits.read()[0].copy()
-            penalise_repetition(logits, seen[:length + i], repetition_penalty)
+            penalise_repetition(logits, seen[: length + i], repetition_penalty)
             seen[length + i] = logits.argmax()
             progress("answer tokens", i + 1, max_new_tokens)
             if seen[length + i] in eos:
                 break
-        return seen[length:length + i + 1]
+        return seen[length : length + i + 1]
 
 
-def prefill(decoders: Sequence[tuple[Session, dict]], inputs_embeds: np.ndarray, position_ids: np.ndarray, slots: Slots) -> np.ndarray:
+def prefill(
+    decoders: Sequence[tuple[Session, dict]],
+    inputs_embeds: np.ndarray,
+    position_ids: np.ndarray,
+    slots: Slots,
+) -> np.ndarray:
     """Run a prompt through `decoders` (session, caches), each fed by the one before: inputs_embeds [B, L, H], position_ids [3, B, L] ->
     the last position's hidden states [B, 1, H]. In parts, where a session takes fewer tokens at once."""
     rows, length, _ = inputs_embeds.shape
     part = min(session.prefill_tokens or length for session, _ in decoders)
     for at in range(0, length, part):
-        embeds, positions = inputs_embeds[:, at:at + part], position_ids[:, :, at:at + part]
-        host = {"inputs_embeds": embeds, "position_ids": positions, "write_indices": np.full(rows, slots.take(embeds.shape[1]))}
+        embeds, positions = inputs_embeds[:, at : at + part], position_ids[:, :, at : at + part]
+        host = {
+            "inputs_embeds": embeds,
+            "position_ids": positions,
+            "write_indices": np.full(rows, slots.take(embeds.shape[1])),
+        }
         buffers = {name: decoders[0][0].buffer(array.shape, array.dtype.name) for name, array in host.items()}
         for name, buffer in buffers.items():
             buffer.write(np.ascontiguousarray(host[name]))

@@ -3,17 +3,24 @@
 Static buffers of a fixed capacity, written in place at an index. Executors ignore a write beyond the capacity, so it is checked here,
 before they are asked.
 """
+
 from __future__ import annotations
 
 import numpy as np
 
+from ..bundle.tensors import present_name, shape_from_symbols
 from ..errors import InputError
 from ..sessions import Buffer, Session
-from ..bundle.tensors import present_name, shape_from_symbols
 
 
-def kv_cache_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, past_key: np.ndarray, past_value: np.ndarray,
-                       write_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def kv_cache_attention(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    past_key: np.ndarray,
+    past_value: np.ndarray,
+    write_indices: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`star::KVCacheAttention` in numpy: write S new positions at `write_indices`, then attend to all that each may see.
 
     query [B, h, S, D], key and value [B, KV, S, D], past_key and past_value [B, KV, C, D], write_indices [B] int64 ->
@@ -30,8 +37,12 @@ def kv_cache_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, pa
         present_value[row, :, slots[row]] = value[row].transpose(1, 0, 2)
     visible = np.arange(capacity) <= slots[..., None]  # [B, S, C]
     used = visible.any(1)[:, None, :, None]  # [B, 1, C, 1]
-    keys, values = (np.where(used, x, 0).repeat(heads // kv_heads, axis=1) for x in (present_key, present_value))  # [B, h, C, D]
-    scores = np.where(visible[:, None], query @ keys.swapaxes(-1, -2) / np.sqrt(size).astype(query.dtype), -np.inf)
+    keys, values = (
+        np.where(used, x, 0).repeat(heads // kv_heads, axis=1) for x in (present_key, present_value)
+    )  # [B, h, C, D]
+    scores = np.where(
+        visible[:, None], query @ keys.swapaxes(-1, -2) / np.sqrt(size).astype(query.dtype), -np.inf
+    )
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True) @ values, present_key, present_value
 
@@ -90,13 +101,19 @@ class Slots:
     def rewind(self, used_tokens: int) -> None:
         """Forget all slots from `used_tokens` on; they are written again. Raises InputError when they were never written."""
         if not 0 <= used_tokens <= self.used_tokens:
-            raise InputError("The cache cannot go there", where=f"cache: expected 0 to {self.used_tokens} tokens, got {used_tokens}",
-                             fix="rewind to a place that was written")
+            raise InputError(
+                "The cache cannot go there",
+                where=f"cache: expected 0 to {self.used_tokens} tokens, got {used_tokens}",
+                fix="rewind to a place that was written",
+            )
         self.used_tokens = used_tokens
 
 
 def check_capacity(first: int, tokens: int, capacity_tokens: int) -> None:
     """Refuse to write `tokens` slots from `first` on when they do not fit. Raises InputError with both numbers."""
     if first < 0 or tokens < 1 or first + tokens > capacity_tokens:
-        raise InputError("The cache is too small", fix="shorten the prompt, or build with a larger capacity",
-                         where=f"cache: expected slots within 0 to {capacity_tokens}, got {tokens} from {first} on ({first + tokens} tokens)")
+        raise InputError(
+            "The cache is too small",
+            fix="shorten the prompt, or build with a larger capacity",
+            where=f"cache: expected slots within 0 to {capacity_tokens}, got {tokens} from {first} on ({first + tokens} tokens)",
+        )

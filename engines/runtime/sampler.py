@@ -3,6 +3,7 @@
 The filters and the draw are the readable definition of `image_head` (STAR.md 3.4; official `top_k_top_p_filtering`); the random
 numbers and the repetition penalty are used at run time.
 """
+
 from __future__ import annotations
 
 import math
@@ -18,17 +19,27 @@ def uniforms(*, seed: int, tokens: int, num_images: int) -> np.ndarray:
     Counter-based (Philox), so any machine draws the same. Raises UsageError for a seed that is negative or has more than 128 bits.
     """
     if not 0 <= seed < 2**128:
-        raise UsageError("This seed cannot be used", where=f"seed: expected 0 <= seed < 2^128, got {seed}", fix="give another number")
+        raise UsageError(
+            "This seed cannot be used",
+            where=f"seed: expected 0 <= seed < 2^128, got {seed}",
+            fix="give another number",
+        )
     return np.random.Generator(np.random.Philox(key=seed)).random((tokens, num_images), dtype=np.float32)
 
 
 def check_sampling(*, guidance: float, top_k: int, top_p: float, top_k_limit: int) -> None:
     """Refuse settings that `image_head` does not define. Raises UsageError naming the first."""
-    for name, value, passed, expected in (("cfg", guidance, math.isfinite(guidance), "a finite number"),
-                                          ("top_k", top_k, 1 <= top_k <= top_k_limit, f"1 to {top_k_limit}"),
-                                          ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1")):
+    for name, value, passed, expected in (
+        ("cfg", guidance, math.isfinite(guidance), "a finite number"),
+        ("top_k", top_k, 1 <= top_k <= top_k_limit, f"1 to {top_k_limit}"),
+        ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
+    ):
         if not passed:
-            raise UsageError(f"{name} is out of range", where=f"{name}: expected {expected}, got {value}", fix="leave it out to use the default")
+            raise UsageError(
+                f"{name} is out of range",
+                where=f"{name}: expected {expected}, got {value}",
+                fix="leave it out to use the default",
+            )
 
 
 def guide(logits: np.ndarray, guidance: float) -> np.ndarray:
@@ -70,7 +81,9 @@ def _ranked(logits: np.ndarray, *, top_k: int, top_p: float) -> tuple[np.ndarray
     order = np.argsort(-logits, axis=-1, kind="stable")
     values = np.take_along_axis(logits, order, axis=-1).astype(np.float32)
     if top_k > 0:
-        values = np.where(values >= values[:, min(top_k, values.shape[-1]) - 1, None], values, np.float32(-np.inf))
+        values = np.where(
+            values >= values[:, min(top_k, values.shape[-1]) - 1, None], values, np.float32(-np.inf)
+        )
     if top_p < 1:
         sums = _softmax(values).cumsum(-1)
         before = np.concatenate([np.zeros_like(sums[:, :1]), sums[:, :-1]], axis=-1)

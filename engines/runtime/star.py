@@ -3,6 +3,7 @@
 Puts the parts together: prompts and images become arrays, components run in sessions of one backend, loaded when first needed and
 kept. Neither torch nor transformers.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,17 +11,24 @@ from pathlib import Path
 
 import numpy as np
 
-from ..bundle.reader import Bundle
-from ..progress import Progress, silent
-from .decode import ImageLoop, TextLoop
-from ..errors import InputError, UsageError
-from ..inputs.preprocess import MAX_PIXELS, MIN_PIXELS, VisionInputs, ask_inputs, edit_inputs, images_from_decoded
 from ..bundle.manifest import SamplingSpec
-from ..inputs.image_io import check_image, read_image
-from ..inputs.prompt import Chat, Prompt, check_length, text_positions
-from .sampler import check_sampling, uniforms
-from ..sessions import Session, check_backend, open_session, run
+from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array
+from ..errors import InputError, UsageError
+from ..inputs.image_io import check_image, read_image
+from ..inputs.preprocess import (
+    MAX_PIXELS,
+    MIN_PIXELS,
+    VisionInputs,
+    ask_inputs,
+    edit_inputs,
+    images_from_decoded,
+)
+from ..inputs.prompt import Chat, Prompt, check_length, text_positions
+from ..progress import Progress, silent
+from ..sessions import Session, check_backend, open_session, run
+from .decode import ImageLoop, TextLoop
+from .sampler import check_sampling, uniforms
 
 IMAGES_LIMIT = 128  # in one call; each needs two rows of cache
 
@@ -71,22 +79,43 @@ class Star:
     def session(self, component: str) -> Session:
         """The session of `component`, opened on first use. Raises InputError after `close`."""
         if self._sessions is None:
-            raise InputError("This runtime is closed", where=f"{self.bundle.path}: expected an open runtime, got a closed one",
-                             fix="make another: Star(bundle)")
+            raise InputError(
+                "This runtime is closed",
+                where=f"{self.bundle.path}: expected an open runtime, got a closed one",
+                fix="make another: Star(bundle)",
+            )
         if component not in self._sessions:
             self._sessions[component] = open_session(self.bundle, component, backend=self.backend)
         return self._sessions[component]
 
-    def generate(self, prompt: str, *, cfg: float | None = None, top_k: int | None = None, top_p: float | None = None,
-                 seed: int = 100, num_images: int = 1, greedy: bool = False, reason: bool = False, max_new_tokens: int = 256,
-                 progress: Progress = silent) -> Images:
+    def generate(
+        self,
+        prompt: str,
+        *,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 100,
+        num_images: int = 1,
+        greedy: bool = False,
+        reason: bool = False,
+        max_new_tokens: int = 256,
+        progress: Progress = silent,
+    ) -> Images:
         """Draw `prompt` (STAR.md 3.3), or with `reason` the base model's answer to it of at most `max_new_tokens` (3.5).
 
         The same seed draws the same images; `greedy` takes the arg-max after guidance; `cfg`, `top_k` and `top_p` are the model's
         own where None. Raises UsageError for settings out of range, InputError for an empty or over-long prompt.
         """
-        settings = self._settings(self.model.sampling.generate, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy,
-                                  num_images=num_images)
+        settings = self._settings(
+            self.model.sampling.generate,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            greedy=greedy,
+            num_images=num_images,
+        )
         answer = None
         if reason:
             answer = self._answered(self.chat.question_prompt(prompt), max_new_tokens, progress).text
@@ -95,36 +124,73 @@ class Star:
             rows = self.chat.generate_prompt(prompt, num_images=num_images)
         return self._drawn(rows, settings, progress, answer=answer)
 
-    def edit(self, image: str | Path | np.ndarray, instruction: str, *, cfg: float | None = None, top_k: int | None = None,
-             top_p: float | None = None, seed: int = 100, greedy: bool = False, min_pixels: int = MIN_PIXELS,
-             max_pixels: int = MAX_PIXELS, progress: Progress = silent) -> Images:
+    def edit(
+        self,
+        image: str | Path | np.ndarray,
+        instruction: str,
+        *,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 100,
+        greedy: bool = False,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        progress: Progress = silent,
+    ) -> Images:
         """Change `image` (a PNG or JPEG file, or uint8 [H, W, 3]) by `instruction` (STAR.md 3.6). Settings as in `generate`;
         `min_pixels` and `max_pixels` bound the vision encoder's input."""
-        settings = self._settings(self.model.sampling.edit, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, num_images=1)
+        settings = self._settings(
+            self.model.sampling.edit,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            greedy=greedy,
+            num_images=1,
+        )
         vision, square = edit_inputs(_image(image), self.model, min_pixels=min_pixels, max_pixels=max_pixels)
         prompt = self.chat.edit_prompt(instruction, grid_h=vision.grid_h, grid_w=vision.grid_w)
         return self._drawn(prompt, settings, progress, vision=vision, square=square)
 
-    def ask(self, image: str | Path | np.ndarray, question: str, *, max_new_tokens: int = 256, min_pixels: int = MIN_PIXELS,
-            max_pixels: int = MAX_PIXELS, progress: Progress = silent) -> Answer:
+    def ask(
+        self,
+        image: str | Path | np.ndarray,
+        question: str,
+        *,
+        max_new_tokens: int = 256,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        progress: Progress = silent,
+    ) -> Answer:
         """Answer `question` about `image` (as in `edit`) greedily, with the checkpoint's repetition penalty (STAR.md 3.2)."""
         vision = ask_inputs(_image(image), self.model, min_pixels=min_pixels, max_pixels=max_pixels)
         prompt = self.chat.ask_prompt(question, grid_h=vision.grid_h, grid_w=vision.grid_w)
         return self._answered(prompt, max_new_tokens, progress, vision=vision)
 
-    def generate_ids(self, input_ids: np.ndarray, *, guidance: float, top_k: int, top_p: float, uniforms: np.ndarray) -> np.ndarray:
+    def generate_ids(
+        self, input_ids: np.ndarray, *, guidance: float, top_k: int, top_p: float, uniforms: np.ndarray
+    ) -> np.ndarray:
         """Draw from prompt rows of ids: input_ids int64 [2N, L] in rows cond, uncond, ..., uniforms float32 [n, N] -> image ids [N, n].
 
         n is at most the model's image tokens; arg-max is top_k 1. What `generate` does between text and image.
         """
         check_ids(input_ids, vocab_size=self.model.vocab_size)
         check_sampling(guidance=guidance, top_k=top_k, top_p=top_p, top_k_limit=self.model.top_k_limit)
-        check_array(uniforms, shape=(_between("uniforms", len(uniforms), self.model.image_tokens), len(input_ids) // 2), dtype="float32")
+        check_array(
+            uniforms,
+            shape=(_between("uniforms", len(uniforms), self.model.image_tokens), len(input_ids) // 2),
+            dtype="float32",
+        )
         self._check_length(input_ids.shape[1] + len(uniforms) - 1, "base_ar", "stacked_ar")
         settings = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "uniforms": uniforms}
-        return self._draw(self.embedded(Prompt.of_text(input_ids)), text_positions(*input_ids.shape), settings, silent)
+        return self._draw(
+            self.embedded(Prompt.of_text(input_ids)), text_positions(*input_ids.shape), settings, silent
+        )
 
-    def answer_ids(self, input_ids: np.ndarray, position_ids: np.ndarray, *, max_new_tokens: int) -> np.ndarray:
+    def answer_ids(
+        self, input_ids: np.ndarray, position_ids: np.ndarray, *, max_new_tokens: int
+    ) -> np.ndarray:
         """Answer a text prompt of ids: input_ids int64 [1, L], position_ids int64 [3, 1, L] -> new ids [n], n <= max_new_tokens."""
         check_ids(input_ids, vocab_size=self.model.vocab_size)
         check_array(position_ids, shape=(3, 1, input_ids.shape[1]), dtype="int64")
@@ -133,44 +199,92 @@ class Star:
     def image_loop(self, *, num_images: int, length: int, tokens: int) -> ImageLoop:
         """The decode loop for `tokens` image tokens after prompts of `length` tokens, with memory of its own."""
         base, stacked, head = (self.session(name) for name in ("base_ar", "stacked_ar", "image_head"))
-        return ImageLoop(base, stacked, head, num_images=num_images, tokens=tokens,
-                         capacity_tokens=base.capacity_tokens or length + tokens - 1)
+        return ImageLoop(
+            base,
+            stacked,
+            head,
+            num_images=num_images,
+            tokens=tokens,
+            capacity_tokens=base.capacity_tokens or length + tokens - 1,
+        )
 
-    def embedded(self, prompt: Prompt, *, vision: VisionInputs | None = None, square: np.ndarray | None = None) -> np.ndarray:
+    def embedded(
+        self, prompt: Prompt, *, vision: VisionInputs | None = None, square: np.ndarray | None = None
+    ) -> np.ndarray:
         """The prompt's embeddings, float32 [B, L, H], with the rows of `vision_encoder` for `vision` and of `vq_encoder` for the image
         `square`, float32 [1, 3, R, R], in their places."""
         embeds = run(self.session("token_embedding"), {"input_ids": prompt.input_ids})["inputs_embeds"]
         if square is not None:
             embeds[:, prompt.vq_tokens] = run(self.session("vq_encoder"), {"image": square})["inputs_embeds"]
         if vision is not None:
-            embeds[:, prompt.vision_tokens] = run(self.session("vision_encoder"), vision.feeds())["image_embeds"]
+            embeds[:, prompt.vision_tokens] = run(self.session("vision_encoder"), vision.feeds())[
+                "image_embeds"
+            ]
         return embeds
 
-    def _drawn(self, prompt: Prompt, settings: dict, progress: Progress, *, vision: VisionInputs | None = None,
-               square: np.ndarray | None = None, answer: str | None = None) -> Images:
+    def _drawn(
+        self,
+        prompt: Prompt,
+        settings: dict,
+        progress: Progress,
+        *,
+        vision: VisionInputs | None = None,
+        square: np.ndarray | None = None,
+        answer: str | None = None,
+    ) -> Images:
         self._check_length(prompt.input_ids.shape[1] + self.model.image_tokens - 1, "base_ar", "stacked_ar")
-        ids = self._draw(self.embedded(prompt, vision=vision, square=square), prompt.position_ids, settings, progress)
-        return Images(ids, images_from_decoded(run(self.session("vq_decoder"), {"image_ids": ids})["image"]), answer)
+        ids = self._draw(
+            self.embedded(prompt, vision=vision, square=square), prompt.position_ids, settings, progress
+        )
+        return Images(
+            ids, images_from_decoded(run(self.session("vq_decoder"), {"image_ids": ids})["image"]), answer
+        )
 
-    def _answered(self, prompt: Prompt, max_new_tokens: int, progress: Progress, *, vision: VisionInputs | None = None) -> Answer:
+    def _answered(
+        self, prompt: Prompt, max_new_tokens: int, progress: Progress, *, vision: VisionInputs | None = None
+    ) -> Answer:
         rows = prompt.input_ids
         _between("max_new_tokens", max_new_tokens, self.model.max_positions)
         self._check_length(rows.shape[1] + max_new_tokens - 1, "base_ar")
         embedding, base, head = (self.session(name) for name in ("token_embedding", "base_ar", "text_head"))
-        loop = TextLoop(embedding, base, head, capacity_tokens=base.capacity_tokens or rows.shape[1] + max_new_tokens - 1)
-        ids = loop.answer(rows, self.embedded(prompt, vision=vision), prompt.position_ids, max_new_tokens=max_new_tokens,
-                          eos=self.model.tokens.eos, repetition_penalty=self.model.repetition_penalty, progress=progress)
+        loop = TextLoop(
+            embedding, base, head, capacity_tokens=base.capacity_tokens or rows.shape[1] + max_new_tokens - 1
+        )
+        ids = loop.answer(
+            rows,
+            self.embedded(prompt, vision=vision),
+            prompt.position_ids,
+            max_new_tokens=max_new_tokens,
+            eos=self.model.tokens.eos,
+            repetition_penalty=self.model.repetition_penalty,
+            progress=progress,
+        )
         return Answer(self.chat.text(ids), ids)
 
-    def _draw(self, embeds: np.ndarray, positions: np.ndarray, settings: dict, progress: Progress) -> np.ndarray:
-        loop = self.image_loop(num_images=embeds.shape[0] // 2, length=embeds.shape[1], tokens=len(settings["uniforms"]))
+    def _draw(
+        self, embeds: np.ndarray, positions: np.ndarray, settings: dict, progress: Progress
+    ) -> np.ndarray:
+        loop = self.image_loop(
+            num_images=embeds.shape[0] // 2, length=embeds.shape[1], tokens=len(settings["uniforms"])
+        )
         return loop.draw(embeds, positions, **settings, progress=progress)
 
-    def _settings(self, usual: SamplingSpec, *, cfg: float | None, top_k: int | None, top_p: float | None, seed: int, greedy: bool,
-                  num_images: int) -> dict:
+    def _settings(
+        self,
+        usual: SamplingSpec,
+        *,
+        cfg: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        seed: int,
+        greedy: bool,
+        num_images: int,
+    ) -> dict:
         """The draw's settings, checked; the `usual` ones where None. A top_k beyond the codebook means all of it, as in the release."""
-        cfg, top_k, top_p = (given if given is not None else own for given, own in
-                             ((cfg, usual.guidance), (top_k, usual.top_k), (top_p, usual.top_p)))
+        cfg, top_k, top_p = (
+            given if given is not None else own
+            for given, own in ((cfg, usual.guidance), (top_k, usual.top_k), (top_p, usual.top_p))
+        )
         _between("num_images", num_images, IMAGES_LIMIT)
         draws = uniforms(seed=seed, tokens=self.model.image_tokens, num_images=num_images)
         top_k = min(top_k, self.model.codebook_size)
@@ -182,7 +296,11 @@ class Star:
     def _check_length(self, needed_tokens: int, *decoders: str) -> None:
         check_length(needed_tokens, limit_tokens=self.model.max_positions, what="prompt")
         for name in decoders:  # a plan's caches have a size of their own
-            check_length(needed_tokens, limit_tokens=self.session(name).capacity_tokens or self.model.max_positions, what="prompt")
+            check_length(
+                needed_tokens,
+                limit_tokens=self.session(name).capacity_tokens or self.model.max_positions,
+                what="prompt",
+            )
 
 
 def _image(image: str | Path | np.ndarray) -> np.ndarray:
@@ -195,15 +313,26 @@ def _image(image: str | Path | np.ndarray) -> np.ndarray:
 def check_ids(input_ids: np.ndarray, *, vocab_size: int) -> None:
     """Prompt rows must be int64 [B, L], L > 0, ids of the vocabulary. Raises InputError."""
     if not isinstance(input_ids, np.ndarray) or input_ids.ndim != 2 or not input_ids.size:
-        raise InputError("These are no prompt rows", where=f"input_ids: expected int64[B,L] with B and L from 1, got "
-                         f"{getattr(input_ids, 'shape', type(input_ids).__name__)}", fix="give one row of ids per sequence")
+        raise InputError(
+            "These are no prompt rows",
+            where=f"input_ids: expected int64[B,L] with B and L from 1, got "
+            f"{getattr(input_ids, 'shape', type(input_ids).__name__)}",
+            fix="give one row of ids per sequence",
+        )
     check_array(input_ids, shape=input_ids.shape, dtype="int64")
-    if not (0 <= input_ids.min() and input_ids.max() < vocab_size):
-        raise InputError("A token id is not in the vocabulary", fix="encode the text with the bundle's tokenizer",
-                         where=f"input_ids: expected 0 to {vocab_size - 1}, got {input_ids.min()} to {input_ids.max()}")
+    if not (input_ids.min() >= 0 and input_ids.max() < vocab_size):
+        raise InputError(
+            "A token id is not in the vocabulary",
+            fix="encode the text with the bundle's tokenizer",
+            where=f"input_ids: expected 0 to {vocab_size - 1}, got {input_ids.min()} to {input_ids.max()}",
+        )
 
 
 def _between(name: str, value: int, limit: int) -> int:
     if not 1 <= value <= limit:
-        raise UsageError(f"{name} is out of range", where=f"{name}: expected 1 to {limit}, got {value}", fix="leave it out to use the default")
+        raise UsageError(
+            f"{name} is out of range",
+            where=f"{name}: expected 1 to {limit}, got {value}",
+            fix="leave it out to use the default",
+        )
     return value

@@ -3,6 +3,7 @@
 A buffer may be bound to several sessions of one backend, as output of one and input of the next: nothing is copied. A cache is bound
 once, under its past name, and is updated in place.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -13,10 +14,16 @@ import numpy as np
 
 from ..bundle.manifest import ComponentSpec
 from ..bundle.reader import Bundle
-from ..errors import UsageError
 from ..bundle.tensors import check_binding, present_name, shape_from_symbols
+from ..errors import UsageError
 
-BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt:TARGET", "interpreter:TARGET", "interpreter-fp32:TARGET")
+BACKENDS = (
+    "onnxruntime",
+    "onnxruntime-cuda",
+    "tensorrt:TARGET",
+    "interpreter:TARGET",
+    "interpreter-fp32:TARGET",
+)
 TARGETED = ("tensorrt:", "interpreter:", "interpreter-fp32:")
 
 
@@ -60,20 +67,28 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
     check_backend(backend)
     if backend.startswith("tensorrt:"):
         from .tensorrt import open_session as open_tensorrt
+
         return open_tensorrt(bundle, component, target=backend.removeprefix("tensorrt:"))
     if backend.startswith("interpreter"):
         from .interpreter import open_session as open_interpreter
+
         kind, _, target = backend.partition(":")
         return open_interpreter(bundle, component, target=target, wide=kind == "interpreter-fp32")
     from .onnxruntime import OnnxRuntimeSession
+
     return OnnxRuntimeSession(bundle, component, device="cuda" if backend.endswith("-cuda") else "cpu")
 
 
 def check_backend(backend: str) -> None:
     """Refuse a name that is no backend. Raises UsageError listing them."""
-    if backend not in BACKENDS[:2] and not any(backend.startswith(prefix) and backend != prefix for prefix in TARGETED):
-        raise UsageError("No such backend", where=f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}",
-                         fix="use onnxruntime, or a target that the bundle was built for: tensorrt:TARGET")
+    if backend not in BACKENDS[:2] and not any(
+        backend.startswith(prefix) and backend != prefix for prefix in TARGETED
+    ):
+        raise UsageError(
+            "No such backend",
+            where=f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}",
+            fix="use onnxruntime, or a target that the bundle was built for: tensorrt:TARGET",
+        )
 
 
 def run(session: Session, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -82,7 +97,10 @@ def run(session: Session, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     buffers = {t.name: session.buffer(feeds[t.name].shape, t.dtype) for t in session.spec.inputs}
     for name, buffer in buffers.items():
         buffer.write(feeds[name])
-    outputs = {t.name: session.buffer(shape_from_symbols(t.shape, symbols), t.dtype) for t in session.spec.outputs
-               if t.name not in {present_name(name) for name in feeds}}
+    outputs = {
+        t.name: session.buffer(shape_from_symbols(t.shape, symbols), t.dtype)
+        for t in session.spec.outputs
+        if t.name not in {present_name(name) for name in feeds}
+    }
     session.bind(buffers | outputs)()
     return {name: buffer.read() for name, buffer in outputs.items()}

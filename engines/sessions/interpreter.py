@@ -3,6 +3,7 @@
 Buffers are numpy arrays. A bfloat16 one holds float32 numbers, rounded; `wide` computes in float32 throughout, with caches in
 float32.
 """
+
 from __future__ import annotations
 
 import threading
@@ -10,17 +11,17 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ..bundle.reader import Bundle
-from ..errors import InputError
+from ..bundle.bfloat16 import float32_from_bits
 from ..bundle.manifest import ComponentSpec
-from ..tensorrt.network import check_network, network_from_onnx
-from ..tensorrt.plan import plan_name, plan_spec, rebuild_command
+from ..bundle.reader import Bundle
+from ..bundle.tensors import check_array, check_binding, present_name
+from ..errors import InputError
 from ..interpreter import Network, describe_network, network_hash, parsed_from_network
-from ..tensorrt.profiles import CAPACITY, largest, limits_from_options
 from ..targets import target_from_name
 from ..tensorrt.module import log_of, tensorrt_of
-from ..bundle.bfloat16 import float32_from_bits
-from ..bundle.tensors import check_array, check_binding, present_name
+from ..tensorrt.network import check_network, network_from_onnx
+from ..tensorrt.plan import plan_name, plan_spec, rebuild_command
+from ..tensorrt.profiles import CAPACITY, largest, limits_from_options
 from .onnxruntime import twin_spec
 
 
@@ -70,8 +71,11 @@ class InterpreterSession:
 
         def step() -> None:
             if not self._running.acquire(blocking=False):
-                raise InputError("This session is busy", where=f"{self.spec.graph}: expected one thread at a time",
-                                 fix="open one per thread")
+                raise InputError(
+                    "This session is busy",
+                    where=f"{self.spec.graph}: expected one thread at a time",
+                    fix="open one per thread",
+                )
             try:
                 results = self._open().run(feeds)
                 for name, array in outputs:
@@ -87,19 +91,31 @@ class InterpreterSession:
 
     def _check(self, tensor, buffer: ArrayBuffer) -> None:
         if not isinstance(buffer, ArrayBuffer):
-            raise InputError("These buffers are another backend's", fix="make them with this session's buffer()",
-                             where=f"{self.spec.graph}: {tensor.name}: expected an ArrayBuffer, got {type(buffer).__name__}")
+            raise InputError(
+                "These buffers are another backend's",
+                fix="make them with this session's buffer()",
+                where=f"{self.spec.graph}: {tensor.name}: expected an ArrayBuffer, got {type(buffer).__name__}",
+            )
         if any(size not in (-1, got) for size, got in zip(tensor.shape, buffer.shape)):
-            raise InputError("This network was not parsed for such shapes", fix="use the network's capacity",
-                             where=f"{self.spec.graph}: {tensor.name}: expected {tensor.shape}, got {buffer.shape}")
+            raise InputError(
+                "This network was not parsed for such shapes",
+                fix="use the network's capacity",
+                where=f"{self.spec.graph}: {tensor.name}: expected {tensor.shape}, got {buffer.shape}",
+            )
 
     def _open(self) -> Network:
         if self._network is None:
-            raise InputError("This session is closed", where=f"{self.spec.graph}: expected an open session", fix="open it again")
+            raise InputError(
+                "This session is closed",
+                where=f"{self.spec.graph}: expected an open session",
+                fix="open it again",
+            )
         return self._network
 
 
-def open_session(bundle: Bundle, component: str, *, target: str, wide: bool = False, ties: str = "first") -> InterpreterSession:
+def open_session(
+    bundle: Bundle, component: str, *, target: str, wide: bool = False, ties: str = "first"
+) -> InterpreterSession:
     """Parse `component` as for `target` and read it back. With a plan there, the network must be the very one that it was built
     from.
 
@@ -107,7 +123,9 @@ def open_session(bundle: Bundle, component: str, *, target: str, wide: bool = Fa
     cannot be read, or for a network other than the plan's.
     """
     parsed, prefill = parsed_component(bundle, component, target=target)
-    return InterpreterSession(Network(parsed, wide=wide, ties=ties), bundle.component(component), prefill_tokens=prefill)
+    return InterpreterSession(
+        Network(parsed, wide=wide, ties=ties), bundle.component(component), prefill_tokens=prefill
+    )
 
 
 def describe_component(bundle: Bundle, component: str, *, target: str) -> dict:
@@ -126,24 +144,40 @@ def parsed_component(bundle: Bundle, component: str, *, target: str):
     """(the network of `component` as TensorRT parses it for `target`, the plan's longest prefill or None); errors as in
     `open_session`."""
     row = target_from_name(target)
-    trt, spec, caches = tensorrt_of(row), bundle.component(component), bundle.manifest.model.cache.get(component)
+    trt, spec, caches = (
+        tensorrt_of(row),
+        bundle.component(component),
+        bundle.manifest.model.cache.get(component),
+    )
     plan = _plan(bundle, component, target)
     if plan is not None:
         capacity, prefill = (largest(plan.profiles, spec, axis=axis) for axis in (CAPACITY, "S"))
     else:
-        capacity, prefill = limits_from_options(bundle.manifest.model).capacity_tokens if caches else None, None
+        capacity, prefill = (
+            limits_from_options(bundle.manifest.model).capacity_tokens if caches else None,
+            None,
+        )
     with log_of(trt).collect():
         builder = trt.Builder(log_of(trt))
-        network, parser = network_from_onnx(trt, builder, bundle.graph(component, dialect=row.dialect), capacity_tokens=capacity)
+        network, parser = network_from_onnx(
+            trt, builder, bundle.graph(component, dialect=row.dialect), capacity_tokens=capacity
+        )
         check_network(trt, network, spec, capacity_tokens=capacity, caches=2 * caches.layers if caches else 0)
         parsed = parsed_from_network(trt, network, owner=(builder, parser))
     if plan is not None and plan.network is not None and (got := network_hash(parsed)) != plan.network:
-        raise InputError("This plan was compiled from another network", fix=rebuild_command(bundle, target),
-                         where=f"{component} for {target}: expected network {plan.network[:16]}..., got {got[:16]}...")
+        raise InputError(
+            "This plan was compiled from another network",
+            fix=rebuild_command(bundle, target),
+            where=f"{component} for {target}: expected network {plan.network[:16]}..., got {got[:16]}...",
+        )
     return parsed, prefill
 
 
 def _plan(bundle: Bundle, component: str, target: str):
     """The record of the plan, or None where none was built: the network is read all the same."""
     bundle.component(component)
-    return plan_spec(bundle, target, component)[1] if (bundle.path / plan_name(target, component)).exists() else None
+    return (
+        plan_spec(bundle, target, component)[1]
+        if (bundle.path / plan_name(target, component)).exists()
+        else None
+    )

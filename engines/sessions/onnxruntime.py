@@ -2,6 +2,7 @@
 
 The CPU has no bfloat16: there a component's fp32 twin runs instead of its graph, with caches in float32.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -12,17 +13,30 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..bundle.reader import Bundle
-from ..errors import InputError, MissingError
-from ..bundle.manifest import ComponentSpec, TensorSpec
 from ..bundle.bfloat16 import float32_from_bits
+from ..bundle.manifest import ComponentSpec, TensorSpec
+from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array, check_binding, present_name
+from ..errors import InputError, MissingError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 LOG_SEVERITY = 3  # errors
-_ELEMENT_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}  # onnx.TensorProto
-_TYPE_NAMES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(int64)": "int64", "tensor(bool)": "bool",
-               "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
+_ELEMENT_TYPES = {
+    "float32": 1,
+    "int32": 6,
+    "int64": 7,
+    "bool": 9,
+    "float16": 10,
+    "bfloat16": 16,
+}  # onnx.TensorProto
+_TYPE_NAMES = {
+    "tensor(float)": "float32",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+}
 
 
 class HostBuffer:
@@ -30,13 +44,19 @@ class HostBuffer:
 
     def __init__(self, shape: tuple[int, ...], dtype: str):
         import onnxruntime
+
         if dtype == "bfloat16":
-            raise InputError("The CPU has no bfloat16", where=f"buffer: expected float32, got bfloat16[{','.join(map(str, shape))}]",
-                             fix="use the dtype that the session's spec states")
+            raise InputError(
+                "The CPU has no bfloat16",
+                where=f"buffer: expected float32, got bfloat16[{','.join(map(str, shape))}]",
+                fix="use the dtype that the session's spec states",
+            )
         self.shape, self.dtype = tuple(shape), dtype
         self.array = np.zeros(self.shape, dtype)
         self.value = onnxruntime.OrtValue.ortvalue_from_numpy(self.array)
-        assert self.value.data_ptr() == self.array.ctypes.data, "ONNX Runtime copied the memory it was to share"
+        assert self.value.data_ptr() == self.array.ctypes.data, (
+            "ONNX Runtime copied the memory it was to share"
+        )
 
     def write(self, array: np.ndarray) -> None:
         """Copy `array` in. Raises InputError unless shape, type and layout are the buffer's."""
@@ -53,9 +73,12 @@ class DeviceBuffer:
 
     def __init__(self, shape: tuple[int, ...], dtype: str, *, device: str = "cuda"):
         import onnxruntime
+
         self.shape, self.dtype = tuple(shape), dtype
         self._bits = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)  # what numpy holds in place of it
-        self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(self.shape, _ELEMENT_TYPES[dtype], device, 0)
+        self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+            self.shape, _ELEMENT_TYPES[dtype], device, 0
+        )
         self.value.update_inplace(np.zeros(self.shape, self._bits))
 
     def write(self, array: np.ndarray) -> None:
@@ -68,7 +91,10 @@ class DeviceBuffer:
         if self.dtype != "bfloat16":
             return self.value.numpy()
         import onnxruntime
-        host = onnxruntime.OrtValue.ortvalue_from_shape_and_type(self.shape, _ELEMENT_TYPES["bfloat16"], "cpu", 0)
+
+        host = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+            self.shape, _ELEMENT_TYPES["bfloat16"], "cpu", 0
+        )
         onnxruntime.copy_tensors([self.value], [host])
         return float32_from_bfloat16(host.data_ptr(), self.shape)
 
@@ -93,11 +119,17 @@ class OnnxRuntimeSession:
         spec, on_cpu = bundle.component(component), device == "cpu"
         path = bundle.graph(component, twin=on_cpu)
         try:
-            self.inference_session = runtime.InferenceSession(str(path), _options(runtime, bundle.manifest.precision),
-                                                               providers=[(PROVIDERS[device], _provider_options(device))])
+            self.inference_session = runtime.InferenceSession(
+                str(path),
+                _options(runtime, bundle.manifest.precision),
+                providers=[(PROVIDERS[device], _provider_options(device))],
+            )
         except Exception as error:  # the library raises bare exceptions
-            raise InputError("ONNX Runtime cannot load this graph", where=f"{path}: {error}",
-                             fix="export the bundle again with this version of star-export") from None
+            raise InputError(
+                "ONNX Runtime cannot load this graph",
+                where=f"{path}: {error}",
+                fix="export the bundle again with this version of star-export",
+            ) from None
         bundle.graph(component, twin=on_cpu)  # what was loaded is still what was verified
         if PROVIDERS[device] not in self.inference_session.get_providers():
             raise _missing(device, "ONNX Runtime could not start it (driver, CUDA or cuDNN)")
@@ -116,8 +148,11 @@ class OnnxRuntimeSession:
         check_binding(self.spec, tensors)
         for name, tensor in tensors.items():
             if not isinstance(tensor, self._buffer):
-                raise InputError("This is no memory of this session", fix="make it with this session's buffer()",
-                                 where=f"{name}: expected a {self._buffer.__name__}, got a {type(tensor).__name__}")
+                raise InputError(
+                    "This is no memory of this session",
+                    fix="make it with this session's buffer()",
+                    where=f"{name}: expected a {self._buffer.__name__}, got a {type(tensor).__name__}",
+                )
         binding = self.inference_session.io_binding()
         for tensor in self.spec.inputs:
             binding.bind_ortvalue_input(tensor.name, tensors[tensor.name].value)
@@ -128,8 +163,11 @@ class OnnxRuntimeSession:
 
         def step() -> None:
             if not self._running.acquire(blocking=False):
-                raise InputError("This session is busy", where=f"{self.component}: expected one thread at a time, got a second call while running",
-                                 fix="give each thread its own session")
+                raise InputError(
+                    "This session is busy",
+                    where=f"{self.component}: expected one thread at a time, got a second call while running",
+                    fix="give each thread its own session",
+                )
             try:
                 self._check_open()
                 self.inference_session.run_with_iobinding(bound[0])
@@ -144,27 +182,41 @@ class OnnxRuntimeSession:
 
     def _check_open(self) -> None:
         if self.inference_session is None:
-            raise InputError("This session is closed", where=f"{self.component}: expected an open session, got a closed one",
-                             fix="open it again")
+            raise InputError(
+                "This session is closed",
+                where=f"{self.component}: expected an open session, got a closed one",
+                fix="open it again",
+            )
 
 
 def twin_spec(spec: ComponentSpec) -> ComponentSpec:
     """The boundary of the fp32 twin: as `spec`, caches in float32."""
+
     def widened(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(replace(t, dtype="float32") if t.dtype in ("bfloat16", "float16") else t for t in tensors)
+        return tuple(
+            replace(t, dtype="float32") if t.dtype in ("bfloat16", "float16") else t for t in tensors
+        )
 
     return replace(spec, inputs=widened(spec.inputs), outputs=widened(spec.outputs))
 
 
 def check_boundary(session, spec: ComponentSpec, *, where: str) -> None:
     """Compare the loaded graph's inputs and outputs with `spec`: names, order, dtypes, ranks, fixed sizes. Raises InputError."""
-    for side, expected, got in (("inputs", spec.inputs, session.get_inputs()), ("outputs", spec.outputs, session.get_outputs())):
+    for side, expected, got in (
+        ("inputs", spec.inputs, session.get_inputs()),
+        ("outputs", spec.outputs, session.get_outputs()),
+    ):
         wanted = [f"{t.name}:{t.dtype}{_sizes(t.shape)}" for t in expected]
         found = [f"{t.name}:{_TYPE_NAMES.get(t.type, t.type)}{_sizes(t.shape)}" for t in got]
         if wanted != found:
-            at = next((i for i, (a, b) in enumerate(zip(wanted, found)) if a != b), min(len(wanted), len(found)))
-            raise InputError("The graph is not what the manifest says", fix="export the bundle again",
-                             where=f"{where}: {side}[{at}]: expected {_at(wanted, at)}, got {_at(found, at)} ({len(wanted)} and {len(found)} {side})")
+            at = next(
+                (i for i, (a, b) in enumerate(zip(wanted, found)) if a != b), min(len(wanted), len(found))
+            )
+            raise InputError(
+                "The graph is not what the manifest says",
+                fix="export the bundle again",
+                where=f"{where}: {side}[{at}]: expected {_at(wanted, at)}, got {_at(found, at)} ({len(wanted)} and {len(found)} {side})",
+            )
 
 
 def _sizes(shape) -> str:
@@ -181,13 +233,19 @@ def _runtime(device: str):
     except ImportError as error:
         raise _missing(device, f"onnxruntime cannot be imported ({error})") from None
     if PROVIDERS[device] not in onnxruntime.get_available_providers():
-        raise _missing(device, f"onnxruntime {onnxruntime.__version__} has {', '.join(onnxruntime.get_available_providers())}")
+        raise _missing(
+            device,
+            f"onnxruntime {onnxruntime.__version__} has {', '.join(onnxruntime.get_available_providers())}",
+        )
     return onnxruntime
 
 
 def _missing(device: str, got: str) -> MissingError:
-    return MissingError("ONNX Runtime is not here" if device == "cpu" else "ONNX Runtime has no CUDA here",
-                        where=f"expected onnxruntime with {PROVIDERS[device]}, got: {got}", fix=f'pip install "star-export[{device}]"')
+    return MissingError(
+        "ONNX Runtime is not here" if device == "cpu" else "ONNX Runtime has no CUDA here",
+        where=f"expected onnxruntime with {PROVIDERS[device]}, got: {got}",
+        fix=f'pip install "star-export[{device}]"',
+    )
 
 
 def _options(runtime, precision: str):

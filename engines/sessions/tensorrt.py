@@ -4,6 +4,7 @@ A step only enqueues; nothing waits for the host until a buffer is read. Each op
 the contexts of a session share one block of working memory, because the stream runs one of them at a time. A cache is updated in
 place: `past_key_values.*` and `present.*` are bound to one address.
 """
+
 from __future__ import annotations
 
 import math
@@ -14,18 +15,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..tensorrt import device
-
 from .. import plugins
-from ..bundle.reader import Bundle
-from ..errors import InputError
+from ..bundle.bfloat16 import float32_from_bits
 from ..bundle.manifest import ComponentSpec
+from ..bundle.reader import Bundle
+from ..bundle.tensors import check_array, check_binding, present_name, shape_from_symbols
+from ..errors import InputError
+from ..targets import target_from_name
+from ..tensorrt import device
+from ..tensorrt.module import log_of, tensorrt_of, words
 from ..tensorrt.plan import read_plan
 from ..tensorrt.profiles import CAPACITY, Profile, fits, largest
-from ..targets import target_from_name
-from ..tensorrt.module import log_of, tensorrt_of, words
-from ..bundle.bfloat16 import float32_from_bits
-from ..bundle.tensors import check_array, check_binding, present_name, shape_from_symbols
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
@@ -71,8 +71,11 @@ def open_session(bundle: Bundle, component: str, *, target: str) -> TensorRTSess
         runtime = trt.Runtime(log_of(trt))
         engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        raise InputError("TensorRT cannot load this plan", where=f"{component} for {target}: {words(errors)}",
-                         fix=f"rebuild: star-export build {bundle.path} --target {target}")
+        raise InputError(
+            "TensorRT cannot load this plan",
+            where=f"{component} for {target}: {words(errors)}",
+            fix=f"rebuild: star-export build {bundle.path} --target {target}",
+        )
     return TensorRTSession(trt, engine, bundle.component(component), plan.profiles, keep=runtime)
 
 
@@ -80,10 +83,14 @@ class TensorRTSession:
     """One engine. `capacity_tokens` is the size of its caches, fixed in the plan (None without caches), `prefill_tokens` the most
     new positions of a step (None where that is no axis)."""
 
-    def __init__(self, trt, engine, spec: ComponentSpec, profiles: tuple[Profile, ...], *, keep: object = None):
+    def __init__(
+        self, trt, engine, spec: ComponentSpec, profiles: tuple[Profile, ...], *, keep: object = None
+    ):
         check_engine(engine, spec, profiles)
         self.spec = spec
-        self.capacity_tokens, self.prefill_tokens = (largest(profiles, spec, axis=axis) for axis in (CAPACITY, "S"))
+        self.capacity_tokens, self.prefill_tokens = (
+            largest(profiles, spec, axis=axis) for axis in (CAPACITY, "S")
+        )
         self._trt, self._engine, self._profiles, self._keep = trt, engine, profiles, keep
         self._workspace = DeviceBuffer((max(engine.device_memory_size_v2, 256),), "bool")
         self._contexts: dict[int, _Context] = {}
@@ -104,8 +111,11 @@ class TensorRTSession:
         foreign = [name for name, buffer in tensors.items() if not isinstance(buffer, DeviceBuffer)]
         if foreign:
             got = type(tensors[foreign[0]]).__name__
-            raise InputError("These buffers are another backend's", fix="make them with this session's buffer()",
-                             where=f"{self.spec.graph}: {foreign[0]}: expected device memory, got {got}")
+            raise InputError(
+                "These buffers are another backend's",
+                fix="make them with this session's buffer()",
+                where=f"{self.spec.graph}: {foreign[0]}: expected device memory, got {got}",
+            )
         shapes = {t.name: tensors[t.name].shape for t in self.spec.inputs}
         index = choose_profile(self._profiles, shapes, where=self.spec.graph)
         if index not in self._contexts:
@@ -134,8 +144,11 @@ class TensorRTSession:
 
         def step() -> None:
             if not lock.acquire(blocking=False):
-                raise InputError("This session is in use by another thread", where=f"{where}: expected one thread at a time",
-                                 fix="open one session per thread")
+                raise InputError(
+                    "This session is in use by another thread",
+                    where=f"{where}: expected one thread at a time",
+                    fix="open one session per thread",
+                )
             try:
                 self._check_open()
                 if context.bound is not binding:
@@ -149,7 +162,11 @@ class TensorRTSession:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise InputError("This session is closed", where=f"{self.spec.graph}: expected an open session", fix="open it again")
+            raise InputError(
+                "This session is closed",
+                where=f"{self.spec.graph}: expected an open session",
+                fix="open it again",
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,11 +183,16 @@ class _Context:
     """The execution context of one profile, and the binding that it has now."""
 
     def __init__(self, trt, engine, index: int, workspace: DeviceBuffer):
-        self.trt_context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self.trt_context = engine.create_execution_context(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
         self.bound: _Binding | None = None
         _check(self.trt_context is not None, "create_execution_context")
         self.trt_context.set_device_memory(workspace.address, workspace.size_bytes)
-        _check(self.trt_context.set_optimization_profile_async(index, device.stream()), f"set_optimization_profile_async {index}")
+        _check(
+            self.trt_context.set_optimization_profile_async(index, device.stream()),
+            f"set_optimization_profile_async {index}",
+        )
 
     def apply(self, binding: _Binding, *, where: str) -> None:
         """Bind shapes and addresses. Raises InputError when TensorRT infers other output shapes."""
@@ -181,20 +203,31 @@ class _Context:
             _check(context.set_tensor_address(name, address), f"set_tensor_address({name})")
         for name, shape in binding.outputs.items():
             if (got := tuple(context.get_tensor_shape(name))) != shape:
-                raise InputError("This plan computes another shape", where=f"{where}: {name}: expected {shape}, got {got}",
-                                 fix="build the plan again")
+                raise InputError(
+                    "This plan computes another shape",
+                    where=f"{where}: {name}: expected {shape}, got {got}",
+                    fix="build the plan again",
+                )
         self.bound = binding
 
 
-def choose_profile(profiles: tuple[Profile, ...], shapes: Mapping[str, tuple[int, ...]], *, where: str) -> int:
+def choose_profile(
+    profiles: tuple[Profile, ...], shapes: Mapping[str, tuple[int, ...]], *, where: str
+) -> int:
     """Index of the narrowest profile that `shapes` (of all inputs) fit. Raises InputError naming the input that fits none."""
     fitting = [i for i, profile in enumerate(profiles) if fits(profile, shapes)]
     if fitting:
         return min(fitting, key=lambda i: sum(math.prod(r.max) for r in profiles[i].inputs.values()))
-    name = next((n for n, shape in shapes.items() if not any(_fits_one(p, n, shape) for p in profiles)), next(iter(shapes)))
+    name = next(
+        (n for n, shape in shapes.items() if not any(_fits_one(p, n, shape) for p in profiles)),
+        next(iter(shapes)),
+    )
     ranges = " or ".join(f"{p.inputs[name].min} to {p.inputs[name].max} ({p.name})" for p in profiles)
-    raise InputError("This plan was not built for such shapes", where=f"{where}: {name}: expected {ranges}, got {shapes[name]}",
-                     fix="use smaller inputs and the plan's capacity, or build with other --rows or capacity")
+    raise InputError(
+        "This plan was not built for such shapes",
+        where=f"{where}: {name}: expected {ranges}, got {shapes[name]}",
+        fix="use smaller inputs and the plan's capacity, or build with other --rows or capacity",
+    )
 
 
 def check_engine(engine, spec: ComponentSpec, profiles: tuple[Profile, ...]) -> None:
@@ -203,9 +236,12 @@ def check_engine(engine, spec: ComponentSpec, profiles: tuple[Profile, ...]) -> 
     expected = {t.name for t in spec.inputs + spec.outputs}
     if names != expected or engine.num_optimization_profiles != len(profiles):
         differ = ", ".join(sorted(names ^ expected)) or "none"
-        raise InputError("This plan is not what its record says", fix="build the plan again",
-                         where=f"{spec.graph}: expected its inputs and outputs and {len(profiles)} profiles, got differences in: "
-                               f"{differ}; {engine.num_optimization_profiles} profiles")
+        raise InputError(
+            "This plan is not what its record says",
+            fix="build the plan again",
+            where=f"{spec.graph}: expected its inputs and outputs and {len(profiles)} profiles, got differences in: "
+            f"{differ}; {engine.num_optimization_profiles} profiles",
+        )
 
 
 def _fits_one(profile: Profile, name: str, shape: tuple[int, ...]) -> bool:

@@ -4,6 +4,7 @@ The same code drives both builders; the target table says which, and for what. T
 proper on the device. A plan takes its final name when it is whole, and is built again only when its ONNX, its recipe, the
 builder's version or the target differ, or when it is not the recorded one any more.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -17,22 +18,24 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .. import plugins
-from ..bundle.reader import Bundle
-from .device import call
-from ..errors import InputError, MissingError, UsageError
 from ..bundle.files import atomic_file, write_atomic
 from ..bundle.manifest import FileSpec, json_from_manifest
-from .network import CAPACITY, check_network, network_from_onnx
-from .plan import BUILD, Build, PlanSpec, build_header, onnx_hashes, plan_name, plan_state, read_build
+from ..bundle.reader import Bundle
+from ..errors import InputError, MissingError, UsageError
 from ..interpreter import network_hash, parsed_from_network
 from ..interpreter.parsed import Parsed
-from .profiles import ROWS, Limits, Profile, check_recipe, largest, limits_from_options, recipe_from_limits
 from ..progress import Progress, silent
 from ..targets import Target, target_from_name
+from .device import call
 from .module import check_gpu, check_platform, log_of, tensorrt_of, version_tuple, words
+from .network import CAPACITY, check_network, network_from_onnx
+from .plan import BUILD, Build, PlanSpec, build_header, onnx_hashes, plan_name, plan_state, read_build
+from .profiles import ROWS, Limits, Profile, check_recipe, largest, limits_from_options, recipe_from_limits
 
 NATIVE_CACHES = (10, 15)  # from this TensorRT on, the modern dialect
-Look = Callable[[str, Parsed], None]  # component and its network, just before it is compiled; raises what stops the build
+Look = Callable[
+    [str, Parsed], None
+]  # component and its network, just before it is compiled; raises what stops the build
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,18 @@ class BuiltPlan:
     spec: PlanSpec
 
 
-def build_plans(bundle: Bundle, targets: list[str], *, components: list[str] | None = None, capacity_tokens: int | None = None,
-                rows: int = ROWS, prefill_tokens: int | None = None, recipes: Mapping[str, tuple[Profile, ...]] | None = None,
-                look: Look | None = None, progress: Progress = silent) -> list[BuiltPlan]:
+def build_plans(
+    bundle: Bundle,
+    targets: list[str],
+    *,
+    components: list[str] | None = None,
+    capacity_tokens: int | None = None,
+    rows: int = ROWS,
+    prefill_tokens: int | None = None,
+    recipes: Mapping[str, tuple[Profile, ...]] | None = None,
+    look: Look | None = None,
+    progress: Progress = silent,
+) -> list[BuiltPlan]:
     """Build the plans of `components` (all of the bundle's by default) for each of `targets`.
 
     `capacity_tokens` is the size of the KV caches (default: the model's positions, at most 2048), `prefill_tokens` the longest
@@ -59,9 +71,13 @@ def build_plans(bundle: Bundle, targets: list[str], *, components: list[str] | N
     """
     chosen = [target_from_name(name) for name in dict.fromkeys(targets)]
     if not chosen:
-        raise UsageError("No target is named", where="target: expected at least one, got none", fix="star-export targets")
+        raise UsageError(
+            "No target is named", where="target: expected at least one, got none", fix="star-export targets"
+        )
     names = list(bundle.manifest.components) if components is None else list(dict.fromkeys(components))
-    limits = limits_from_options(bundle.manifest.model, capacity_tokens=capacity_tokens, prefill_tokens=prefill_tokens, rows=rows)
+    limits = limits_from_options(
+        bundle.manifest.model, capacity_tokens=capacity_tokens, prefill_tokens=prefill_tokens, rows=rows
+    )
     plans = {name: _recipe(bundle, name, limits, recipes or {}) for name in names}
     for name in recipes or {}:
         bundle.component(name)
@@ -84,8 +100,11 @@ def check_buildable(target: Target) -> None:
     check_platform(target)
     module = tensorrt_of(target)
     if target.dialect == "classic" and version_tuple(module.__version__) >= NATIVE_CACHES:
-        raise InputError(f"{target.name} is for an older TensorRT", fix="use this JetPack's target: star-export targets",
-                         where=f"tensorrt: expected one before 10.15 for the classic dialect, got {module.__version__}")
+        raise InputError(
+            f"{target.name} is for an older TensorRT",
+            fix="use this JetPack's target: star-export targets",
+            where=f"tensorrt: expected one before 10.15 for the classic dialect, got {module.__version__}",
+        )
     if target.builder == "tensorrt":
         check_gpu(target)
 
@@ -95,11 +114,16 @@ def check_precision(bundle: Bundle, target: Target) -> None:
     precision = bundle.manifest.precision
     if precision not in target.precisions:
         better = "bf16" if "bf16" in target.precisions else "fp16"
-        raise InputError(f"{target.name} does not run {precision} engines", fix=f"export with --precision {better}",
-                         where=f"{bundle.path}: precision: expected one of {', '.join(target.precisions)}, got {precision}")
+        raise InputError(
+            f"{target.name} does not run {precision} engines",
+            fix=f"export with --precision {better}",
+            where=f"{bundle.path}: precision: expected one of {', '.join(target.precisions)}, got {precision}",
+        )
 
 
-def build_plan(bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], *, look: Look | None = None) -> BuiltPlan:
+def build_plan(
+    bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], *, look: Look | None = None
+) -> BuiltPlan:
     """Build one plan and enter it into `build.json`, or find that it is there already."""
     graph = bundle.graph(component, dialect=target.dialect)
     version = tensorrt_of(target).__version__
@@ -115,15 +139,26 @@ def build_plan(bundle: Bundle, target: Target, component: str, recipe: tuple[Pro
         bundle.graph(component, dialect=target.dialect)  # the files parsed are still the ones listed
     spec = bundle.component(component)
     onnx = onnx_hashes(bundle, component, dialect=target.dialect)
-    made = PlanSpec(onnx=onnx, profiles=recipe, plan=plan, inputs=spec.inputs, outputs=spec.outputs, kv_cache_updates=updates,
-                    seconds=round(time.monotonic() - started, 3), network=network, plugin=plugin)
+    made = PlanSpec(
+        onnx=onnx,
+        profiles=recipe,
+        plan=plan,
+        inputs=spec.inputs,
+        outputs=spec.outputs,
+        kv_cache_updates=updates,
+        seconds=round(time.monotonic() - started, 3),
+        network=network,
+        plugin=plugin,
+    )
     build = _present(bundle, header)  # read again: another process may have added to it
     build = replace(build, components=build.components | {component: made})
     write_atomic(path.parent / BUILD, json_from_manifest(build).encode())
     return BuiltPlan(target.name, component, path, False, made)
 
 
-def _recipe(bundle: Bundle, name: str, limits: Limits, recipes: Mapping[str, tuple[Profile, ...]]) -> tuple[Profile, ...]:
+def _recipe(
+    bundle: Bundle, name: str, limits: Limits, recipes: Mapping[str, tuple[Profile, ...]]
+) -> tuple[Profile, ...]:
     spec, model = bundle.component(name), bundle.manifest.model
     recipe = recipes[name] if name in recipes else recipe_from_limits(spec, model, limits)
     check_recipe(recipe, spec, model)
@@ -139,7 +174,9 @@ def _present(bundle: Bundle, header: Build) -> Build:
     return build if replace(build, components={}) == header else header
 
 
-def _is_current(bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], known: PlanSpec) -> bool:
+def _is_current(
+    bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], known: PlanSpec
+) -> bool:
     """Whether the plan on disk is the recorded one, and was built from the present files by this recipe."""
     spec = bundle.component(component)
     wanted = (onnx_hashes(bundle, component, dialect=target.dialect), recipe, spec.inputs, spec.outputs)
@@ -148,8 +185,15 @@ def _is_current(bundle: Bundle, target: Target, component: str, recipe: tuple[Pr
     return plan_state(bundle.path, plan_name(target.name, component), known.plan) == "ok"
 
 
-def _built(bundle: Bundle, target: Target, component: str, graph: Path, recipe: tuple[Profile, ...],
-           file: BinaryIO, look: Look | None) -> tuple[int, str | None, FileSpec]:
+def _built(
+    bundle: Bundle,
+    target: Target,
+    component: str,
+    graph: Path,
+    recipe: tuple[Profile, ...],
+    file: BinaryIO,
+    look: Look | None,
+) -> tuple[int, str | None, FileSpec]:
     """Parse, check, read back, build and write one plan; (cache updates, the network's hash, the plan's size and hash)."""
     trt, spec = tensorrt_of(target), bundle.component(component)
     caches = bundle.manifest.model.cache.get(component)
@@ -157,7 +201,9 @@ def _built(bundle: Bundle, target: Target, component: str, graph: Path, recipe: 
     with log_of(trt).collect() as errors:
         builder = trt.Builder(log_of(trt))
         network, parser = network_from_onnx(trt, builder, graph, capacity_tokens=capacity)
-        updates = check_network(trt, network, spec, capacity_tokens=capacity, caches=2 * caches.layers if caches else 0)
+        updates = check_network(
+            trt, network, spec, capacity_tokens=capacity, caches=2 * caches.layers if caches else 0
+        )
         digest = _read_back(trt, network, component, look, owner=(builder, parser))
         config = _config(trt, builder, target, recipe)
         writer = _stream_writer(trt, file)
@@ -186,7 +232,9 @@ def _read_back(trt, network, component: str, look: Look | None, *, owner: object
     return network_hash(parsed)
 
 
-def plugin_of(bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], version: str) -> str | None:
+def plugin_of(
+    bundle: Bundle, target: Target, component: str, recipe: tuple[Profile, ...], version: str
+) -> str | None:
     """SHA-256 of the KV-cache plugin's library that the plan needs, which is loaded; None where the target has such layers.
 
     Raises InputError for a decoder beyond the plugin's limits, MissingError when there is no library for this TensorRT.
@@ -214,7 +262,9 @@ def _config(trt, builder, target: Target, recipe: tuple[Profile, ...]):
     config = builder.create_builder_config()
     if target.builder == "tensorrt_rtx":  # the other builds for the device that it runs on
         config.num_compute_capabilities = 1
-        config.set_compute_capability(trt.ComputeCapability.__members__[target.sm.upper().replace("_", "")], 0)
+        config.set_compute_capability(
+            trt.ComputeCapability.__members__[target.sm.upper().replace("_", "")], 0
+        )
     for profile in recipe:
         ranges = builder.create_optimization_profile()
         for name, r in profile.inputs.items():
@@ -282,8 +332,13 @@ def _interruptible(trt, config) -> Iterator[None]:
 def _failure(target: Target, graph: Path, errors: list[str]) -> InputError | MissingError:
     if any("out of memory" in message.lower() for message in errors):
         free, total = call("cudaMemGetInfo")
-        return MissingError("The GPU has too little free memory to build this plan",
-                            where=f"{graph}: free {free} of {total} bytes; {words(errors)}",
-                            fix="close other programs, or build with a smaller capacity or fewer rows")
-    return InputError(f"TensorRT cannot build this graph for {target.name}", where=f"{graph}: {words(errors)}",
-                      fix="try another precision, a smaller capacity or fewer rows; if it fails again, report this graph")
+        return MissingError(
+            "The GPU has too little free memory to build this plan",
+            where=f"{graph}: free {free} of {total} bytes; {words(errors)}",
+            fix="close other programs, or build with a smaller capacity or fewer rows",
+        )
+    return InputError(
+        f"TensorRT cannot build this graph for {target.name}",
+        where=f"{graph}: {words(errors)}",
+        fix="try another precision, a smaller capacity or fewer rows; if it fails again, report this graph",
+    )

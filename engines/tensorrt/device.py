@@ -3,6 +3,7 @@
 Knows nothing of TensorRT or of tensors. cuda-python is imported on first use. One non-blocking stream serves all sessions of the
 process, so work runs in the order in which it was asked for and nothing waits for the host between steps.
 """
+
 from __future__ import annotations
 
 import functools
@@ -38,8 +39,11 @@ def cudart():
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise MissingError("cuda-python is not installed", where=f"import cuda.bindings.runtime: {error}",
-                           fix="pip install 'star-export[rtx]' (RTX PC), [jetpack] (Jetson before JetPack 7.2) or [tensorrt]") from None
+        raise MissingError(
+            "cuda-python is not installed",
+            where=f"import cuda.bindings.runtime: {error}",
+            fix="pip install 'star-export[rtx]' (RTX PC), [jetpack] (Jetson before JetPack 7.2) or [tensorrt]",
+        ) from None
     return runtime
 
 
@@ -49,10 +53,15 @@ def call(name: str, *arguments):
     if int(code) == 0:
         return values[0] if len(values) == 1 else tuple(values) or None
     if int(code) in (INSUFFICIENT_DRIVER, NOT_FOUND):
-        raise MissingError("There is no NVIDIA driver that this CUDA can use", fix=_NO_DRIVER,
-                           where=f"{name}: expected a driver for CUDA {_version(runtime_version())}, got {_driver_words()}")
+        raise MissingError(
+            "There is no NVIDIA driver that this CUDA can use",
+            fix=_NO_DRIVER,
+            where=f"{name}: expected a driver for CUDA {_version(runtime_version())}, got {_driver_words()}",
+        )
     if int(code) == NO_DEVICE:
-        raise MissingError("There is no NVIDIA GPU", where=f"{name}: expected a CUDA device, got none", fix=_NO_DRIVER)
+        raise MissingError(
+            "There is no NVIDIA GPU", where=f"{name}: expected a CUDA device, got none", fix=_NO_DRIVER
+        )
     raise RuntimeError(f"{name} failed with CUDA error {int(code)} ({code})")
 
 
@@ -63,7 +72,9 @@ def _answer(name: str, *arguments) -> tuple:
     try:
         return function(*arguments)
     except RuntimeError as error:  # cuda-python 12.6
-        raise MissingError("There is no NVIDIA driver that this CUDA can use", where=f"{name}: {error}", fix=_NO_DRIVER) from None
+        raise MissingError(
+            "There is no NVIDIA driver that this CUDA can use", where=f"{name}: {error}", fix=_NO_DRIVER
+        ) from None
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -71,7 +82,9 @@ def gpus() -> tuple[Gpu, ...]:
     found = []
     for i in range(call("cudaGetDeviceCount")):
         properties = call("cudaGetDeviceProperties", i)
-        found.append(Gpu(properties.name.decode(), (properties.major, properties.minor), properties.totalGlobalMem))
+        found.append(
+            Gpu(properties.name.decode(), (properties.major, properties.minor), properties.totalGlobalMem)
+        )
     return tuple(found)
 
 
@@ -102,8 +115,11 @@ def allocate(size_bytes: int) -> int:
     code, address = _answer("cudaMalloc", size_bytes)
     if int(code) == OUT_OF_MEMORY:
         free, total = call("cudaMemGetInfo")
-        raise MissingError("The GPU has too little free memory", where=f"asked {size_bytes} bytes, free {free} of {total}",
-                           fix="close other programs, use fewer rows or a smaller capacity, or a smaller precision")
+        raise MissingError(
+            "The GPU has too little free memory",
+            where=f"asked {size_bytes} bytes, free {free} of {total}",
+            fix="close other programs, use fewer rows or a smaller capacity, or a smaller precision",
+        )
     if int(code):
         call("cudaGetDeviceCount")  # says so when there is no driver or device
         raise RuntimeError(f"cudaMalloc failed with CUDA error {int(code)} ({code})")
@@ -118,12 +134,26 @@ def release(address: int) -> None:
 
 def copy_to_device(address: int, array: np.ndarray) -> None:
     """Enqueue the copy of a contiguous array; it may be changed as soon as this returns (pageable memory is staged)."""
-    call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, cudart().cudaMemcpyKind.cudaMemcpyHostToDevice, stream())
+    call(
+        "cudaMemcpyAsync",
+        address,
+        array.ctypes.data,
+        array.nbytes,
+        cudart().cudaMemcpyKind.cudaMemcpyHostToDevice,
+        stream(),
+    )
 
 
 def copy_to_host(array: np.ndarray, address: int) -> None:
     """Fill a contiguous array from the device, after all work enqueued so far."""
-    call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost, stream())
+    call(
+        "cudaMemcpyAsync",
+        array.ctypes.data,
+        address,
+        array.nbytes,
+        cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost,
+        stream(),
+    )
     synchronize()
 
 
@@ -135,7 +165,14 @@ def read_bandwidth(*, size_bytes: int = 1 << 29, repeats: int = 10) -> float:
         for _ in range(repeats):
             synchronize()
             started = time.perf_counter()
-            call("cudaMemcpyAsync", target, source, size_bytes, cudart().cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream())
+            call(
+                "cudaMemcpyAsync",
+                target,
+                source,
+                size_bytes,
+                cudart().cudaMemcpyKind.cudaMemcpyDeviceToDevice,
+                stream(),
+            )
             synchronize()
             best = min(best, time.perf_counter() - started)
     finally:

@@ -2,6 +2,7 @@
 
 `tensorrt_rtx` and `tensorrt` have one Python API; the target table says which one to import.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -9,13 +10,15 @@ import functools
 import importlib
 from collections.abc import Iterator
 
-from . import device
 from ..errors import MissingError, UsageError
 from ..targets import Target, host_platform
+from . import device
 
 EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
-JETPACK = ("in an environment that sees JetPack's own TensorRT (apt install python3-libnvinfer; python3 -m venv --system-site-packages "
-           ".venv): pip install 'star-export[jetpack]'")
+JETPACK = (
+    "in an environment that sees JetPack's own TensorRT (apt install python3-libnvinfer; python3 -m venv --system-site-packages "
+    ".venv): pip install 'star-export[jetpack]'"
+)
 _LISTED = 5
 
 
@@ -25,11 +28,17 @@ def tensorrt_of(target: Target):
     try:
         module = importlib.import_module(target.builder)
     except (ImportError, OSError) as error:  # OSError: a library of it cannot be loaded
-        raise MissingError(f"{target.builder} is not installed", fix=fix,
-                           where=f"{target.name}: expected {target.builder} {target.tensorrt} or newer, got {error}") from None
+        raise MissingError(
+            f"{target.builder} is not installed",
+            fix=fix,
+            where=f"{target.name}: expected {target.builder} {target.tensorrt} or newer, got {error}",
+        ) from None
     if version_tuple(module.__version__) < version_tuple(target.tensorrt):
-        raise MissingError(f"{target.builder} is too old", fix=f"upgrade to JetPack {target.jetpack}" if target.jetpack else fix,
-                           where=f"{target.name}: expected {target.builder} {target.tensorrt} or newer, got {module.__version__}")
+        raise MissingError(
+            f"{target.builder} is too old",
+            fix=f"upgrade to JetPack {target.jetpack}" if target.jetpack else fix,
+            where=f"{target.name}: expected {target.builder} {target.tensorrt} or newer, got {module.__version__}",
+        )
     return module
 
 
@@ -42,16 +51,22 @@ def version_tuple(version: str) -> tuple[int, ...]:
 def check_platform(target: Target) -> None:
     """The target's plans are built and run on systems like this one, or UsageError: a plan is tied to where it was built."""
     if host_platform() not in target.platforms:
-        raise UsageError(f"Plans for {target.name} belong to another system", fix="run this command on such a machine",
-                         where=f"{target.device}: expected {' or '.join(target.platforms)}, got {host_platform()}")
+        raise UsageError(
+            f"Plans for {target.name} belong to another system",
+            fix="run this command on such a machine",
+            where=f"{target.device}: expected {' or '.join(target.platforms)}, got {host_platform()}",
+        )
 
 
 def check_gpu(target: Target) -> device.Gpu:
     """The GPU of this machine that runs plans of `target`: the first, which sessions use. Raises MissingError."""
     gpu = device.gpus()[0]
     if gpu.compute_capability != target.compute_capability:
-        raise MissingError(f"This machine's GPU is not {target.name}'s", fix="use this GPU's target: star-export doctor",
-                           where=f"expected {target.sm} ({target.device}), got {gpu.sm} ({gpu.name})")
+        raise MissingError(
+            f"This machine's GPU is not {target.name}'s",
+            fix="use this GPU's target: star-export doctor",
+            where=f"expected {target.sm} ({target.device}), got {gpu.sm} ({gpu.name})",
+        )
     return gpu
 
 
@@ -72,8 +87,14 @@ def log_of(module):
             self.errors: list[str] | None = None
 
         def log(self, severity, message):
-            if severity <= module.ILogger.Severity.ERROR and self.errors is not None and "cudaError 35" not in message:
-                self.errors.append(" ".join(message.split()))  # 35: this machine has no driver, which building does not need
+            if (
+                severity <= module.ILogger.Severity.ERROR
+                and self.errors is not None
+                and "cudaError 35" not in message
+            ):
+                self.errors.append(
+                    " ".join(message.split())
+                )  # 35: this machine has no driver, which building does not need
 
         @contextlib.contextmanager
         def collect(self) -> Iterator[list[str]]:

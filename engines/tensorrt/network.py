@@ -3,22 +3,30 @@
 A plan cannot be opened on a machine without a GPU, so what it must have is checked here: names, types and shapes of inputs and
 outputs, no input without a use, and for every cache one update layer from `past_key_values.*` to `present.*`.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import InputError
 from ..bundle.files import read_regular
 from ..bundle.manifest import ComponentSpec, TensorSpec
-from .onnx_axes import onnx_with_axis
 from ..bundle.tensors import present_name
+from ..errors import InputError
 from .module import log_of, words
+from .onnx_axes import onnx_with_axis
 
 GRAPH_LIMIT_BYTES = 1 << 30  # a graph without its weights; 36 layers take 0.3 MB
 CAPACITY = "C"
 PLUGIN_SIDES = (7, 3)  # inputs and outputs of KVCacheAttention
 _LISTED = 10
-_DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
+_DTYPES = {
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "bfloat16": "BF16",
+    "int64": "INT64",
+    "int32": "INT32",
+    "bool": "BOOL",
+}
 
 
 def network_from_onnx(trt, builder, graph: Path, *, capacity_tokens: int | None):
@@ -34,8 +42,11 @@ def network_from_onnx(trt, builder, graph: Path, *, capacity_tokens: int | None)
     parser = trt.OnnxParser(network, log_of(trt))
     if not parser.parse(model, str(graph)):
         errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise InputError("TensorRT cannot read this graph", where=f"{graph}: {words(errors)}",
-                         fix="export again with this version of star-export; if it fails again, report this graph")
+        raise InputError(
+            "TensorRT cannot read this graph",
+            where=f"{graph}: {words(errors)}",
+            fix="export again with this version of star-export; if it fails again, report this graph",
+        )
     return network, parser
 
 
@@ -49,21 +60,39 @@ def check_network(trt, network, spec: ComponentSpec, *, capacity_tokens: int | N
     wrong = _sides(trt, "input", spec.inputs, inputs, capacity_tokens)
     wrong += _sides(trt, "output", spec.outputs, outputs, capacity_tokens)
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    read = {tensor.name for layer in layers for tensor in map(layer.get_input, range(layer.num_inputs)) if tensor is not None}
+    read = {
+        tensor.name
+        for layer in layers
+        for tensor in map(layer.get_input, range(layer.num_inputs))
+        if tensor is not None
+    }
     wrong += [f"input {tensor.name}: no layer reads it" for tensor in inputs if tensor.name not in read]
-    wrong += [f"input {tensor.name}: its values would shape the network" for tensor in inputs if tensor.is_shape_tensor]
+    wrong += [
+        f"input {tensor.name}: its values would shape the network"
+        for tensor in inputs
+        if tensor.is_shape_tensor
+    ]
     pairs = [(layer.name, *pair) for layer in layers for pair in _updates(trt, layer)]
-    wrong += [f"cache update {name}: {fault}" for name, past, present in pairs if (fault := _update_fault(past, present))]
+    wrong += [
+        f"cache update {name}: {fault}"
+        for name, past, present in pairs
+        if (fault := _update_fault(past, present))
+    ]
     if len(pairs) != caches:
         wrong.append(f"cache updates: expected {caches} (a key and a value per layer), got {len(pairs)}")
     if wrong:
         more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
-        raise InputError("TensorRT reads this graph otherwise than the manifest says", fix="export the bundle again",
-                         where=f"{spec.graph}: " + "; ".join(wrong[:_LISTED]) + more)
+        raise InputError(
+            "TensorRT reads this graph otherwise than the manifest says",
+            fix="export the bundle again",
+            where=f"{spec.graph}: " + "; ".join(wrong[:_LISTED]) + more,
+        )
     return len(pairs)
 
 
-def _sides(trt, kind: str, expected: tuple[TensorSpec, ...], got: list, capacity_tokens: int | None) -> list[str]:
+def _sides(
+    trt, kind: str, expected: tuple[TensorSpec, ...], got: list, capacity_tokens: int | None
+) -> list[str]:
     """Disagreements of all inputs, or all outputs. Dynamic axes are -1 in a network."""
     names, found = [t.name for t in expected], {tensor.name: tensor for tensor in got}
     wrong = [f"{kind} {name}: missing" for name in names if name not in found]
@@ -85,7 +114,10 @@ def _updates(trt, layer) -> list[tuple]:
     """(past, present) of every cache that `layer` updates: one in a native layer, a key and a value in the plugin."""
     if layer.type == getattr(trt.LayerType, "KV_CACHE_UPDATE", None):  # absent before TensorRT 10.15
         return [(layer.get_input(0), layer.get_output(0))]
-    if layer.type == getattr(trt.LayerType, "PLUGIN_V3", None) and (layer.num_inputs, layer.num_outputs) == PLUGIN_SIDES:
+    if (
+        layer.type == getattr(trt.LayerType, "PLUGIN_V3", None)
+        and (layer.num_inputs, layer.num_outputs) == PLUGIN_SIDES
+    ):
         return [(layer.get_input(3), layer.get_output(1)), (layer.get_input(4), layer.get_output(2))]
     return []
 

@@ -4,6 +4,7 @@ TensorRT reads a cache only where its capacity is static, and a bundle keeps the
 Buffers: a message is a row of (field number, wire type, payload). Only the path from the model to the dimensions of its graph's
 values is decoded; all else is copied as it stands. Field numbers are those of onnx.proto (IR version 3 and later).
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -25,8 +26,11 @@ def onnx_with_axis(model: bytes, *, symbol: str, size: int, where: str) -> bytes
     try:
         return _edited(model, PATH, symbol.encode(), size)
     except (IndexError, ValueError) as error:
-        raise InputError("This ONNX file cannot be read", where=f"{where}: expected an ONNX model, got {error}",
-                         fix="copy the bundle again, or export it again") from None
+        raise InputError(
+            "This ONNX file cannot be read",
+            where=f"{where}: expected an ONNX model, got {error}",
+            fix="copy the bundle again, or export it again",
+        ) from None
 
 
 def _edited(message: bytes, path: tuple[tuple[int, ...], ...], symbol: bytes, size: int) -> bytes:
@@ -63,7 +67,9 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
         else:
             raise ValueError(f"wire type {wire} at byte {start}")
         if at > len(message):
-            raise ValueError(f"a field of {at - begin} bytes at byte {start}, where {len(message) - begin} are left")
+            raise ValueError(
+                f"a field of {at - begin} bytes at byte {start}, where {len(message) - begin} are left"
+            )
         yield key >> 3, wire, message[start:at], message[begin:at]
 
 

@@ -3,6 +3,7 @@
 A plan is executable code, tied to a GPU architecture, a TensorRT version and a system. `plans/<target>/build.json` says what each
 was built from and for; a plan is used only when all of that holds here and its SHA-256 is the recorded one.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -11,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import plugins
-from ..bundle.reader import Bundle
-from .device import gpus
-from ..errors import InputError
 from ..bundle.files import check_relative, open_regular, read_regular, resolve_inside, sha256_from_file
 from ..bundle.manifest import FileSpec, TensorSpec, strict, value_from_json
-from .profiles import Profile
+from ..bundle.reader import Bundle
+from ..errors import InputError
 from ..targets import Target, host_platform, sm_from_capability
+from .device import gpus
 from .module import tensorrt_of
+from .profiles import Profile
 
 SCHEMA = 1
 BUILD = "build.json"
@@ -56,8 +57,15 @@ class Build:
 
 def build_header(target: Target, version: str) -> Build:
     """A build without plans: what holds for all plans that this machine builds for `target` with TensorRT `version`."""
-    return Build(schema=SCHEMA, target=target.name, compute_capability=target.compute_capability, builder=target.builder,
-                 tensorrt=version, platform=host_platform(), components={})
+    return Build(
+        schema=SCHEMA,
+        target=target.name,
+        compute_capability=target.compute_capability,
+        builder=target.builder,
+        tensorrt=version,
+        platform=host_platform(),
+        components={},
+    )
 
 
 def plan_name(target: str, component: str) -> str:
@@ -75,12 +83,18 @@ def read_build(bundle: Bundle, target: str) -> Build:
     """`plans/<target>/build.json`, strictly parsed. Raises InputError when there is none or it is wrong."""
     relative = f"plans/{target}/{BUILD}"
     if not os.path.lexists(bundle.path / relative):
-        raise InputError(f"There are no plans for {target}", where=f"{bundle.path}: expected {relative}, got nothing",
-                         fix=rebuild_command(bundle, target))
+        raise InputError(
+            f"There are no plans for {target}",
+            where=f"{bundle.path}: expected {relative}, got nothing",
+            fix=rebuild_command(bundle, target),
+        )
     build = build_from_file(resolve_inside(bundle.path, relative, where="plans"))
     if build.target != target:
-        raise InputError("These plans are another target's", fix=rebuild_command(bundle, target),
-                         where=f"{relative}: target: expected {target!r}, got {build.target!r}")
+        raise InputError(
+            "These plans are another target's",
+            fix=rebuild_command(bundle, target),
+            where=f"{relative}: target: expected {target!r}, got {build.target!r}",
+        )
     return build
 
 
@@ -89,13 +103,19 @@ def build_from_file(path: Path) -> Build:
     try:
         text = read_regular(path, limit_bytes=BUILD_LIMIT_BYTES, where="plans").decode()
     except UnicodeDecodeError as error:
-        raise InputError("This file is not text", where=f"{path}: expected UTF-8, got {error.reason} at byte {error.start}",
-                         fix="build the plans again") from None
+        raise InputError(
+            "This file is not text",
+            where=f"{path}: expected UTF-8, got {error.reason} at byte {error.start}",
+            fix="build the plans again",
+        ) from None
     value = value_from_json(text, where=str(path))
     schema = value.get("schema") if isinstance(value, dict) else None
     if type(schema) is int and schema != SCHEMA:
-        raise InputError("These plans were built by another version of star-export", fix="build the plans again",
-                         where=f"{path}: schema: expected {SCHEMA}, got {schema}")
+        raise InputError(
+            "These plans were built by another version of star-export",
+            fix="build the plans again",
+            where=f"{path}: schema: expected {SCHEMA}, got {schema}",
+        )
     return strict(Build, value, str(path))
 
 
@@ -107,7 +127,9 @@ def read_plan(bundle: Bundle, target: Target, component: str) -> tuple[PlanSpec,
     """
     build, spec = plan_spec(bundle, target.name, component)
     fix = rebuild_command(bundle, target.name)
-    check_environment(build, sm=gpus()[0].sm, builder=target.builder, version=tensorrt_of(target).__version__, fix=fix)
+    check_environment(
+        build, sm=gpus()[0].sm, builder=target.builder, version=tensorrt_of(target).__version__, fix=fix
+    )
     check_fresh(bundle, component, spec, fix=fix, dialect=target.dialect)
     library = plugins.library_for(target, bundle.component(component), tensorrt=build.tensorrt)
     if library is not None:
@@ -121,8 +143,11 @@ def plan_spec(bundle: Bundle, target: str, component: str) -> tuple[Build, PlanS
     bundle.component(component)
     build = read_build(bundle, target)
     if component not in build.components:
-        raise InputError(f"{component} has no plan for {target}", fix=rebuild_command(bundle, target),
-                         where=f"{bundle.path}: expected one of {', '.join(build.components) or 'none'}, got {component!r}")
+        raise InputError(
+            f"{component} has no plan for {target}",
+            fix=rebuild_command(bundle, target),
+            where=f"{bundle.path}: expected one of {', '.join(build.components) or 'none'}, got {component!r}",
+        )
     return build, build.components[component]
 
 
@@ -131,8 +156,11 @@ def check_environment(build: Build, *, sm: str, builder: str, version: str, fix:
     built = f"{sm_from_capability(build.compute_capability)} / {build.builder} {build.tensorrt} / {build.platform}"
     here = f"{sm} / {builder} {version} / {host_platform()}"
     if built != here:
-        raise InputError("This plan was built for another machine", fix=fix,
-                         where=f"{build.target}: built for {built}, here {here}")
+        raise InputError(
+            "This plan was built for another machine",
+            fix=fix,
+            where=f"{build.target}: built for {built}, here {here}",
+        )
 
 
 def check_fresh(bundle: Bundle, component: str, spec: PlanSpec, *, fix: str, dialect: str = "modern") -> None:
@@ -140,25 +168,36 @@ def check_fresh(bundle: Bundle, component: str, spec: PlanSpec, *, fix: str, dia
     now = onnx_hashes(bundle, component, dialect=dialect)
     for name in {**now, **spec.onnx}:
         if now.get(name) != spec.onnx.get(name):
-            raise InputError("This plan is stale: its ONNX file has changed since", fix=fix,
-                             where=f"{name}: built from sha256 {_prefix(spec.onnx.get(name))}, now {_prefix(now.get(name))}")
+            raise InputError(
+                "This plan is stale: its ONNX file has changed since",
+                fix=fix,
+                where=f"{name}: built from sha256 {_prefix(spec.onnx.get(name))}, now {_prefix(now.get(name))}",
+            )
 
 
 def plan_bytes(bundle: Bundle, target: str, component: str, spec: PlanSpec) -> bytes:
     """The plan's bytes, read once, of the recorded size and SHA-256. Raises InputError."""
     relative, fix = plan_name(target, component), rebuild_command(bundle, target)
     if not os.path.lexists(bundle.path / relative):
-        raise InputError("This plan is missing", where=f"{bundle.path}: expected {relative}, got nothing", fix=fix)
+        raise InputError(
+            "This plan is missing", where=f"{bundle.path}: expected {relative}, got nothing", fix=fix
+        )
     with open_regular(resolve_inside(bundle.path, relative, where="plans"), where="plans") as file:
         size = os.fstat(file.fileno()).st_size
         if size != spec.plan.size:
-            raise InputError("This plan has another size", fix=fix,
-                             where=f"{relative}: expected {spec.plan.size} bytes, got {size}")
+            raise InputError(
+                "This plan has another size",
+                fix=fix,
+                where=f"{relative}: expected {spec.plan.size} bytes, got {size}",
+            )
         data = file.read(size)
     digest = hashlib.sha256(data).hexdigest()
     if digest != spec.plan.sha256:
-        raise InputError("This plan is not the one that was built", fix=fix,
-                         where=f"{relative}: expected sha256 {_prefix(spec.plan.sha256)}, got {_prefix(digest)}")
+        raise InputError(
+            "This plan is not the one that was built",
+            fix=fix,
+            where=f"{relative}: expected sha256 {_prefix(spec.plan.sha256)}, got {_prefix(digest)}",
+        )
     return data
 
 
@@ -173,8 +212,12 @@ def describe_plans(folder: Path) -> dict:
     A plan's state is that of `plan_state`. Raises InputError for a wrong build.json.
     """
     build = build_from_file(Path(folder) / BUILD)
-    header = {"target": build.target, "gpu": sm_from_capability(build.compute_capability),
-              "tensorrt": f"{build.builder} {build.tensorrt}", "platform": build.platform}
+    header = {
+        "target": build.target,
+        "gpu": sm_from_capability(build.compute_capability),
+        "tensorrt": f"{build.builder} {build.tensorrt}",
+        "platform": build.platform,
+    }
     plans = {name: _description(Path(folder), name, spec) for name, spec in build.components.items()}
     return header | {"components": plans}
 
@@ -194,10 +237,21 @@ def _description(folder: Path, name: str, spec: PlanSpec) -> dict:
     def signature(tensor: TensorSpec) -> str:
         return f"{tensor.dtype}[{','.join(map(str, tensor.shape))}]"
 
-    profiles = {p.name: {name: {"min": r.min, "opt": r.opt, "max": r.max} for name, r in p.inputs.items()} for p in spec.profiles}
-    return {"state": plan_state(folder, f"{name}.plan", spec.plan), "bytes": spec.plan.size, "sha256": spec.plan.sha256, "seconds": spec.seconds,
-            "kv_cache_updates": spec.kv_cache_updates, "inputs": {t.name: signature(t) for t in spec.inputs},
-            "outputs": {t.name: signature(t) for t in spec.outputs}, "profiles": profiles, "onnx": spec.onnx}
+    profiles = {
+        p.name: {name: {"min": r.min, "opt": r.opt, "max": r.max} for name, r in p.inputs.items()}
+        for p in spec.profiles
+    }
+    return {
+        "state": plan_state(folder, f"{name}.plan", spec.plan),
+        "bytes": spec.plan.size,
+        "sha256": spec.plan.sha256,
+        "seconds": spec.seconds,
+        "kv_cache_updates": spec.kv_cache_updates,
+        "inputs": {t.name: signature(t) for t in spec.inputs},
+        "outputs": {t.name: signature(t) for t in spec.outputs},
+        "profiles": profiles,
+        "onnx": spec.onnx,
+    }
 
 
 def _prefix(digest: str | None) -> str:

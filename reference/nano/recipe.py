@@ -3,6 +3,7 @@
 Sizes follow the release where it decides (heads of 64, grouped queries, three-axis positions, windowed vision with some full blocks,
 VQ of the same blocks) and are small where it does not.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -18,9 +19,22 @@ BASE_LAYERS, STACKED_LAYERS = 4, 4
 MROPE_SECTION = (4, 4, 24)
 MAX_POSITIONS, ROPE_THETA = 512, 50.0
 VOCAB_ROWS = 640
-VISION = {"depth": 4, "hidden_size": 128, "num_heads": 2, "intermediate_size": 256, "patch_size": 14, "spatial_merge_size": 2,
-          "temporal_patch_size": 2, "window_size": 56, "fullatt_block_indexes": [1, 3], "out_hidden_size": HIDDEN,
-          "hidden_act": "silu", "in_chans": 3, "spatial_patch_size": 14, "tokens_per_second": 2}
+VISION = {
+    "depth": 4,
+    "hidden_size": 128,
+    "num_heads": 2,
+    "intermediate_size": 256,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 56,
+    "fullatt_block_indexes": [1, 3],
+    "out_hidden_size": HIDDEN,
+    "hidden_act": "silu",
+    "in_chans": 3,
+    "spatial_patch_size": 14,
+    "tokens_per_second": 2,
+}
 # 64 channels give the 32 norm groups two each. With 32 they would norm every channel by itself, which forgets colours: trained on
 # equally many images, that was 2 to 4 dB worse from the start.
 VQ = {"ch": 64, "ch_mult": [1, 1, 1, 2], "res_blocks": 1, "z_channels": 64, "num_heads": 2}
@@ -54,21 +68,27 @@ class Stage:
     def groups(self, size: int, of: str) -> int:
         """How many groups of `size` samples a batch is, `of`: what a group is. Raises ValueError when they do not come out even."""
         if self.batch % size:
-            raise ValueError(f"stage {self.name}: the {self.batch} samples of a process are not a multiple of {size} {of}; "
-                             "train it in fewer processes")
+            raise ValueError(
+                f"stage {self.name}: the {self.batch} samples of a process are not a multiple of {size} {of}; "
+                "train it in fewer processes"
+            )
         return self.batch // size
 
 
 # Small batches: what is scarce is arithmetic, and on equally many images the VQ was far ahead in batches of 16.
-STAGES = {stage.name: stage for stage in (
-    Stage("vq", steps=7_500, batch=16, learning_rate=1e-3, weight_decay=0.0),
-    Stage("local", steps=1_100, batch=16, learning_rate=3e-4, warmup=100, weight_decay=0.0),
-    Stage("decoder", steps=2_500, batch=16, learning_rate=3e-4, warmup=50, weight_decay=0.0),
-    Stage("eyes", steps=4_000, batch=64, learning_rate=1e-3),
-    Stage("base", steps=13_500, batch=32, learning_rate=6e-4),
-    Stage("generate", steps=6_000, batch=32, learning_rate=2e-3, warmup=100),
-    Stage("edit", steps=40_000, batch=32, learning_rate=1e-3, warmup=100, distinct=15_000, alone=300),
-    Stage("reward", steps=990, batch=128, learning_rate=1e-4, warmup=10))}
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("vq", steps=7_500, batch=16, learning_rate=1e-3, weight_decay=0.0),
+        Stage("local", steps=1_100, batch=16, learning_rate=3e-4, warmup=100, weight_decay=0.0),
+        Stage("decoder", steps=2_500, batch=16, learning_rate=3e-4, warmup=50, weight_decay=0.0),
+        Stage("eyes", steps=4_000, batch=64, learning_rate=1e-3),
+        Stage("base", steps=13_500, batch=32, learning_rate=6e-4),
+        Stage("generate", steps=6_000, batch=32, learning_rate=2e-3, warmup=100),
+        Stage("edit", steps=40_000, batch=32, learning_rate=1e-3, warmup=100, distinct=15_000, alone=300),
+        Stage("reward", steps=990, batch=128, learning_rate=1e-4, warmup=10),
+    )
+}
 VQ_UNQUANTISED = 0.15  # share of the vq stage before the codebook exists
 DROPPED_PROMPTS = 0.1  # share of generation and editing samples whose prompt is the unconditional one
 ATTEMPTS = 8  # images of each prompt of the reward stage

@@ -1,13 +1,14 @@
 """What is in a bundle, an ONNX file or a plan, and the layers that TensorRT sees, as data and as text."""
+
 from __future__ import annotations
 
 import json
 from collections import Counter
 from pathlib import Path
 
+from engines.bundle.manifest import TensorSpec
 from engines.bundle.reader import MANIFEST, Bundle
 from engines.errors import InputError, MissingError, UsageError
-from engines.bundle.manifest import TensorSpec
 from engines.tensorrt.plan import BUILD, describe_plans
 
 
@@ -20,14 +21,21 @@ def describe(path: Path) -> dict:
     if path.suffix == ".plan" and path.is_file():
         plans = describe_plans(path.parent)
         if path.stem not in plans["components"]:
-            raise InputError("This plan is not in its record", where=f"{path.parent / BUILD}: expected one of "
-                             f"{', '.join(plans['components']) or 'none'}, got {path.stem!r}", fix="build it again")
+            raise InputError(
+                "This plan is not in its record",
+                where=f"{path.parent / BUILD}: expected one of "
+                f"{', '.join(plans['components']) or 'none'}, got {path.stem!r}",
+                fix="build it again",
+            )
         return plans | {"components": {path.stem: plans["components"][path.stem]}} | _network_of_plan(path)
     if path.suffix == ".onnx" and path.is_file():
         return describe_graph(path)
-    raise InputError("There is nothing to inspect", fix="name a bundle, a .onnx or a .plan",
-                     where=f"{path}: expected a folder with {MANIFEST} or {BUILD}, a .onnx or a .plan, got "
-                     + ("a folder" if path.is_dir() else "a file" if path.exists() else "nothing"))
+    raise InputError(
+        "There is nothing to inspect",
+        fix="name a bundle, a .onnx or a .plan",
+        where=f"{path}: expected a folder with {MANIFEST} or {BUILD}, a .onnx or a .plan, got "
+        + ("a folder" if path.is_dir() else "a file" if path.exists() else "nothing"),
+    )
 
 
 def _network_of_plan(path: Path) -> dict:
@@ -46,14 +54,32 @@ def describe_bundle(path: Path) -> dict:
     bundle = Bundle.open(path)
     bundle.verify()
     manifest = bundle.manifest
-    components = {name: {"inputs": _signatures(spec.inputs), "outputs": _signatures(spec.outputs),
-                         "bytes": sum(manifest.files[f].size for f in (spec.graph, *bundle.weights(name)))}
-                  for name, spec in manifest.components.items()}
-    plans = {folder.name: describe_plans(folder) for folder in sorted((path / "plans").glob("*")) if (folder / BUILD).exists()}
-    return {"bundle": str(path), "model": manifest.model.name, "precision": manifest.precision, "image_size": manifest.model.image_size,
-            "image_tokens": manifest.model.image_tokens, "files": len(manifest.files), "components": components,
-            "plans": {name: {c: p["state"] for c, p in plan["components"].items()} for name, plan in plans.items()},
-            "certificates": [_certificate(file) for file in sorted((path / "certificates").glob("*.json"))]}
+    components = {
+        name: {
+            "inputs": _signatures(spec.inputs),
+            "outputs": _signatures(spec.outputs),
+            "bytes": sum(manifest.files[f].size for f in (spec.graph, *bundle.weights(name))),
+        }
+        for name, spec in manifest.components.items()
+    }
+    plans = {
+        folder.name: describe_plans(folder)
+        for folder in sorted((path / "plans").glob("*"))
+        if (folder / BUILD).exists()
+    }
+    return {
+        "bundle": str(path),
+        "model": manifest.model.name,
+        "precision": manifest.precision,
+        "image_size": manifest.model.image_size,
+        "image_tokens": manifest.model.image_tokens,
+        "files": len(manifest.files),
+        "components": components,
+        "plans": {
+            name: {c: p["state"] for c, p in plan["components"].items()} for name, plan in plans.items()
+        },
+        "certificates": [_certificate(file) for file in sorted((path / "certificates").glob("*.json"))],
+    }
 
 
 def describe_graph(path: Path) -> dict:
@@ -61,19 +87,31 @@ def describe_graph(path: Path) -> dict:
     try:
         import onnx
     except ImportError as error:
-        raise MissingError("onnx is not installed here", where=f"{path}: {error}", fix='pip install "star-export[export]"') from None
+        raise MissingError(
+            "onnx is not installed here", where=f"{path}: {error}", fix='pip install "star-export[export]"'
+        ) from None
     try:
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(str(path))
     except Exception as error:  # protobuf raises many kinds for a damaged file
-        raise InputError("This is not an ONNX file", fix="export the component again",
-                         where=f"{path}: expected a model, got {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(
+            "This is not an ONNX file",
+            fix="export the component again",
+            where=f"{path}: expected a model, got {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        ) from None
     operators = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in model.graph.node)
-    return {"graph": str(path), "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
-            "inputs": {value.name: _onnx_signature(value) for value in model.graph.input},
-            "outputs": {value.name: _onnx_signature(value) for value in model.graph.output},
-            "operators": dict(sorted(operators.items())), "weights": len(model.graph.initializer),
-            "functions": {f"{f.domain}::{f.name}": dict(sorted(Counter(n.op_type for n in f.node).items())) for f in model.functions}}
+    return {
+        "graph": str(path),
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "inputs": {value.name: _onnx_signature(value) for value in model.graph.input},
+        "outputs": {value.name: _onnx_signature(value) for value in model.graph.output},
+        "operators": dict(sorted(operators.items())),
+        "weights": len(model.graph.initializer),
+        "functions": {
+            f"{f.domain}::{f.name}": dict(sorted(Counter(n.op_type for n in f.node).items()))
+            for f in model.functions
+        },
+    }
 
 
 def describe_networks(path: Path, target: str, component: str | None = None) -> dict:
@@ -85,11 +123,17 @@ def describe_networks(path: Path, target: str, component: str | None = None) -> 
     from engines.sessions.interpreter import describe_component
 
     if not (path / MANIFEST).is_file():
-        raise UsageError("Layers are read from a bundle", where=f"{path}: expected a folder with {MANIFEST}",
-                         fix="star-export inspect BUNDLE --target T")
+        raise UsageError(
+            "Layers are read from a bundle",
+            where=f"{path}: expected a folder with {MANIFEST}",
+            fix="star-export inspect BUNDLE --target T",
+        )
     bundle = Bundle.open(path)
     names = [component] if component else list(bundle.manifest.components)
-    return {"bundle": str(path), "networks": {name: describe_component(bundle, name, target=target) for name in names}}
+    return {
+        "bundle": str(path),
+        "networks": {name: describe_component(bundle, name, target=target) for name in names},
+    }
 
 
 def text_from_description(data: dict) -> str:

@@ -1,4 +1,5 @@
 """Progress on stderr: a bar for people, sparse lines for logs, nothing for what is short."""
+
 from __future__ import annotations
 
 import sys
@@ -46,5 +47,9 @@ class ProgressBar(AbstractContextManager):
     def _tell(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self.started >= SILENT_S and (what != self.what or now - self.told >= LINE_EVERY_S):
-            print(f"{self.title}: {what} ({done} of {total}, {now - self.started:.0f} s)", file=sys.stderr, flush=True)
+            print(
+                f"{self.title}: {what} ({done} of {total}, {now - self.started:.0f} s)",
+                file=sys.stderr,
+                flush=True,
+            )
             self.what, self.told = what, now

@@ -2,6 +2,7 @@
 
 What a verb needs is imported when it runs, so that a device without torch, onnx or TensorRT has all the others.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.bundle.files import write_atomic
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
-from engines.bundle.files import write_atomic
 
 from .progress_bar import ProgressBar
 
@@ -30,43 +31,106 @@ class Outcome:
     text: str
 
 
-def export(source: str, *, out: str, precision: str = "fp32", checkpoint: str | None = None, base: str | None = None,
-           vq: str | None = None, components: list[str] | None = None, rope: str = "bf16", progress: bool = True) -> Outcome:
+def export(
+    source: str,
+    *,
+    out: str,
+    precision: str = "fp32",
+    checkpoint: str | None = None,
+    base: str | None = None,
+    vq: str | None = None,
+    components: list[str] | None = None,
+    rope: str = "bf16",
+    progress: bool = True,
+) -> Outcome:
     """A checkpoint to a bundle: `star_export.exporter.export.export`. Raises MissingError without the host's packages."""
     missing = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingError("Exporting is not installed here", fix='pip install "star-export[export]"',
-                           where=f"expected {', '.join(EXPORT_PACKAGES)}; missing: {', '.join(missing)}")
+        raise MissingError(
+            "Exporting is not installed here",
+            fix='pip install "star-export[export]"',
+            where=f"expected {', '.join(EXPORT_PACKAGES)}; missing: {', '.join(missing)}",
+        )
     from ..exporter.export import export as export_bundle
 
     with ProgressBar("export", shown=progress) as bar:
-        path = export_bundle(source, out=out, precision=precision, checkpoint=checkpoint, base=base, vq=vq, components=components,
-                             rope_bf16=rope == "bf16", progress=bar)
+        path = export_bundle(
+            source,
+            out=out,
+            precision=precision,
+            checkpoint=checkpoint,
+            base=base,
+            vq=vq,
+            components=components,
+            rope_bf16=rope == "bf16",
+            progress=bar,
+        )
     files = Bundle.open(path).manifest.files
     size = sum(file.size for file in files.values())
-    return Outcome({"bundle": str(path), "precision": precision, "files": len(files), "bytes": size},
-                   f"{path}: {precision}, {len(files)} files, {_bytes(size)}")
+    return Outcome(
+        {"bundle": str(path), "precision": precision, "files": len(files), "bytes": size},
+        f"{path}: {precision}, {len(files)} files, {_bytes(size)}",
+    )
 
 
-def build(bundle: str, *, target: list[str], components: list[str] | None = None, capacity_tokens: int | None = None,
-          prefill_tokens: int | None = None, rows: int | None = None, progress: bool = True) -> Outcome:
+def build(
+    bundle: str,
+    *,
+    target: list[str],
+    components: list[str] | None = None,
+    capacity_tokens: int | None = None,
+    prefill_tokens: int | None = None,
+    rows: int | None = None,
+    progress: bool = True,
+) -> Outcome:
     """A bundle's ONNX to plans: `engines.tensorrt.build.build_plans`."""
     from engines.tensorrt.build import build_plans
     from engines.tensorrt.profiles import ROWS
 
     opened = Bundle.open(bundle)
     with ProgressBar("build", shown=progress) as bar:
-        results = build_plans(opened, target, components=components, capacity_tokens=capacity_tokens, prefill_tokens=prefill_tokens,
-                              rows=rows or ROWS, progress=bar)
-    data = [{"target": r.target, "component": r.component, "plan": str(r.path), "bytes": r.spec.plan.size, "seconds": r.spec.seconds,
-             "kv_cache_updates": r.spec.kv_cache_updates, "skipped": r.skipped} for r in results]
-    rows_ = [(d["target"], d["component"], _bytes(d["bytes"]), f"{d['seconds']:.1f} s",
-              "unchanged" if d["skipped"] else "built") for d in data]
+        results = build_plans(
+            opened,
+            target,
+            components=components,
+            capacity_tokens=capacity_tokens,
+            prefill_tokens=prefill_tokens,
+            rows=rows or ROWS,
+            progress=bar,
+        )
+    data = [
+        {
+            "target": r.target,
+            "component": r.component,
+            "plan": str(r.path),
+            "bytes": r.spec.plan.size,
+            "seconds": r.spec.seconds,
+            "kv_cache_updates": r.spec.kv_cache_updates,
+            "skipped": r.skipped,
+        }
+        for r in results
+    ]
+    rows_ = [
+        (
+            d["target"],
+            d["component"],
+            _bytes(d["bytes"]),
+            f"{d['seconds']:.1f} s",
+            "unchanged" if d["skipped"] else "built",
+        )
+        for d in data
+    ]
     return Outcome({"plans": data}, table(("target", "component", "plan", "took", ""), rows_))
 
 
-def validate(bundle: str, *, target: str | None = None, backend: str = "onnxruntime", report: str | None = None,
-             progress: bool = True) -> Outcome:
+def validate(
+    bundle: str,
+    *,
+    target: str | None = None,
+    backend: str = "onnxruntime",
+    report: str | None = None,
+    progress: bool = True,
+) -> Outcome:
     """The parity ladder: `star_export.validator.ladder.validate`. Raises ParityError when it fails."""
     from ..validator.certificate import certificate_path, json_from_certificate
     from ..validator.ladder import validate as climb
@@ -75,43 +139,114 @@ def validate(bundle: str, *, target: str | None = None, backend: str = "onnxrunt
     with ProgressBar("validate", shown=progress) as bar:
         certificate = climb(bundle, backend=backend, target=target, report=report, progress=bar)
     path = certificate_path(Path(bundle), certificate.backend, certificate.device)
-    rows = [(rung.name, "passed", f"{sum(row.compared for row in rung.rows)} tensors" if rung.rows else "", f"{rung.seconds:.1f} s",
-             _nearest(rung) or rung.note) for rung in certificate.rungs]
+    rows = [
+        (
+            rung.name,
+            "passed",
+            f"{sum(row.compared for row in rung.rows)} tensors" if rung.rows else "",
+            f"{rung.seconds:.1f} s",
+            _nearest(rung) or rung.note,
+        )
+        for rung in certificate.rungs
+    ]
     gaps = "\n".join(f"  not proven: {gap}" for gap in certificate.not_proven)
-    return Outcome(json.loads(json_from_certificate(certificate)) | {"certificate": str(path)},
-                   f"{table(('rung', '', 'compared', 'took', 'nearest to its tolerance'), rows)}\n{gaps}\ncertificate: {path}")
+    return Outcome(
+        json.loads(json_from_certificate(certificate)) | {"certificate": str(path)},
+        f"{table(('rung', '', 'compared', 'took', 'nearest to its tolerance'), rows)}\n{gaps}\ncertificate: {path}",
+    )
 
 
-def generate(bundle: str, prompt: str, *, output: str, cfg: float | None = None, top_k: int | None = None, top_p: float | None = None,
-             seed: int = 100,
-             num_images: int = 1, greedy: bool = False, reason: bool = False, max_new_tokens: int = 256, save_ids: str | None = None,
-             backend: str = "onnxruntime", progress: bool = True) -> Outcome:
+def generate(
+    bundle: str,
+    prompt: str,
+    *,
+    output: str,
+    cfg: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 100,
+    num_images: int = 1,
+    greedy: bool = False,
+    reason: bool = False,
+    max_new_tokens: int = 256,
+    save_ids: str | None = None,
+    backend: str = "onnxruntime",
+    progress: bool = True,
+) -> Outcome:
     """Draw a prompt: `engines.runtime.star.Star.generate`; N images are F.png, F-1.png, F-2.png, ..."""
-    names = [Path(output)] + [Path(output).with_name(f"{Path(output).stem}-{i}{Path(output).suffix}") for i in range(1, num_images)]
+    names = [Path(output)] + [
+        Path(output).with_name(f"{Path(output).stem}-{i}{Path(output).suffix}") for i in range(1, num_images)
+    ]
     _check_parent(output, save_ids)
     with _star(bundle, backend) as star, ProgressBar("generate", shown=progress) as bar:
-        drawn = star.generate(prompt, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, num_images=num_images, greedy=greedy, reason=reason,
-                              max_new_tokens=max_new_tokens, progress=bar)
+        drawn = star.generate(
+            prompt,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            num_images=num_images,
+            greedy=greedy,
+            reason=reason,
+            max_new_tokens=max_new_tokens,
+            progress=bar,
+        )
     return _written(names, drawn, save_ids)
 
 
-def edit(bundle: str, image: str, instruction: str, *, output: str, cfg: float | None = None, top_k: int | None = None, top_p: float | None = None,
-         seed: int = 100, greedy: bool = False, min_pixels: int | None = None, max_pixels: int | None = None,
-         save_ids: str | None = None, backend: str = "onnxruntime", progress: bool = True) -> Outcome:
+def edit(
+    bundle: str,
+    image: str,
+    instruction: str,
+    *,
+    output: str,
+    cfg: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 100,
+    greedy: bool = False,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    save_ids: str | None = None,
+    backend: str = "onnxruntime",
+    progress: bool = True,
+) -> Outcome:
     """Change an image: `engines.runtime.star.Star.edit`."""
     _check_parent(output, save_ids)
     with _star(bundle, backend) as star, ProgressBar("edit", shown=progress) as bar:
-        drawn = star.edit(image, instruction, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, greedy=greedy, progress=bar,
-                          **_pixels(min_pixels, max_pixels))
+        drawn = star.edit(
+            image,
+            instruction,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            greedy=greedy,
+            progress=bar,
+            **_pixels(min_pixels, max_pixels),
+        )
     return _written([Path(output)], drawn, save_ids)
 
 
-def ask(bundle: str, image: str, question: str, *, max_new_tokens: int = 256, greedy: bool = True, min_pixels: int | None = None,
-        max_pixels: int | None = None, save_ids: str | None = None, backend: str = "onnxruntime", progress: bool = True) -> Outcome:
+def ask(
+    bundle: str,
+    image: str,
+    question: str,
+    *,
+    max_new_tokens: int = 256,
+    greedy: bool = True,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    save_ids: str | None = None,
+    backend: str = "onnxruntime",
+    progress: bool = True,
+) -> Outcome:
     """Answer a question about an image: `engines.runtime.star.Star.ask`. It is always greedy; the flag says so."""
     _check_parent(save_ids)
     with _star(bundle, backend) as star, ProgressBar("ask", shown=progress) as bar:
-        answer = star.ask(image, question, max_new_tokens=max_new_tokens, progress=bar, **_pixels(min_pixels, max_pixels))
+        answer = star.ask(
+            image, question, max_new_tokens=max_new_tokens, progress=bar, **_pixels(min_pixels, max_pixels)
+        )
     _save(save_ids, answer.ids)
     return Outcome({"answer": answer.text, "ids": answer.ids.tolist()}, answer.text)
 
@@ -122,14 +257,32 @@ def bench(bundle: str, *, backend: str = "onnxruntime", progress: bool = True) -
 
     with _star(bundle, backend) as star, ProgressBar("bench", shown=progress) as bar:
         measured = measure(star, progress=bar)
-    rows = [(s.name, f"{s.ms:.3f}", _bytes(s.read_bytes) if s.read_bytes else "", f"{s.share:.0%}" if s.share else "") for s in measured.timings]
+    rows = [
+        (
+            s.name,
+            f"{s.ms:.3f}",
+            _bytes(s.read_bytes) if s.read_bytes else "",
+            f"{s.share:.0%}" if s.share else "",
+        )
+        for s in measured.timings
+    ]
     head = f"{measured.model}, {measured.precision}, {backend} on {measured.device}; measured read bandwidth {measured.bandwidth / 1e9:.1f} GB/s"
-    return Outcome(dataclasses.asdict(measured), f"{head}\n{table(('stage', 'ms', 'must read', 'of the limit'), rows)}\n"
-                   f"one image of {measured.tokens} tokens: {measured.seconds_per_image:.3f} s\n"
-                   + "\n".join(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()))
+    return Outcome(
+        dataclasses.asdict(measured),
+        f"{head}\n{table(('stage', 'ms', 'must read', 'of the limit'), rows)}\n"
+        f"one image of {measured.tokens} tokens: {measured.seconds_per_image:.3f} s\n"
+        + "\n".join(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()),
+    )
 
 
-def score(bundle: str, *, full: bool = False, pictures: str | None = None, backend: str = "onnxruntime", progress: bool = True) -> Outcome:
+def score(
+    bundle: str,
+    *,
+    full: bool = False,
+    pictures: str | None = None,
+    backend: str = "onnxruntime",
+    progress: bool = True,
+) -> Outcome:
     """The task benchmark of STAR-Nano: `star_export.validator.score.score`."""
     from reference.nano.benchmark.score import json_from_score
 
@@ -138,8 +291,13 @@ def score(bundle: str, *, full: bool = False, pictures: str | None = None, backe
     _check_folder(pictures)
     with ProgressBar("score", shown=progress) as bar:
         measured = measure(bundle, backend=backend, full=full, images=pictures, progress=bar)
-    return Outcome({"score": json_from_score(measured.score), "reference": measured.reference and json_from_score(measured.reference)},
-                   measured.text)
+    return Outcome(
+        {
+            "score": json_from_score(measured.score),
+            "reference": measured.reference and json_from_score(measured.reference),
+        },
+        measured.text,
+    )
 
 
 def inspect(path: str, *, target: str | None = None, component: str | None = None) -> Outcome:
@@ -147,8 +305,11 @@ def inspect(path: str, *, target: str | None = None, component: str | None = Non
     from .inspect import describe, describe_networks, text_from_description
 
     if component and not target:
-        raise UsageError("A component is shown as a target reads it", where="--component: expected --target as well",
-                         fix=f"star-export inspect {path} --target T --component {component}")
+        raise UsageError(
+            "A component is shown as a target reads it",
+            where="--component: expected --target as well",
+            fix=f"star-export inspect {path} --target T --component {component}",
+        )
     data = describe_networks(Path(path), target, component) if target else describe(Path(path))
     return Outcome(data, text_from_description(data))
 
@@ -157,10 +318,23 @@ def targets() -> Outcome:
     """The device table: `engines.targets.TARGETS`."""
     from engines.targets import TARGETS
 
-    rows = [(t.name, t.device, t.sm, f"{t.memory_bytes // 10**9} GB", f"{t.bandwidth_bytes_per_s / 1e9:.0f} GB/s",
-             f"{t.builder} >= {t.tensorrt}", t.dialect, " ".join(t.precisions)) for t in TARGETS.values()]
-    return Outcome({name: dataclasses.asdict(target) for name, target in TARGETS.items()},
-                   table(("target", "device", "gpu", "memory", "bandwidth", "builder", "dialect", "precisions"), rows))
+    rows = [
+        (
+            t.name,
+            t.device,
+            t.sm,
+            f"{t.memory_bytes // 10**9} GB",
+            f"{t.bandwidth_bytes_per_s / 1e9:.0f} GB/s",
+            f"{t.builder} >= {t.tensorrt}",
+            t.dialect,
+            " ".join(t.precisions),
+        )
+        for t in TARGETS.values()
+    ]
+    return Outcome(
+        {name: dataclasses.asdict(target) for name, target in TARGETS.items()},
+        table(("target", "device", "gpu", "memory", "bandwidth", "builder", "dialect", "precisions"), rows),
+    )
 
 
 def doctor() -> Outcome:
@@ -169,11 +343,22 @@ def doctor() -> Outcome:
 
     found = facts()
     lines = [f"python {found.python} on {found.system}", ""]
-    lines += [table(("package", "version"), [(name, version or "not installed") for name, version in found.packages.items()]), ""]
+    lines += [
+        table(
+            ("package", "version"),
+            [(name, version or "not installed") for name, version in found.packages.items()],
+        ),
+        "",
+    ]
     lines += [f"driver for CUDA {found.driver}" if found.driver else f"no GPU: {found.no_gpu}"]
     lines += [f"{gpu.name}: {gpu.sm}, {_bytes(gpu.memory_bytes)}" for gpu in found.gpus]
-    lines += ["", table(("target", "build here", "run here"),
-                        [(t.name, _yes_or_no(t.no_build), _yes_or_no(t.no_run)) for t in found.targets])]
+    lines += [
+        "",
+        table(
+            ("target", "build here", "run here"),
+            [(t.name, _yes_or_no(t.no_build), _yes_or_no(t.no_run)) for t in found.targets],
+        ),
+    ]
     lines += ["", *(f"advice: {line}" for line in found.advice)]
     return Outcome(dataclasses.asdict(found), "\n".join(lines).rstrip())
 
@@ -181,7 +366,9 @@ def doctor() -> Outcome:
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Rows as columns of equal width, two spaces apart."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]
+    )
 
 
 def _star(bundle: str, backend: str):
@@ -219,8 +406,11 @@ def _check_parent(*paths: str | None) -> None:
     """Refuse, before any work, to write where there is no folder. Raises InputError."""
     for path in filter(None, paths):
         if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
-            raise InputError("This file cannot be written", fix="create the folder first, or give another name",
-                             where=f"{path}: expected a file name in a folder that exists")
+            raise InputError(
+                "This file cannot be written",
+                fix="create the folder first, or give another name",
+                where=f"{path}: expected a file name in a folder that exists",
+            )
 
 
 def _check_folder(path: str | None) -> None:

@@ -1,4 +1,5 @@
 """A released checkpoint -> a bundle: the one function behind `star-export export`."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
@@ -8,30 +9,38 @@ import onnx_ir as ir
 import torch
 
 from engines import plugins
-from engines.errors import UsageError
 from engines.bundle.manifest import ComponentSpec
 from engines.bundle.tensors import present_name
+from engines.errors import UsageError
 from engines.progress import Progress, silent
 from reference.config import StarConfig, config_from_files
 from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 
+from ..components import COMPONENTS
 from ..golden import record as golden
-
 from ..graph import lint
 from ..graph.classic import classic_from_graph
-from ..components import COMPONENTS
-from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
-from .publish import check_out, staged, write_manifest
 from ..graph.quantize import PRECISIONS, Precision, attach_weights, rounded, set_precision, twin_from_graph
 from ..graph.trace import graph_from_config
 from ..graph.wrappers import TABLE, FoldedStar
+from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
+from .publish import check_out, staged, write_manifest
 
 INLINE_BYTES = 1024  # smaller tensors stay in model.onnx: they are shapes and scalars
 
 
-def export(source: str, *, out: str | Path, precision: str = "fp32", checkpoint: str | None = None, base: str | None = None,
-           vq: str | None = None, rope_bf16: bool = True, components: list[str] | None = None,
-           progress: Progress = silent) -> Path:
+def export(
+    source: str,
+    *,
+    out: str | Path,
+    precision: str = "fp32",
+    checkpoint: str | None = None,
+    base: str | None = None,
+    vq: str | None = None,
+    rope_bf16: bool = True,
+    components: list[str] | None = None,
+    progress: Progress = silent,
+) -> Path:
     """Export `source` (a folder in the release layout, its config JSON, `nano`, or a hub id) to the new bundle `out`.
 
     `checkpoint`, `base` and `vq` override parts; `rope_bf16=False` keeps the rotary frequencies in float32 (STAR.md 0.2).
@@ -62,12 +71,18 @@ def export(source: str, *, out: str | Path, precision: str = "fp32", checkpoint:
         step("hash and publish")
         for file_name, data in (tokenizer_files(files) | score_files(files)).items():
             (stage / file_name).write_bytes(data)
-        write_manifest(stage, precision=precision, model=model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16),
-                       components={name: component_spec(name, config, PRECISIONS[precision]) for name in names})
+        write_manifest(
+            stage,
+            precision=precision,
+            model=model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16),
+            components={name: component_spec(name, config, PRECISIONS[precision]) for name in names},
+        )
     return out
 
 
-def write_component(model: ir.Model, tensors: Mapping[str, object], precision: Precision, folder: Path) -> None:
+def write_component(
+    model: ir.Model, tensors: Mapping[str, object], precision: Precision, folder: Path
+) -> None:
     """Set a traced graph's precision, lint it, and stream the weights into `folder/model.onnx.data`; then write the
     classic graph and the twin, which share them."""
     folder.mkdir()
@@ -88,11 +103,20 @@ def component_spec(name: str, config: StarConfig, precision: Precision) -> Compo
     inputs, outputs = COMPONENTS[name].boundary(config, precision.dtype_name)
     twin = None if precision.compute == ir.DataType.FLOAT else f"{name}/twin.onnx"
     abi = plugins.ABI if any(present_name(t.name) for t in inputs) else None
-    return ComponentSpec(graph=f"{name}/model.onnx", twin=twin, golden=f"{name}/golden.safetensors", inputs=inputs,
-                         outputs=outputs, classic=f"{name}/classic.onnx", plugin_abi=abi)
+    return ComponentSpec(
+        graph=f"{name}/model.onnx",
+        twin=twin,
+        golden=f"{name}/golden.safetensors",
+        inputs=inputs,
+        outputs=outputs,
+        classic=f"{name}/classic.onnx",
+        plugin_abi=abi,
+    )
 
 
-def rounded_star(config: StarConfig, tensors: Mapping[str, object], precision: Precision, *, rope_bf16: bool) -> FoldedStar:
+def rounded_star(
+    config: StarConfig, tensors: Mapping[str, object], precision: Precision, *, rope_bf16: bool
+) -> FoldedStar:
     """The reference in float32 with every weight rounded as the bundle stores it."""
     with torch.device("meta"):
         star = FoldedStar(config, rope_bf16=rope_bf16)
@@ -118,7 +142,9 @@ class _Table:
 
         tensors = named_tensors(self.files, self.config)
         adapter = pixel_adapter(self.config.vq.codebook_dim, self.shape[1], depth=self.config.adapter_depth)
-        adapter.load_state_dict({n: tensors[f"pixel_adapter.{n}"].load().float() for n in adapter.state_dict()})
+        adapter.load_state_dict(
+            {n: tensors[f"pixel_adapter.{n}"].load().float() for n in adapter.state_dict()}
+        )
         with torch.inference_mode():
             return adapter(tensors["codebook.weight"].load().float())
 
@@ -126,8 +152,11 @@ class _Table:
 def _check_names(kind: str, names: list[str], valid: Mapping[str, object]) -> None:
     wrong = [name for name in names if name not in valid]
     if wrong or not names:
-        raise UsageError(f"No such {kind}" if wrong else f"No {kind} is named", fix="use names from the list",
-                         where=f"export: expected {kind}s from {', '.join(valid)}; got {', '.join(map(repr, wrong)) or 'none'}")
+        raise UsageError(
+            f"No such {kind}" if wrong else f"No {kind} is named",
+            fix="use names from the list",
+            where=f"export: expected {kind}s from {', '.join(valid)}; got {', '.join(map(repr, wrong)) or 'none'}",
+        )
 
 
 def _counter(progress: Progress, total: int) -> Callable[[str], None]:

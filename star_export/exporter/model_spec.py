@@ -1,4 +1,5 @@
 """What the runtime must know of a checkpoint: its configuration, tokenizer and chat template, as the manifest states them."""
+
 from __future__ import annotations
 
 import json
@@ -6,8 +7,16 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from engines.bundle.manifest import (
+    CacheSpec,
+    ModelSpec,
+    SamplingSpecs,
+    TokenSpec,
+    VisionSpec,
+    strict,
+    value_from_json,
+)
 from engines.errors import InputError
-from engines.bundle.manifest import CacheSpec, ModelSpec, SamplingSpecs, TokenSpec, VisionSpec, strict, value_from_json
 from reference.config import DecoderConfig, StarConfig
 from reference.weights import CheckpointFiles
 
@@ -15,8 +24,15 @@ from ..components import TOP_K_LIMIT
 from ..scores import KINDS, SCORE, score_of_kind
 
 SAMPLING = "sampling.json"  # beside the configuration; STAR-Nano has one
-TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
-          "vision_pad": "<|vision_pad|>", "image_pad": "<|image_pad|>", "fim_pad": "<|fim_pad|>"}
+TOKENS = {
+    "im_start": "<|im_start|>",
+    "im_end": "<|im_end|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "vision_pad": "<|vision_pad|>",
+    "image_pad": "<|image_pad|>",
+    "fim_pad": "<|fim_pad|>",
+}
 
 
 def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, rope_bf16: bool) -> ModelSpec:
@@ -24,23 +40,38 @@ def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, ro
     v = config.vision
     image = _json(files.qwen_folder / "preprocessor_config.json")
     return ModelSpec(
-        name=config.name, hidden_size=config.base_ar.hidden_size, vocab_size=config.vocab_size,
-        codebook_size=config.vq.codebook_size, image_tokens=config.vq.image_tokens, image_size=config.vq.image_size,
-        top_k_limit=min(TOP_K_LIMIT, config.vq.codebook_size), max_positions=config.base_ar.max_positions,
-        repetition_penalty=float(config.repetition_penalty), rope_bf16=rope_bf16,
+        name=config.name,
+        hidden_size=config.base_ar.hidden_size,
+        vocab_size=config.vocab_size,
+        codebook_size=config.vq.codebook_size,
+        image_tokens=config.vq.image_tokens,
+        image_size=config.vq.image_size,
+        top_k_limit=min(TOP_K_LIMIT, config.vq.codebook_size),
+        max_positions=config.base_ar.max_positions,
+        repetition_penalty=float(config.repetition_penalty),
+        rope_bf16=rope_bf16,
         tokens=_token_spec(files.qwen_folder / "tokenizer.json", config),
-        vision=VisionSpec(patch_size=v.patch_size, temporal_patch_size=v.temporal_patch_size, spatial_merge_size=v.spatial_merge_size,
-                          window_size=v.window_size, head_dim=v.hidden_size // v.num_heads,
-                          image_mean=tuple(map(float, image["image_mean"])), image_std=tuple(map(float, image["image_std"]))),
+        vision=VisionSpec(
+            patch_size=v.patch_size,
+            temporal_patch_size=v.temporal_patch_size,
+            spatial_merge_size=v.spatial_merge_size,
+            window_size=v.window_size,
+            head_dim=v.hidden_size // v.num_heads,
+            image_mean=tuple(map(float, image["image_mean"])),
+            image_std=tuple(map(float, image["image_std"])),
+        ),
         cache={"base_ar": _cache_spec(config.base_ar), "stacked_ar": _cache_spec(config.stacked_ar)},
-        sampling=sampling_specs(files.config_json.parent / SAMPLING))
+        sampling=sampling_specs(files.config_json.parent / SAMPLING),
+    )
 
 
 def sampling_specs(path: Path) -> SamplingSpecs:
     """What a checkpoint that was tuned says of how each task draws; the release's defaults where there is no such file. Raises InputError."""
     if not path.exists():
         return SamplingSpecs()
-    return strict(SamplingSpecs, value_from_json(path.read_text(encoding="utf-8"), where=str(path)), str(path))
+    return strict(
+        SamplingSpecs, value_from_json(path.read_text(encoding="utf-8"), where=str(path)), str(path)
+    )
 
 
 def tokenizer_files(files: CheckpointFiles) -> dict[str, bytes]:
@@ -50,9 +81,15 @@ def tokenizer_files(files: CheckpointFiles) -> dict[str, bytes]:
     if template is None and (folder / "chat_template.json").exists():
         template = _json(folder / "chat_template.json").get("chat_template")
     if not isinstance(template, str):
-        raise InputError("The base model has no chat template", where=f"{folder / 'tokenizer_config.json'}: expected chat_template, got nothing",
-                         fix="download the base model again, with tokenizer_config.json")
-    return {"tokenizer.json": (folder / "tokenizer.json").read_bytes(), "chat_template.jinja": template.encode()}
+        raise InputError(
+            "The base model has no chat template",
+            where=f"{folder / 'tokenizer_config.json'}: expected chat_template, got nothing",
+            fix="download the base model again, with tokenizer_config.json",
+        )
+    return {
+        "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
+        "chat_template.jinja": template.encode(),
+    }
 
 
 def score_files(files: CheckpointFiles) -> dict[str, bytes]:
@@ -70,11 +107,16 @@ def _token_spec(path: Path, config: StarConfig) -> TokenSpec:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise InputError("The tokenizer cannot be read", where=f"{path}: {error}", fix="download the base model again") from None
+        raise InputError(
+            "The tokenizer cannot be read", where=f"{path}: {error}", fix="download the base model again"
+        ) from None
     ids = {name: tokenizer.token_to_id(text) for name, text in TOKENS.items()}
     if absent := [TOKENS[name] for name, id in ids.items() if id is None]:
-        raise InputError("The tokenizer lacks special tokens", where=f"{path}: expected {', '.join(TOKENS.values())}; absent: {', '.join(absent)}",
-                         fix="use the tokenizer of Qwen2.5-VL")
+        raise InputError(
+            "The tokenizer lacks special tokens",
+            where=f"{path}: expected {', '.join(TOKENS.values())}; absent: {', '.join(absent)}",
+            fix="use the tokenizer of Qwen2.5-VL",
+        )
     return TokenSpec(**ids, eos=tuple(config.eos_token_ids))
 
 
@@ -86,7 +128,15 @@ def _json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError("This file of the base model cannot be read", where=f"{path}: {error}", fix="download the base model again") from None
+        raise InputError(
+            "This file of the base model cannot be read",
+            where=f"{path}: {error}",
+            fix="download the base model again",
+        ) from None
     if not isinstance(value, dict):
-        raise InputError("This file of the base model is not a JSON object", where=str(path), fix="download the base model again")
+        raise InputError(
+            "This file of the base model is not a JSON object",
+            where=str(path),
+            fix="download the base model again",
+        )
     return value

@@ -2,6 +2,7 @@
 
 Knows nothing of what is in the files.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -11,10 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from engines.bundle.reader import MANIFEST, Bundle, files_present
-from engines.errors import InputError
 from engines.bundle.files import reason, sha256_of, sync_folder, write_atomic
 from engines.bundle.manifest import SCHEMA, FileSpec, Manifest, json_from_manifest
+from engines.bundle.reader import MANIFEST, Bundle, files_present
+from engines.errors import InputError
 
 
 def check_out(out: Path) -> None:
@@ -27,11 +28,18 @@ def check_out(out: Path) -> None:
         if out.exists() and not out.is_dir():
             raise _refusal(out, "a file")
         if not out.parent.is_dir():
-            raise InputError("The bundle cannot be written here", where=f"{out}: expected its parent to be a folder, got "
-                             + ("a file" if out.parent.exists() else "nothing"), fix="create the parent folder first")
+            raise InputError(
+                "The bundle cannot be written here",
+                where=f"{out}: expected its parent to be a folder, got "
+                + ("a file" if out.parent.exists() else "nothing"),
+                fix="create the parent folder first",
+            )
         if not os.access(out.parent, os.W_OK):
-            raise InputError("The bundle cannot be written here", where=f"{out}: {out.parent} is read-only",
-                             fix="choose a folder that you may write")
+            raise InputError(
+                "The bundle cannot be written here",
+                where=f"{out}: {out.parent} is read-only",
+                fix="choose a folder that you may write",
+            )
     except OSError as error:  # a name that is too long, say
         raise _not_written(out, error) from None
 
@@ -76,10 +84,16 @@ def _sync(stage: Path) -> None:
 
 
 def _refusal(out: Path, got: str) -> InputError:
-    return InputError("The bundle's place is taken", where=f"{out}: expected nothing or an empty folder, got {got}",
-                      fix="give another --out, or remove what is there")
+    return InputError(
+        "The bundle's place is taken",
+        where=f"{out}: expected nothing or an empty folder, got {got}",
+        fix="give another --out, or remove what is there",
+    )
 
 
 def _not_written(out: Path, error: OSError) -> InputError:
-    return InputError("The bundle cannot be written", where=f"{out}: {reason(error)}",
-                      fix="check the name, the permissions and the free space, or give another --out")
+    return InputError(
+        "The bundle cannot be written",
+        where=f"{out}: {reason(error)}",
+        fix="check the name, the permissions and the free space, or give another --out",
+    )

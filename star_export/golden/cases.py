@@ -3,6 +3,7 @@
 Knows nothing of sessions; needs neither torch nor safetensors. A set that cannot prove anything is refused: no case, wrong names
 or types, numbers that are not finite, outputs that are constant.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -10,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.errors import InputError
 from engines.bundle.manifest import ComponentSpec, value_from_json
+from engines.errors import InputError
 
 from .compare import check_not_vacuous
 
 Tensors = dict[str, np.ndarray]
-POISON = 1e4  # in cache slots that may not be read; finite, because an executor may multiply it by a weight of 0
+POISON = (
+    1e4  # in cache slots that may not be read; finite, because an executor may multiply it by a weight of 0
+)
 DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 
 
@@ -62,10 +65,16 @@ def tensors_from_file(path: Path) -> Tensors:
         header = value_from_json(data[8:start].decode(), where=str(path))
         header.pop("__metadata__", None)
         body = memoryview(data)[start:]
-        return {key: np.frombuffer(body[slice(*entry["data_offsets"])], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-                for key, entry in header.items()}
+        return {
+            key: np.frombuffer(body[slice(*entry["data_offsets"])], DTYPES[entry["dtype"]]).reshape(
+                entry["shape"]
+            )
+            for key, entry in header.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _refusal(path, "float32 and int64 tensors in safetensors form", f"{type(error).__name__}: {error}") from None
+        raise _refusal(
+            path, "float32 and int64 tensors in safetensors form", f"{type(error).__name__}: {error}"
+        ) from None
 
 
 def component_cases(path: Path, spec: ComponentSpec) -> dict[str, Case]:
@@ -77,10 +86,17 @@ def component_cases(path: Path, spec: ComponentSpec) -> dict[str, Case]:
             got = {name: str(array.dtype) for name, array in arrays.items()}
             if wrong := sorted(expected.items() ^ got.items()):
                 name = wrong[0][0]
-                raise _refusal(f"{path}: {case}/{side}/{name}", expected.get(name, "no such tensor"), got.get(name, "nothing"))
+                raise _refusal(
+                    f"{path}: {case}/{side}/{name}",
+                    expected.get(name, "no such tensor"),
+                    got.get(name, "nothing"),
+                )
     return cases
 
 
 def _refusal(where: object, expected: str, got: str) -> InputError:
-    return InputError("The golden set cannot prove anything", where=f"{where}: expected {expected}, got {got}",
-                      fix="export the bundle again")
+    return InputError(
+        "The golden set cannot prove anything",
+        where=f"{where}: expected {expected}, got {got}",
+        fix="export the bundle again",
+    )

@@ -4,6 +4,7 @@ Knows nothing of models, files or sessions. Written positively (`passed = value 
 equal, so nothing broadcasts; metrics are float64. A reference that cannot prove anything (empty, constant, all zero) is refused
 instead of passed. The gate is itself tested with planted faults (tests/star_export/test_parity.py).
 """
+
 from __future__ import annotations
 
 import math
@@ -44,16 +45,26 @@ class Comparison:
         return not self.fault and self.value <= self.tolerance
 
 
-def compare(candidate: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], *,
-            tolerances: Mapping[str, float]) -> list[Comparison]:
+def compare(
+    candidate: Mapping[str, np.ndarray],
+    reference: Mapping[str, np.ndarray],
+    *,
+    tolerances: Mapping[str, float],
+) -> list[Comparison]:
     """One result per name of either side, in the reference's order.
 
     `tolerances` by tensor name; the tensors of a family `present.0.key`, `present.0.value`, ... share the tolerance of `present`. Raises
     VacuousError when a reference is empty or constant: agreement with it would prove nothing.
     """
-    results = [_compare_one(name, candidate.get(name), array, tolerance=tolerance_of(name, tolerances)) for name, array in reference.items()]
+    results = [
+        _compare_one(name, candidate.get(name), array, tolerance=tolerance_of(name, tolerances))
+        for name, array in reference.items()
+    ]
     extra = [name for name in candidate if name not in reference]
-    return results + [Comparison(name, math.nan, 0.0, f"expected no such tensor, got {_kind(candidate[name])}") for name in extra]
+    return results + [
+        Comparison(name, math.nan, 0.0, f"expected no such tensor, got {_kind(candidate[name])}")
+        for name in extra
+    ]
 
 
 def tolerance_of(name: str, tolerances: Mapping[str, float]) -> float:
@@ -68,20 +79,27 @@ def check(results: list[Comparison], *, where: str) -> None:
         return
     worst = max(failing, key=excess)
     more = f" ({len(failing) - 1} more of {len(results)} tensors failed)" if len(failing) > 1 else ""
-    raise ParityError("What runs is not what the reference computes", where=f"{where}: {verdict(worst)}{more}",
-                      fix="compare with another precision or backend; a graph or plan that fails must not be used")
+    raise ParityError(
+        "What runs is not what the reference computes",
+        where=f"{where}: {verdict(worst)}{more}",
+        fix="compare with another precision or backend; a graph or plan that fails must not be used",
+    )
 
 
 def excess(result: Comparison) -> float:
     """How many times its tolerance a result is; infinite where nothing could be compared."""
     if result.fault or not math.isfinite(result.value):
         return math.inf
-    return result.value / result.tolerance if result.tolerance > 0 else (math.inf if result.value > 0 else 0.0)
+    return (
+        result.value / result.tolerance if result.tolerance > 0 else (math.inf if result.value > 0 else 0.0)
+    )
 
 
 def verdict(result: Comparison) -> str:
     """`place: tensor: expected ..., got ...` of one result."""
-    return f"{result.place}: {result.tensor}: ".removeprefix(": ") + (result.fault or f"expected at most {result.tolerance:.3g}, got {result.value:.3g}")
+    return f"{result.place}: {result.tensor}: ".removeprefix(": ") + (
+        result.fault or f"expected at most {result.tolerance:.3g}, got {result.value:.3g}"
+    )
 
 
 def check_not_vacuous(name: str, reference: np.ndarray, *, where: str = "reference") -> None:
@@ -94,11 +112,16 @@ def check_not_vacuous(name: str, reference: np.ndarray, *, where: str = "referen
         got = f"only {reference.flat[0]}"
     else:
         return
-    raise VacuousError("The reference cannot prove anything", where=f"{where}: {name}: expected values that differ, got {got}",
-                       fix="record the reference again, with inputs that give different outputs")
+    raise VacuousError(
+        "The reference cannot prove anything",
+        where=f"{where}: {name}: expected values that differ, got {got}",
+        fix="record the reference again, with inputs that give different outputs",
+    )
 
 
-def _compare_one(name: str, candidate: np.ndarray | None, reference: np.ndarray, *, tolerance: float) -> Comparison:
+def _compare_one(
+    name: str, candidate: np.ndarray | None, reference: np.ndarray, *, tolerance: float
+) -> Comparison:
     if fault := _fault(candidate, reference):
         return Comparison(name, math.nan, tolerance, fault)
     check_not_vacuous(name, reference)
@@ -108,9 +131,15 @@ def _compare_one(name: str, candidate: np.ndarray | None, reference: np.ndarray,
     difference = candidate.astype(np.float64) - wanted
     max_abs, rms, scale = np.abs(difference).max(), _rms(difference), _rms(wanted)
     norms = _rms(candidate.astype(np.float64)) * scale
-    return Comparison(name, float(max_abs / wanted.std()), tolerance, max_abs=float(max_abs), rel_rms=float(rms / scale),
-                  cosine=float(np.mean(candidate.astype(np.float64) * wanted) / norms) if norms > 0 else math.nan,
-                  psnr_db=float(20 * np.log10(np.abs(wanted).max() / rms)) if rms > 0 else math.inf)
+    return Comparison(
+        name,
+        float(max_abs / wanted.std()),
+        tolerance,
+        max_abs=float(max_abs),
+        rel_rms=float(rms / scale),
+        cosine=float(np.mean(candidate.astype(np.float64) * wanted) / norms) if norms > 0 else math.nan,
+        psnr_db=float(20 * np.log10(np.abs(wanted).max() / rms)) if rms > 0 else math.inf,
+    )
 
 
 def _fault(candidate: np.ndarray | None, reference: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 Knows nothing of bundles or reports. A session is anything with `spec`, `buffer(shape, dtype)` and `bind(buffers) -> step`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -9,21 +10,29 @@ from dataclasses import replace
 
 import numpy as np
 
+from engines.bundle.tensors import PRESENT, bound_tensors, present_name
 from engines.errors import MissingError
 from engines.runtime.sampler import sample
-from engines.bundle.tensors import PRESENT, bound_tensors, present_name
 
 from .cases import POISON, Case, Tensors
 from .compare import Comparison, compare
 
 
-
-def run_case(session, case: Case, *, tolerances: Mapping[str, float], capacity_tokens: int | None = None,
-             own_draws: bool = False) -> list[Comparison]:
+def run_case(
+    session,
+    case: Case,
+    *,
+    tolerances: Mapping[str, float],
+    capacity_tokens: int | None = None,
+    own_draws: bool = False,
+) -> list[Comparison]:
     """Run `case` once and compare every output. `capacity_tokens`: the fixed capacity of a plan, to which caches are extended by
     poison. Written cache slots are held to the tolerances; all others must keep their bits. `own_draws`: ids that are drawn are held to
     the executor's own logits, not to the recorded ones."""
-    feeds = {name: extended(array, capacity_tokens) if present_name(name) else array for name, array in case.inputs.items()}
+    feeds = {
+        name: extended(array, capacity_tokens) if present_name(name) else array
+        for name, array in case.inputs.items()
+    }
     buffers = {}
     for tensor in bound_tensors(session.spec):
         source = feeds[tensor.name] if tensor.name in feeds else case.outputs[tensor.name]
@@ -39,24 +48,37 @@ def run_case(session, case: Case, *, tolerances: Mapping[str, float], capacity_t
     results = compare(got, wanted, tolerances=tolerances)
     if before:
         wanted = {name: array for name, array in case.outputs.items() if name not in outputs}
-        results += compare_caches(read_caches(buffers), wanted, before=before, tolerances=tolerances,
-                                  write_indices=feeds["write_indices"], tokens=feeds["inputs_embeds"].shape[1])
+        results += compare_caches(
+            read_caches(buffers),
+            wanted,
+            before=before,
+            tolerances=tolerances,
+            write_indices=feeds["write_indices"],
+            tokens=feeds["inputs_embeds"].shape[1],
+        )
     return results
 
 
 def where_ids_agree(got: Tensors, wanted: Tensors) -> tuple[Tensors, Tensors]:
     """Both sides with `inputs_embeds` [..,H] only where `image_ids` agree: the row of another id is another row, and the share of such
     ids has a tolerance of its own. Rows are the ids' in order, two for each id under guidance. Without them where no id agrees."""
-    if not {"image_ids", "inputs_embeds"} <= wanted.keys() or got["image_ids"].shape != wanted["image_ids"].shape:
+    if (
+        not {"image_ids", "inputs_embeds"} <= wanted.keys()
+        or got["image_ids"].shape != wanted["image_ids"].shape
+    ):
         return got, wanted
     same = (got["image_ids"] == wanted["image_ids"]).reshape(-1)
     if same.all():
         return got, wanted
     if not same.any():
-        return tuple({name: array for name, array in side.items() if name != "inputs_embeds"} for side in (got, wanted))
+        return tuple(
+            {name: array for name, array in side.items() if name != "inputs_embeds"} for side in (got, wanted)
+        )
     rows = wanted["inputs_embeds"].reshape(-1, wanted["inputs_embeds"].shape[-1])
     kept = same.repeat(len(rows) // same.size)
-    return got | {"inputs_embeds": got["inputs_embeds"].reshape(rows.shape)[kept]}, wanted | {"inputs_embeds": rows[kept]}
+    return got | {"inputs_embeds": got["inputs_embeds"].reshape(rows.shape)[kept]}, wanted | {
+        "inputs_embeds": rows[kept]
+    }
 
 
 def redrawn(got: Tensors, feeds: Tensors) -> Tensors:
@@ -64,22 +86,45 @@ def redrawn(got: Tensors, feeds: Tensors) -> Tensors:
     bits a number that falls near the border of two candidates gives either, and where hundreds are about as probable it mostly does."""
     if not {"logits", "uniform"} <= got.keys() | feeds.keys() or not np.isfinite(got["logits"]).all():
         return {}
-    return {"image_ids": sample(got["logits"], top_k=int(feeds["top_k"][0]), top_p=float(feeds["top_p"][0]), uniform=feeds["uniform"])}
+    return {
+        "image_ids": sample(
+            got["logits"],
+            top_k=int(feeds["top_k"][0]),
+            top_p=float(feeds["top_p"][0]),
+            uniform=feeds["uniform"],
+        )
+    }
 
 
 def read_caches(buffers: Mapping[str, object]) -> Tensors:
     """Copies of all caches in `buffers`, under their `present.` names."""
-    return {present: np.array(buffer.read()) for name, buffer in buffers.items() if (present := present_name(name))}
+    return {
+        present: np.array(buffer.read())
+        for name, buffer in buffers.items()
+        if (present := present_name(name))
+    }
 
 
-def compare_caches(after: Tensors, reference: Tensors, *, before: Tensors, write_indices: np.ndarray, tokens: int,
-                   tolerances: Mapping[str, float]) -> list[Comparison]:
+def compare_caches(
+    after: Tensors,
+    reference: Tensors,
+    *,
+    before: Tensors,
+    write_indices: np.ndarray,
+    tokens: int,
+    tolerances: Mapping[str, float],
+) -> list[Comparison]:
     """Caches [B,KV,C,D] after a step of `tokens` positions at `write_indices` [B]: the written slots against those of `reference`
     (of any capacity) within the tolerances, all other slots against `before`, bit by bit."""
-    written = compare({name: written_slots(cache, write_indices, tokens) for name, cache in after.items()},
-                      {name: written_slots(cache, write_indices, tokens) for name, cache in reference.items()}, tolerances=tolerances)
-    return written + [untouched(name, cache, before=before[name], write_indices=write_indices, tokens=tokens)
-                      for name, cache in after.items()]
+    written = compare(
+        {name: written_slots(cache, write_indices, tokens) for name, cache in after.items()},
+        {name: written_slots(cache, write_indices, tokens) for name, cache in reference.items()},
+        tolerances=tolerances,
+    )
+    return written + [
+        untouched(name, cache, before=before[name], write_indices=write_indices, tokens=tokens)
+        for name, cache in after.items()
+    ]
 
 
 def written_slots(cache: np.ndarray, write_indices: np.ndarray, tokens: int) -> np.ndarray:
@@ -88,13 +133,17 @@ def written_slots(cache: np.ndarray, write_indices: np.ndarray, tokens: int) -> 
     return cache[rows, :, slots].astype(np.float32)
 
 
-def untouched(name: str, after: np.ndarray, *, before: np.ndarray, write_indices: np.ndarray, tokens: int) -> Comparison:
+def untouched(
+    name: str, after: np.ndarray, *, before: np.ndarray, write_indices: np.ndarray, tokens: int
+) -> Comparison:
     """The share of elements outside the written slots whose bits changed; none may."""
     slots = np.arange(after.shape[2])
     outside = (slots < write_indices[:, None]) | (slots >= write_indices[:, None] + tokens)  # [B,C]
     changed = bits(after) != bits(before)  # [B,KV,C,D]
     changed &= outside[:, None, :, None]
-    where = f" (first at row {(first := np.argwhere(changed)[0])[0]}, slot {first[2]})" if changed.any() else ""
+    where = (
+        f" (first at row {(first := np.argwhere(changed)[0])[0]}, slot {first[2]})" if changed.any() else ""
+    )
     return Comparison(name, float(changed.mean()), 0.0, place=f"slots that must not change{where}")
 
 
@@ -118,8 +167,11 @@ def array_dtype(name: str) -> np.dtype:
     try:
         import ml_dtypes
     except ImportError as error:
-        raise MissingError("ml_dtypes is not installed", where=f"bfloat16 caches: expected ml_dtypes, got {error}",
-                           fix="pip install ml_dtypes") from None
+        raise MissingError(
+            "ml_dtypes is not installed",
+            where=f"bfloat16 caches: expected ml_dtypes, got {error}",
+            fix="pip install ml_dtypes",
+        ) from None
     return np.dtype(ml_dtypes.bfloat16)
 
 

@@ -5,6 +5,7 @@ in 16 bits differs from the float32 reference by its own rounding, and how much 
 in that type too when a bundle is exported; how far it is then from itself in float32 is recorded with each case as its noise, and an
 executor may be MARGIN times as far. It rounds in other places (after fewer or more operations), not by other amounts.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -33,8 +34,11 @@ def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray])
         return table
     measured = {name for name, tolerance in table.items() if tolerance > 0}
     if missing := sorted(measured - noise.keys()):
-        raise InputError("The golden set cannot prove anything in 16 bits", fix="export the bundle again",
-                         where=f"{component}: expected the reference's own noise in {compute} of {', '.join(missing)}, got none")
+        raise InputError(
+            "The golden set cannot prove anything in 16 bits",
+            fix="export the bundle again",
+            where=f"{component}: expected the reference's own noise in {compute} of {', '.join(missing)}, got none",
+        )
     found = table | {name: MARGIN * float(noise[name]) for name in measured}
     return found | COMPONENTS[component].tolerances_16bit
 

@@ -5,6 +5,7 @@ files, and equality with the modern graph is easily tested. Norms, rotary, runni
 (21 where int4 blocks need it); `star::KVCacheAttention` keeps its nodes and loses its body, so that the parser looks for the plugin, and
 gets the plugin's fields.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -42,7 +43,9 @@ class _Nodes:
     def __init__(self, graph: ir.Graph, node: ir.Node):
         self.graph, self.node, self.count = graph, node, 0
 
-    def __call__(self, op: str, *inputs: ir.Value, outputs: int = 1, dtype: ir.DataType | None = None, **attributes):
+    def __call__(
+        self, op: str, *inputs: ir.Value, outputs: int = 1, dtype: ir.DataType | None = None, **attributes
+    ):
         name = f"{self.node.name}.{self.count}"
         self.count += 1
         node = ir.node(op, list(inputs), attributes, num_outputs=outputs, name=name)
@@ -56,7 +59,9 @@ class _Nodes:
         self.count += 1
         array = np.asarray(values).astype(dtype.numpy())
         tensor = ir.tensor(array, dtype=dtype, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor
+        )
         self.graph.initializers.add(value)
         return value
 
@@ -82,7 +87,9 @@ def _expect(node: ir.Node, good: bool, what: str) -> None:
 def _rms_norm(make: _Nodes, node: ir.Node) -> ir.Value:
     """x / sqrt(mean(x^2) + epsilon) * scale, in float32 as it is traced."""
     x, scale = node.inputs
-    _expect(node, x.dtype == ir.DataType.FLOAT and _value(node, "axis", -1) == -1, "float32 over the last axis")
+    _expect(
+        node, x.dtype == ir.DataType.FLOAT and _value(node, "axis", -1) == -1, "float32 over the last axis"
+    )
     mean = make("ReduceMean", make("Mul", x, x), make.constant([-1], ir.DataType.INT64), keepdims=1)
     root = make("Sqrt", make("Add", mean, make.constant(_value(node, "epsilon", 1e-5), ir.DataType.FLOAT)))
     return make("Mul", make("Div", x, root), scale)
@@ -101,15 +108,23 @@ def _group_norm(make: _Nodes, node: ir.Node) -> ir.Value:
     grouped = make("Reshape", x, groups)
     centred = make("Sub", grouped, make("ReduceMean", grouped, axis, keepdims=1))
     variance = make("ReduceMean", make("Mul", centred, centred), axis, keepdims=1)
-    root = make("Sqrt", make("Add", variance, make.constant(_value(node, "epsilon", 1e-5), ir.DataType.FLOAT)))
+    root = make(
+        "Sqrt", make("Add", variance, make.constant(_value(node, "epsilon", 1e-5), ir.DataType.FLOAT))
+    )
     normal = make("Reshape", make("Div", centred, root), make("Shape", x, dtype=ir.DataType.INT64))
     return make("Add", make("Mul", normal, make("Unsqueeze", scale, wide)), make("Unsqueeze", bias, wide))
 
 
 def _rotary(make: _Nodes, node: ir.Node) -> ir.Value:
     """x [B, h, S, D] in halves (a, b), cos and sin [B, S, D/2] -> (a cos - b sin, b cos + a sin)."""
-    _expect(node, len(node.inputs) == 3 and len(node.inputs[0].shape) == 4 and not _value(node, "interleaved", 0)
-            and not _value(node, "rotary_embedding_dim", 0), "[B, h, S, D] in halves, angles per token")
+    _expect(
+        node,
+        len(node.inputs) == 3
+        and len(node.inputs[0].shape) == 4
+        and not _value(node, "interleaved", 0)
+        and not _value(node, "rotary_embedding_dim", 0),
+        "[B, h, S, D] in halves, angles per token",
+    )
     x, heads = node.inputs[0], make.constant([1], ir.DataType.INT64)
     cos, sin = (make("Unsqueeze", angle, heads) for angle in node.inputs[1:])
     a, b = make("Split", x, outputs=2, axis=-1, num_outputs=2)
@@ -126,15 +141,28 @@ def _cumsum(make: _Nodes, node: ir.Node) -> ir.Value:
     """
     x, axis = node.inputs
     size = x.shape[-1]
-    _expect(node, len(x.shape) == 2 and isinstance(size, int) and axis.const_value is not None
-            and int(axis.const_value.numpy()) in (-1, 1) and not _value(node, "exclusive", 0) and not _value(node, "reverse", 0),
-            "[N, n] with a fixed n, along the last axis, inclusive and forward")
+    _expect(
+        node,
+        len(x.shape) == 2
+        and isinstance(size, int)
+        and axis.const_value is not None
+        and int(axis.const_value.numpy()) in (-1, 1)
+        and not _value(node, "exclusive", 0)
+        and not _value(node, "reverse", 0),
+        "[N, n] with a fixed n, along the last axis, inclusive and forward",
+    )
     int64, right = ir.DataType.INT64, make.constant([[0], [1]], x.dtype)
     whole = 1 << (size - 1).bit_length()
     half, sums = 1, make("Pad", x, make.constant([0, 0, 0, whole - size], int64)) if whole > size else x
     while half < whole:
         blocks = make("Reshape", sums, make.constant([-1, 2, half], int64))
-        carried = make("Slice", blocks, make.constant([0, half - 1], int64), make.constant([1, half], int64), make.constant([1, 2], int64))
+        carried = make(
+            "Slice",
+            blocks,
+            make.constant([0, half - 1], int64),
+            make.constant([1, half], int64),
+            make.constant([1, 2], int64),
+        )
         half, sums = 2 * half, make("Add", blocks, make("Mul", carried, right))
     sums = make("Reshape", sums, make.constant([-1, whole], int64))
     return make("Slice", sums, *(make.constant([n], int64) for n in (0, size, 1))) if whole > size else sums
@@ -143,8 +171,15 @@ def _cumsum(make: _Nodes, node: ir.Node) -> ir.Value:
 def _attention(make: _Nodes, node: ir.Node) -> ir.Value:
     """softmax(scale query key^T, where mask) value: query, key, value [B, h, S, D], bool mask or none."""
     query, key, value, *rest = node.inputs
-    _expect(node, len(query.shape) == 4 and query.shape[1] == key.shape[1] and len(rest) < 2 and not _value(node, "is_causal", 0)
-            and not _value(node, "softcap", 0.0), "four axes, as many key heads as heads, at most a mask")
+    _expect(
+        node,
+        len(query.shape) == 4
+        and query.shape[1] == key.shape[1]
+        and len(rest) < 2
+        and not _value(node, "is_causal", 0)
+        and not _value(node, "softcap", 0.0),
+        "four axes, as many key heads as heads, at most a mask",
+    )
     scale = make.constant(_value(node, "scale", None) or query.shape[-1] ** -0.5, query.dtype)
     scores = make("MatMul", make("Mul", query, scale), make("Transpose", key, perm=[0, 1, 3, 2]))
     if rest and rest[0] is not None:
@@ -156,8 +191,12 @@ def _attention(make: _Nodes, node: ir.Node) -> ir.Value:
 def _call_plugin(node: ir.Node, cache: str) -> None:
     """The plugin's version and fields, from the shapes of query [B, h, S, D] and past [B, KV, C, D]; the types of int8 caches."""
     query, past = node.inputs[0], node.inputs[3]
-    fields = {"num_heads": query.shape[1], "num_kv_heads": past.shape[1], "head_dim": query.shape[3],
-              "cache_type": int(cache == "int8")}
+    fields = {
+        "num_heads": query.shape[1],
+        "num_kv_heads": past.shape[1],
+        "head_dim": query.shape[3],
+        "cache_type": int(cache == "int8"),
+    }
     _expect(node, all(isinstance(size, int) for size in fields.values()), "heads and head_dim that are fixed")
     for name, size in fields.items():
         node.attributes[name] = ir.AttrInt64(name, size)
@@ -170,5 +209,11 @@ def _call_plugin(node: ir.Node, cache: str) -> None:
             value.shape = ir.Shape([*list(value.shape)[:3], fields["head_dim"] + 4])
 
 
-_REWRITES = {("", "RMSNormalization"): _rms_norm, ("", "GroupNormalization"): _group_norm, ("", "RotaryEmbedding"): _rotary,
-             ("", "CumSum"): _cumsum, ("", "Attention"): _attention, (DOMAIN, NAME): _call_plugin}
+_REWRITES = {
+    ("", "RMSNormalization"): _rms_norm,
+    ("", "GroupNormalization"): _group_norm,
+    ("", "RotaryEmbedding"): _rotary,
+    ("", "CumSum"): _cumsum,
+    ("", "Attention"): _attention,
+    (DOMAIN, NAME): _call_plugin,
+}

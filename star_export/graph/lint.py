@@ -3,6 +3,7 @@
 PLATFORMS' traps in one place: what TensorRT drops without a word, reads in another sense, or rejects only after minutes.
 Every finding names its rule and node.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -38,17 +39,22 @@ def check_graph(source: ir.Model | Path, *, target: str | None = None, dialect: 
     if findings:
         shown = "; ".join(f"[{rule}] {node}: {detail}" for rule, node, detail in findings[:LISTED])
         more = f"; and {len(findings) - LISTED} more" if len(findings) > LISTED else ""
-        raise InputError(f"This graph breaks {len(findings)} rule(s) of the parsers it is meant for",
-                         where=f"{source if isinstance(source, Path) else model.graph.name}: {shown}{more}",
-                         fix="export the component again; a graph made elsewhere must follow the named rules")
+        raise InputError(
+            f"This graph breaks {len(findings)} rule(s) of the parsers it is meant for",
+            where=f"{source if isinstance(source, Path) else model.graph.name}: {shown}{more}",
+            fix="export the component again; a graph made elsewhere must follow the named rules",
+        )
 
 
 def _load(path: Path) -> ir.Model:
     try:
         return ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
-        raise InputError("This is not an ONNX file", where=f"{path}: expected a model, got {type(error).__name__}: {error}",
-                         fix="export the component again") from None
+        raise InputError(
+            "This is not an ONNX file",
+            where=f"{path}: expected a model, got {type(error).__name__}: {error}",
+            fix="export the component again",
+        ) from None
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -67,13 +73,21 @@ def _opsets(model: ir.Model) -> Iterator[Finding]:
         yield "opset", "graph", f"expected nodes of opset {OPSET}, got an empty model"
     for domain, version in model.opset_imports.items():
         if (domain, version) not in (("", OPSET), (DOMAIN, 1)):
-            yield "opset", "graph", f"expected opset {OPSET} and {DOMAIN} 1, got {domain or 'ai.onnx'} {version}"
+            yield (
+                "opset",
+                "graph",
+                f"expected opset {OPSET} and {DOMAIN} 1, got {domain or 'ai.onnx'} {version}",
+            )
 
 
 def _domains(model: ir.Model) -> Iterator[Finding]:
     for node in _nodes(model):
         if node.domain and (node.domain, node.op_type) != (DOMAIN, NAME):
-            yield "operator-domain", str(node.name), f"{node.domain}::{node.op_type} is no operator of this recipe"
+            yield (
+                "operator-domain",
+                str(node.name),
+                f"{node.domain}::{node.op_type} is no operator of this recipe",
+            )
         elif not node.domain and not onnx.defs.has(node.op_type, max_inclusive_version=OPSET, domain=""):
             yield "operator", str(node.name), f"{node.op_type} is not in opset {OPSET}"
     if any(n.op_type == NAME for n in model.graph) and (DOMAIN, NAME, "") not in model.functions:
@@ -85,9 +99,17 @@ def _attention(model: ir.Model) -> Iterator[Finding]:
         if node.op_type != "Attention":
             continue
         if len(node.inputs) > 6 and node.inputs[6] is not None:
-            yield "nonpad-kv-seqlen", str(node.name), "TensorRT drops nonpad_kv_seqlen without a word; use an explicit mask"
+            yield (
+                "nonpad-kv-seqlen",
+                str(node.name),
+                "TensorRT drops nonpad_kv_seqlen without a word; use an explicit mask",
+            )
         if _attribute(node, "is_causal", 0):
-            yield "is-causal", str(node.name), "TensorRT reads is_causal as upper-left, wrong for decode; use an explicit mask"
+            yield (
+                "is-causal",
+                str(node.name),
+                "TensorRT reads is_causal as upper-left, wrong for decode; use an explicit mask",
+            )
         if len([o for o in node.outputs if o.name]) > 1:
             yield "attention-outputs", str(node.name), f"expected one output, got {len(node.outputs)}"
     for function in model.functions.values():
@@ -100,7 +122,11 @@ def _caches(model: ir.Model) -> Iterator[Finding]:
     for node in _nodes(model):
         if node.op_type == "TensorScatter":
             if _attribute(node, "mode", "linear") != "linear":
-                yield "scatter-mode", str(node.name), f"expected linear, got {_attribute(node, 'mode', 'linear')}"
+                yield (
+                    "scatter-mode",
+                    str(node.name),
+                    f"expected linear, got {_attribute(node, 'mode', 'linear')}",
+                )
             if _attribute(node, "axis", -2) != -2:
                 yield "scatter-axis", str(node.name), f"expected -2, got {_attribute(node, 'axis', -2)}"
     for node in model.graph:
@@ -108,10 +134,18 @@ def _caches(model: ir.Model) -> Iterator[Finding]:
             continue
         for value in node.inputs[3:5]:
             if value is None or not value.is_graph_input():
-                yield "cache-input", str(node.name), "a cache must be a graph input itself, to be updated in place"
+                yield (
+                    "cache-input",
+                    str(node.name),
+                    "a cache must be a graph input itself, to be updated in place",
+                )
         for value in node.outputs[1:3]:
             if not value.is_graph_output():
-                yield "cache-output", str(node.name), "an updated cache must be a graph output itself, to be updated in place"
+                yield (
+                    "cache-output",
+                    str(node.name),
+                    "an updated cache must be a graph output itself, to be updated in place",
+                )
 
 
 def _top_k(model: ir.Model) -> Iterator[Finding]:
@@ -121,7 +155,11 @@ def _top_k(model: ir.Model) -> Iterator[Finding]:
             if k is None:
                 yield "top-k-constant", str(node.name), "K must be a constant"
             elif int(k.numpy().reshape(-1)[0]) > TOP_K_MAX:
-                yield "top-k-limit", str(node.name), f"expected K <= {TOP_K_MAX}, got {int(k.numpy().reshape(-1)[0])}"
+                yield (
+                    "top-k-limit",
+                    str(node.name),
+                    f"expected K <= {TOP_K_MAX}, got {int(k.numpy().reshape(-1)[0])}",
+                )
 
 
 def _weights(model: ir.Model) -> Iterator[Finding]:
@@ -139,27 +177,57 @@ def _classic(model: ir.Model) -> Iterator[Finding]:
     opset = model.opset_imports.get("", 0)
     for domain, version in model.opset_imports.items():
         if (domain, version) not in (("", classic.OPSET), ("", classic.OPSET_INT4), (DOMAIN, 1)):
-            yield "opset", "graph", f"expected opset {classic.OPSET} and {DOMAIN} 1, got {domain or 'ai.onnx'} {version}"
+            yield (
+                "opset",
+                "graph",
+                f"expected opset {classic.OPSET} and {DOMAIN} 1, got {domain or 'ai.onnx'} {version}",
+            )
     for function in model.functions.values():
-        yield "function-body", "graph", f"{function.domain}::{function.name} has a body, which hides the plugin of that name"
+        yield (
+            "function-body",
+            "graph",
+            f"{function.domain}::{function.name} has a body, which hides the plugin of that name",
+        )
     for node in model.graph.all_nodes():
         if (node.domain, node.op_type) == (DOMAIN, NAME):
             yield from _plugin_call(node)
         elif node.domain:
-            yield "operator-domain", str(node.name), f"{node.domain}::{node.op_type} is no operator of this recipe"
-        elif node.op_type in REDEFINED or not onnx.defs.has(node.op_type, max_inclusive_version=opset, domain=""):
-            yield "operator", str(node.name), f"{node.op_type} is not in opset {opset}, or means something else there"
+            yield (
+                "operator-domain",
+                str(node.name),
+                f"{node.domain}::{node.op_type} is no operator of this recipe",
+            )
+        elif node.op_type in REDEFINED or not onnx.defs.has(
+            node.op_type, max_inclusive_version=opset, domain=""
+        ):
+            yield (
+                "operator",
+                str(node.name),
+                f"{node.op_type} is not in opset {opset}, or means something else there",
+            )
 
 
 def _plugin_call(node: ir.Node) -> Iterator[Finding]:
     for name, value in (("num_heads", node.inputs[0]), ("num_kv_heads", node.inputs[3])):
         if _attribute(node, name, None) != value.shape[1]:
-            yield "plugin-field", str(node.name), f"{name} is not that of {value.name}, got {_attribute(node, name, None)}"
+            yield (
+                "plugin-field",
+                str(node.name),
+                f"{name} is not that of {value.name}, got {_attribute(node, name, None)}",
+            )
     head_dim, scale = _attribute(node, "head_dim", 0), _attribute(node, "scale", 0.0)
     if head_dim != node.inputs[0].shape[3] or not head_dim or abs(scale * head_dim**0.5 - 1) > 1e-6:
-        yield "plugin-field", str(node.name), f"head_dim and scale are not the query's, got {head_dim} and {scale}"
+        yield (
+            "plugin-field",
+            str(node.name),
+            f"head_dim and scale are not the query's, got {head_dim} and {scale}",
+        )
     if _attribute(node, "plugin_version", None) != str(plugins.ABI):
-        yield "plugin-version", str(node.name), f"expected version {plugins.ABI}, got {_attribute(node, 'plugin_version', None)}"
+        yield (
+            "plugin-version",
+            str(node.name),
+            f"expected version {plugins.ABI}, got {_attribute(node, 'plugin_version', None)}",
+        )
 
 
 REDEFINED = ("GroupNormalization",)  # scale and bias per group until opset 20, per channel since
@@ -176,7 +244,11 @@ def _target_findings(model: ir.Model, name: str) -> Iterator[Finding]:
             continue
         query = node.inputs[0]
         if query.dtype == ir.DataType.FLOAT:
-            yield "attention-type", str(node.name), f"{name} fuses attention in 16 bits only; export with --precision bf16"
+            yield (
+                "attention-type",
+                str(node.name),
+                f"{name} fuses attention in 16 bits only; export with --precision bf16",
+            )
         if query.dtype == ir.DataType.BFLOAT16 and target.compute_capability < (8, 0):
             yield "bf16", str(node.name), f"{name} has no bf16; export with --precision fp16"
         head_dim = query.shape[-1] if query.shape is not None else None
@@ -187,6 +259,10 @@ def _target_findings(model: ir.Model, name: str) -> Iterator[Finding]:
 def _plugin_limits(node: ir.Node, target: str) -> Iterator[Finding]:
     query = node.inputs[0]
     if query.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-        yield "attention-type", str(node.name), f"{target}'s plugin computes in 16 bits only; export with --precision bf16"
+        yield (
+            "attention-type",
+            str(node.name),
+            f"{target}'s plugin computes in 16 bits only; export with --precision bf16",
+        )
     if query.shape[-1] not in plugins.HEAD_DIMS:
         yield "head-dim", str(node.name), f"expected one of {plugins.HEAD_DIMS}, got {query.shape[-1]}"

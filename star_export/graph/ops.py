@@ -3,6 +3,7 @@
 The same op is executed in eager mode and translated to one ONNX node, so the traced module *is* the reference. The function's body
 is standard opset 24, so an executor that knows no plugin of this name inlines it.
 """
+
 from __future__ import annotations
 
 import functools
@@ -16,13 +17,27 @@ from reference.decoder import kv_cache_attention as reference_attention
 DOMAIN, NAME, VERSION, OPSET = "star", "KVCacheAttention", 1, 24
 _INPUTS = ("query", "key", "value", "past_key", "past_value", "write_indices", "mask")
 _OUTPUTS = ("output", "present_key", "present_value")
-PLUGIN_FIELDS = ("num_heads", "num_kv_heads", "head_dim", "cache_type", "scale", "plugin_version", "plugin_namespace")
+PLUGIN_FIELDS = (
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "cache_type",
+    "scale",
+    "plugin_version",
+    "plugin_namespace",
+)
 
 
 @torch.library.custom_op(f"{DOMAIN}::kv_cache_attention", mutates_args=())
-def kv_cache_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past_key: torch.Tensor,
-                       past_value: torch.Tensor, write_indices: torch.Tensor,
-                       mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def kv_cache_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past_key: torch.Tensor,
+    past_value: torch.Tensor,
+    write_indices: torch.Tensor,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Write `key` and `value` at `write_indices`, then attend under `mask`.
 
     query [B,h,S,D], key and value [B,KV,S,D], past_key and past_value [B,KV,C,D], write_indices [B], mask bool [B,1,S,C]
@@ -47,12 +62,27 @@ def translation_table() -> dict:
     from onnxscript import values
 
     formal, kinds = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
-    kind = dict.fromkeys(PLUGIN_FIELDS, kinds.INT) | {"scale": kinds.FLOAT} | dict.fromkeys(PLUGIN_FIELDS[-2:], kinds.STRING)
+    kind = (
+        dict.fromkeys(PLUGIN_FIELDS, kinds.INT)
+        | {"scale": kinds.FLOAT}
+        | dict.fromkeys(PLUGIN_FIELDS[-2:], kinds.STRING)
+    )
     types = dict.fromkeys(_INPUTS, "T") | {"write_indices": "tensor(int64)", "mask": "tensor(bool)"}
-    defs.register_schema(defs.OpSchema(
-        NAME, DOMAIN, VERSION, inputs=[formal(n, types[n]) for n in _INPUTS], outputs=[formal(n, "T") for n in _OUTPUTS],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "compute type")],
-        attributes=[defs.OpSchema.Attribute(n, kind[n], "for the plugin", required=False) for n in PLUGIN_FIELDS]))
+    defs.register_schema(
+        defs.OpSchema(
+            NAME,
+            DOMAIN,
+            VERSION,
+            inputs=[formal(n, types[n]) for n in _INPUTS],
+            outputs=[formal(n, "T") for n in _OUTPUTS],
+            type_constraints=[
+                ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "compute type")
+            ],
+            attributes=[
+                defs.OpSchema.Attribute(n, kind[n], "for the plugin", required=False) for n in PLUGIN_FIELDS
+            ],
+        )
+    )
     opset = values.Opset(DOMAIN, VERSION)
 
     def translate(query, key, value, past_key, past_value, write_indices, mask):
@@ -63,9 +93,33 @@ def translation_table() -> dict:
 
 def function_body() -> ir.Function:
     """The local function: `TensorScatter` (linear, axis -2) into both caches, then `Attention` under the explicit mask."""
-    nodes = [helper.make_node("TensorScatter", [past, new, "write_indices"], [present], name=f"write_{new}", axis=-2, mode="linear")
-             for past, new, present in (("past_key", "key", "present_key"), ("past_value", "value", "present_value"))]
-    nodes.append(helper.make_node("Attention", ["query", "present_key", "present_value", "mask"], ["output"], name="attend"))
-    return ir.serde.deserialize_function(helper.make_function(
-        DOMAIN, NAME, list(_INPUTS), list(_OUTPUTS), nodes, [helper.make_opsetid("", OPSET)],
-        doc_string="Write new keys and values into the caches in place, then attend over what the mask shows."))
+    nodes = [
+        helper.make_node(
+            "TensorScatter",
+            [past, new, "write_indices"],
+            [present],
+            name=f"write_{new}",
+            axis=-2,
+            mode="linear",
+        )
+        for past, new, present in (
+            ("past_key", "key", "present_key"),
+            ("past_value", "value", "present_value"),
+        )
+    ]
+    nodes.append(
+        helper.make_node(
+            "Attention", ["query", "present_key", "present_value", "mask"], ["output"], name="attend"
+        )
+    )
+    return ir.serde.deserialize_function(
+        helper.make_function(
+            DOMAIN,
+            NAME,
+            list(_INPUTS),
+            list(_OUTPUTS),
+            nodes,
+            [helper.make_opsetid("", OPSET)],
+            doc_string="Write new keys and values into the caches in place, then attend over what the mask shows.",
+        )
+    )

@@ -8,6 +8,7 @@ int8 and int4 are weight-only: symmetric blocks along the input features, round 
 `DequantizeLinear`). int4 has blocks of 128, 64 or 32; int8 one block over all input features, so one scale per output channel, because
 TensorRT for RTX fuses no smaller one: it writes the whole weight out as bf16 at every step.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -33,16 +34,24 @@ class Precision:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16,
-                ir.DataType.BFLOAT16: torch.bfloat16}[self.compute]
+        return {
+            ir.DataType.FLOAT: torch.float32,
+            ir.DataType.FLOAT16: torch.float16,
+            ir.DataType.BFLOAT16: torch.bfloat16,
+        }[self.compute]
 
     @property
     def dtype_name(self) -> str:
         return str(self.torch_dtype).removeprefix("torch.")
 
 
-PRECISIONS = {"fp32": Precision(ir.DataType.FLOAT), "fp16": Precision(ir.DataType.FLOAT16), "bf16": Precision(ir.DataType.BFLOAT16),
-              "int8": Precision(ir.DataType.BFLOAT16, 8), "int4": Precision(ir.DataType.BFLOAT16, 4)}
+PRECISIONS = {
+    "fp32": Precision(ir.DataType.FLOAT),
+    "fp16": Precision(ir.DataType.FLOAT16),
+    "bf16": Precision(ir.DataType.BFLOAT16),
+    "int8": Precision(ir.DataType.BFLOAT16, 8),
+    "int4": Precision(ir.DataType.BFLOAT16, 4),
+}
 
 
 def block_size(name: str, shape: tuple[int, ...], precision: Precision) -> int | None:
@@ -55,7 +64,9 @@ def block_size(name: str, shape: tuple[int, ...], precision: Precision) -> int |
     return next((size for size in BLOCK_SIZES if shape[1] % size == 0), None)
 
 
-def blocks_from_weight(weight: torch.Tensor, *, bits: int, block: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def blocks_from_weight(
+    weight: torch.Tensor, *, bits: int, block: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [K,N] -> codes int8 [K,N], scales [K/block,N] in `dtype`; codes lie in +-(2^(bits-1)-1)."""
     top = 2 ** (bits - 1) - 1
     grouped = weight.float().unflatten(0, (-1, block))  # [K/block, block, N]
@@ -73,7 +84,9 @@ def weight_from_blocks(codes: torch.Tensor, scales: torch.Tensor, *, block: int)
 def rounded(name: str, weight: torch.Tensor, precision: Precision) -> torch.Tensor:
     """`weight` as the bundle stores it, widened to float32; the shape of the checkpoint is kept."""
     if (block := block_size(name, tuple(weight.shape), precision)) is not None:
-        codes, scales = blocks_from_weight(weight.T, bits=precision.bits, block=block, dtype=precision.torch_dtype)
+        codes, scales = blocks_from_weight(
+            weight.T, bits=precision.bits, block=block, dtype=precision.torch_dtype
+        )
         return weight_from_blocks(codes, scales, block=block).T.contiguous()
     return weight.to(precision.torch_dtype).float()
 
@@ -86,12 +99,18 @@ def set_precision(model: ir.Model, compute: ir.DataType) -> None:
         if value.dtype == ir.DataType.BFLOAT16:
             value.type = ir.TensorType(compute)  # a new type: the clone of a graph shares the old one
             if value.const_value is not None:
-                value.const_value = ir.tensor(value.const_value.numpy().astype(compute.numpy()), name=value.name)
+                value.const_value = ir.tensor(
+                    value.const_value.numpy().astype(compute.numpy()), name=value.name
+                )
     for node in list(model.graph):
         to = node.attributes.get("to")
         if node.op_type == "Cast" and to is not None and to.value == ir.DataType.BFLOAT16:
             node.attributes["to"] = ir.AttrInt64("to", compute.value)
-        if node.op_type == "Cast" and node.inputs[0].dtype == node.outputs[0].dtype and not node.outputs[0].is_graph_output():
+        if (
+            node.op_type == "Cast"
+            and node.inputs[0].dtype == node.outputs[0].dtype
+            and not node.outputs[0].is_graph_output()
+        ):
             node.outputs[0].replace_all_uses_with(node.inputs[0])
             model.graph.remove(node, safe=True)
 
@@ -131,10 +150,18 @@ def _insert_dequantize(model: ir.Model, weight: ir.Value, tensor, precision: Pre
 
     codes = ir.Value(name=f"{weight.name}.codes", type=ir.TensorType(kind), shape=ir.Shape([k, n]))
     codes.const_value = _lazy(codes.name, kind, codes.shape, lambda: blocks()[0])
-    scales = ir.Value(name=f"{weight.name}.scales", type=ir.TensorType(precision.compute), shape=ir.Shape(shape))
-    scales.const_value = _lazy(scales.name, precision.compute, scales.shape, lambda: blocks()[1].reshape(shape))
+    scales = ir.Value(
+        name=f"{weight.name}.scales", type=ir.TensorType(precision.compute), shape=ir.Shape(shape)
+    )
+    scales.const_value = _lazy(
+        scales.name, precision.compute, scales.shape, lambda: blocks()[1].reshape(shape)
+    )
     node = ir.node("DequantizeLinear", [codes, scales], layout, name=f"{weight.name}.dequantize")
-    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"{weight.name}.dense", precision.compute, weight.shape
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = (
+        f"{weight.name}.dense",
+        precision.compute,
+        weight.shape,
+    )
     first = next(iter(weight.uses())).node
     model.graph.insert_before(first, node)
     weight.replace_all_uses_with(node.outputs[0])
@@ -147,7 +174,9 @@ def _lazy(name: str, dtype: ir.DataType, shape: ir.Shape, load: Callable[[], tor
     def evaluate() -> ir.Tensor:
         tensor = load().contiguous()
         if tuple(tensor.shape) != tuple(shape):
-            raise AssertionError(f"{name}: the graph has {tuple(shape)}, the checkpoint {tuple(tensor.shape)}")
+            raise AssertionError(
+                f"{name}: the graph has {tuple(shape)}, the checkpoint {tuple(tensor.shape)}"
+            )
         return ir.Tensor(_numpy(tensor, dtype), dtype=dtype, name=name)
 
     return ir.LazyTensor(evaluate, dtype=dtype, shape=shape, name=name)

@@ -3,6 +3,7 @@
 The graph needs shapes, not numbers: nothing here depends on the size of a checkpoint. An initializer carries the name of its
 parameter in `reference.model.Star`, and is stored [in, out] where a linear layer multiplies by it.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -17,16 +18,22 @@ from onnxscript import optimizer
 from torch import nn
 from torch.export import Dim
 
-from engines.errors import InputError
 from engines.bundle.manifest import TensorSpec
 from engines.bundle.tensors import present_name
+from engines.errors import InputError
 from reference.config import StarConfig
 
-from . import ops, wrappers
 from ..components import COMPONENTS
+from . import ops, wrappers
 from .quantize import TRANSPOSED
 
-EXAMPLE = {"B": 2, "S": 5, "C": 24, "N": 3, "P": 24}  # sizes while tracing; every one of these axes stays dynamic
+EXAMPLE = {
+    "B": 2,
+    "S": 5,
+    "C": 24,
+    "N": 3,
+    "P": 24,
+}  # sizes while tracing; every one of these axes stays dynamic
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "bfloat16": torch.bfloat16}
 EXACT = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # constants that no compute type rounds
 
@@ -44,7 +51,9 @@ def graph_from_config(name: str, config: StarConfig, *, rope_bf16: bool) -> ir.M
 def meta_star(config: StarConfig, *, rope_bf16: bool) -> wrappers.FoldedStar:
     """A Star without numbers, wired to our ops, with the adapter's table as one more parameter."""
     with torch.device("meta"):
-        star = wrappers.FoldedStar(config, rope_bf16=rope_bf16, attention=ops.kv_cache_attention, rotate=ops.rotate)
+        star = wrappers.FoldedStar(
+            config, rope_bf16=rope_bf16, attention=ops.kv_cache_attention, rotate=ops.rotate
+        )
     for parameter in star.parameters():  # buffers keep float32
         parameter.data = parameter.data.to(torch.bfloat16)
     return star.eval()
@@ -70,29 +79,53 @@ def graph_from_component(name: str, star: wrappers.FoldedStar) -> ir.Model:
     return model
 
 
-def _export(name: str, module: nn.Module, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> ir.Model:
+def _export(
+    name: str, module: nn.Module, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> ir.Model:
     dims = _dims(inputs)
-    args = tuple(torch.empty([_size(d) for d in spec.shape], dtype=DTYPES[spec.dtype], device="meta") for spec in inputs)
+    args = tuple(
+        torch.empty([_size(d) for d in spec.shape], dtype=DTYPES[spec.dtype], device="meta")
+        for spec in inputs
+    )
     shapes = [{i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs]
-    caches = sum(bool(present_name(spec.name)) for spec in inputs)  # they come last, as the module's variadic arguments
+    caches = sum(
+        bool(present_name(spec.name)) for spec in inputs
+    )  # they come last, as the module's variadic arguments
     dynamic = (*shapes[:-caches], tuple(shapes[-caches:])) if caches else tuple(shapes)
     try:
         with _quiet():
             program = torch.onnx.export(
-                module, args, dynamo=True, opset_version=ops.OPSET, optimize=False, dynamic_shapes=dynamic, verbose=False,
-                input_names=[s.name for s in inputs], output_names=[s.name for s in outputs],
-                custom_translation_table=ops.translation_table())
+                module,
+                args,
+                dynamo=True,
+                opset_version=ops.OPSET,
+                optimize=False,
+                dynamic_shapes=dynamic,
+                verbose=False,
+                input_names=[s.name for s in inputs],
+                output_names=[s.name for s in outputs],
+                custom_translation_table=ops.translation_table(),
+            )
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
-        raise InputError("This component cannot be exported", where=f"{name}: opset {ops.OPSET}: {str(cause).splitlines()[0]}",
-                         fix="use a torch version in the tested range (pyproject.toml)") from error
+        raise InputError(
+            "This component cannot be exported",
+            where=f"{name}: opset {ops.OPSET}: {str(cause).splitlines()[0]}",
+            fix="use a torch version in the tested range (pyproject.toml)",
+        ) from error
     return program.model
 
 
 def _dims(inputs: tuple[TensorSpec, ...]) -> dict[str, object]:
     images, quads = Dim("images", min=1, max=64), Dim("merged", min=1, max=16384)
-    return {"B": Dim("rows", min=1, max=64), "S": Dim("positions", min=1, max=32768), "C": Dim("capacity", min=1, max=131072), "N": images,
-            "2N": 2 * images, "P": 4 * quads}
+    return {
+        "B": Dim("rows", min=1, max=64),
+        "S": Dim("positions", min=1, max=32768),
+        "C": Dim("capacity", min=1, max=131072),
+        "N": images,
+        "2N": 2 * images,
+        "P": 4 * quads,
+    }
 
 
 def _size(dim: int | str) -> int:
@@ -144,7 +177,12 @@ def _fold_transposes(model: ir.Model) -> None:
     """`MatMul(x, Transpose(weight))` reads a weight that is stored transposed."""
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or not weight.is_initializer() or weight.const_value is not None or len(weight.uses()) != 1:
+        if (
+            weight is None
+            or not weight.is_initializer()
+            or weight.const_value is not None
+            or len(weight.uses()) != 1
+        ):
             continue
         node.outputs[0].replace_all_uses_with(weight)
         model.graph.remove(node, safe=True)
@@ -158,17 +196,25 @@ def _check_constants(name: str, model: ir.Model) -> None:
         if value.const_value is not None and value.dtype == ir.DataType.BFLOAT16:
             numbers = value.const_value.numpy().astype("float32").reshape(-1)
             if not all(n in EXACT or abs(n) == float("inf") for n in numbers.tolist()):
-                raise AssertionError(f"{name}: constant {value.name} would be rounded to bfloat16: {numbers[:4]}")
+                raise AssertionError(
+                    f"{name}: constant {value.name} would be rounded to bfloat16: {numbers[:4]}"
+                )
 
 
-def _name_axes(name: str, model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+def _name_axes(
+    name: str, model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> None:
     """Give the boundary the table's axis names, after a check that no dynamic axis came back fixed (pytorch issue 152018)."""
     for values, specs in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         if [v.name for v in values] != [s.name for s in specs]:
-            raise AssertionError(f"{name}: expected {[s.name for s in specs]}, traced {[v.name for v in values]}")
+            raise AssertionError(
+                f"{name}: expected {[s.name for s in specs]}, traced {[v.name for v in values]}"
+            )
         for value, spec in zip(values, specs):
             traced = list(value.shape)
-            fixed = [d for d, wanted in zip(traced, spec.shape) if isinstance(wanted, str) and isinstance(d, int)]
+            fixed = [
+                d for d, wanted in zip(traced, spec.shape) if isinstance(wanted, str) and isinstance(d, int)
+            ]
             wrong = [d for d, wanted in zip(traced, spec.shape) if isinstance(wanted, int) and d != wanted]
             if fixed or wrong or len(traced) != len(spec.shape):
                 raise AssertionError(f"{name}: {spec.name}: expected {spec.shape}, traced {traced}")

@@ -4,6 +4,7 @@ Each wrapper holds parts of one `reference.model.Star`; inside it computes in th
 their own but two: the adapter and the codebook are folded into one table (one gather instead of an MLP), and `ImageHead`
 samples inside the graph.
 """
+
 from __future__ import annotations
 
 import torch
@@ -23,7 +24,9 @@ class FoldedStar(Star):
 
     def __init__(self, config: StarConfig, **options):
         super().__init__(config, **options)
-        self.image_table = nn.Parameter(torch.empty(config.vq.codebook_size, config.base_ar.hidden_size), requires_grad=False)
+        self.image_table = nn.Parameter(
+            torch.empty(config.vq.codebook_size, config.base_ar.hidden_size), requires_grad=False
+        )
 
     def image_embedding(self, image_ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(image_ids, self.image_table)
@@ -43,7 +46,9 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.encoder = star.vision_encoder
 
-    def forward(self, pixel_values, rotary_cos, rotary_sin, window_ids):  # [P,1176], [P,D/2], [P,D/2], [P] -> [P/4,H]
+    def forward(
+        self, pixel_values, rotary_cos, rotary_sin, window_ids
+    ):  # [P,1176], [P,D/2], [P,D/2], [P] -> [P/4,H]
         dtype = next(self.encoder.parameters()).dtype
         return self.encoder(pixel_values.to(dtype), rotary_cos, rotary_sin, window_ids).float()
 
@@ -113,11 +118,15 @@ class ImageHead(nn.Module):
         self.candidates = min(TOP_K_LIMIT, star.config.vq.codebook_size)
 
     def forward(self, hidden_states, guidance, top_k, top_p, uniform):
-        pairs = self.head(hidden_states.to(self.table.dtype)).float().unflatten(0, (-1, 2))[:, :, 0]  # [N,2,V]: cond, uncond
+        pairs = (
+            self.head(hidden_states.to(self.table.dtype)).float().unflatten(0, (-1, 2))[:, :, 0]
+        )  # [N,2,V]: cond, uncond
         cond, uncond = pairs[:, 0], pairs[:, 1]
         logits = uncond + guidance * (cond - uncond)  # [N,V]
         values, order = torch.topk(logits, self.candidates)  # descending
-        values = torch.where(values >= values.index_select(1, top_k - 1), values, float("-inf"))  # ties at rank k stay
+        values = torch.where(
+            values >= values.index_select(1, top_k - 1), values, float("-inf")
+        )  # ties at rank k stay
         probabilities = torch.softmax(values, -1)
         cumulative = torch.cumsum(probabilities, -1)
         before = torch.cat([torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]], -1)

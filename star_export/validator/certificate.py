@@ -3,6 +3,7 @@
 A certificate is of one bundle (its manifest's SHA-256), one backend and one device, and says `passed` or not. It proves sameness on the
 recorded inputs, not good intent: whoever can write the bundle can write it too.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,8 +15,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.bundle.reader import MANIFEST, Bundle
 from engines.bundle.files import sha256_of
+from engines.bundle.reader import MANIFEST, Bundle
 
 from ..golden.compare import Comparison
 
@@ -70,30 +71,48 @@ class Certificate:
 def new_certificate(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ...]) -> Certificate:
     """The certificate of a climb that was made here and now."""
     return Certificate(
-        schema=SCHEMA, passed=all(rung.passed for rung in rungs), bundle=bundle.manifest.model.name,
-        manifest_sha256=sha256_of(bundle.path / MANIFEST), precision=bundle.manifest.precision, backend=backend, compute=compute,
-        device=device_name(backend), versions=versions(), plans=plan_hashes(bundle, backend),
-        made_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), rungs=rungs,
-        not_proven=tuple(not_proven(bundle, backend, compute, rungs)))
+        schema=SCHEMA,
+        passed=all(rung.passed for rung in rungs),
+        bundle=bundle.manifest.model.name,
+        manifest_sha256=sha256_of(bundle.path / MANIFEST),
+        precision=bundle.manifest.precision,
+        backend=backend,
+        compute=compute,
+        device=device_name(backend),
+        versions=versions(),
+        plans=plan_hashes(bundle, backend),
+        made_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        rungs=rungs,
+        not_proven=tuple(not_proven(bundle, backend, compute, rungs)),
+    )
 
 
 def not_proven(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ...]) -> list[str]:
     """What a reader could think was shown, and was not."""
-    gaps = ["inputs other than the recorded ones, and the quality of answers and images",
-            "that the checkpoint's own numbers survive the rounding of this precision: the reference was rounded alike"]
+    gaps = [
+        "inputs other than the recorded ones, and the quality of answers and images",
+        "that the checkpoint's own numbers survive the rounding of this precision: the reference was rounded alike",
+    ]
     if bundle.manifest.precision != "fp32" and compute == "fp32":
-        gaps.append(f"the arithmetic of {bundle.manifest.precision}: the graphs' fp32 twins ran, on the same rounded weights")
+        gaps.append(
+            f"the arithmetic of {bundle.manifest.precision}: the graphs' fp32 twins ran, on the same rounded weights"
+        )
     if compute != "fp32":
         gaps.append("the ids of long runs: in 16 bits a near tie may fall either way")
     if backend.startswith("interpreter"):
-        gaps.append("the kernels, and anything on the device: the networks that the plans were compiled from were evaluated on the CPU")
+        gaps.append(
+            "the kernels, and anything on the device: the networks that the plans were compiled from were evaluated on the CPU"
+        )
     elif not backend.startswith("tensorrt"):
         gaps.append("TensorRT plans, which are validated with --target on their device")
-    return gaps + [f"{rung.name}: {rung.note}" for rung in rungs if "left out" in rung.note or "not " in rung.note]
+    return gaps + [
+        f"{rung.name}: {rung.note}" for rung in rungs if "left out" in rung.note or "not " in rung.note
+    ]
 
 
 def json_from_certificate(certificate: Certificate) -> str:
     """As JSON text; numbers that are not finite become null."""
+
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}

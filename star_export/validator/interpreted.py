@@ -4,6 +4,7 @@ Every component against its golden tensors, whole runs teacher-forced and greedy
 which is held to rounding level, and in the network's own types. The decoders step by step, with poison in unused slots, in
 float32. It proves the meaning of the network, not the kernels.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -12,26 +13,26 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from engines.bundle.reader import Bundle
-from engines.runtime.decode import prefill
 from engines.errors import InputError, UsageError
 from engines.inputs.preprocess import edit_inputs
-from engines.runtime.kv_cache import Slots, cache_buffers
-from engines.tensorrt.plan import plan_spec
 from engines.inputs.prompt import text_positions
 from engines.interpreter import BUILDERS, Network
 from engines.interpreter.parsed import Parsed
+from engines.progress import Progress
+from engines.runtime.decode import prefill
+from engines.runtime.kv_cache import Slots, cache_buffers
 from engines.runtime.star import Star
 from engines.sessions import run
 from engines.sessions.interpreter import InterpreterSession, open_session
 from engines.targets import target_from_name
+from engines.tensorrt.plan import plan_spec
 
-from .certificate import Row
-from ..golden.cases import Case, cases_from_file, component_cases
 from ..components import FLIPPED_IDS
-from ..golden.tolerances import compute_type, tolerances_of
-from ..golden.run_case import run_case
+from ..golden.cases import Case, cases_from_file, component_cases
 from ..golden.compare import check, compare
-from engines.progress import Progress
+from ..golden.run_case import run_case
+from ..golden.tolerances import compute_type, tolerances_of
+from .certificate import Row
 from .rungs import decoder_steps, golden_tensors, rows_from_results, whole_runs
 from .subject import RUNS, Subject
 
@@ -48,8 +49,11 @@ def interpreted(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     if builder not in BUILDERS and subject.backend.startswith("tensorrt:"):
         return [], f"left out: networks of {builder} are not read back"
     if builder not in BUILDERS:  # then nothing at all would be proven
-        raise UsageError(f"Networks of {builder} are not read back", fix="validate on the device: --target",
-                         where=f"{subject.backend}: expected a target of {', '.join(BUILDERS)}, got one of {builder}")
+        raise UsageError(
+            f"Networks of {builder} are not read back",
+            fix="validate on the device: --target",
+            where=f"{subject.backend}: expected a target of {', '.join(BUILDERS)}, got one of {builder}",
+        )
     native = compute_type(bundle.manifest.precision, twin=False)
     rows, notes = [], [*_not_compared(bundle, target)]
     for backend, compute in {f"interpreter-fp32:{target}": "fp32", f"interpreter:{target}": native}.items():
@@ -65,7 +69,9 @@ def interpreted(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
 
 def _not_compared(bundle: Bundle, target: str) -> list[str]:
     """The components whose plan does not say which network it was compiled from."""
-    names = [name for name in bundle.manifest.components if plan_spec(bundle, target, name)[1].network is None]
+    names = [
+        name for name in bundle.manifest.components if plan_spec(bundle, target, name)[1].network is None
+    ]
     return [f"not compared with the networks that were compiled: {', '.join(names)}"] if names else []
 
 
@@ -82,7 +88,9 @@ def teacher_forced(subject: Subject, progress: Progress) -> tuple[list[Row], str
     with Star(subject.bundle, backend=subject.backend) as star:
         ids = forced_ids(star, case)
     tolerances = {"image_ids": 0.0 if subject.compute == "fp32" else FLIPPED_IDS}
-    return rows_from_results("runtime", "teacher-forced", compare({"image_ids": ids}, case.outputs, tolerances=tolerances)), ""
+    return rows_from_results(
+        "runtime", "teacher-forced", compare({"image_ids": ids}, case.outputs, tolerances=tolerances)
+    ), ""
 
 
 def forced_ids(star: Star, case: Case) -> np.ndarray:
@@ -90,12 +98,23 @@ def forced_ids(star: Star, case: Case) -> np.ndarray:
     rows, guidance, recorded = case.inputs["input_ids"], case.inputs["guidance"], case.outputs["image_ids"][0]
     base, stacked, head = (star.session(name) for name in ("base_ar", "stacked_ar", "image_head"))
     capacity = base.capacity_tokens or rows.shape[1] + len(recorded) - 1
-    slots, decoders = Slots(capacity), [(s, cache_buffers(s, rows=2, capacity_tokens=capacity)) for s in (base, stacked)]
-    embeds, positions = run(star.session("token_embedding"), {"input_ids": rows})["inputs_embeds"], text_positions(*rows.shape)
+    slots, decoders = (
+        Slots(capacity),
+        [(s, cache_buffers(s, rows=2, capacity_tokens=capacity)) for s in (base, stacked)],
+    )
+    embeds, positions = (
+        run(star.session("token_embedding"), {"input_ids": rows})["inputs_embeds"],
+        text_positions(*rows.shape),
+    )
     got = []
     for i, wanted in enumerate(recorded):
-        feeds = {"hidden_states": prefill(decoders, embeds, positions, slots), "guidance": guidance, "top_k": np.array([1]),
-                 "top_p": np.ones(1, np.float32), "uniform": np.zeros(1, np.float32)}
+        feeds = {
+            "hidden_states": prefill(decoders, embeds, positions, slots),
+            "guidance": guidance,
+            "top_k": np.array([1]),
+            "top_p": np.ones(1, np.float32),
+            "uniform": np.zeros(1, np.float32),
+        }
         drawn = run(head, feeds)
         got.append(drawn["image_ids"][0])
         if drawn["image_ids"][0] != wanted:
@@ -104,34 +123,51 @@ def forced_ids(star: Star, case: Case) -> np.ndarray:
     return np.array([got])
 
 
-def _drawn(head, feeds: Mapping[str, np.ndarray], logits: np.ndarray, wanted: int, top_k: int) -> Mapping[str, np.ndarray]:
+def _drawn(
+    head, feeds: Mapping[str, np.ndarray], logits: np.ndarray, wanted: int, top_k: int
+) -> Mapping[str, np.ndarray]:
     """`feeds` with the uniform number that draws `wanted`: the middle of its share of the cumulative probability."""
     order = np.argsort(-logits, kind="stable")[:top_k]
     shares = np.exp(logits[order].astype(np.float64) - logits.max())
-    (rank,), = np.nonzero(order == wanted),
+    ((rank,),) = (np.nonzero(order == wanted),)
     if not len(rank):
-        raise InputError("The recorded run cannot be followed",
-                         where=f"image_head: expected id {wanted} among the first {top_k}, got none",
-                         fix="the logits are far from the recorded ones: see the golden tensors of image_head")
-    middle = (shares[:rank[0]].sum() + shares[rank[0]] / 2) / shares.sum()
+        raise InputError(
+            "The recorded run cannot be followed",
+            where=f"image_head: expected id {wanted} among the first {top_k}, got none",
+            fix="the logits are far from the recorded ones: see the golden tensors of image_head",
+        )
+    middle = (shares[: rank[0]].sum() + shares[rank[0]] / 2) / shares.sum()
     return run(head, feeds | {"top_k": np.array([top_k]), "uniform": np.array([middle], np.float32)})
 
 
 def images(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     """An answer and an edit of a made-up image, greedy: the ids of ONNX Runtime on the same bundle."""
     names = subject.bundle.manifest.components
-    needed = {"vision_encoder", "vq_encoder", "base_ar", "stacked_ar", "token_embedding", "text_head", "image_head"}
+    needed = {
+        "vision_encoder",
+        "vq_encoder",
+        "base_ar",
+        "stacked_ar",
+        "token_embedding",
+        "text_head",
+        "image_head",
+    }
     if not importlib.util.find_spec("onnxruntime") or not needed <= set(names):
         return [], "left out: edit and ask, which are compared with ONNX Runtime on the whole bundle"
     tolerance = 0.0 if subject.compute == "fp32" else 1.0
     progress("ask and edit", 0, 1)
-    with Star(subject.bundle, backend="onnxruntime") as oracle, Star(subject.bundle, backend=subject.backend) as star:
+    with (
+        Star(subject.bundle, backend="onnxruntime") as oracle,
+        Star(subject.bundle, backend=subject.backend) as star,
+    ):
         found = []
         for name, ids in (("ask", asked_ids), ("edit", edited_ids)):
             wanted, got = ids(oracle), ids(star)
             if tolerance:  # an answer that ends earlier than the other is compared as far as both go
-                wanted, got = (array[..., :min(wanted.shape[-1], got.shape[-1])] for array in (wanted, got))
-            found += rows_from_results("runtime", name, compare({"ids": got}, {"ids": wanted}, tolerances={"ids": tolerance}))
+                wanted, got = (array[..., : min(wanted.shape[-1], got.shape[-1])] for array in (wanted, got))
+            found += rows_from_results(
+                "runtime", name, compare({"ids": got}, {"ids": wanted}, tolerances={"ids": tolerance})
+            )
     return found, ""
 
 
@@ -147,7 +183,14 @@ def edited_ids(star: Star) -> np.ndarray:
     embeds = star.embedded(rows, vision=vision, square=square)
     tokens = min(RUN_TOKENS, star.model.image_tokens)
     loop = star.image_loop(num_images=1, length=rows.input_ids.shape[1], tokens=tokens)
-    return loop.draw(embeds, rows.position_ids, guidance=3.0, top_k=1, top_p=1.0, uniforms=np.zeros((tokens, 1), np.float32))
+    return loop.draw(
+        embeds,
+        rows.position_ids,
+        guidance=3.0,
+        top_k=1,
+        top_p=1.0,
+        uniforms=np.zeros((tokens, 1), np.float32),
+    )
 
 
 _PIXELS = 4 * 28 * 28
@@ -155,7 +198,7 @@ _PIXELS = 4 * 28 * 28
 
 def _image() -> np.ndarray:
     """A smooth colourful image, uint8 [H,W,3]."""
-    y, x, c = np.ogrid[:IMAGE[0], :IMAGE[1], :3]
+    y, x, c = np.ogrid[: IMAGE[0], : IMAGE[1], :3]
     return (127.5 + 127.5 * np.sin(x / 9 + y / (7 + c) + 2 * c)).astype(np.uint8)
 
 
@@ -169,25 +212,40 @@ def ties(subject: Subject, progress: Progress) -> list[Row]:
         if not session.ranks:
             continue
         for case, recorded in component_cases(subject.bundle.file(spec.golden), spec).items():
-            found += rows_from_results(name, f"fp32: case {case}, ties the other way",
-                                       run_case(session, recorded, tolerances=tolerances_of(name, "fp32", {})))
+            found += rows_from_results(
+                name,
+                f"fp32: case {case}, ties the other way",
+                run_case(session, recorded, tolerances=tolerances_of(name, "fp32", {})),
+            )
     return found
 
 
 def look_at_golden(bundle: Bundle) -> Callable[[str, Parsed], None]:
     """For `engines.tensorrt.build.build_plans(look=...)`: every network is held to its golden tensors in the call that compiles it, in
     float32 throughout. Raises ParityError, and then no plan is written."""
+
     def look(component: str, parsed: Parsed) -> None:
         spec = bundle.component(component)
-        session, cases = InterpreterSession(Network(parsed, wide=True), spec), component_cases(bundle.file(spec.golden), spec)
+        session, cases = (
+            InterpreterSession(Network(parsed, wide=True), spec),
+            component_cases(bundle.file(spec.golden), spec),
+        )
         capacity = session.capacity_tokens
-        fitting = {name: case for name, case in cases.items()
-                   if capacity is None or case.inputs["past_key_values.0.key"].shape[2] <= capacity}
+        fitting = {
+            name: case
+            for name, case in cases.items()
+            if capacity is None or case.inputs["past_key_values.0.key"].shape[2] <= capacity
+        }
         if not fitting:
-            raise InputError("No golden case fits this network", fix="build with a larger capacity, or without this check",
-                             where=f"{component}: expected a capacity that holds one of {', '.join(cases)}, got {capacity}")
+            raise InputError(
+                "No golden case fits this network",
+                fix="build with a larger capacity, or without this check",
+                where=f"{component}: expected a capacity that holds one of {', '.join(cases)}, got {capacity}",
+            )
         for case, recorded in fitting.items():
-            results = run_case(session, recorded, tolerances=tolerances_of(component, "fp32", {}), capacity_tokens=capacity)
+            results = run_case(
+                session, recorded, tolerances=tolerances_of(component, "fp32", {}), capacity_tokens=capacity
+            )
             check(results, where=f"{component}, read back: case {case}")
 
     return look

@@ -4,6 +4,7 @@ Rungs, each on top of the last: files and graphs; every component against its go
 their own prefill; the ids of whole runs; and for a model whose tasks can be judged, how many it does right. A rung that fails ends
 the validation. The numbers go into a certificate.
 """
+
 from __future__ import annotations
 
 import time
@@ -22,14 +23,28 @@ from engines.tensorrt.module import check_runnable, tensorrt_of
 from ..golden.compare import Comparison, excess, verdict
 from ..golden.tolerances import compute_type
 from ..scores import SCORE
-from .certificate import Certificate, Row, Rung, certificate_path, device_name, json_from_certificate, new_certificate
+from .certificate import (
+    Certificate,
+    Row,
+    Rung,
+    certificate_path,
+    device_name,
+    json_from_certificate,
+    new_certificate,
+)
 from .interpreted import interpreted
 from .rungs import decoder_steps, files_and_graphs, golden_tensors, whole_runs
 from .subject import Subject
 
 
-def validate(bundle: str | Path, *, backend: str = "onnxruntime", target: str | None = None, report: str | Path | None = None,
-             progress: Progress = silent) -> Certificate:
+def validate(
+    bundle: str | Path,
+    *,
+    backend: str = "onnxruntime",
+    target: str | None = None,
+    report: str | Path | None = None,
+    progress: Progress = silent,
+) -> Certificate:
     """Climb the ladder with the ONNX of `bundle` on `backend`, or with the plans of `target` on the GPU at hand. On a machine that
     cannot run them, the networks that they were compiled from are read back on the CPU instead, and the certificate says so.
 
@@ -95,8 +110,11 @@ def check_certificate(certificate: Certificate, path: Path) -> None:
     if failing:
         rung, row = max(failing, key=lambda pair: excess(pair[1].worst))
         more = f"; {len(failing) - 1} more in {path}" if len(failing) > 1 else ""
-        raise ParityError("What runs is not what the reference computes", fix="do not use it here; export or build it again",
-                          where=f"{row.component}: {row.check}: {verdict(row.worst)}{more}")
+        raise ParityError(
+            "What runs is not what the reference computes",
+            fix="do not use it here; export or build it again",
+            where=f"{row.component}: {row.check}: {verdict(row.worst)}{more}",
+        )
 
 
 def score_of_tasks(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
@@ -104,11 +122,23 @@ def score_of_tasks(subject: Subject, progress: Progress) -> tuple[list[Row], str
     from .score import score, shortfalls, shown  # knows STAR-Nano's tasks: no other model needs it
 
     found = score(subject.bundle, backend=subject.backend, progress=progress)
-    rows = [Row("runtime", f"{task}: {shown(found.score, task)}, the reference {shown(found.reference, task)}",
-                Comparison("shortfall", value, tolerance), 1) for task, (value, tolerance) in shortfalls(found.score, found.reference).items()]
+    rows = [
+        Row(
+            "runtime",
+            f"{task}: {shown(found.score, task)}, the reference {shown(found.reference, task)}",
+            Comparison("shortfall", value, tolerance),
+            1,
+        )
+        for task, (value, tolerance) in shortfalls(found.score, found.reference).items()
+    ]
     return rows, ""
 
 
 RUNGS: dict[str, Callable[[Subject, Progress], tuple[list[Row], str]]] = {
-    "files and graphs": files_and_graphs, "interpreted": interpreted, "golden tensors": golden_tensors, "decoder steps": decoder_steps, "whole runs": whole_runs,
-    "score": score_of_tasks}
+    "files and graphs": files_and_graphs,
+    "interpreted": interpreted,
+    "golden tensors": golden_tensors,
+    "decoder steps": decoder_steps,
+    "whole runs": whole_runs,
+    "score": score_of_tasks,
+}

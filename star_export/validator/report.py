@@ -1,4 +1,5 @@
 """A certificate as one HTML page, with nothing beside it. Knows nothing of how it was made."""
+
 from __future__ import annotations
 
 import html
@@ -14,18 +15,37 @@ _HEAD = ("", "component", "check", "tensor", "worst value", "tolerance", "max ab
 
 def html_from_certificate(certificate: Certificate) -> str:
     """The page: verdict, what ran where, a table per rung, and what is not proven."""
-    facts = {"bundle": certificate.bundle, "precision": certificate.precision, "backend": certificate.backend,
-             "computed in": certificate.compute, "device": certificate.device, "made at": certificate.made_at,
-             "manifest SHA-256": certificate.manifest_sha256} | certificate.versions
+    facts = {
+        "bundle": certificate.bundle,
+        "precision": certificate.precision,
+        "backend": certificate.backend,
+        "computed in": certificate.compute,
+        "device": certificate.device,
+        "made at": certificate.made_at,
+        "manifest SHA-256": certificate.manifest_sha256,
+    } | certificate.versions
     title = f"{certificate.bundle}, {certificate.precision}, on {certificate.backend}"
-    return "\n".join([
-        "<!doctype html>", '<html lang="en"><meta charset="utf-8">', f"<title>{_text(title)}</title>", f"<style>{_STYLE}</style>",
-        f"<h1>{_verdict(certificate.passed)} {_text(title)}</h1>",
-        "<table>", *(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in facts.items()), "</table>",
-        "<p>A value is the largest absolute difference in units of the reference's standard deviation; for ids, the share that differs. "
-        "Each row shows the worst of the tensors compared.",
-        *(_rung(rung) for rung in certificate.rungs),
-        "<h2>Not proven</h2>", "<ul>", *(f"<li>{_text(gap)}" for gap in certificate.not_proven), "</ul>", "</html>", ""])
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><meta charset="utf-8">',
+            f"<title>{_text(title)}</title>",
+            f"<style>{_STYLE}</style>",
+            f"<h1>{_verdict(certificate.passed)} {_text(title)}</h1>",
+            "<table>",
+            *(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in facts.items()),
+            "</table>",
+            "<p>A value is the largest absolute difference in units of the reference's standard deviation; for ids, the share that differs. "
+            "Each row shows the worst of the tensors compared.",
+            *(_rung(rung) for rung in certificate.rungs),
+            "<h2>Not proven</h2>",
+            "<ul>",
+            *(f"<li>{_text(gap)}" for gap in certificate.not_proven),
+            "</ul>",
+            "</html>",
+            "",
+        ]
+    )
 
 
 def _rung(rung: Rung) -> str:
@@ -36,7 +56,10 @@ def _rung(rung: Rung) -> str:
 
 def _row(row: Row) -> str:
     r = row.worst
-    numbers = "".join(f'<td class="n">{_number(value)}' for value in (r.value, r.tolerance, r.max_abs, r.cosine, row.compared))
+    numbers = "".join(
+        f'<td class="n">{_number(value)}'
+        for value in (r.value, r.tolerance, r.max_abs, r.cosine, row.compared)
+    )
     tensor = ": ".join(part for part in (r.place, r.tensor, r.fault) if part)
     return f"\n<tr><td>{_verdict(r.passed)}<td>{_text(row.component)}<td>{_text(row.check)}<td>{_text(tensor)}{numbers}"
 

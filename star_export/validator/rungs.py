@@ -2,6 +2,7 @@
 
 A rung returns its rows and a note on what was left out. Knows nothing of the ladder that orders them.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -38,9 +39,17 @@ def files_and_graphs(subject: Subject, progress: Progress) -> tuple[list[Row], s
     subject.bundle.verify()
     done = f"{len(manifest.files)} files have their SHA-256"
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir")):
-        return [], f"{done}; graphs not checked: onnx is not installed here (they were, when they were exported)"
-    graphs = {subject.bundle.graph_name(name, dialect=_dialect(subject.target)): subject.target for name in manifest.components}
-    graphs |= {spec.twin: None for spec in manifest.components.values() if spec.twin}  # twins are for ONNX Runtime alone
+        return (
+            [],
+            f"{done}; graphs not checked: onnx is not installed here (they were, when they were exported)",
+        )
+    graphs = {
+        subject.bundle.graph_name(name, dialect=_dialect(subject.target)): subject.target
+        for name in manifest.components
+    }
+    graphs |= {
+        spec.twin: None for spec in manifest.components.values() if spec.twin
+    }  # twins are for ONNX Runtime alone
     for i, (graph, target) in enumerate(graphs.items()):
         progress(f"check {graph}", i, len(graphs))
         check_onnx(subject.bundle.path / graph, target=target)
@@ -61,8 +70,11 @@ def check_onnx(path: Path, *, target: str | None) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=_dialect(target) == "modern")
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise InputError("The ONNX checker refuses this graph", where=f"{path}: {str(error).strip()}",
-                         fix="export the bundle again") from None
+        raise InputError(
+            "The ONNX checker refuses this graph",
+            where=f"{path}: {str(error).strip()}",
+            fix="export the bundle again",
+        ) from None
     check_graph(path, target=target)
 
 
@@ -74,34 +86,59 @@ def golden_tensors(subject: Subject, progress: Progress) -> tuple[list[Row], str
         cases = component_cases(subject.bundle.file(spec.golden), spec)
         session = open_session(subject.bundle, name, backend=subject.backend)
         try:
-            outside = [case for case, recorded in cases.items() if not _fits(subject, name, session, recorded)]
+            outside = [
+                case for case, recorded in cases.items() if not _fits(subject, name, session, recorded)
+            ]
             if len(outside) == len(cases):
-                raise InputError("No golden case fits this plan", where=f"{name}: expected profiles that hold one of {', '.join(cases)}",
-                                 fix="build the plans with more rows, or a larger capacity")
+                raise InputError(
+                    "No golden case fits this plan",
+                    where=f"{name}: expected profiles that hold one of {', '.join(cases)}",
+                    fix="build the plans with more rows, or a larger capacity",
+                )
             left_out += [f"{name} {case}" for case in outside]
             for case in sorted(cases.keys() - set(outside)):
                 tolerances = tolerances_of(name, subject.compute, cases[case].noise)
-                results = run_case(session, cases[case], tolerances=tolerances, capacity_tokens=session.capacity_tokens,
-                                   own_draws=subject.compute != "fp32")
+                results = run_case(
+                    session,
+                    cases[case],
+                    tolerances=tolerances,
+                    capacity_tokens=session.capacity_tokens,
+                    own_draws=subject.compute != "fp32",
+                )
                 rows += rows_from_results(name, f"case {case}", results)
         finally:
             session.close()
     return rows, f"outside the plans' profiles, not run: {', '.join(left_out)}" if left_out else ""
 
 
-def decoder_steps(subject: Subject, progress: Progress, *, tokens: int = ROLLOUT_TOKENS,
-                  chunk_tokens: int = ROLLOUT_TOKENS) -> tuple[list[Row], str]:
+def decoder_steps(
+    subject: Subject, progress: Progress, *, tokens: int = ROLLOUT_TOKENS, chunk_tokens: int = ROLLOUT_TOKENS
+) -> tuple[list[Row], str]:
     """Single steps against a prefill, rewind and last slot, with poison in unused slots, at B=1 and B=2."""
     rows, model = [], subject.bundle.manifest.model
     decoders = [name for name in model.cache if name in subject.bundle.manifest.components]
     for i, name in enumerate(decoders):
         spec = subject.bundle.component(name)
-        tolerances = tolerances_of(name, subject.compute, largest_noise(component_cases(subject.bundle.file(spec.golden), spec).values()))
+        tolerances = tolerances_of(
+            name,
+            subject.compute,
+            largest_noise(component_cases(subject.bundle.file(spec.golden), spec).values()),
+        )
         session = open_session(subject.bundle, name, backend=subject.backend)
         try:
             capacity = session.capacity_tokens or min(tokens, model.max_positions)
-            steps, chunk = (min(n, capacity, session.prefill_tokens or capacity) for n in (tokens, chunk_tokens))
-            checks = check_decoder(session, tokens=steps, chunk_tokens=chunk, capacity_tokens=capacity, tolerances=tolerances, seed=zlib.crc32(name.encode()), tick=_ticker(progress, name, steps, i, len(decoders)))
+            steps, chunk = (
+                min(n, capacity, session.prefill_tokens or capacity) for n in (tokens, chunk_tokens)
+            )
+            checks = check_decoder(
+                session,
+                tokens=steps,
+                chunk_tokens=chunk,
+                capacity_tokens=capacity,
+                tolerances=tolerances,
+                seed=zlib.crc32(name.encode()),
+                tick=_ticker(progress, name, steps, i, len(decoders)),
+            )
         finally:
             session.close()
         for check, results in checks.items():
@@ -117,27 +154,46 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
 
     cases = cases_from_file(subject.bundle.file(RUNS))
     if wrong := set(cases) ^ set(RUN):
-        raise InputError("The golden set cannot prove anything", fix="export the bundle again",
-                         where=f"{RUNS}: expected the cases {', '.join(RUN)}; missing or unknown: {', '.join(sorted(wrong))}")
+        raise InputError(
+            "The golden set cannot prove anything",
+            fix="export the bundle again",
+            where=f"{RUNS}: expected the cases {', '.join(RUN)}; missing or unknown: {', '.join(sorted(wrong))}",
+        )
     rows, tolerance = [], 0.0 if subject.compute == "fp32" else 1.0
     with Star(subject.bundle, backend=subject.backend) as star:
         for i, (case, recorded) in enumerate(cases.items()):
             progress(f"whole run: {case}", i, len(cases))
-            results = compare(RUN[case](star, recorded), recorded.outputs, tolerances=dict.fromkeys(recorded.outputs, tolerance))
+            results = compare(
+                RUN[case](star, recorded),
+                recorded.outputs,
+                tolerances=dict.fromkeys(recorded.outputs, tolerance),
+            )
             rows += rows_from_results("runtime", case, results)
-    return rows, "" if tolerance == 0 else "ids are reported, not bounded: in 16 bits a near tie may fall either way"
+    return (
+        rows,
+        "" if tolerance == 0 else "ids are reported, not bounded: in 16 bits a near tie may fall either way",
+    )
 
 
 def _generate(star, case: Case) -> Mapping[str, np.ndarray]:
     given, (images, tokens) = case.inputs, case.outputs["image_ids"].shape
     greedy = np.zeros((tokens, images), np.float32)
-    ids = star.generate_ids(given["input_ids"], guidance=float(given["guidance"][0]), top_k=int(given.get("top_k", [1])[0]),
-                            top_p=float(given.get("top_p", [1.0])[0]), uniforms=given.get("uniforms", greedy))
+    ids = star.generate_ids(
+        given["input_ids"],
+        guidance=float(given["guidance"][0]),
+        top_k=int(given.get("top_k", [1])[0]),
+        top_p=float(given.get("top_p", [1.0])[0]),
+        uniforms=given.get("uniforms", greedy),
+    )
     return {"image_ids": ids}
 
 
 def _answer(star, case: Case) -> Mapping[str, np.ndarray]:
-    return {"ids": star.answer_ids(case.inputs["input_ids"], case.inputs["position_ids"], max_new_tokens=len(case.outputs["ids"]))}
+    return {
+        "ids": star.answer_ids(
+            case.inputs["input_ids"], case.inputs["position_ids"], max_new_tokens=len(case.outputs["ids"])
+        )
+    }
 
 
 RUN = {"generate": _generate, "sample": _generate, "answer": _answer}
@@ -154,12 +210,19 @@ def rows_from_results(component: str, check: str, results: Iterable[Comparison])
 def _fits(subject: Subject, component: str, session, case: Case) -> bool:
     """Whether a plan's profiles hold the case, or a parsed network's capacity; anything else takes every shape."""
     capacity = session.capacity_tokens
-    if capacity is not None and any(present_name(name) and array.shape[2] > capacity for name, array in case.inputs.items()):
+    if capacity is not None and any(
+        present_name(name) and array.shape[2] > capacity for name, array in case.inputs.items()
+    ):
         return False
     if not subject.backend.startswith("tensorrt:"):
         return True
-    shapes = {name: (extended(array, capacity) if present_name(name) else array).shape for name, array in case.inputs.items()}
-    return any(fits(profile, shapes) for profile in plan_spec(subject.bundle, subject.target, component)[1].profiles)
+    shapes = {
+        name: (extended(array, capacity) if present_name(name) else array).shape
+        for name, array in case.inputs.items()
+    }
+    return any(
+        fits(profile, shapes) for profile in plan_spec(subject.bundle, subject.target, component)[1].profiles
+    )
 
 
 def _ticker(progress: Progress, name: str, tokens: int, index: int, decoders: int) -> Callable[[], None]:

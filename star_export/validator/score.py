@@ -3,6 +3,7 @@
 The items, random numbers and judges are `reference.nano.benchmark.score`'s; the images come from the runtime on any backend and in
 any precision. The reference's side was recorded with the weights, and travels in the bundle.
 """
+
 from __future__ import annotations
 
 import math
@@ -15,8 +16,8 @@ import numpy as np
 from engines.bundle.reader import Bundle
 from engines.errors import InputError
 from engines.inputs.preprocess import images_from_decoded
-from engines.runtime.star import Star
 from engines.progress import Progress, silent
+from engines.runtime.star import Star
 from engines.sessions import run
 from reference.nano.benchmark import score as benchmark
 from reference.nano.benchmark.gallery import write_gallery
@@ -49,29 +50,45 @@ class RuntimePainter:
         return [self.star.generate(prompt, seed=seed + i).images[0] for i, prompt in enumerate(prompts)]
 
     def reason(self, prompts: Sequence[str], *, seed: int) -> tuple[list[str], list[np.ndarray]]:
-        made = [self.star.generate(prompt, seed=seed + i, reason=True, max_new_tokens=benchmark.ANSWER_TOKENS)
-                for i, prompt in enumerate(prompts)]
+        made = [
+            self.star.generate(prompt, seed=seed + i, reason=True, max_new_tokens=benchmark.ANSWER_TOKENS)
+            for i, prompt in enumerate(prompts)
+        ]
         return [images.answer for images in made], [images.images[0] for images in made]
 
     def edit(self, images: Sequence[np.ndarray], texts: Sequence[str], *, seed: int) -> list[np.ndarray]:
-        return [self.star.edit(image, text, seed=seed + i).images[0]
-                for i, (image, text) in enumerate(zip(images, texts, strict=True))]
+        return [
+            self.star.edit(image, text, seed=seed + i).images[0]
+            for i, (image, text) in enumerate(zip(images, texts, strict=True))
+        ]
 
     def ask(self, images: Sequence[np.ndarray], questions: Sequence[str]) -> list[str]:
-        return [self.star.ask(image, question, max_new_tokens=benchmark.ANSWER_TOKENS).text
-                for image, question in zip(images, questions, strict=True)]
+        return [
+            self.star.ask(image, question, max_new_tokens=benchmark.ANSWER_TOKENS).text
+            for image, question in zip(images, questions, strict=True)
+        ]
 
     def rebuild(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         made = []
         for image in images:
-            image = np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / np.float32(127.5) - np.float32(1)
+            image = np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / np.float32(
+                127.5
+            ) - np.float32(1)
             ids = run(self.star.session("vq_encoder"), {"image": image})["image_ids"]
-            made += list(images_from_decoded(run(self.star.session("vq_decoder"), {"image_ids": ids})["image"]))
+            made += list(
+                images_from_decoded(run(self.star.session("vq_decoder"), {"image_ids": ids})["image"])
+            )
         return made
 
 
-def score(bundle: str | Path | Bundle, *, backend: str = "onnxruntime", full: bool = False, images: str | Path | None = None,
-          progress: Progress = silent) -> ScoreReport:
+def score(
+    bundle: str | Path | Bundle,
+    *,
+    backend: str = "onnxruntime",
+    full: bool = False,
+    images: str | Path | None = None,
+    progress: Progress = silent,
+) -> ScoreReport:
     """Run the benchmark on `bundle`: a small fixed set, or with `full` enough items for narrow intervals.
 
     `images` is a folder for grids of what was drawn, edited, answered and reasoned. Raises InputError for a bundle of another
@@ -80,8 +97,11 @@ def score(bundle: str | Path | Bundle, *, backend: str = "onnxruntime", full: bo
     kind = "full" if full else "small"
     with Star(bundle, backend=backend) as star:
         if star.model.name != NAME:
-            raise InputError("This bundle is not STAR-Nano's", fix="star-export export nano --out BUNDLE",
-                             where=f"{star.bundle.path}: model: name: expected {NAME}, got {star.model.name}")
+            raise InputError(
+                "This bundle is not STAR-Nano's",
+                fix="star-export export nano --out BUNDLE",
+                where=f"{star.bundle.path}: model: name: expected {NAME}, got {star.model.name}",
+            )
         reference = recorded_score(star.bundle, kind)
         measured = benchmark.measure(RuntimePainter(star), SETS[kind], progress=progress)
     if images is not None:
@@ -91,7 +111,11 @@ def score(bundle: str | Path | Bundle, *, backend: str = "onnxruntime", full: bo
 
 def recorded_score(bundle: Bundle, kind: str) -> benchmark.Score | None:
     """What the reference reached on the small or full set; None in a bundle of weights that were not measured."""
-    return score_from_bytes(bundle.file(SCORE).read_bytes(), kind, where=str(bundle.path / SCORE)) if SCORE in bundle.manifest.files else None
+    return (
+        score_from_bytes(bundle.file(SCORE).read_bytes(), kind, where=str(bundle.path / SCORE))
+        if SCORE in bundle.manifest.files
+        else None
+    )
 
 
 def score_from_bytes(data: bytes, kind: str, *, where: str) -> benchmark.Score:

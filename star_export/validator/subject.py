@@ -1,4 +1,5 @@
 """What is validated: a bundle on a backend, and the type that it computes in."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -19,4 +20,3 @@ class Subject:
     @property
     def target(self) -> str | None:
         return self.backend.partition(":")[2] or None
-

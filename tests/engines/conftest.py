@@ -1,4 +1,5 @@
 """What the tests of the engines share: the official arrays and the miniature tokenizer."""
+
 from __future__ import annotations
 
 import json
@@ -36,4 +37,5 @@ def tokenizer_files(mini_checkpoint):
 def chat(tokenizer_files):
     """The miniature checkpoint's chat."""
     from engines.inputs.prompt import Chat
+
     return Chat(*tokenizer_files, MODEL)

@@ -1,4 +1,5 @@
 """An ONNX model as the network that TensorRT parses from it, read back."""
+
 from __future__ import annotations
 
 from engines.interpreter import Network, parsed_from_network

@@ -1,4 +1,5 @@
 """ONNX becomes plans on a CPU: as the manifest says, whole or not at all, and never again for nothing."""
+
 import contextlib
 import errno
 import hashlib
@@ -14,11 +15,11 @@ from decoder_bundle import DIM, HIDDEN, KV, decoder_io, decoder_model, write_dec
 from onnx import helper
 from tiny_bundle import write_component, write_manifest
 
-from engines.tensorrt import build, plan
+from engines.bundle.manifest import CacheSpec, TensorSpec
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
-from engines.bundle.manifest import CacheSpec, TensorSpec
 from engines.targets import TARGETS
+from engines.tensorrt import build, plan
 
 trt = pytest.importorskip("tensorrt_rtx")
 TARGET, CAPACITY = "rtx-3090", 32
@@ -30,7 +31,9 @@ def bundle(tmp_path):
 
 
 def built(bundle, **options):
-    return build.build_plans(bundle, [TARGET], **{"components": ["base_ar"], "capacity_tokens": CAPACITY} | options)[0]
+    return build.build_plans(
+        bundle, [TARGET], **{"components": ["base_ar"], "capacity_tokens": CAPACITY} | options
+    )[0]
 
 
 def refused(error, bundle, *words, **options):
@@ -46,13 +49,26 @@ def plan_files(bundle):
 def test_a_plan_is_recorded_with_all_that_it_was_built_from(bundle):
     steps = []
     result = built(bundle, components=None, progress=lambda *step: steps.append(step))
-    assert steps == [(f"build base_ar for {TARGET}", 0, 2), (f"build token_embedding for {TARGET}", 1, 2), ("plans built", 2, 2)]
+    assert steps == [
+        (f"build base_ar for {TARGET}", 0, 2),
+        (f"build token_embedding for {TARGET}", 1, 2),
+        ("plans built", 2, 2),
+    ]
     record = plan.read_build(bundle, TARGET)
-    assert (record.compute_capability, record.builder, record.tensorrt) == ((8, 6), "tensorrt_rtx", trt.__version__)
-    assert list(record.components) == ["base_ar", "token_embedding"] and record.components["base_ar"] == result.spec
+    assert (record.compute_capability, record.builder, record.tensorrt) == (
+        (8, 6),
+        "tensorrt_rtx",
+        trt.__version__,
+    )
+    assert (
+        list(record.components) == ["base_ar", "token_embedding"]
+        and record.components["base_ar"] == result.spec
+    )
     assert result.spec.kv_cache_updates == 2 and not result.skipped and result.component == "base_ar"
     assert [p.name for p in result.spec.profiles] == ["prefill", "decode"]
-    assert result.spec.onnx == {name: bundle.manifest.files[name].sha256 for name in ("base_ar/model.onnx", "base_ar/model.onnx.data")}
+    assert result.spec.onnx == {
+        name: bundle.manifest.files[name].sha256 for name in ("base_ar/model.onnx", "base_ar/model.onnx.data")
+    }
     data = result.path.read_bytes()
     assert (len(data), hashlib.sha256(data).hexdigest()) == (result.spec.plan.size, result.spec.plan.sha256)
     assert plan_files(bundle) == ["base_ar.plan", "build.json", "token_embedding.plan"]
@@ -67,8 +83,18 @@ def test_nothing_is_built_twice_until_something_differs(bundle):
     assert not built(bundle).skipped and built(bundle).skipped
 
 
-@pytest.mark.parametrize("spoil", ["plan flipped", "plan truncated", "plan absent", "record absent", "record garbage", "another TensorRT",
-                                   "ONNX changed"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "plan flipped",
+        "plan truncated",
+        "plan absent",
+        "record absent",
+        "record garbage",
+        "another TensorRT",
+        "ONNX changed",
+    ],
+)
 def test_a_plan_that_is_not_proven_is_built_again(bundle, spoil):
     path, record = built(bundle).path, bundle.path / f"plans/{TARGET}/build.json"
     data = path.read_bytes()
@@ -94,7 +120,9 @@ def rewritten(bundle, model, *, doc="", io=None, caches=1):
     plans, aside = bundle.path / "plans", bundle.path.parent / "aside"
     plans.mkdir(exist_ok=True)
     plans.rename(aside)
-    components = bundle.manifest.components | {"base_ar": write_component(bundle.path, "base_ar", model, *(io or decoder_io()))}
+    components = bundle.manifest.components | {
+        "base_ar": write_component(bundle.path, "base_ar", model, *(io or decoder_io()))
+    }
     model_spec = replace(bundle.manifest.model, cache={"base_ar": CacheSpec(caches, KV, DIM)})
     write_manifest(bundle.path, components, precision="bf16", model=model_spec)
     aside.rename(plans)
@@ -109,8 +137,10 @@ def test_a_failed_build_leaves_the_old_plan_and_record(bundle, monkeypatch):
     @contextlib.contextmanager
     def full_disk(path):
         with real(path) as file:
+
             def write(data):
                 raise OSError(errno.ENOSPC, "No space left on device")
+
             yield type("File", (), {"write": staticmethod(write), "flush": file.flush, "fileno": file.fileno})
 
     monkeypatch.setattr(build, "atomic_file", full_disk)
@@ -143,16 +173,22 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(bundle, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before and time.monotonic() - started < 10
 
 
-@pytest.mark.parametrize("fault, words", [
-    ("caches swapped", "expected from past_key_values.0.value to present.0.value, got to present.0.key"),
-    ("positions unused", "input position_ids: no layer reads it"),
-    ("two layers promised", "expected 4 (a key and a value per layer), got 2"),
-    ("another output name", "output hidden_states: missing; output states: extra"),
-    ("another dtype", "input past_key_values.0.key: expected bfloat16, got HALF"),
-    ("another size", "output hidden_states: expected shape (-1, -1, 65), got (-1, -1, 64)"),
-    ("a dynamic axis came back static", "input inputs_embeds: expected shape (-1, -1, 64), got (2, -1, 64)"),
-    ("an operator that no one knows", "Nope"),
-])
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("caches swapped", "expected from past_key_values.0.value to present.0.value, got to present.0.key"),
+        ("positions unused", "input position_ids: no layer reads it"),
+        ("two layers promised", "expected 4 (a key and a value per layer), got 2"),
+        ("another output name", "output hidden_states: missing; output states: extra"),
+        ("another dtype", "input past_key_values.0.key: expected bfloat16, got HALF"),
+        ("another size", "output hidden_states: expected shape (-1, -1, 65), got (-1, -1, 64)"),
+        (
+            "a dynamic axis came back static",
+            "input inputs_embeds: expected shape (-1, -1, 64), got (2, -1, 64)",
+        ),
+        ("an operator that no one knows", "Nope"),
+    ],
+)
 def test_what_tensorrt_parsed_must_be_what_the_manifest_says(bundle, fault, words):
     model, (inputs, outputs), caches = decoder_model(swap=fault == "caches swapped"), decoder_io(), 1
     hidden = next(v for v in model.graph.output if v.name == "hidden_states")
@@ -169,8 +205,12 @@ def test_what_tensorrt_parsed_must_be_what_the_manifest_says(bundle, fault, word
     elif fault == "a dynamic axis came back static":
         model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     elif fault == "an operator that no one knows":
-        model.graph.node.insert(0, helper.make_node("Nope", ["inputs_embeds"], ["nothing"], name="strange_node"))
-    refused(InputError, rewritten(bundle, model, io=(inputs, outputs), caches=caches), words, "base_ar/model.onnx")
+        model.graph.node.insert(
+            0, helper.make_node("Nope", ["inputs_embeds"], ["nothing"], name="strange_node")
+        )
+    refused(
+        InputError, rewritten(bundle, model, io=(inputs, outputs), caches=caches), words, "base_ar/model.onnx"
+    )
     assert plan_files(bundle) == []
 
 
@@ -178,7 +218,13 @@ def test_all_errors_of_the_parser_are_told_with_their_nodes(bundle):
     model = decoder_model()
     function = model.functions[0]
     function.node[0].attribute[1].CopyFrom(helper.make_attribute("mode", "circular"))
-    refused(InputError, rewritten(bundle, model), "TensorRT cannot read this graph", "TensorScatter", "KVCacheAttention")
+    refused(
+        InputError,
+        rewritten(bundle, model),
+        "TensorRT cannot read this graph",
+        "TensorScatter",
+        "KVCacheAttention",
+    )
 
 
 def test_the_precision_must_suit_the_target(bundle, tmp_path):
@@ -196,11 +242,18 @@ def test_bf16_really_cannot_be_built_for_what_the_table_says_has_none(bundle, mo
     assert "cannot build this graph for rtx-2080-ti" in str(error.value) and "b16" in str(error.value)
 
 
-@pytest.mark.parametrize("arguments, error, words", [
-    ({"targets": ["rtx4090"]}, UsageError, "rtx-4090"), ({"targets": []}, UsageError, "at least one"),
-    ({"components": ["nope"]}, UsageError, "base_ar"), ({"recipes": {"nope": ()}}, UsageError, "nope"),
-    ({"recipes": {"base_ar": ()}}, InputError, "at least one profile"),
-    ({"capacity_tokens": 10**6}, UsageError, "capacity_tokens"), ({"rows": 0}, UsageError, "rows")])
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"targets": ["rtx4090"]}, UsageError, "rtx-4090"),
+        ({"targets": []}, UsageError, "at least one"),
+        ({"components": ["nope"]}, UsageError, "base_ar"),
+        ({"recipes": {"nope": ()}}, UsageError, "nope"),
+        ({"recipes": {"base_ar": ()}}, InputError, "at least one profile"),
+        ({"capacity_tokens": 10**6}, UsageError, "capacity_tokens"),
+        ({"rows": 0}, UsageError, "rows"),
+    ],
+)
 def test_wrong_arguments_are_refused_before_anything_is_built(bundle, arguments, error, words):
     with pytest.raises(error) as caught:
         build.build_plans(bundle, **{"targets": [TARGET, "rtx-5090"]} | arguments)
@@ -247,7 +300,9 @@ def test_a_missing_plugin_is_named_before_anything_is_built(bundle, monkeypatch,
     bundle.manifest.components["base_ar"] = replace(spec, classic="base_ar/model.onnx", plugin_abi=1)
     bundle.manifest.model.cache["base_ar"] = replace(bundle.manifest.model.cache["base_ar"], head_dim=64)
     with pytest.raises(MissingError, match="plugin is not built"):
-        build.build_plans(bundle, ["classic"], components=["token_embedding", "base_ar"], capacity_tokens=CAPACITY)
+        build.build_plans(
+            bundle, ["classic"], components=["token_embedding", "base_ar"], capacity_tokens=CAPACITY
+        )
     assert not (bundle.path / "plans").exists()
 
 

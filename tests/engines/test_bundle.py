@@ -1,4 +1,5 @@
 """Bundle: nothing in it is used before it is what the manifest says (BAD_INPUTS rows 19 to 22)."""
+
 import json
 import os
 
@@ -38,9 +39,12 @@ def test_a_good_bundle_opens_and_gives_verified_paths(root):
 
 def test_a_file_is_hashed_once_and_again_only_when_it_changed(root, monkeypatch):
     import engines.bundle.reader as module
+
     bundle, hashed = Bundle.open(root), []
     real = module.sha256_of
-    monkeypatch.setattr(module, "sha256_of", lambda path, where: hashed.append(path.name) or real(path, where=where))
+    monkeypatch.setattr(
+        module, "sha256_of", lambda path, where: hashed.append(path.name) or real(path, where=where)
+    )
     for _ in range(3):
         bundle.file("tokenizer.json")
     assert hashed == ["tokenizer.json"]
@@ -60,18 +64,22 @@ def test_not_a_folder(root, tmp_path):
     refused(root / "manifest.json", "got a file")
 
 
-@pytest.mark.parametrize("change, match", [
-    (lambda t: t[:len(t) // 2], "strict JSON"),
-    (lambda t: t.replace('"schema": 2', '"schema": 1'), "schema: expected 2, got 1"),
-    (lambda t: t.replace('"schema": 2', '"schema": true'), "expected int"),
-    (lambda t: t.replace('"schema": 2', '"schema": 2, "extra": 0'), "no such key"),
-    (lambda t: t.replace('"schema": 2', '"schema": 2, "schema": 2'), "duplicate key"),
-    (lambda t: t.replace("1.05", "NaN"), "NaN is not a number"),
-    (lambda t: t.replace("1.05", "1e999"), "a finite number"),
-    (lambda t: "[]", "expected an object"),
-    (lambda t: "[" * 200_000, "strict JSON"),
-    (lambda t: "", "strict JSON"),
-    (lambda t: "\ufeff" + t, "strict JSON")])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda t: t[: len(t) // 2], "strict JSON"),
+        (lambda t: t.replace('"schema": 2', '"schema": 1'), "schema: expected 2, got 1"),
+        (lambda t: t.replace('"schema": 2', '"schema": true'), "expected int"),
+        (lambda t: t.replace('"schema": 2', '"schema": 2, "extra": 0'), "no such key"),
+        (lambda t: t.replace('"schema": 2', '"schema": 2, "schema": 2'), "duplicate key"),
+        (lambda t: t.replace("1.05", "NaN"), "NaN is not a number"),
+        (lambda t: t.replace("1.05", "1e999"), "a finite number"),
+        (lambda t: "[]", "expected an object"),
+        (lambda t: "[" * 200_000, "strict JSON"),
+        (lambda t: "", "strict JSON"),
+        (lambda t: "\ufeff" + t, "strict JSON"),
+    ],
+)
 def test_a_bad_manifest_is_refused(root, change, match):
     text = (root / "manifest.json").read_text()
     (root / "manifest.json").write_text(change(text))
@@ -92,7 +100,9 @@ def test_a_component_whose_file_is_not_listed_is_refused(root, field):
 
 
 # Row 20
-@pytest.mark.parametrize("relative", ["../x", "/dev/zero", "a/../../b", "C:\\x", "x\0y", "", ".", "manifest.json", "plans/x"])
+@pytest.mark.parametrize(
+    "relative", ["../x", "/dev/zero", "a/../../b", "C:\\x", "x\0y", "", ".", "manifest.json", "plans/x"]
+)
 def test_a_listed_path_that_is_not_plain_is_refused_unopened(root, relative, monkeypatch):
     edit_manifest(root, lambda v: v["files"].__setitem__(relative, v["files"]["tokenizer.json"]))
     opened, real = [], os.open
@@ -106,10 +116,17 @@ def test_a_listed_path_that_is_not_plain_is_refused_unopened(root, relative, mon
 def test_a_listed_file_that_is_not_regular_is_refused_unopened(root, tmp_path, kind, name, monkeypatch):
     path, outside = root / name, tmp_path / "outside"
     path.rename(outside)
-    {"symlink": lambda: path.symlink_to(outside), "hardlink": lambda: os.link(outside, path), "fifo": lambda: os.mkfifo(path),
-     "folder": path.mkdir, "zero": lambda: path.symlink_to("/dev/zero")}[kind]()
+    {
+        "symlink": lambda: path.symlink_to(outside),
+        "hardlink": lambda: os.link(outside, path),
+        "fifo": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "zero": lambda: path.symlink_to("/dev/zero"),
+    }[kind]()
     real = os.open
-    monkeypatch.setattr(os, "open", lambda p, *a, **k: pytest.fail("opened") if str(p) == str(path) else real(p, *a, **k))
+    monkeypatch.setattr(
+        os, "open", lambda p, *a, **k: pytest.fail("opened") if str(p) == str(path) else real(p, *a, **k)
+    )
     refused(root, "regular file with one name, got a ")
 
 
@@ -129,8 +146,15 @@ def test_a_file_that_becomes_a_link_after_open_is_refused(root, tmp_path):
 
 
 # Row 21
-@pytest.mark.parametrize("name", ["token_embedding/model.onnx", "token_embedding/model.onnx.data", "token_embedding/golden.safetensors",
-                                  "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token_embedding/model.onnx",
+        "token_embedding/model.onnx.data",
+        "token_embedding/golden.safetensors",
+        "tokenizer.json",
+    ],
+)
 def test_one_flipped_bit_anywhere_is_refused_with_both_hashes(root, name):
     data = bytearray((root / name).read_bytes())
     data[len(data) // 2] ^= 1

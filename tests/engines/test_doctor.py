@@ -1,20 +1,24 @@
 """The doctor knows what is here, and says of every target what it lacks."""
+
 from types import SimpleNamespace
 
 import pytest
 
 from engines import doctor, plugins
-from engines.tensorrt.device import Gpu
 from engines.errors import MissingError
 from engines.targets import TARGETS
+from engines.tensorrt.device import Gpu
 from engines.tensorrt.module import version_tuple
 
 NONE = dict.fromkeys(doctor.PACKAGES)
-RUNS, RUNS_NOT = (doctor.TargetFacts(n, n, no_build=None, no_run=why) for n, why in (("a", None), ("b", "no GPU")))
+RUNS, RUNS_NOT = (
+    doctor.TargetFacts(n, n, no_build=None, no_run=why) for n, why in (("a", None), ("b", "no GPU"))
+)
 
 
 def machine(monkeypatch, *, platform="linux-x86_64", gpus=(), modules=("tensorrt_rtx",), version="11.4"):
     """A machine of the given parts."""
+
     def devices():
         if not gpus:
             raise MissingError("There is no NVIDIA GPU", where="here", fix="buy one")
@@ -55,13 +59,21 @@ def runnable(facts):
 
 def test_a_machine_without_gpu_builds_for_rtx_and_runs_nothing(monkeypatch):
     facts = machine(monkeypatch)
-    assert buildable(facts) == {t.name for t in TARGETS.values() if t.builder == "tensorrt_rtx" and "linux-x86_64" in t.platforms}
-    assert runnable(facts) == set() and facts.no_gpu == "There is no NVIDIA GPU (here)" and facts.driver is None
+    assert buildable(facts) == {
+        t.name for t in TARGETS.values() if t.builder == "tensorrt_rtx" and "linux-x86_64" in t.platforms
+    }
+    assert (
+        runnable(facts) == set() and facts.no_gpu == "There is no NVIDIA GPU (here)" and facts.driver is None
+    )
 
 
 def test_an_rtx_pc_runs_the_targets_of_its_architecture(monkeypatch):
     facts = machine(monkeypatch, gpus=(Gpu("NVIDIA GeForce RTX 3090", (8, 6), 24 * 10**9),))
-    assert runnable(facts) == {"rtx-3060", "rtx-3090"} and "rtx-5090" in buildable(facts) and facts.driver == "13.0"
+    assert (
+        runnable(facts) == {"rtx-3060", "rtx-3090"}
+        and "rtx-5090" in buildable(facts)
+        and facts.driver == "13.0"
+    )
     facts = machine(monkeypatch, gpus=(Gpu("NVIDIA GeForce RTX 3090", (8, 6), 24 * 10**9),), modules=())
     assert runnable(facts) == buildable(facts) == set()
 
@@ -72,13 +84,19 @@ def test_a_server_builds_and_runs_only_its_own(monkeypatch):
 
 
 def test_a_jetson_with_native_layers_builds_and_runs_only_its_own(monkeypatch):
-    facts = machine(monkeypatch, platform="linux-aarch64", gpus=(Gpu("Orin", (8, 7), 64 * 10**9),), modules=("tensorrt",))
+    facts = machine(
+        monkeypatch, platform="linux-aarch64", gpus=(Gpu("Orin", (8, 7), 64 * 10**9),), modules=("tensorrt",)
+    )
     assert buildable(facts) == {"orin-agx-jp72"}
     assert "classic" in next(t.no_build for t in facts.targets if t.name == "orin-agx-jp62")
 
 
-@pytest.mark.parametrize("built_for, reason", [("10.3", None), ("8.6", "was built for another TensorRT"), (None, "is not built")])
-def test_a_jetson_without_native_layers_builds_and_runs_the_classic_dialect_where_the_plugin_is(monkeypatch, tmp_path, built_for, reason):
+@pytest.mark.parametrize(
+    "built_for, reason", [("10.3", None), ("8.6", "was built for another TensorRT"), (None, "is not built")]
+)
+def test_a_jetson_without_native_layers_builds_and_runs_the_classic_dialect_where_the_plugin_is(
+    monkeypatch, tmp_path, built_for, reason
+):
     library = tmp_path / "libstar_plugins.so"
     monkeypatch.setenv(plugins.VARIABLE, str(library))
     if built_for:
@@ -96,13 +114,26 @@ def test_a_jetson_is_not_told_to_install_what_builds_for_rtx(monkeypatch):
     assert doctor.advice(NONE | {"onnxruntime": "1"}, (RUNS,), has_gpu=True) == ()
 
 
-@pytest.mark.parametrize("packages, targets, has_gpu, words", [
-    ({}, (RUNS_NOT,), False, ["nothing here runs a bundle: pip install 'star-export[cpu]'", "star-export[rtx]"]),
-    ({"onnxruntime": "1", "onnxruntime-gpu": "1", "tensorrt-rtx-cu13": "1"}, (RUNS,), True, ["overwrite each other"]),
-    ({"onnxruntime": "1", "tensorrt-rtx-cu13": "1"}, (RUNS_NOT,), False, []),
-    ({"onnxruntime": "1", "tensorrt-rtx-cu13": "1"}, (RUNS_NOT,), True, ["the GPU here runs no plans"]),
-    ({"tensorrt-rtx-cu13": "1"}, (RUNS,), True, []),
-])
+@pytest.mark.parametrize(
+    "packages, targets, has_gpu, words",
+    [
+        (
+            {},
+            (RUNS_NOT,),
+            False,
+            ["nothing here runs a bundle: pip install 'star-export[cpu]'", "star-export[rtx]"],
+        ),
+        (
+            {"onnxruntime": "1", "onnxruntime-gpu": "1", "tensorrt-rtx-cu13": "1"},
+            (RUNS,),
+            True,
+            ["overwrite each other"],
+        ),
+        ({"onnxruntime": "1", "tensorrt-rtx-cu13": "1"}, (RUNS_NOT,), False, []),
+        ({"onnxruntime": "1", "tensorrt-rtx-cu13": "1"}, (RUNS_NOT,), True, ["the GPU here runs no plans"]),
+        ({"tensorrt-rtx-cu13": "1"}, (RUNS,), True, []),
+    ],
+)
 def test_advice_says_what_to_install_and_nothing_more(packages, targets, has_gpu, words):
     lines = doctor.advice(NONE | packages, targets, has_gpu=has_gpu)
     assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines))

@@ -1,11 +1,20 @@
 """Files: whole or absent under their name; only regular files inside the folder are read."""
+
 import os
 import socket
 
 import pytest
 
+from engines.bundle.files import (
+    atomic_file,
+    check_relative,
+    open_regular,
+    read_regular,
+    resolve_inside,
+    sha256_of,
+    write_atomic,
+)
 from engines.errors import InputError
-from engines.bundle.files import atomic_file, check_relative, open_regular, read_regular, resolve_inside, sha256_of, write_atomic
 
 
 def test_a_written_file_is_whole_and_nothing_else_stays(tmp_path):
@@ -42,7 +51,24 @@ def test_a_folder_is_not_overwritten_by_a_file(tmp_path):
     assert os.listdir(tmp_path) == ["d"]
 
 
-@pytest.mark.parametrize("relative", ["../x", "/etc/passwd", "a/../../b", "C:\\x", "C:x", "a\\b", "x\0y", "", ".", "a//b", "./a", "a/", "a\nb"])
+@pytest.mark.parametrize(
+    "relative",
+    [
+        "../x",
+        "/etc/passwd",
+        "a/../../b",
+        "C:\\x",
+        "C:x",
+        "a\\b",
+        "x\0y",
+        "",
+        ".",
+        "a//b",
+        "./a",
+        "a/",
+        "a\nb",
+    ],
+)
 def test_paths_that_leave_or_are_not_plain_are_refused(relative):
     with pytest.raises(InputError, match="may not be used"):
         check_relative(relative, where="here")
@@ -65,8 +91,17 @@ def make(kind, path, tmp_path):
         socket.socket(socket.AF_UNIX).bind(str(path))
 
 
-@pytest.mark.parametrize("kind, said", [("symbolic link", "a symbolic link"), ("hard link", "a hard link"), ("FIFO", "a FIFO"),
-                                        ("folder", "a folder"), ("device", "a symbolic link"), ("socket", "a socket")])
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("symbolic link", "a symbolic link"),
+        ("hard link", "a hard link"),
+        ("FIFO", "a FIFO"),
+        ("folder", "a folder"),
+        ("device", "a symbolic link"),
+        ("socket", "a socket"),
+    ],
+)
 def test_only_regular_files_are_opened(tmp_path, kind, said, monkeypatch):
     make(kind, tmp_path / "f", tmp_path)
     monkeypatch.setattr(os, "open", lambda *a, **k: pytest.fail("opened"))
@@ -78,6 +113,7 @@ def test_only_regular_files_are_opened(tmp_path, kind, said, monkeypatch):
 
 def test_a_device_is_refused_without_opening(monkeypatch):
     from pathlib import Path
+
     monkeypatch.setattr(os, "open", lambda *a, **k: pytest.fail("opened"))
     with pytest.raises(InputError, match="a device"), open_regular(Path("/dev/zero"), where="here"):
         pass

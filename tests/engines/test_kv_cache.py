@@ -1,4 +1,5 @@
 """The numpy cache is the reference's, and never wraps."""
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,16 @@ RNG = np.random.default_rng(0)
 
 def tensors(rows, tokens, capacity, *, heads=4, kv_heads=2, size=8):
     normal = RNG.standard_normal
-    return [x.astype(np.float32) for x in (normal((rows, heads, tokens, size)), normal((rows, kv_heads, tokens, size)),
-                                          normal((rows, kv_heads, tokens, size)), normal((rows, kv_heads, capacity, size)),
-                                          normal((rows, kv_heads, capacity, size)))]
+    return [
+        x.astype(np.float32)
+        for x in (
+            normal((rows, heads, tokens, size)),
+            normal((rows, kv_heads, tokens, size)),
+            normal((rows, kv_heads, tokens, size)),
+            normal((rows, kv_heads, capacity, size)),
+            normal((rows, kv_heads, capacity, size)),
+        )
+    ]
 
 
 @pytest.mark.parametrize("tokens, indices", [(1, [0, 0]), (1, [7, 3]), (3, [2, 5]), (8, [0, 0])])
@@ -32,8 +40,10 @@ def test_steps_equal_one_prefill_and_unused_slots_do_not_matter():
     whole, *_ = kv_cache_attention(query, key, value, past_key, past_value, np.array([0]))
     past_key, past_value = np.full_like(past_key, np.nan), np.full_like(past_value, np.nan)
     for i in range(5):
-        step = np.s_[:, :, i:i + 1]
-        output, past_key, past_value = kv_cache_attention(query[step], key[step], value[step], past_key, past_value, np.array([i]))
+        step = np.s_[:, :, i : i + 1]
+        output, past_key, past_value = kv_cache_attention(
+            query[step], key[step], value[step], past_key, past_value, np.array([i])
+        )
         np.testing.assert_allclose(output, whole[step], atol=1e-6)
     assert np.isnan(past_key[:, :, 5:]).all()
 

@@ -1,4 +1,5 @@
 """An axis of an ONNX file is fixed in its bytes exactly as onnx itself would do it."""
+
 import numpy as np
 import onnx
 import pytest
@@ -33,7 +34,9 @@ def test_a_symbol_that_is_not_there_leaves_the_bytes_alone():
     assert onnx_with_axis(data, symbol="Q", size=3, where="x") == data
 
 
-@pytest.mark.parametrize("data", [b"\xff\xd8\xff\xe0JFIF", b"\x3a\xff\xff\xff\xff\x0f", b"\x80"], ids=["jpeg", "length", "varint"])
+@pytest.mark.parametrize(
+    "data", [b"\xff\xd8\xff\xe0JFIF", b"\x3a\xff\xff\xff\xff\x0f", b"\x80"], ids=["jpeg", "length", "varint"]
+)
 def test_what_is_no_onnx_is_refused(data):
     with pytest.raises(InputError):
         onnx_with_axis(data, symbol="C", size=3, where="x")

@@ -1,4 +1,5 @@
 """Image files: refused, or one defined meaning (BAD_INPUTS rows 44 and 45)."""
+
 import io
 import os
 import struct
@@ -27,7 +28,13 @@ def chunk(kind, data):
 
 def png(width, height, *, depth=8, colour=2, data=b"", extra=b""):
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
 
 
 NOISE = encoded(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
@@ -36,22 +43,43 @@ APNG = encoded(Image.new("RGB", (8, 8)), save_all=True, append_images=[Image.new
 
 
 # Row 44
-@pytest.mark.parametrize("data, match", [
-    (b"", "an empty file"), (b"<!DOCTYPE html><html>404</html>", "HTML"), (b"<svg xmlns='x'/>", "SVG"), (GIF, "GIF"),
-    (b"SIMPLE  =                    T", "FITS"), (encoded(Image.new("RGB", (8, 8)), "BMP"), "BMP"),
-    (encoded(Image.new("RGB", (8, 8)), "TIFF"), "TIFF"), (encoded(Image.new("RGB", (8, 8)), "WEBP"), "WebP"), (b"\0" * 100, "something else"),
-    (NOISE[:len(NOISE) // 2], "damaged"), (encoded(Image.fromarray(RGB))[:-30], "damaged"), (APNG, "one frame, got 2"),
-    (png(65_000, 65_000), "at most 64000000 pixels"), (png(10_000, 10_000), "at most 64000000 pixels, got"), (png(8001, 8000), "8001x8000"),
-    (encoded(Image.new("RGB", (1, 1))), "at least 2 pixels a side, got 1x1"), (png(0, 0), "PNG or JPEG"), (png(0, 5), "PNG or JPEG|at least 2"),
-    (png(4, 4, colour=7), "PNG or JPEG"), (png(4, 4, depth=3), "PNG or JPEG"), (png(4, 4, data=b"\0"), "damaged"),
-    (b"\x89PNG\r\n\x1a\n", "PNG or JPEG"), (b"\xff\xd8\xff", "PNG or JPEG")])
+@pytest.mark.parametrize(
+    "data, match",
+    [
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html>404</html>", "HTML"),
+        (b"<svg xmlns='x'/>", "SVG"),
+        (GIF, "GIF"),
+        (b"SIMPLE  =                    T", "FITS"),
+        (encoded(Image.new("RGB", (8, 8)), "BMP"), "BMP"),
+        (encoded(Image.new("RGB", (8, 8)), "TIFF"), "TIFF"),
+        (encoded(Image.new("RGB", (8, 8)), "WEBP"), "WebP"),
+        (b"\0" * 100, "something else"),
+        (NOISE[: len(NOISE) // 2], "damaged"),
+        (encoded(Image.fromarray(RGB))[:-30], "damaged"),
+        (APNG, "one frame, got 2"),
+        (png(65_000, 65_000), "at most 64000000 pixels"),
+        (png(10_000, 10_000), "at most 64000000 pixels, got"),
+        (png(8001, 8000), "8001x8000"),
+        (encoded(Image.new("RGB", (1, 1))), "at least 2 pixels a side, got 1x1"),
+        (png(0, 0), "PNG or JPEG"),
+        (png(0, 5), "PNG or JPEG|at least 2"),
+        (png(4, 4, colour=7), "PNG or JPEG"),
+        (png(4, 4, depth=3), "PNG or JPEG"),
+        (png(4, 4, data=b"\0"), "damaged"),
+        (b"\x89PNG\r\n\x1a\n", "PNG or JPEG"),
+        (b"\xff\xd8\xff", "PNG or JPEG"),
+    ],
+)
 def test_what_is_no_image_is_refused(data, match, recwarn):
     with pytest.raises(InputError, match=match) as caught:
         image_from_bytes(data, where="x.png")
     assert len(str(caught.value).splitlines()) == 3 and not recwarn.list
 
 
-@pytest.mark.parametrize("make", [lambda p: p.mkdir(), lambda p: os.mkfifo(p), lambda p: p.symlink_to("/dev/zero"), lambda p: None])
+@pytest.mark.parametrize(
+    "make", [lambda p: p.mkdir(), lambda p: os.mkfifo(p), lambda p: p.symlink_to("/dev/zero"), lambda p: None]
+)
 def test_what_is_no_file_is_refused_at_once(tmp_path, make):
     make(tmp_path / "x.png")
     with pytest.raises(InputError, match="regular file|No such file"):
@@ -75,7 +103,9 @@ def test_rgb_is_itself(tmp_path):
 
 def test_grey_becomes_three_equal_channels():
     grey = RGB[..., 0]
-    np.testing.assert_array_equal(image_from_bytes(encoded(Image.fromarray(grey)), where="x"), np.stack([grey] * 3, axis=2))
+    np.testing.assert_array_equal(
+        image_from_bytes(encoded(Image.fromarray(grey)), where="x"), np.stack([grey] * 3, axis=2)
+    )
     bits = image_from_bytes(encoded(Image.fromarray(grey > 99)), where="x")
     np.testing.assert_array_equal(bits[..., 1], np.where(grey > 99, 255, 0))
 
@@ -96,12 +126,16 @@ def test_transparency_is_laid_on_white():
     alpha = np.concatenate([RGB, np.full((6, 10, 1), 0, np.uint8)], axis=2)
     assert (image_from_bytes(encoded(Image.fromarray(alpha)), where="x") == 255).all()
     alpha[..., :3], alpha[..., 3] = 0, 102  # 40 % black on white
-    np.testing.assert_array_equal(image_from_bytes(encoded(Image.fromarray(alpha)), where="x"), np.full_like(RGB, 153))
+    np.testing.assert_array_equal(
+        image_from_bytes(encoded(Image.fromarray(alpha)), where="x"), np.full_like(RGB, 153)
+    )
     grey = Image.merge("LA", [Image.new("L", (4, 4), 0), Image.new("L", (4, 4), 102)])
     assert (image_from_bytes(encoded(grey), where="x") == 153).all()
 
 
-@pytest.mark.parametrize("mode, colour, transparent", [("P", 1, 1), ("L", 7, 7), ("RGB", (1, 2, 3), (1, 2, 3)), ("I;16", 700, 700)])
+@pytest.mark.parametrize(
+    "mode, colour, transparent", [("P", 1, 1), ("L", 7, 7), ("RGB", (1, 2, 3), (1, 2, 3)), ("I;16", 700, 700)]
+)
 def test_a_transparent_colour_is_laid_on_white(mode, colour, transparent):
     image = Image.new(mode, (4, 4), colour)
     if mode == "P":
@@ -118,15 +152,26 @@ def test_a_palette_gives_its_colours():
 
 def test_cmyk_is_converted_without_a_profile():
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    np.testing.assert_allclose(image_from_bytes(encoded(image, "JPEG", quality=100), where="x"),
-                               np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=2)
+    np.testing.assert_allclose(
+        image_from_bytes(encoded(image, "JPEG", quality=100), where="x"),
+        np.broadcast_to([255, 0, 0], (8, 8, 3)),
+        atol=2,
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_exif_rotation_is_applied(orientation, kind):
-    turned = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.transpose(1, 0, 2),
-              6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a)}[orientation]
+    turned = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a),
+    }[orientation]
     image = np.zeros((16, 32, 3), np.uint8)
     image[:8, :16] = 255  # top left is white
     exif = Image.Exif()
@@ -143,7 +188,12 @@ def test_a_jpeg_with_more_images_behind_it_is_its_first():
 
 def test_arrays_that_are_no_images_are_refused():
     check_image(RGB, where="image")
-    for bad, got in [(RGB.astype(np.float32), "float32[6,10,3]"), (RGB[..., 0], "uint8[6,10]"), (RGB[None], "uint8[1,6,10,3]"), ("x.png", "str[]")]:
+    for bad, got in [
+        (RGB.astype(np.float32), "float32[6,10,3]"),
+        (RGB[..., 0], "uint8[6,10]"),
+        (RGB[None], "uint8[1,6,10,3]"),
+        ("x.png", "str[]"),
+    ]:
         with pytest.raises(InputError) as caught:
             check_image(bad, where="image")
         assert got in str(caught.value)

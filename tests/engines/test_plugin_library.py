@@ -1,4 +1,5 @@
 """The plugin's library is looked at before it is loaded, and a plan is used only with the library that it was built with."""
+
 import hashlib
 from dataclasses import replace
 from types import SimpleNamespace
@@ -6,17 +7,16 @@ from types import SimpleNamespace
 import pytest
 from decoder_bundle import write_decoder_bundle
 
-from engines.tensorrt import build, device, network
-
 from engines import plugins
-from engines.tensorrt import plan as plans
-from engines.bundle.reader import Bundle
-from engines.tensorrt.device import Gpu
-from engines.errors import InputError, MissingError
 from engines.bundle.manifest import CacheSpec, FileSpec, json_from_manifest
-from engines.tensorrt.profiles import limits_from_options, recipe_from_limits
+from engines.bundle.reader import Bundle
+from engines.errors import InputError, MissingError
 from engines.sessions.tensorrt import DeviceBuffer
 from engines.targets import TARGETS
+from engines.tensorrt import build, device, network
+from engines.tensorrt import plan as plans
+from engines.tensorrt.device import Gpu
+from engines.tensorrt.profiles import limits_from_options, recipe_from_limits
 
 TARGET, VERSION, PLAN = TARGETS["orin-agx-jp62"], "10.3.0.30", b"plan" * 99
 
@@ -40,9 +40,16 @@ def bundle(tmp_path, monkeypatch):
     spec = replace(bundle.component("base_ar"), classic="base_ar/model.onnx", plugin_abi=plugins.ABI)
     bundle.manifest.components["base_ar"], bundle.loaded = spec, loaded
     recipe = recipe_from_limits(spec, bundle.manifest.model, limits_from_options(bundle.manifest.model))
-    made = plans.PlanSpec(onnx=plans.onnx_hashes(bundle, "base_ar", dialect="classic"), profiles=recipe, inputs=spec.inputs,
-                          outputs=spec.outputs, plan=FileSpec(len(PLAN), hashlib.sha256(PLAN).hexdigest()), kv_cache_updates=2,
-                          seconds=1.0, plugin=plugins.find_library().sha256)
+    made = plans.PlanSpec(
+        onnx=plans.onnx_hashes(bundle, "base_ar", dialect="classic"),
+        profiles=recipe,
+        inputs=spec.inputs,
+        outputs=spec.outputs,
+        plan=FileSpec(len(PLAN), hashlib.sha256(PLAN).hexdigest()),
+        kv_cache_updates=2,
+        seconds=1.0,
+        plugin=plugins.find_library().sha256,
+    )
     folder = bundle.path / "plans" / TARGET.name
     folder.mkdir(parents=True)
     (folder / "base_ar.plan").write_bytes(PLAN)
@@ -56,11 +63,15 @@ def test_a_plan_is_read_when_its_library_is_there_and_loaded_first(bundle):
     assert data == PLAN and [x.sha256 for x in bundle.loaded] == [spec.plugin]
 
 
-@pytest.mark.parametrize("change, error, words", [
-    ({"more": b"changed"}, InputError, ("stale", "built with sha256", "rebuild")),
-    ({"abi": 2}, MissingError, ("another ABI", "expected ABI 1, got 2", "cmake")),
-    ({"tensorrt": "11.1"}, MissingError, ("another TensorRT", "expected TensorRT 10, got 11.1", "cmake"))],
-    ids=["bytes", "ABI", "TensorRT"])
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"more": b"changed"}, InputError, ("stale", "built with sha256", "rebuild")),
+        ({"abi": 2}, MissingError, ("another ABI", "expected ABI 1, got 2", "cmake")),
+        ({"tensorrt": "11.1"}, MissingError, ("another TensorRT", "expected TensorRT 10, got 11.1", "cmake")),
+    ],
+    ids=["bytes", "ABI", "TensorRT"],
+)
 def test_another_library_is_refused_before_it_and_the_plan_are_loaded(bundle, tmp_path, change, error, words):
     library(tmp_path, **change)
     with pytest.raises(error) as caught:
@@ -73,7 +84,11 @@ def test_a_missing_library_names_the_command_and_the_variable(bundle, monkeypatc
     monkeypatch.setenv(plugins.VARIABLE, str(tmp_path / "absent.so"))
     with pytest.raises(MissingError) as caught:
         plans.read_plan(bundle, TARGET, "base_ar")
-    assert plugins.COMMAND in str(caught.value) and plugins.VARIABLE in str(caught.value) and "absent.so" in str(caught.value)
+    assert (
+        plugins.COMMAND in str(caught.value)
+        and plugins.VARIABLE in str(caught.value)
+        and "absent.so" in str(caught.value)
+    )
 
 
 def test_a_file_without_the_marker_is_no_plugin(tmp_path):
@@ -87,11 +102,18 @@ def test_a_file_that_is_no_library_is_refused_when_loaded(tmp_path):
         plugins.load(plugins.library_from_file(library(tmp_path)))
 
 
-@pytest.mark.parametrize("cache, precision, rows, capacity, words", [
-    ({"head_dim": 96}, "bf16", 2, 64, "head_dim: expected 64 or 128, got 96"),
-    ({}, "fp32", 2, 64, "precision: expected one of fp16, bf16"), ({}, "bf16", 9, 64, "rows: expected 1 to 8, got 9"),
-    ({}, "bf16", 2, 4097, "capacity: expected 1 to 4096 tokens, got 4097")])
-def test_a_decoder_beyond_the_plugins_limits_is_refused_with_the_limit(bundle, cache, precision, rows, capacity, words):
+@pytest.mark.parametrize(
+    "cache, precision, rows, capacity, words",
+    [
+        ({"head_dim": 96}, "bf16", 2, 64, "head_dim: expected 64 or 128, got 96"),
+        ({}, "fp32", 2, 64, "precision: expected one of fp16, bf16"),
+        ({}, "bf16", 9, 64, "rows: expected 1 to 8, got 9"),
+        ({}, "bf16", 2, 4097, "capacity: expected 1 to 4096 tokens, got 4097"),
+    ],
+)
+def test_a_decoder_beyond_the_plugins_limits_is_refused_with_the_limit(
+    bundle, cache, precision, rows, capacity, words
+):
     model = replace(bundle.manifest.model, cache={"base_ar": replace(CacheSpec(1, 2, 64), **cache)})
     with pytest.raises(InputError) as caught:
         manifest = replace(bundle.manifest, model=model, precision=precision)
@@ -119,9 +141,18 @@ def plugin_layer(pasts=("key", "value")):
     """A KVCacheAttention layer of a parsed network, from pasts to presents."""
     caches = [Tensor(f"past_key_values.0.{part}", is_network_input=True) for part in pasts]
     inputs = [*map(Tensor, "qkv"), *caches, *map(Tensor, "wm")]
-    outputs = [Tensor("output"), *(Tensor(f"present.0.{part}", is_network_output=True) for part in ("key", "value"))]
-    return SimpleNamespace(type="plugin", name="layer", num_inputs=7, num_outputs=3, get_input=inputs.__getitem__,
-                           get_output=outputs.__getitem__)
+    outputs = [
+        Tensor("output"),
+        *(Tensor(f"present.0.{part}", is_network_output=True) for part in ("key", "value")),
+    ]
+    return SimpleNamespace(
+        type="plugin",
+        name="layer",
+        num_inputs=7,
+        num_outputs=3,
+        get_input=inputs.__getitem__,
+        get_output=outputs.__getitem__,
+    )
 
 
 def test_a_plugin_layer_counts_as_two_updates_in_place():

@@ -1,5 +1,6 @@
 """TensorRT's reading of each operator is ONNX's, on random small graphs, against onnx's own reference evaluator; where it is
 not, the difference is pinned here and listed in the README."""
+
 import zlib
 
 import numpy as np
@@ -14,14 +15,17 @@ from engines.errors import InputError
 trt = pytest.importorskip("tensorrt_rtx")
 FAMILIES = ELEMENTS | LAYOUTS | SUMS
 DIFFERENT = {  # what TensorRT reads otherwise than ONNX says, without a word: family, smallest difference
-    "GroupNormalization of one group": (one_group, 0.1), "Attention with nonpad_kv_seqlen": (nonpad, 0.1),
+    "GroupNormalization of one group": (one_group, 0.1),
+    "Attention with nonpad_kv_seqlen": (nonpad, 0.1),
     "QuantizeLinear without a zero point": (quantize_unsigned, 0.1),
-    "Resize by a scale that gives no whole size": (resize_by_fraction, 0.1), "Selu": (unary("Selu", low=1.0), 2e-6)
+    "Resize by a scale that gives no whole size": (resize_by_fraction, 0.1),
+    "Selu": (unary("Selu", low=1.0), 2e-6),
 }
 REFUSED = {  # what TensorRT's documentation does not define, or this interpreter does not know: family, words of the refusal
-    "quotient of integers": (integer_quotient, "which way it rounds"), "mean of integers": (integer_mean, "how it rounds"),
+    "quotient of integers": (integer_quotient, "which way it rounds"),
+    "mean of integers": (integer_mean, "how it rounds"),
     "negative index along a dynamic axis": (negative_index, "undefined"),
-    "Einsum": (einsum, "EINSUM node_of_y: expected one of ACTIVATION")
+    "Einsum": (einsum, "EINSUM node_of_y: expected one of ACTIVATION"),
 }
 SEEDS = 8
 TOLERANCE = 2e-5  # relative and absolute: float32, sums in another order
@@ -40,7 +44,9 @@ def case(name, make, seed):
 
 def test_there_are_at_least_five_hundred_graphs():
     models = {
-        case(name, make, seed)[1].SerializeToString() for name, make in list(FAMILIES.items())[:20] for seed in range(SEEDS)
+        case(name, make, seed)[1].SerializeToString()
+        for name, make in list(FAMILIES.items())[:20]
+        for seed in range(SEEDS)
     }
     assert len(models) > 0.9 * 20 * SEEDS, "the graphs of a family are alike"
     assert len(FAMILIES) * SEEDS >= 500
@@ -53,8 +59,12 @@ def test_tensorrt_reads_an_operator_as_onnx_means_it(name):
         got = evaluated(trt, model, graph.feeds)
         assert list(got) == list(wanted)
         for output, array in wanted.items():
-            assert (got[output].shape, got[output].dtype) == (array.shape, array.dtype), f"seed {seed}: {output}"
-            np.testing.assert_allclose(got[output], array, rtol=TOLERANCE, atol=TOLERANCE, err_msg=f"seed {seed}: {output}")
+            assert (got[output].shape, got[output].dtype) == (array.shape, array.dtype), (
+                f"seed {seed}: {output}"
+            )
+            np.testing.assert_allclose(
+                got[output], array, rtol=TOLERANCE, atol=TOLERANCE, err_msg=f"seed {seed}: {output}"
+            )
 
 
 @pytest.mark.parametrize("name", DIFFERENT)

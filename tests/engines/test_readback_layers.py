@@ -1,5 +1,6 @@
 """Layers and settings that the ONNX parser makes no use of, put together with TensorRT's own API: the examples of its documentation, and each
 causal kind, lengths, out-of-bounds indices."""
+
 import numpy as np
 import pytest
 
@@ -34,7 +35,9 @@ def attended(query, key, value, visible):
     """The definition, one query at a time; `visible` bool [B,S,C]."""
     result = np.zeros(query.shape)
     for b, h, s in np.ndindex(query.shape[:3]):
-        keys, values = (t[b, h // (query.shape[1] // t.shape[1])][visible[b, s]].astype(np.float64) for t in (key, value))
+        keys, values = (
+            t[b, h // (query.shape[1] // t.shape[1])][visible[b, s]].astype(np.float64) for t in (key, value)
+        )
         powers = np.exp(keys @ query[b, h, s])
         result[b, h, s] = powers @ values / powers.sum()
     return result
@@ -45,18 +48,28 @@ def attended(query, key, value, visible):
 def test_attention_of_each_causal_kind(kind, tokens):
     query, key, value = random(2, 4, tokens, 16), random(2, 2, 5, 16, seed=1), random(2, 2, 5, 16, seed=2)
     rows, slots = np.arange(tokens)[:, None], np.arange(5)
-    visible = {"NONE": slots < 5 + 0 * rows, "UPPER_LEFT": slots <= rows, "LOWER_RIGHT": slots <= rows + 5 - tokens}[kind]
+    visible = {
+        "NONE": slots < 5 + 0 * rows,
+        "UPPER_LEFT": slots <= rows,
+        "LOWER_RIGHT": slots <= rows + 5 - tokens,
+    }[kind]
 
     def make(network, q, k, v):
-        return network.add_attention_v2(q, k, v, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.__members__[kind])
+        return network.add_attention_v2(
+            q, k, v, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.__members__[kind]
+        )
 
     got = evaluated(make, query, key, value)
-    np.testing.assert_allclose(got, attended(query, key, value, np.broadcast_to(visible, (2, tokens, 5))), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        got, attended(query, key, value, np.broadcast_to(visible, (2, tokens, 5))), rtol=1e-4, atol=1e-5
+    )
 
 
 def with_lengths(kind):
     def make(network, q, k, v, n):
-        attention = network.add_attention_v2(q, k, v, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.__members__[kind])
+        attention = network.add_attention_v2(
+            q, k, v, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.__members__[kind]
+        )
         attention.key_value_lengths = n
         return attention
 
@@ -64,7 +77,12 @@ def with_lengths(kind):
 
 
 def test_attention_reads_no_key_beyond_the_length_of_its_row():
-    query, key, value, lengths = random(2, 2, 3, 16), random(2, 2, 5, 16, seed=1), random(2, 2, 5, 16, seed=2), np.array([2, 4], np.int32)
+    query, key, value, lengths = (
+        random(2, 2, 3, 16),
+        random(2, 2, 5, 16, seed=1),
+        random(2, 2, 5, 16, seed=2),
+        np.array([2, 4], np.int32),
+    )
     visible = np.broadcast_to(np.arange(5) < lengths[:, None, None], (2, 3, 5))
     key[0, :, 2:], value[1, :, 4:] = 1e4, -1e4
     got = evaluated(with_lengths("NONE"), query, key, value, lengths)
@@ -83,8 +101,15 @@ def test_a_fill_is_the_documentations_matrix():
     assert evaluated(make).tolist() == [[1, 11, 21, 31], [101, 111, 121, 131], [201, 211, 221, 231]]
 
 
-@pytest.mark.parametrize("mode, wanted", [("WRAP", [3, 0, 1, 2, 3, 0]), ("CLAMP", [0, 0, 1, 2, 3, 3]), ("REFLECT", [1, 0, 1, 2, 3, 2]),
-                                          ("FILL", [0, 0, 1, 2, 3, 0])])
+@pytest.mark.parametrize(
+    "mode, wanted",
+    [
+        ("WRAP", [3, 0, 1, 2, 3, 0]),
+        ("CLAMP", [0, 0, 1, 2, 3, 3]),
+        ("REFLECT", [1, 0, 1, 2, 3, 2]),
+        ("FILL", [0, 0, 1, 2, 3, 0]),
+    ],
+)
 def test_a_slice_beyond_its_bounds(mode, wanted):
     def make(network, x):
         layer = network.add_slice(x, (-1,), (6,), (1,))
@@ -119,7 +144,11 @@ def test_a_gather_out_of_bounds_gives_zero(mode):
         return layer
 
     got, zero = evaluated(make, x, indices), np.zeros(2, np.float32)
-    wanted = {"DEFAULT": [[x[0], x[1]], [x[2], zero]], "ELEMENT": [[x[0, 0], x[1, 1]], [x[2, 0], 0]], "ND": [x[0], zero, x[2]]}[mode]
+    wanted = {
+        "DEFAULT": [[x[0], x[1]], [x[2], zero]],
+        "ELEMENT": [[x[0, 0], x[1, 1]], [x[2, 0], 0]],
+        "ND": [x[0], zero, x[2]],
+    }[mode]
     np.testing.assert_array_equal(got, np.array(wanted))
 
 
@@ -142,15 +171,21 @@ def test_two_writes_to_one_element_are_refused():
         evaluated(make, random(4, 2), np.array([[1], [1]], np.int32), random(2, 2, seed=1))
 
 
-@pytest.mark.parametrize("first, second", [("VECTOR", "NONE"), ("NONE", "VECTOR"), ("VECTOR", "VECTOR"), ("TRANSPOSE", "NONE")])
+@pytest.mark.parametrize(
+    "first, second", [("VECTOR", "NONE"), ("NONE", "VECTOR"), ("VECTOR", "VECTOR"), ("TRANSPOSE", "NONE")]
+)
 def test_products_of_vectors_and_matrices(first, second):
     x = random(3) if first == "VECTOR" else random(4, 3).T.copy() if first == "TRANSPOSE" else random(4, 3)
     y = random(3, seed=1) if second == "VECTOR" else random(3, 5, seed=1)
 
     def make(network, a, b):
-        return network.add_matrix_multiply(a, trt.MatrixOperation.__members__[first], b, trt.MatrixOperation.__members__[second])
+        return network.add_matrix_multiply(
+            a, trt.MatrixOperation.__members__[first], b, trt.MatrixOperation.__members__[second]
+        )
 
-    np.testing.assert_allclose(evaluated(make, x, y), (x.T if first == "TRANSPOSE" else x) @ y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        evaluated(make, x, y), (x.T if first == "TRANSPOSE" else x) @ y, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_older_normalisation_scales_by_group():
@@ -162,6 +197,8 @@ def test_the_older_normalisation_scales_by_group():
         return layer
 
     groups = x.reshape(2, 2, -1)
-    normal = (groups - groups.mean(-1, keepdims=True)) / np.sqrt(groups.var(-1, keepdims=True) + np.float32(1e-5))
+    normal = (groups - groups.mean(-1, keepdims=True)) / np.sqrt(
+        groups.var(-1, keepdims=True) + np.float32(1e-5)
+    )
     wanted = (normal * scale.reshape(1, 2, 1) + bias.reshape(1, 2, 1)).reshape(x.shape)
     np.testing.assert_allclose(evaluated(make, x, scale, bias), wanted, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,5 @@
 """The read-back session obeys the protocol, reads the network that was compiled, and shows it."""
+
 import json
 from dataclasses import replace
 
@@ -10,14 +11,14 @@ from onnx import helper
 from readback_network import parsed
 from tiny_bundle import model_from_nodes
 
-from engines.tensorrt import build, plan
+from engines.bundle.manifest import TensorSpec
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, ParityError, UsageError
-from engines.runtime.kv_cache import cache_buffers
-from engines.bundle.manifest import TensorSpec
 from engines.interpreter import Network, describe_network, network_hash
+from engines.runtime.kv_cache import cache_buffers
 from engines.sessions import check_backend, open_session
 from engines.sessions.interpreter import describe_component, parsed_component
+from engines.tensorrt import build, plan
 
 trt = pytest.importorskip("tensorrt_rtx")
 TARGET, CAPACITY = "rtx-3090", 32
@@ -37,12 +38,19 @@ def bound(session, *, rows=2, tokens=3):
     caches = cache_buffers(session, rows=rows, capacity_tokens=session.capacity_tokens)
     shapes = {"inputs_embeds": (rows, tokens, HIDDEN), "hidden_states": (rows, tokens, HIDDEN)}
     buffers = caches | {name: session.buffer(shape, "float32") for name, shape in shapes.items()}
-    buffers |= {"position_ids": session.buffer((3, rows, tokens), "int64"), "write_indices": session.buffer((rows,), "int64")}
-    buffers["inputs_embeds"].write(np.random.default_rng(0).standard_normal((rows, tokens, HIDDEN)).astype(np.float32))
+    buffers |= {
+        "position_ids": session.buffer((3, rows, tokens), "int64"),
+        "write_indices": session.buffer((rows,), "int64"),
+    }
+    buffers["inputs_embeds"].write(
+        np.random.default_rng(0).standard_normal((rows, tokens, HIDDEN)).astype(np.float32)
+    )
     return buffers, session.bind(buffers)
 
 
-@pytest.mark.parametrize("backend, cache", [(f"interpreter:{TARGET}", "bfloat16"), (f"interpreter-fp32:{TARGET}", "float32")])
+@pytest.mark.parametrize(
+    "backend, cache", [(f"interpreter:{TARGET}", "bfloat16"), (f"interpreter-fp32:{TARGET}", "float32")]
+)
 def test_a_step_writes_its_slots_in_place_and_its_outputs(bundle, backend, cache):
     session = open_session(bundle, "base_ar", backend=backend)
     assert session.capacity_tokens == 2048 and {t.dtype for t in session.spec.inputs[3:]} == {cache}
@@ -54,8 +62,11 @@ def test_a_step_writes_its_slots_in_place_and_its_outputs(bundle, backend, cache
     memory = key.array
     step()
     changed = (key.read() != poison.astype(np.float32)).all((1, 3))
-    assert key.array is memory and np.flatnonzero(changed[0]).tolist() == [4, 5, 6] and np.flatnonzero(
-        changed[1]).tolist() == [0, 1, 2]
+    assert (
+        key.array is memory
+        and np.flatnonzero(changed[0]).tolist() == [4, 5, 6]
+        and np.flatnonzero(changed[1]).tolist() == [0, 1, 2]
+    )
     in_bf16 = key.read().astype(ml_dtypes.bfloat16).astype(np.float32)
     assert (key.read() == in_bf16).all() == (cache == "bfloat16")
     assert np.isfinite(buffers["hidden_states"].read()).all() and buffers["hidden_states"].read().any()
@@ -65,7 +76,9 @@ def test_wrong_shapes_foreign_buffers_and_closed_sessions_are_refused(bundle):
     session = open_session(bundle, "base_ar", backend=f"interpreter:{TARGET}")
     buffers, step = bound(session)
     smaller = cache_buffers(session, rows=2, capacity_tokens=CAPACITY)
-    with pytest.raises(InputError, match=rf"expected \(-1, {KV}, 2048, {DIM}\), got \(2, {KV}, {CAPACITY}, {DIM}\)"):
+    with pytest.raises(
+        InputError, match=rf"expected \(-1, {KV}, 2048, {DIM}\), got \(2, {KV}, {CAPACITY}, {DIM}\)"
+    ):
         session.bind(buffers | smaller)
     with pytest.raises(InputError, match="write_indices: missing"):
         session.bind({name: b for name, b in buffers.items() if name != "write_indices"})
@@ -112,10 +125,12 @@ def small(*, alpha=0.1, weight=1.0, order=("x", "h"), middle="h", name="n"):
     nodes = [
         helper.make_node("LeakyRelu", ["x"], [middle], alpha=alpha, name=name),
         helper.make_node("Sub", [middle if part == "h" else part for part in order], ["d"]),
-        helper.make_node("Mul", ["d", "w"], ["y"])
+        helper.make_node("Mul", ["d", "w"], ["y"]),
     ]
     io = [[TensorSpec(part, "float32", ("N", 3))] for part in ("x", "y")]
-    return network_hash(parsed(trt, model_from_nodes(nodes, *io, {"w": np.array([[1, weight, 2]], np.float32)})))
+    return network_hash(
+        parsed(trt, model_from_nodes(nodes, *io, {"w": np.array([[1, weight, 2]], np.float32)}))
+    )
 
 
 def test_the_hash_is_of_what_the_network_computes():
@@ -128,13 +143,24 @@ def test_the_hash_is_of_what_the_network_computes():
 def test_the_description_shows_layers_attributes_and_what_is_fused(bundle):
     network = parsed_component(bundle, "base_ar", target=TARGET)[0]
     data = json.loads(json.dumps(describe_network(network)))
-    assert data["inputs"]["past_key_values.0.key"] == f"BF16[*,{KV},2048,{DIM}]" and data["kinds"]["KV_CACHE_UPDATE"] == 2
-    assert data["fused"] == [{
-        "kind": "attention", "layer": data["fused"][0]["layer"], "kernels": "one", "mask": True, "causal": "NONE",
-        "lengths": False
-    }]
+    assert (
+        data["inputs"]["past_key_values.0.key"] == f"BF16[*,{KV},2048,{DIM}]"
+        and data["kinds"]["KV_CACHE_UPDATE"] == 2
+    )
+    assert data["fused"] == [
+        {
+            "kind": "attention",
+            "layer": data["fused"][0]["layer"],
+            "kernels": "one",
+            "mask": True,
+            "causal": "NONE",
+            "lengths": False,
+        }
+    ]
     update = next(layer for layer in data["layers"] if layer["kind"] == "KV_CACHE_UPDATE")
-    assert update["attributes"]["cache_mode"] == "LINEAR" and update["inputs"][0].startswith("past_key_values.0.")
+    assert update["attributes"]["cache_mode"] == "LINEAR" and update["inputs"][0].startswith(
+        "past_key_values.0."
+    )
     shown = describe_component(bundle, "base_ar", target=TARGET)
     assert shown["plan"] is None and shown["layers"] == data["layers"]
     built(bundle)

@@ -1,4 +1,5 @@
 """The runtime: settings and lengths are checked, state is named, the loops are the reference's (ids: tests/test_end_to_end.py)."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -19,7 +20,12 @@ def rows(length: int) -> np.ndarray:
 
 
 def draw(star: Star, ids: np.ndarray, tokens: int = 3, **changes) -> np.ndarray:
-    settings = {"guidance": 3.0, "top_k": 1, "top_p": 1.0, "uniforms": np.zeros((tokens, 1), np.float32)} | changes
+    settings = {
+        "guidance": 3.0,
+        "top_k": 1,
+        "top_p": 1.0,
+        "uniforms": np.zeros((tokens, 1), np.float32),
+    } | changes
     return star.generate_ids(ids, **settings)
 
 
@@ -45,17 +51,32 @@ def test_an_empty_answer_draws_the_prompt_itself(star, monkeypatch):
 
 def test_a_image_is_a_file_or_an_array(star, tmp_path):
     from engines.inputs.image_io import write_png
+
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     write_png(tmp_path / "p.png", image)
-    by_file, by_array = (star.ask(given, "what is a dog?", max_new_tokens=3).ids for given in (tmp_path / "p.png", image))
+    by_file, by_array = (
+        star.ask(given, "what is a dog?", max_new_tokens=3).ids for given in (tmp_path / "p.png", image)
+    )
     np.testing.assert_array_equal(by_file, by_array)
 
 
-@pytest.mark.parametrize("changes, name", [
-    ({"cfg": float("nan")}, "cfg"), ({"cfg": float("inf")}, "cfg"), ({"top_k": 0}, "top_k"), ({"top_k": -1}, "top_k"), ({"top_p": 0.0}, "top_p"),
-    ({"top_p": 1.01}, "top_p"), ({"top_p": float("nan")}, "top_p"), ({"seed": -1}, "seed"), ({"num_images": 0}, "num_images"),
-    ({"num_images": 10**6}, "num_images"), ({"reason": True, "max_new_tokens": 0}, "max_new_tokens"),
-    ({"reason": True, "max_new_tokens": 10**9}, "max_new_tokens")])
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"cfg": float("nan")}, "cfg"),
+        ({"cfg": float("inf")}, "cfg"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"num_images": 0}, "num_images"),
+        ({"num_images": 10**6}, "num_images"),
+        ({"reason": True, "max_new_tokens": 0}, "max_new_tokens"),
+        ({"reason": True, "max_new_tokens": 10**9}, "max_new_tokens"),
+    ],
+)
 def test_a_setting_out_of_range_is_named(star, changes, name):
     with pytest.raises(UsageError) as caught:
         star.generate("a cat", **changes)
@@ -63,14 +84,20 @@ def test_a_setting_out_of_range_is_named(star, changes, name):
 
 
 def test_top_k_beyond_the_codebook_is_all_of_it(star):
-    np.testing.assert_array_equal(star.generate("a cat", top_k=10**6).image_ids, star.generate("a cat", top_k=1024).image_ids)
+    np.testing.assert_array_equal(
+        star.generate("a cat", top_k=10**6).image_ids, star.generate("a cat", top_k=1024).image_ids
+    )
 
 
 # Row 42
 @pytest.mark.parametrize("prompt", ["", "   ", "\n"])
 def test_an_empty_prompt_is_refused(star, prompt):
     image = np.full((56, 56, 3), 9, np.uint8)
-    for call in (lambda: star.generate(prompt), lambda: star.edit(image, prompt), lambda: star.ask(image, prompt)):
+    for call in (
+        lambda: star.generate(prompt),
+        lambda: star.edit(image, prompt),
+        lambda: star.ask(image, prompt),
+    ):
         with pytest.raises(InputError, match="empty"):
             call()
 
@@ -86,8 +113,17 @@ def test_an_id_outside_the_vocabulary_is_refused(star, id):
         star.answer_ids(ids[1:], np.zeros((3, 1, 4), np.int64), max_new_tokens=1)
 
 
-@pytest.mark.parametrize("ids", [np.zeros((2, 0), np.int64), np.zeros(4, np.int64), np.zeros((2, 4), np.int32), np.zeros((2, 4), ">i8"),
-                                 np.zeros((4, 8), np.int64)[:, ::2], [[1, 2]]])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.zeros((2, 0), np.int64),
+        np.zeros(4, np.int64),
+        np.zeros((2, 4), np.int32),
+        np.zeros((2, 4), ">i8"),
+        np.zeros((4, 8), np.int64)[:, ::2],
+        [[1, 2]],
+    ],
+)
 def test_rows_of_another_kind_are_refused(star, ids):
     with pytest.raises(InputError) as caught:
         draw(star, ids)
@@ -105,7 +141,10 @@ def test_a_sequence_fits_up_to_the_positions_and_not_one_more(star):
 def test_a_long_prompt_is_refused_with_both_numbers_before_anything_is_loaded(mini_bundle):
     with Star(mini_bundle) as star, pytest.raises(InputError, match="too long") as caught:
         star.generate("cat " * star.model.max_positions)
-    assert str(star.model.max_positions) in caught.value.where and not set(star._sessions or ()) & {"token_embedding", "vq_decoder"}
+    assert str(star.model.max_positions) in caught.value.where and not set(star._sessions or ()) & {
+        "token_embedding",
+        "vq_decoder",
+    }
 
 
 # Row 43
@@ -125,6 +164,7 @@ def test_an_unknown_backend_lists_the_valid_ones(mini_bundle):
 
 def test_a_bundle_of_some_components_says_which_are_missing(tmp_path):
     from tiny_bundle import write_tiny_bundle
+
     with pytest.raises(InputError):  # its tokenizer is none
         Star(write_tiny_bundle(tmp_path / "b"))
 
@@ -137,10 +177,18 @@ def test_progress_is_told_step_by_step(star):
 
 def test_the_benchmark_measures_what_it_says(star):
     from engines.bench import bench
+
     measured = bench(star, repeats=3)
     timings = {timing.name: timing for timing in measured.timings}
-    assert {"base_ar", "stacked_ar", "image_head", "decode step", "vq_decoder"} <= set(timings) and measured.bandwidth > 1e9
+    assert {"base_ar", "stacked_ar", "image_head", "decode step", "vq_decoder"} <= set(
+        timings
+    ) and measured.bandwidth > 1e9
     weights = sum(star.bundle.manifest.files[name].size for name in star.bundle.weights("base_ar"))
-    assert timings["base_ar"].read_bytes == weights + 2 * 40 * 4 * 2 * (2 * 16) * 4  # rows, slots, layers, key and value, heads x size, float32
+    assert (
+        timings["base_ar"].read_bytes == weights + 2 * 40 * 4 * 2 * (2 * 16) * 4
+    )  # rows, slots, layers, key and value, heads x size, float32
     step = timings["decode step"]
-    assert step.share == pytest.approx(step.read_bytes / measured.bandwidth / (step.ms / 1e3)) and len(measured.ratios) == 2
+    assert (
+        step.share == pytest.approx(step.read_bytes / measured.bandwidth / (step.ms / 1e3))
+        and len(measured.ratios) == 2
+    )

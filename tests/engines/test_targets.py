@@ -1,4 +1,5 @@
 """The device table is complete and consistent, and its names are the only valid ones."""
+
 import sys
 
 import pytest
@@ -9,7 +10,11 @@ from engines.targets import TARGETS, host_platform, sm_from_capability, target_f
 
 def test_every_row_is_named_by_its_key_and_has_sane_figures():
     for name, target in TARGETS.items():
-        assert target.name == name and target.builder in ("tensorrt_rtx", "tensorrt") and target.dialect in ("modern", "classic")
+        assert (
+            target.name == name
+            and target.builder in ("tensorrt_rtx", "tensorrt")
+            and target.dialect in ("modern", "classic")
+        )
         assert 8e9 <= target.memory_bytes <= 256e9 and 60e9 <= target.bandwidth_bytes_per_s <= 10e12, name
         assert set(target.precisions) <= {"fp16", "bf16", "int8", "int4", "fp8", "nvfp4"} and target.platforms
 
@@ -37,8 +42,12 @@ def test_an_unknown_name_lists_the_valid_ones():
 
 
 def test_the_host_is_named_in_the_tables_words(monkeypatch):
-    for system, machine, name in (("linux", "x86_64", "linux-x86_64"), ("win32", "AMD64", "windows-x86_64"),
-                                  ("linux", "aarch64", "linux-aarch64"), ("darwin", "arm64", "darwin-aarch64")):
+    for system, machine, name in (
+        ("linux", "x86_64", "linux-x86_64"),
+        ("win32", "AMD64", "windows-x86_64"),
+        ("linux", "aarch64", "linux-aarch64"),
+        ("darwin", "arm64", "darwin-aarch64"),
+    ):
         monkeypatch.setattr(sys, "platform", system)
         monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
         assert host_platform() == name

@@ -1,4 +1,5 @@
 """TensorRT sessions: what can be proven without a device, on memory and an engine made of numpy; the rest runs where a GPU is."""
+
 import ctypes
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import pytest
 from decoder_bundle import DIM, HIDDEN, KV, decoder_io, write_decoder_bundle
 from tiny_bundle import MODEL
 
-from engines.tensorrt import build, device
+from engines.bundle.manifest import ComponentSpec
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
-from engines.bundle.manifest import ComponentSpec
-from engines.tensorrt.profiles import Limits, recipe_from_limits
 from engines.sessions import open_session, tensorrt
 from engines.targets import TARGETS
+from engines.tensorrt import build, device
+from engines.tensorrt.profiles import Limits, recipe_from_limits
 
 SPEC = ComponentSpec("base_ar/model.onnx", None, "base_ar/golden.safetensors", *map(tuple, decoder_io()))
 PROFILES = recipe_from_limits(SPEC, MODEL, Limits(capacity_tokens=16, prefill_tokens=8, rows=4))
@@ -38,8 +39,12 @@ def memory(monkeypatch):
     monkeypatch.setattr(device, "release", lambda address: blocks.pop(address))
     monkeypatch.setattr(device, "stream", lambda: STREAM)
     monkeypatch.setattr(device, "synchronize", lambda: None)
-    monkeypatch.setattr(device, "copy_to_device", lambda address, a: ctypes.memmove(address, a.ctypes.data, a.nbytes))
-    monkeypatch.setattr(device, "copy_to_host", lambda a, address: ctypes.memmove(a.ctypes.data, address, a.nbytes))
+    monkeypatch.setattr(
+        device, "copy_to_device", lambda address, a: ctypes.memmove(address, a.ctypes.data, a.nbytes)
+    )
+    monkeypatch.setattr(
+        device, "copy_to_host", lambda a, address: ctypes.memmove(a.ctypes.data, address, a.nbytes)
+    )
     return blocks
 
 
@@ -70,18 +75,24 @@ class Context:
         return self.shapes[name.replace("present", "past_key_values")]
 
     def array(self, name, shape, dtype):
-        return np.frombuffer((ctypes.c_char * (int(np.prod(shape)) * np.dtype(dtype).itemsize)).from_address(self.addresses[name]),
-                             dtype).reshape(shape)
+        return np.frombuffer(
+            (ctypes.c_char * (int(np.prod(shape)) * np.dtype(dtype).itemsize)).from_address(
+                self.addresses[name]
+            ),
+            dtype,
+        ).reshape(shape)
 
     def execute_async_v3(self, stream):
         self.calls.append(self.profile)
         shape = self.shapes["inputs_embeds"]
         self.array("hidden_states", shape, "f4")[...] = 2 * self.array("inputs_embeds", shape, "f4")
         for part in ("key", "value"):
-            assert self.addresses[f"present.0.{part}"] == self.addresses[f"past_key_values.0.{part}"], "a cache was moved"
+            assert self.addresses[f"present.0.{part}"] == self.addresses[f"past_key_values.0.{part}"], (
+                "a cache was moved"
+            )
             cache = self.array(f"present.0.{part}", self.shapes[f"past_key_values.0.{part}"], "u2")
             for row, index in enumerate(self.array("write_indices", shape[:1], "i8")):
-                cache[row, :, index:index + shape[1]] = 0x3F80  # 1.0 in bfloat16
+                cache[row, :, index : index + shape[1]] = 0x3F80  # 1.0 in bfloat16
         return stream == STREAM
 
 
@@ -111,10 +122,15 @@ def session(memory):
 
 
 def buffers_of(session, *, rows=2, tokens=1, capacity=16):
-    return {"inputs_embeds": session.buffer((rows, tokens, HIDDEN), "float32"),
-            "position_ids": session.buffer((3, rows, tokens), "int64"), "write_indices": session.buffer((rows,), "int64"),
-            "hidden_states": session.buffer((rows, tokens, HIDDEN), "float32")
-            } | {f"past_key_values.0.{p}": session.buffer((rows, KV, capacity, DIM), "bfloat16") for p in ("key", "value")}
+    return {
+        "inputs_embeds": session.buffer((rows, tokens, HIDDEN), "float32"),
+        "position_ids": session.buffer((3, rows, tokens), "int64"),
+        "write_indices": session.buffer((rows,), "int64"),
+        "hidden_states": session.buffer((rows, tokens, HIDDEN), "float32"),
+    } | {
+        f"past_key_values.0.{p}": session.buffer((rows, KV, capacity, DIM), "bfloat16")
+        for p in ("key", "value")
+    }
 
 
 def test_a_step_computes_in_place_and_in_the_narrowest_profile(session):
@@ -144,17 +160,26 @@ def test_two_bindings_of_one_profile_take_turns(session):
     assert (one["hidden_states"].read() == 2).all() and (two["hidden_states"].read() == 4).all()
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda s, t: t.pop("write_indices"), "write_indices: missing"),
-    (lambda s, t: t.update(more=t["write_indices"]), "more: extra"),
-    (lambda s, t: t.update({"present.0.key": t["past_key_values.0.key"]}), "present.0.key: extra"),
-    (lambda s, t: t.update(write_indices=s.buffer((3,), "int64")), "write_indices: expected B=2"),
-    (lambda s, t: t.update(inputs_embeds=s.buffer((2, 1, HIDDEN), "float16")), "got float16[2,1,64]"),
-    (lambda s, t: t.update(write_indices=np.zeros(2, np.int64)), "expected device memory, got ndarray"),
-    (lambda s, t: t.update(buffers_of(s, capacity=15)), "past_key_values.0.key: expected (1, 2, 16, 16) to (4, 2, 16, 16)"),
-    (lambda s, t: t.update(buffers_of(s, tokens=9)), "inputs_embeds: expected (1, 1, 64) to (4, 8, 64) (prefill)"),
-    (lambda s, t: t.update(buffers_of(s, rows=5)), "got (5, 1, 64)"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s, t: t.pop("write_indices"), "write_indices: missing"),
+        (lambda s, t: t.update(more=t["write_indices"]), "more: extra"),
+        (lambda s, t: t.update({"present.0.key": t["past_key_values.0.key"]}), "present.0.key: extra"),
+        (lambda s, t: t.update(write_indices=s.buffer((3,), "int64")), "write_indices: expected B=2"),
+        (lambda s, t: t.update(inputs_embeds=s.buffer((2, 1, HIDDEN), "float16")), "got float16[2,1,64]"),
+        (lambda s, t: t.update(write_indices=np.zeros(2, np.int64)), "expected device memory, got ndarray"),
+        (
+            lambda s, t: t.update(buffers_of(s, capacity=15)),
+            "past_key_values.0.key: expected (1, 2, 16, 16) to (4, 2, 16, 16)",
+        ),
+        (
+            lambda s, t: t.update(buffers_of(s, tokens=9)),
+            "inputs_embeds: expected (1, 1, 64) to (4, 8, 64) (prefill)",
+        ),
+        (lambda s, t: t.update(buffers_of(s, rows=5)), "got (5, 1, 64)"),
+    ],
+)
 def test_what_does_not_fit_is_refused_when_it_is_bound(session, change, words):
     tensors = buffers_of(session)
     change(session, tensors)
@@ -165,7 +190,13 @@ def test_what_does_not_fit_is_refused_when_it_is_bound(session, change, words):
 
 def test_a_buffer_takes_only_what_it_is(session):
     buffer = session.buffer((2, 3), "int64")
-    for wrong in (np.zeros((2, 3), np.int32), np.zeros((3, 2), np.int64), np.zeros((3, 2), np.int64).T, [[0]], np.zeros((2, 3), ">i8")):
+    for wrong in (
+        np.zeros((2, 3), np.int32),
+        np.zeros((3, 2), np.int64),
+        np.zeros((3, 2), np.int64).T,
+        [[0]],
+        np.zeros((2, 3), ">i8"),
+    ):
         with pytest.raises(InputError):
             buffer.write(wrong)
     assert not buffer.read().any()
@@ -247,9 +278,15 @@ class Runtime:
         return lambda *arguments: (self.code, None)
 
 
-@pytest.mark.parametrize("code, driver, words", [(35, 0, "expected a driver for CUDA 13.4, got none"),
-                                                 (35, 12020, "expected a driver for CUDA 13.4, got one for CUDA 12.2"),
-                                                 (34, 0, "got none"), (100, 13040, "There is no NVIDIA GPU")])
+@pytest.mark.parametrize(
+    "code, driver, words",
+    [
+        (35, 0, "expected a driver for CUDA 13.4, got none"),
+        (35, 12020, "expected a driver for CUDA 13.4, got one for CUDA 12.2"),
+        (34, 0, "got none"),
+        (100, 13040, "There is no NVIDIA GPU"),
+    ],
+)
 def test_without_driver_or_gpu_the_message_names_what_is_missing(monkeypatch, code, driver, words):
     monkeypatch.setattr(device, "cudart", lambda: Runtime(code, driver))
     for action in (device.gpus, lambda: device.allocate(1)):
@@ -262,7 +299,9 @@ def test_a_cuda_python_that_finds_no_driver_itself_is_answered_alike(monkeypatch
     def fails(*arguments):
         raise RuntimeError("Failed to dlopen libcuda.so.1")
 
-    monkeypatch.setattr(device, "cudart", lambda: type("Runtime", (), {"__getattr__": lambda self, name: fails})())
+    monkeypatch.setattr(
+        device, "cudart", lambda: type("Runtime", (), {"__getattr__": lambda self, name: fails})()
+    )
     for action in (device.gpus, device.driver_version, lambda: device.allocate(1)):
         with pytest.raises(MissingError, match="no NVIDIA driver") as error:
             action()
@@ -300,9 +339,13 @@ def test_open_session_refuses_before_it_needs_a_device(tmp_path):
 
 
 def test_the_module_imports_where_nothing_of_nvidia_is_installed():
-    code = ("import sys\nfor name in ('tensorrt', 'tensorrt_rtx', 'cuda'): sys.modules[name] = None\n"
-            "import engines.sessions.tensorrt, engines.tensorrt.build, engines.doctor\nengines.doctor.facts()")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    code = (
+        "import sys\nfor name in ('tensorrt', 'tensorrt_rtx', 'cuda'): sys.modules[name] = None\n"
+        "import engines.sessions.tensorrt, engines.tensorrt.build, engines.doctor\nengines.doctor.facts()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -343,7 +386,14 @@ def test_ten_thousand_buffers_leave_the_memory_as_it_was(gpu):
 
 @pytest.mark.gpu
 def test_a_decoder_on_a_real_device_decodes_as_it_prefills(gpu, tmp_path):
-    name = next((t.name for t in TARGETS.values() if t.compute_capability == gpu.compute_capability and t.dialect == "modern"), None)
+    name = next(
+        (
+            t.name
+            for t in TARGETS.values()
+            if t.compute_capability == gpu.compute_capability and t.dialect == "modern"
+        ),
+        None,
+    )
     assert name, f"no target for {gpu.sm} ({gpu.name}): add it to the device table"
     bundle = Bundle.open(write_decoder_bundle(tmp_path / "bundle"))
     build.build_plans(bundle, [name], components=["base_ar"], capacity_tokens=16)
@@ -354,11 +404,20 @@ def test_a_decoder_on_a_real_device_decodes_as_it_prefills(gpu, tmp_path):
     session.bind(whole)()
     expected, step = whole["hidden_states"].read(), session.bind(stepped)
     for i in range(6):
-        stepped["inputs_embeds"].write(np.ascontiguousarray(embeds[:, i:i + 1]))
+        stepped["inputs_embeds"].write(np.ascontiguousarray(embeds[:, i : i + 1]))
         stepped["write_indices"].write(np.full(2, i, np.int64))
         step()
-        assert np.abs(stepped["hidden_states"].read() - expected[:, i:i + 1]).max() <= 0.05 * np.abs(expected).max()
-    np.testing.assert_allclose(stepped["past_key_values.0.key"].read()[:, :, :6], whole["past_key_values.0.key"].read()[:, :, :6],
-                               rtol=0.02, atol=0.02)
-    assert not stepped["past_key_values.0.key"].read()[:, :, 6:].any(), "a slot beyond the written ones was touched"
+        assert (
+            np.abs(stepped["hidden_states"].read() - expected[:, i : i + 1]).max()
+            <= 0.05 * np.abs(expected).max()
+        )
+    np.testing.assert_allclose(
+        stepped["past_key_values.0.key"].read()[:, :, :6],
+        whole["past_key_values.0.key"].read()[:, :, :6],
+        rtol=0.02,
+        atol=0.02,
+    )
+    assert not stepped["past_key_values.0.key"].read()[:, :, 6:].any(), (
+        "a slot beyond the written ones was touched"
+    )
     session.close()

@@ -1,4 +1,5 @@
 """An untrained STAR-Nano in full size, and a much smaller one of the same layout that trains in seconds."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,17 +10,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from reference.nano.checkpoint import layout
-
 from reference.nano import recipe
-from reference.nano.recipe import STAGES
+from reference.nano.checkpoint import layout
 from reference.nano.checkpoint.tokens import Rows
+from reference.nano.recipe import STAGES
 
-SMALL = {"HIDDEN": 128, "HEADS": 2, "KV_HEADS": 1, "INTERMEDIATE": 256, "BASE_LAYERS": 2, "STACKED_LAYERS": 2,
-         "CODEBOOK_SIZE": 64,
-         "VQ": recipe.VQ | {"ch": 32, "ch_mult": [1, 1, 1, 1], "z_channels": 16, "num_heads": 1},
-         "VISION": recipe.VISION | {"depth": 2, "hidden_size": 64, "num_heads": 1, "intermediate_size": 64,
-                                    "out_hidden_size": 128, "fullatt_block_indexes": [1]}}
+SMALL = {
+    "HIDDEN": 128,
+    "HEADS": 2,
+    "KV_HEADS": 1,
+    "INTERMEDIATE": 256,
+    "BASE_LAYERS": 2,
+    "STACKED_LAYERS": 2,
+    "CODEBOOK_SIZE": 64,
+    "VQ": recipe.VQ | {"ch": 32, "ch_mult": [1, 1, 1, 1], "z_channels": 16, "num_heads": 1},
+    "VISION": recipe.VISION
+    | {
+        "depth": 2,
+        "hidden_size": 64,
+        "num_heads": 1,
+        "intermediate_size": 64,
+        "out_hidden_size": 128,
+        "fullatt_block_indexes": [1],
+    },
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +54,9 @@ def nano_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def nano_rows(nano_root: Path) -> Rows:
-    return Rows.from_file(nano_root / recipe.BASE_FOLDER / "tokenizer.json", layout.read_config(nano_root).special)
+    return Rows.from_file(
+        nano_root / recipe.BASE_FOLDER / "tokenizer.json", layout.read_config(nano_root).special
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """Every prompt, question, edit and riddle is fulfilled by its own scene, and by no other; training never sees a held-out text."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -8,16 +9,20 @@ from random import Random
 import pytest
 
 from reference.nano.benchmark import score as benchmark
-
-from reference.nano.world import edits, prompts, questions, riddles, words
 from reference.nano.training.batches import PROMPTS
+from reference.nano.world import edits, prompts, questions, riddles, words
 from reference.nano.world.draw import images_from_scenes
 from reference.nano.world.prompts import Group, Request
 from reference.nano.world.scorer import Found, Reading, read
 from reference.nano.world.world import Look, Scene, Thing, random_scene
 
-SCENE = Scene("white", (Thing(Look("circle", "red", "large"), 16, 14, 10.5, 0),
-                        Thing(Look("square", "blue", "small"), 48, 50, 7, 0)))
+SCENE = Scene(
+    "white",
+    (
+        Thing(Look("circle", "red", "large"), 16, 14, 10.5, 0),
+        Thing(Look("square", "blue", "small"), 48, 50, 7, 0),
+    ),
+)
 
 
 @pytest.mark.parametrize("category", PROMPTS)
@@ -37,13 +42,21 @@ READING = Reading("white", (found("circle", "red", 10, 32), found("square", "blu
 BOTH = (Group(1, "circle", "red"), Group(1, "square", "blue"))
 
 
-@pytest.mark.parametrize("request_, failed", [
-    (Request(BOTH), set()), (Request(BOTH, "white", "left of"), set()),
-    (Request(BOTH, "black"), {"background"}), (Request(BOTH, relation="above"), {"relation"}),
-    (Request(BOTH, relation="right of"), {"relation"}), (Request(BOTH[:1]), {"count"}),
-    (Request((Group(1, "circle", "blue"), Group(1, "square", "red"))), {"things"}),
-    (Request((Group(2, "circle"),)), {"things"}), (Request((Group(3, "circle"),)), {"things", "count"}),
-    (Request((Group(1, "circle", size="large"), BOTH[1])), {"things"})])
+@pytest.mark.parametrize(
+    "request_, failed",
+    [
+        (Request(BOTH), set()),
+        (Request(BOTH, "white", "left of"), set()),
+        (Request(BOTH, "black"), {"background"}),
+        (Request(BOTH, relation="above"), {"relation"}),
+        (Request(BOTH, relation="right of"), {"relation"}),
+        (Request(BOTH[:1]), {"count"}),
+        (Request((Group(1, "circle", "blue"), Group(1, "square", "red"))), {"things"}),
+        (Request((Group(2, "circle"),)), {"things"}),
+        (Request((Group(3, "circle"),)), {"things", "count"}),
+        (Request((Group(1, "circle", size="large"), BOTH[1])), {"things"}),
+    ],
+)
 def test_each_demand_fails_alone(request_: Request, failed: set[str]) -> None:
     assert {name for name, met in prompts.check(request_, READING).items() if not met} == failed
 
@@ -65,7 +78,9 @@ def test_training_never_sees_what_is_tested() -> None:
     for _ in range(300):
         text, request = prompts.random_prompt(random, "mixed", test=False)
         assert not words.held_out(text)
-        assert len(request.groups) == 1 or not words.held_out(prompts.caption(replace(request, background=None)))
+        assert len(request.groups) == 1 or not words.held_out(
+            prompts.caption(replace(request, background=None))
+        )
         assert not words.held_out(riddles.random_riddle(random, "several", test=False)[0])
         assert not words.held_out(edits.random_edit(random, "add", test=False).text)
 
@@ -84,10 +99,19 @@ def test_captions_are_plain() -> None:
     assert prompts.caption(Request((Group(1, "star", "orange"),))) == "an orange star"
 
 
-ANSWERS = {("color", "circle"): "red", ("color", "disc"): "red", ("color", "square"): "blue", ("color", "box"): "blue",
-           ("color", "background"): "white", ("shape", "red"): "circle", ("shape", "blue"): "square",
-           ("position", "circle"): "top left", ("position", "red"): "top left", ("position", "square"): "bottom right",
-           ("position", "blue"): "bottom right"}
+ANSWERS = {
+    ("color", "circle"): "red",
+    ("color", "disc"): "red",
+    ("color", "square"): "blue",
+    ("color", "box"): "blue",
+    ("color", "background"): "white",
+    ("shape", "red"): "circle",
+    ("shape", "blue"): "square",
+    ("position", "circle"): "top left",
+    ("position", "red"): "top left",
+    ("position", "square"): "bottom right",
+    ("position", "blue"): "bottom right",
+}
 
 
 @pytest.mark.parametrize("kind", ["color", "shape", "position"])
@@ -101,10 +125,19 @@ def test_answers_are_those_of_the_scene(kind: str) -> None:
     assert len(seen) >= 2
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("how many shapes are there?", "two"), ("how many circles are there?", "one"), ("how many red shapes are there?", "one"),
-    ("is there a red circle?", "yes"), ("is there a blue circle?", "no"), ("is the circle left of the square?", "yes"),
-    ("is the circle below the square?", "no"), ("is the blue square below the red circle?", "yes")])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("how many shapes are there?", "two"),
+        ("how many circles are there?", "one"),
+        ("how many red shapes are there?", "one"),
+        ("is there a red circle?", "yes"),
+        ("is there a blue circle?", "no"),
+        ("is the circle left of the square?", "yes"),
+        ("is the circle below the square?", "no"),
+        ("is the blue square below the red circle?", "yes"),
+    ],
+)
 def test_counts_and_yes_no(text: str, answer: str) -> None:
     """Every way of asking these leads to the same answer, however often it is drawn."""
     random = Random(text)
@@ -114,14 +147,18 @@ def test_counts_and_yes_no(text: str, answer: str) -> None:
 
 
 def test_a_scene_is_described_from_left_to_right() -> None:
-    assert questions.ask_describe(Random(0), SCENE)[1] == "a red circle and a blue square on a white background"
+    assert (
+        questions.ask_describe(Random(0), SCENE)[1] == "a red circle and a blue square on a white background"
+    )
 
 
 def test_ambiguous_things_are_not_spoken_of() -> None:
     twins = replace(SCENE, things=(SCENE.things[0], replace(SCENE.things[0], x=48)))
     assert questions.reference_to(Random(0), twins, twins.things[0]) is None
     asked = [questions.ask_color(Random(seed), twins) for seed in range(60)]
-    assert None in asked and {question[1] for question in asked if question} == {"white"}  # of the background alone
+    assert None in asked and {question[1] for question in asked if question} == {
+        "white"
+    }  # of the background alone
 
 
 @pytest.mark.parametrize("kind", edits.KINDS)
@@ -155,16 +192,23 @@ def test_edits_of_one_scene_are_of_many_kinds() -> None:
 
 
 def test_an_edit_may_not_move_the_rest() -> None:
-    edit = edits.Edit("recolor", "make the circle green", SCENE, edits.with_look(SCENE, 0, Look("circle", "green", "large")))
+    edit = edits.Edit(
+        "recolor", "make the circle green", SCENE, edits.with_look(SCENE, 0, Look("circle", "green", "large"))
+    )
     things = (found("circle", "green", 16, 14, "large"), found("square", "blue", 48, 50))
     assert edits.check(edit, Reading("white", things)) == {"done": True, "rest unchanged": True}
     moved = (things[0], replace(things[1], x=40))
     assert edits.check(edit, Reading("white", moved)) == {"done": True, "rest unchanged": False}
-    assert edits.check(edit, Reading("white", (*things, found("star", "red", 50, 10))))["rest unchanged"] is False
+    assert (
+        edits.check(edit, Reading("white", (*things, found("star", "red", 50, 10))))["rest unchanged"]
+        is False
+    )
 
 
-@pytest.mark.parametrize("clause, count", [("a triangle has corners", 3), ("legs on a dog", 4), ("two plus one", 3),
-                                           ("a bicycle has wheels", 2)])
+@pytest.mark.parametrize(
+    "clause, count",
+    [("a triangle has corners", 3), ("legs on a dog", 4), ("two plus one", 3), ("a bicycle has wheels", 2)],
+)
 def test_riddles_mean_what_they_say(clause: str, count: int) -> None:
     random = Random(clause)
     matching = [request for text, request in (riddles.by_count(random) for _ in range(900)) if clause in text]

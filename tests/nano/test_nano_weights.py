@@ -1,4 +1,5 @@
 """The weights that are shipped: complete for the stages that are marked done, small enough, and as good as the card says."""
+
 from __future__ import annotations
 
 import shutil
@@ -10,10 +11,10 @@ import torch
 
 import reference.nano
 from reference.nano.benchmark import score as benchmark
-from reference.nano.checkpoint import layout
-from reference.nano.world import prompts, riddles
-from reference.nano.training import train
 from reference.nano.benchmark.painter import Painter
+from reference.nano.checkpoint import layout
+from reference.nano.training import train
+from reference.nano.world import prompts, riddles
 from star_export.validator.score import SCORE, score_from_bytes, shortfalls
 
 WEIGHTS = Path(reference.nano.__file__).parent / "weights"
@@ -29,7 +30,10 @@ def painter(tmp_path_factory: pytest.TempPathFactory) -> Painter:
     assert train.train(out, names=done, device=torch.device("cpu"), workers=0, scale=1.0, seconds=None)
     kept = [part for part, path in layout.weight_files(WEIGHTS).items() if path.exists()]
     assert {"vq", "base", "trained"} == set(kept)
-    assert all(layout.weight_files(out)[part].read_bytes() == layout.weight_files(WEIGHTS)[part].read_bytes() for part in kept)
+    assert all(
+        layout.weight_files(out)[part].read_bytes() == layout.weight_files(WEIGHTS)[part].read_bytes()
+        for part in kept
+    )
     assert sum(path.stat().st_size for path in layout.weight_files(out).values()) <= WEIGHTS_LIMIT
     return Painter.from_checkpoint(out)
 
@@ -55,5 +59,8 @@ def test_held_out_prompts_and_riddles_are_put_in_plain_words(painter: Painter) -
     asked = [prompts.random_prompt(random, category, test=True) for category in prompts.CATEGORIES * 3]
     asked += [riddles.random_riddle(random, kind, test=True) for kind in riddles.KINDS * 5]
     answers, _ = painter.reason([text for text, _ in asked], seed=1)
-    right = sum(answer.strip() == prompts.caption(request) for answer, (_, request) in zip(answers, asked, strict=True))
+    right = sum(
+        answer.strip() == prompts.caption(request)
+        for answer, (_, request) in zip(answers, asked, strict=True)
+    )
     assert right >= len(asked) - 1

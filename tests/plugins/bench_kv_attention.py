@@ -8,6 +8,7 @@ of many in a CUDA graph, each with other caches, as layers of a decoder follow e
 kernel of a call and of the whole call from the first kernel's start to the last one's end. `--configurations` instead: the kernels in
 every configuration (kConfigs in kv_attention.h) and number of splits that might suit, to choose by for another GPU.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,7 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_kernels import Attention, library
 
 DIM, ROUNDS = 128, 40
-COLD_BYTES = 1 << 30  # read before each call: no cache keeps what the call needs, and the host is ahead of the GPU meanwhile
+COLD_BYTES = (
+    1 << 30
+)  # read before each call: no cache keeps what the call needs, and the host is ahead of the GPU meanwhile
 GRAPH_BYTES, GRAPH_CALLS = 256 << 20, 128  # caches of a graph's calls, together; calls at most
 
 
@@ -41,15 +44,45 @@ class Shape:
 
     def moved_bytes(self, peer: str) -> int:
         """Of the caches, read once."""
-        return 2 * self.rows * self.kv_heads * self.used * (DIM + 4 if self.int8 and peer == "star" else 2 * DIM)
+        return (
+            2 * self.rows * self.kv_heads * self.used * (DIM + 4 if self.int8 and peer == "star" else 2 * DIM)
+        )
 
 
 MODELS = (("STAR-3B", 16, 2), ("STAR-7B", 28, 4))  # heads, key heads
-SHAPES = [Shape(f"{model} {'prefill' if new > 1 else 'decode'}{', int8' * int8}", 2, heads, kv_heads, new, used, int8=int8)
-          for model, heads, kv_heads in MODELS for new, used, int8 in
-          ((1, 640, False), (1, 960, False), (1, 1280, False), (1, 1280, True), (64, 64, False), (1250, 1250, False))]
-SHAPES += [Shape(f"large cache{', int8' * int8}", rows, 4 * kv_heads, kv_heads, 1, 4096, 4096, int8)  # bandwidth, not latency
-           for rows, kv_heads, int8 in ((4, 8, False), (8, 8, False), (8, 16, False), (8, 32, False), (8, 8, True), (8, 32, True))]
+SHAPES = [
+    Shape(
+        f"{model} {'prefill' if new > 1 else 'decode'}{', int8' * int8}",
+        2,
+        heads,
+        kv_heads,
+        new,
+        used,
+        int8=int8,
+    )
+    for model, heads, kv_heads in MODELS
+    for new, used, int8 in (
+        (1, 640, False),
+        (1, 960, False),
+        (1, 1280, False),
+        (1, 1280, True),
+        (64, 64, False),
+        (1250, 1250, False),
+    )
+]
+SHAPES += [
+    Shape(
+        f"large cache{', int8' * int8}", rows, 4 * kv_heads, kv_heads, 1, 4096, 4096, int8
+    )  # bandwidth, not latency
+    for rows, kv_heads, int8 in (
+        (4, 8, False),
+        (8, 8, False),
+        (8, 16, False),
+        (8, 32, False),
+        (8, 8, True),
+        (8, 32, True),
+    )
+]
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -58,21 +91,29 @@ def normal(*shape: int) -> torch.Tensor:
 
 def inputs(shape: Shape) -> list[torch.Tensor]:
     """query, key, value, key cache, value cache"""
-    sizes = [(shape.heads, shape.new), *[(shape.kv_heads, shape.new)] * 2, *[(shape.kv_heads, shape.capacity)] * 2]
+    sizes = [
+        (shape.heads, shape.new),
+        *[(shape.kv_heads, shape.new)] * 2,
+        *[(shape.kv_heads, shape.capacity)] * 2,
+    ]
     return [normal(shape.rows, heads, tokens, DIM) for heads, tokens in sizes]
 
 
 def int8_cache(shape: Shape) -> torch.Tensor:
     """[B, KV, C, D + 4]: every plane its codes, then its scales."""
-    planes = torch.randint(-127, 128, (shape.rows, shape.kv_heads, shape.capacity * (DIM + 4)), dtype=torch.int8, device="cuda")
-    planes[..., shape.capacity * DIM:].view(torch.float32).fill_(0.02)
+    planes = torch.randint(
+        -127, 128, (shape.rows, shape.kv_heads, shape.capacity * (DIM + 4)), dtype=torch.int8, device="cuda"
+    )
+    planes[..., shape.capacity * DIM :].view(torch.float32).fill_(0.02)
     return planes.view(shape.rows, shape.kv_heads, shape.capacity, DIM + 4)
 
 
 def star(shape: Shape, **layout):
     query, key, value, *caches = inputs(shape)
     caches = [int8_cache(shape) for _ in caches] if shape.int8 else caches
-    return Attention(query, key, value, *caches, torch.full((shape.rows,), shape.used - shape.new, device="cuda"), **layout)
+    return Attention(
+        query, key, value, *caches, torch.full((shape.rows,), shape.used - shape.new, device="cuda"), **layout
+    )
 
 
 def sdpa(shape: Shape):
@@ -83,7 +124,7 @@ def sdpa(shape: Shape):
     def call():
         for cache, x in zip(caches, (key, value)):
             cache.index_copy_(2, slots, x)
-        keys, values = (cache[:, :, :shape.used] for cache in caches)
+        keys, values = (cache[:, :, : shape.used] for cache in caches)
         return F.scaled_dot_product_attention(query, keys, values, is_causal=shape.new > 1, enable_gqa=True)
 
     return call
@@ -91,14 +132,22 @@ def sdpa(shape: Shape):
 
 def flash_attn(shape: Shape):
     from flash_attn import flash_attn_with_kvcache
+
     q, k, v, key_cache, value_cache = (x.transpose(1, 2).contiguous() for x in inputs(shape))
     lengths = torch.full((shape.rows,), shape.used - shape.new, dtype=torch.int32, device="cuda")
-    return lambda: flash_attn_with_kvcache(q, key_cache, value_cache, k, v, cache_seqlens=lengths, causal=True)
+    return lambda: flash_attn_with_kvcache(
+        q, key_cache, value_cache, k, v, cache_seqlens=lengths, causal=True
+    )
 
 
-PEERS = {"star": (star, None), "sdpa": (sdpa, None), "sdpa flash": (sdpa, SDPBackend.FLASH_ATTENTION),
-         "sdpa cudnn": (sdpa, SDPBackend.CUDNN_ATTENTION), "sdpa efficient": (sdpa, SDPBackend.EFFICIENT_ATTENTION),
-         "flash-attn": (flash_attn, None)}
+PEERS = {
+    "star": (star, None),
+    "sdpa": (sdpa, None),
+    "sdpa flash": (sdpa, SDPBackend.FLASH_ATTENTION),
+    "sdpa cudnn": (sdpa, SDPBackend.CUDNN_ATTENTION),
+    "sdpa efficient": (sdpa, SDPBackend.EFFICIENT_ATTENTION),
+    "flash-attn": (flash_attn, None),
+}
 
 
 def timed(call, *, before) -> float:
@@ -143,17 +192,44 @@ def measure(shape: Shape, *, bandwidth: float, flush) -> None:
             print(json.dumps(line | {"unavailable": str(error).splitlines()[0][:80]}), flush=True)
             continue
         plan = {"configuration": call.plan[0], "splits": call.plan[1]} if peer == "star" else {}
-        print(json.dumps(line | plan | {"cache_bytes": moved, "us": round(found[peer], 2), "graph_us": round(in_graph, 2),
-                                        "share_of_copy_bandwidth": round(moved / found[peer] * 1e6 / bandwidth, 3),
-                                        "graph_share": round(moved / in_graph * 1e6 / bandwidth, 3)}), flush=True)
+        print(
+            json.dumps(
+                line
+                | plan
+                | {
+                    "cache_bytes": moved,
+                    "us": round(found[peer], 2),
+                    "graph_us": round(in_graph, 2),
+                    "share_of_copy_bandwidth": round(moved / found[peer] * 1e6 / bandwidth, 3),
+                    "graph_share": round(moved / in_graph * 1e6 / bandwidth, 3),
+                }
+            ),
+            flush=True,
+        )
     ours = found.pop("star")
     best = min(found, key=found.get)
     share, speed = shape.moved_bytes("star") / ours * 1e6 / bandwidth, found[best] / ours
-    goals = {"0.7 of the best": speed >= 0.7} if shape.new > 1 else {"not slower than sdpa": ours <= found["sdpa"]}
+    goals = (
+        {"0.7 of the best": speed >= 0.7}
+        if shape.new > 1
+        else {"not slower than sdpa": ours <= found["sdpa"]}
+    )
     if shape.new == 1 and shape.moved_bytes("star") > 64e6:
         goals["0.8 of copy bandwidth"] = share >= 0.8
-    print(json.dumps({"shape": shape.name, "used": shape.used, "best": best, "best_over_star": round(speed, 3),
-                      "sdpa_over_star": round(found["sdpa"] / ours, 3), "share": round(share, 3), "goals": goals}), flush=True)
+    print(
+        json.dumps(
+            {
+                "shape": shape.name,
+                "used": shape.used,
+                "best": best,
+                "best_over_star": round(speed, 3),
+                "sdpa_over_star": round(found["sdpa"] / ours, 3),
+                "share": round(share, 3),
+                "goals": goals,
+            }
+        ),
+        flush=True,
+    )
 
 
 def try_configurations(shape: Shape, *, bandwidth: float, flush) -> None:
@@ -162,8 +238,15 @@ def try_configurations(shape: Shape, *, bandwidth: float, flush) -> None:
     per_split = shape.rows * shape.kv_heads
     processors = torch.cuda.get_device_properties().multi_processor_count
     several = [max(1, int(processors * blocks / per_split)) for blocks in (0.25, 0.5, 1, 2, 3, 4, 6)]
-    plans = [(0, splits) for splits in several] if shape.new == 1 else [
-        (configuration, splits) for configuration in range(1, library().star_configurations()) for splits in (1, 2, 4)]
+    plans = (
+        [(0, splits) for splits in several]
+        if shape.new == 1
+        else [
+            (configuration, splits)
+            for configuration in range(1, library().star_configurations())
+            for splits in (1, 2, 4)
+        ]
+    )
     seen = set()
     for plan in [chosen, *plans]:
         call = star(shape, plan=plan)
@@ -171,9 +254,22 @@ def try_configurations(shape: Shape, *, bandwidth: float, flush) -> None:
             continue
         seen.add(call.plan)
         us = timed(call, before=flush)
-        print(json.dumps({"shape": shape.name, "new": shape.new, "used": shape.used, "cache_bytes": shape.moved_bytes("star"),
-                          "configuration": call.plan[0], "splits": call.plan[1], "chosen": call.plan == chosen, "us": round(us, 2),
-                          "share_of_copy_bandwidth": round(shape.moved_bytes("star") / us * 1e6 / bandwidth, 3)}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "shape": shape.name,
+                    "new": shape.new,
+                    "used": shape.used,
+                    "cache_bytes": shape.moved_bytes("star"),
+                    "configuration": call.plan[0],
+                    "splits": call.plan[1],
+                    "chosen": call.plan == chosen,
+                    "us": round(us, 2),
+                    "share_of_copy_bandwidth": round(shape.moved_bytes("star") / us * 1e6 / bandwidth, 3),
+                }
+            ),
+            flush=True,
+        )
 
 
 def profile(shape: Shape, *, flush) -> None:
@@ -187,8 +283,10 @@ def profile(shape: Shape, *, flush) -> None:
                 flush()
                 call()
             torch.cuda.synchronize()
-        events = sorted((e for e in records.events() if e.device_type == torch.autograd.DeviceType.CUDA),
-                        key=lambda event: event.time_range.start)
+        events = sorted(
+            (e for e in records.events() if e.device_type == torch.autograd.DeviceType.CUDA),
+            key=lambda event: event.time_range.start,
+        )
         rounds: list[list] = []
         for event in events:
             if "reduce_kernel" in event.name:
@@ -200,8 +298,19 @@ def profile(shape: Shape, *, flush) -> None:
             for event in round_:
                 total[short(event.name)] += event.time_range.elapsed_us()
         spans = [r[-1].time_range.end - r[0].time_range.start for r in rounds if r]
-        print(json.dumps({"shape": shape.name, "peer": peer, "new": shape.new, "used": shape.used, "span_us": median(spans),
-                          "kernels": {name: median(total[name] for total in totals) for name in totals[-1]}}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "shape": shape.name,
+                    "peer": peer,
+                    "new": shape.new,
+                    "used": shape.used,
+                    "span_us": median(spans),
+                    "kernels": {name: median(total[name] for total in totals) for name in totals[-1]},
+                }
+            ),
+            flush=True,
+        )
 
 
 def median(numbers) -> float:
@@ -215,9 +324,13 @@ def short(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--profile", action="store_true", help="time every kernel instead")
-    parser.add_argument("--configurations", action="store_true", help="time the kernels in other configurations instead")
+    parser.add_argument(
+        "--configurations", action="store_true", help="time the kernels in other configurations instead"
+    )
     chosen = parser.parse_args()
     cold = torch.ones(COLD_BYTES // 4, device="cuda")
     target = torch.empty_like(cold)
@@ -226,8 +339,18 @@ def main() -> None:
         cold.sum()
 
     bandwidth = 2 * COLD_BYTES / timed(lambda: target.copy_(cold), before=flush) * 1e6
-    print(json.dumps({"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
-                      "torch": torch.__version__, "cuda": torch.version.cuda, "copy_bytes_per_s": round(bandwidth)}), flush=True)
+    print(
+        json.dumps(
+            {
+                "gpu": torch.cuda.get_device_name(),
+                "capability": torch.cuda.get_device_capability(),
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "copy_bytes_per_s": round(bandwidth),
+            }
+        ),
+        flush=True,
+    )
     for shape in SHAPES:
         if chosen.profile:
             profile(shape, flush=flush)

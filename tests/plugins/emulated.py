@@ -1,4 +1,5 @@
 """The kernels on emulated GPU blocks: builds `host_driver.cpp` with the machine's C++ compiler and calls it on numpy arrays."""
+
 from __future__ import annotations
 
 import ctypes
@@ -13,7 +14,12 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from engines.runtime.kv_cache import codes_from_rows, int8_cache_from_rows, kv_cache_attention, rows_from_int8_cache
+from engines.runtime.kv_cache import (
+    codes_from_rows,
+    int8_cache_from_rows,
+    kv_cache_attention,
+    rows_from_int8_cache,
+)
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "engines" / "plugins"
@@ -47,17 +53,38 @@ def compiler() -> str:
     return found
 
 
-FLAGS = ("-std=c++17", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-DSTAR_EMULATED", f"-I{HERE}")
+FLAGS = (
+    "-std=c++17",
+    "-U_FORTIFY_SOURCE",
+    "-fPIC",
+    "-shared",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-DSTAR_EMULATED",
+    f"-I{HERE}",
+)
 
 
 def built(sources: Path, *more: str) -> ctypes.CDLL:
     """The driver compiled with the kernels in `sources` and loaded."""
     with tempfile.TemporaryDirectory(prefix="star-emulated-") as folder:
         out = Path(folder) / "libemulated.so"
-        subprocess.run([compiler(), *FLAGS, f"-I{sources}", *more, str(HERE / "host_driver.cpp"), "-o", str(out)], check=True)
+        subprocess.run(
+            [compiler(), *FLAGS, f"-I{sources}", *more, str(HERE / "host_driver.cpp"), "-o", str(out)],
+            check=True,
+        )
         loaded = ctypes.CDLL(str(out))
     number = ctypes.c_int
-    loaded.star_emulate.argtypes = [ctypes.c_void_p, ctypes.c_void_p, number, number, ctypes.c_float, number, ctypes.c_uint]
+    loaded.star_emulate.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        number,
+        number,
+        ctypes.c_float,
+        number,
+        ctypes.c_uint,
+    ]
     return loaded
 
 
@@ -77,7 +104,10 @@ def guarded(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def arrays(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
     """query, key, value, past key, past value. Slots that are not written before the call are NaN in the caches."""
-    kind, (b, h, kv, s, c, d) = ELEMENTS[case.element], (case.rows, case.heads, case.kv_heads, case.new, case.capacity, case.dim)
+    kind, (b, h, kv, s, c, d) = (
+        ELEMENTS[case.element],
+        (case.rows, case.heads, case.kv_heads, case.new, case.capacity, case.dim),
+    )
 
     def normal(*shape):
         return rng.standard_normal(shape, np.float32).astype(kind)
@@ -85,7 +115,7 @@ def arrays(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
     caches = [normal(b, kv, c, d), normal(b, kv, c, d)]
     for cache in caches:
         for row, first in enumerate(case.first):
-            cache[row, :, max(first, 0):] = np.nan
+            cache[row, :, max(first, 0) :] = np.nan
     return [normal(b, h, s, d) * kind(1.5), normal(b, kv, s, d), normal(b, kv, s, d), *caches]
 
 
@@ -99,20 +129,30 @@ def int8_cache(rows: np.ndarray, first: tuple[int, ...]) -> np.ndarray:
     """The int8 cache of `rows`; in slots from `first` on codes are -128 and scales NaN."""
     codes, scales = codes_from_rows(np.nan_to_num(rows.astype(np.float32)))
     for row, index in enumerate(first):
-        codes[row, :, max(index, 0):], scales[row, :, max(index, 0):] = -128, np.nan
+        codes[row, :, max(index, 0) :], scales[row, :, max(index, 0) :] = -128, np.nan
     return int8_cache_from_rows(codes, scales)
 
 
-def emulate(case: Case, inputs: list[np.ndarray], *,
-            driver: ctypes.CDLL | None = None) -> tuple[list[np.ndarray], tuple[int, int], bool]:
+def emulate(
+    case: Case, inputs: list[np.ndarray], *, driver: ctypes.CDLL | None = None
+) -> tuple[list[np.ndarray], tuple[int, int], bool]:
     """(output, key cache, value cache), (configuration, splits) and whether the flag was raised, after a check of the guards."""
     query, key, value, *caches = inputs
-    whole = [guarded(x) for x in (query, key, value, *caches, np.array(case.first, np.int64), np.zeros_like(query))]
+    whole = [
+        guarded(x) for x in (query, key, value, *caches, np.array(case.first, np.int64), np.zeros_like(query))
+    ]
     sizes = np.array([case.rows, case.heads, case.kv_heads, case.new, case.capacity, case.dim], np.int32)
     pointers = (ctypes.c_void_p * 7)(*(inner.ctypes.data for _, inner in whole))
     run = (driver or library()).star_emulate
-    result = run(sizes.ctypes.data, ctypes.addressof(pointers), case.element, case.int8, case.dim**-0.5, case.processors,
-                 case.seed)
+    result = run(
+        sizes.ctypes.data,
+        ctypes.addressof(pointers),
+        case.element,
+        case.int8,
+        case.dim**-0.5,
+        case.processors,
+        case.seed,
+    )
     assert result != -1, "the shape was refused"
     for outer, _ in whole:
         sides = np.concatenate([outer[:GUARD], outer[-GUARD:]])
@@ -128,7 +168,9 @@ def expected(case: Case, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], np
     query, key, value, past_key, past_value = inputs
     kind, first = ELEMENTS[case.element], np.array(case.first)
     if case.int8:
-        (key, kept_key), (value, kept_value) = ((_meaning(*codes_from_rows(x), kind), codes_from_rows(x)) for x in (key, value))
+        (key, kept_key), (value, kept_value) = (
+            (_meaning(*codes_from_rows(x), kind), codes_from_rows(x)) for x in (key, value)
+        )
         pasts = [rows_from_int8_cache(x) for x in (past_key, past_value)]
         past_key, past_value = (_meaning(*x, kind) for x in pasts)
     wide = [x.astype(np.float64) for x in (query, key, value, past_key, past_value)]
@@ -148,7 +190,10 @@ def _meaning(codes: np.ndarray, scales: np.ndarray, kind) -> np.ndarray:
 def _written(past, kept, case: Case) -> np.ndarray:
     codes, scales = (x.copy() for x in past)
     for row, first in enumerate(case.first):
-        codes[row, :, first:first + case.new], scales[row, :, first:first + case.new] = kept[0][row], kept[1][row]
+        codes[row, :, first : first + case.new], scales[row, :, first : first + case.new] = (
+            kept[0][row],
+            kept[1][row],
+        )
     return int8_cache_from_rows(codes, scales)
 
 

@@ -1,4 +1,5 @@
 """The kernels compile with nvcc for every architecture that needs them, without keeping registers in memory."""
+
 from __future__ import annotations
 
 import re
@@ -22,11 +23,23 @@ def nvcc() -> str:
 
 @pytest.fixture(scope="module")
 def known(nvcc: str) -> set[str]:
-    return set(subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split())
+    return set(
+        subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
+    )
 
 
 def compiled(nvcc: str, source, architecture: str, out, *, kind: str = "-cubin") -> str:
-    flags = ["-std=c++17", "-O3", f"-arch={architecture}", f"-I{SOURCES}", "-Xptxas", "-v", "-Werror", "all-warnings", kind]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        f"-arch={architecture}",
+        f"-I{SOURCES}",
+        "-Xptxas",
+        "-v",
+        "-Werror",
+        "all-warnings",
+        kind,
+    ]
     result = subprocess.run([nvcc, *flags, str(source), "-o", str(out)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stderr
@@ -44,5 +57,7 @@ def test_the_kernels_compile_for(nvcc: str, known: set[str], tmp_path, architect
 
 def test_every_kernel_and_the_launcher_compile_for_one_architecture(nvcc: str, tmp_path) -> None:
     log = compiled(nvcc, SOURCES / "kv_attention.cu", "sm_87", tmp_path / "all.o", kind="-c")
-    kernels = 2 * 2 * (2 * (1 + 3) + 1)  # types, head dims; for both caches a write and three to attend, and a merge
+    kernels = (
+        2 * 2 * (2 * (1 + 3) + 1)
+    )  # types, head dims; for both caches a write and three to attend, and a merge
     assert len(re.findall(r"Compiling entry function", log)) == kernels

@@ -2,6 +2,7 @@
 
 `python -m pytest -m gpu tests/plugins`; with pytest-xdist quicker: `-n 14 --maxschedchunk 1`. `-rP` shows how near the limits it was.
 """
+
 from __future__ import annotations
 
 import os
@@ -23,13 +24,21 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 PARTS = 16  # of the random shapes, for as many processes
 SANITIZER_SECONDS = 300
-MODELS = [Case(2, 16, 2, 1, 1280, 128, (1279, 640), processors=0), Case(2, 28, 4, 1, 640, 128, (639, 0), processors=0),
-          Case(2, 16, 2, 64, 1280, 128, (0, 500), processors=0), Case(2, 28, 4, 1250, 1280, 128, (0, 30), processors=0),
-          Case(8, 8, 8, 1, 4096, 128, tuple(range(4088, 4096)), processors=0),
-          Case(1, 16, 2, 1280, 4096, 128, (2816,), element=0, processors=0),
-          Case(8, 16, 2, 3, 4096, 64, tuple(range(0, 4000, 500)), int8=True, processors=0)]
-SANITIZED = [Case(2, 8, 2, 1, 200, 128, (150, 3)), Case(1, 8, 1, 33, 100, 64, (60,), int8=True),  # decode, few rows in int8,
-             Case(2, 14, 2, 20, 320, 128, (9, 100)), Case(1, 14, 2, 70, 128, 128, (58,), element=0, processors=1)]  # few, many
+MODELS = [
+    Case(2, 16, 2, 1, 1280, 128, (1279, 640), processors=0),
+    Case(2, 28, 4, 1, 640, 128, (639, 0), processors=0),
+    Case(2, 16, 2, 64, 1280, 128, (0, 500), processors=0),
+    Case(2, 28, 4, 1250, 1280, 128, (0, 30), processors=0),
+    Case(8, 8, 8, 1, 4096, 128, tuple(range(4088, 4096)), processors=0),
+    Case(1, 16, 2, 1280, 4096, 128, (2816,), element=0, processors=0),
+    Case(8, 16, 2, 3, 4096, 64, tuple(range(0, 4000, 500)), int8=True, processors=0),
+]
+SANITIZED = [
+    Case(2, 8, 2, 1, 200, 128, (150, 3)),
+    Case(1, 8, 1, 33, 100, 64, (60,), int8=True),  # decode, few rows in int8,
+    Case(2, 14, 2, 20, 320, 128, (9, 100)),
+    Case(1, 14, 2, 70, 128, 128, (58,), element=0, processors=1),
+]  # few, many
 
 CONFIGURED = [*SANITIZED, MODELS[2], Case(2, 14, 2, 150, 400, 128, (200, 31))]
 
@@ -51,15 +60,18 @@ def torch_attention(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
     rows = []
     for row, first in enumerate(case.first):
         slots = torch.arange(first, first + case.new, device="cuda")
-        keys, values = (c[row].index_copy(1, slots, x[row])[:, :first + case.new] for c, x in zip(caches, (key, value)))
+        keys, values = (
+            c[row].index_copy(1, slots, x[row])[:, : first + case.new] for c, x in zip(caches, (key, value))
+        )
         mask = torch.arange(first + case.new, device="cuda") <= slots[:, None]
         with sdpa_kernel(SDPBackend.MATH):
-            rows.append(sdpa(query[row:row + 1], keys[None], values[None], attn_mask=mask, enable_gqa=True))
+            rows.append(sdpa(query[row : row + 1], keys[None], values[None], attn_mask=mask, enable_gqa=True))
     return torch.cat(rows).double().cpu().numpy()
 
 
-def share_of_limit(case: Case, rng: np.random.Generator, *, torch_too: bool = True,
-                   plan: tuple[int, int] = (0, 0)) -> tuple[float, tuple]:
+def share_of_limit(
+    case: Case, rng: np.random.Generator, *, torch_too: bool = True, plan: tuple[int, int] = (0, 0)
+) -> tuple[float, tuple]:
     """The largest error of one call over what is allowed, and the kind of kernel; infinite where a cache differs or the flag is up.
 
     Allowed are two units in the last place beyond torch's largest error; for int8, which torch does not have, or without torch
@@ -73,7 +85,9 @@ def share_of_limit(case: Case, rng: np.random.Generator, *, torch_too: bool = Tr
     call = Attention(*tensors, torch.tensor(case.first, device="cuda"), processors=case.processors, plan=plan)
     error = np.abs(call().cpu().double().numpy() - wanted)
     if torch_too and not case.int8:
-        last_place = 2 * UNIT[ELEMENTS[case.element]] * 2.0 ** np.floor(np.log2(np.maximum(np.abs(wanted), 2.0**-14)))
+        last_place = (
+            2 * UNIT[ELEMENTS[case.element]] * 2.0 ** np.floor(np.log2(np.maximum(np.abs(wanted), 2.0**-14)))
+        )
         limit = np.abs(torch_attention(case, inputs) - wanted).max() + 2 * last_place
     same = [bits(t) for t in tensors[3:]] == [c.tobytes() for c in caches] and call.flag.item() == 0
     kind = call.plan[0], case.dim, ("fp16", "bf16")[case.element], "int8" if case.int8 else "plain"
@@ -92,33 +106,59 @@ def check_all(cases: Iterable[tuple[Case, np.random.Generator]], **options) -> N
     failed = sorted((case for case in shares if not shares[case] <= 1), key=shares.get, reverse=True)
     print(f"{len(shares)} cases, at most {max(shares.values(), default=np.inf):.3g} of the limit")
     listed = "".join(f"\n{shares[case]:.4g} times the limit: {kinds[case]} {case}" for case in failed[:4])
-    assert not failed and not stopped, f"{len(failed)} of {len(shares)} fail {dict(Counter(map(kinds.get, failed)))}{stopped}{listed}"
+    assert not failed and not stopped, (
+        f"{len(failed)} of {len(shares)} fail {dict(Counter(map(kinds.get, failed)))}{stopped}{listed}"
+    )
 
 
 def sanitized(tool: str, code: str) -> subprocess.CompletedProcess:
     """Python code under compute-sanitizer, which looks at this project's kernels alone; exit code 9 where it finds something."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=star", sys.executable, "-c", code]
+    command = [
+        program,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--kernel-regex",
+        "kns=star",
+        sys.executable,
+        "-c",
+        code,
+    ]
     here = Path(__file__).parent
     # without torch's cache of memory every tensor is an allocation of its own, whose ends are watched
-    environment = os.environ | {"PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
+    environment = os.environ | {
+        "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}",
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+    }
+    return subprocess.run(
+        command, cwd=here, env=environment, capture_output=True, text=True, timeout=SANITIZER_SECONDS
+    )
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    result = sanitized(tool, "import numpy as np, test_gpu\ntest_gpu.check_all([(case, np.random.default_rng(1))"
-                             " for case in test_gpu.SANITIZED], torch_too=False)\n")
+    result = sanitized(
+        tool,
+        "import numpy as np, test_gpu\ntest_gpu.check_all([(case, np.random.default_rng(1))"
+        " for case in test_gpu.SANITIZED], torch_too=False)\n",
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert f"{len(SANITIZED)} cases" in result.stdout
 
 
 def test_compute_sanitizer_sees_a_cache_that_is_too_short() -> None:
-    result = sanitized("memcheck", "import torch\nfrom torch_kernels import Attention\n"
-                                   "shapes = [(1, 4, 1, 64), *[(1, 2, 1, 64)] * 2, (1, 2, 128, 64), (1, 2, 64, 64)]\n"
-                                   "tensors = [torch.zeros(shape, dtype=torch.half, device='cuda') for shape in shapes]\n"
-                                   "Attention(*tensors, torch.full((1,), 120, device='cuda'))().cpu()\n")
-    assert result.returncode == 9 and "Invalid __global__" in result.stdout, result.stdout[-4000:] + result.stderr[-2000:]
+    result = sanitized(
+        "memcheck",
+        "import torch\nfrom torch_kernels import Attention\n"
+        "shapes = [(1, 4, 1, 64), *[(1, 2, 1, 64)] * 2, (1, 2, 128, 64), (1, 2, 64, 64)]\n"
+        "tensors = [torch.zeros(shape, dtype=torch.half, device='cuda') for shape in shapes]\n"
+        "Attention(*tensors, torch.full((1,), 120, device='cuda'))().cpu()\n",
+    )
+    assert result.returncode == 9 and "Invalid __global__" in result.stdout, (
+        result.stdout[-4000:] + result.stderr[-2000:]
+    )
 
 
 @pytest.mark.parametrize("case", MODELS, ids=str)

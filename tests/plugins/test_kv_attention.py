@@ -1,5 +1,6 @@
 """The kernels' own source, run on emulated GPU blocks, computes what engines/runtime/kv_cache.py defines; slots that were not written,
 what lies around the arrays and rows that do not fit are left alone. No GPU: the emulator's promises are in emulator.h."""
+
 from __future__ import annotations
 
 import shutil
@@ -16,16 +17,33 @@ RANDOM_SHAPES = 2000
 
 def random_case(rng: np.random.Generator) -> Case:
     """Few query rows, tiles of many, capacities that are no multiple of a tile, ragged write indices, both edges of the cache."""
-    rows, kv_heads, group = int(rng.integers(1, 3 if rng.random() < 0.9 else 9)), int(rng.integers(1, 3)), int(rng.integers(1, 9))
+    rows, kv_heads, group = (
+        int(rng.integers(1, 3 if rng.random() < 0.9 else 9)),
+        int(rng.integers(1, 3)),
+        int(rng.integers(1, 9)),
+    )
     capacity = int(rng.choice([rng.integers(1, 70), rng.integers(60, 140), rng.integers(120, 300)]))
-    new = int(min(capacity, rng.choice([1, 1, rng.integers(1, 9), rng.integers(1, 160 // (rows * group) + 2)])))
+    new = int(
+        min(capacity, rng.choice([1, 1, rng.integers(1, 9), rng.integers(1, 160 // (rows * group) + 2)]))
+    )
     int8 = bool(rng.random() < 0.3)
     capacity += -capacity % 4 if int8 else 0
     edges = [0, capacity - new, int(rng.integers(0, capacity - new + 1))]
     first = tuple(int(rng.choice(edges)) for _ in range(rows))
     dim, element = int(rng.choice([64, 128])), int(rng.integers(2))
-    return Case(rows, kv_heads * group, kv_heads, new, capacity, dim, first, element=element, int8=int8,
-                processors=int(rng.choice([1, 4, 16, 132])), seed=int(rng.integers(1 << 30)))
+    return Case(
+        rows,
+        kv_heads * group,
+        kv_heads,
+        new,
+        capacity,
+        dim,
+        first,
+        element=element,
+        int8=int8,
+        processors=int(rng.choice([1, 4, 16, 132])),
+        seed=int(rng.integers(1 << 30)),
+    )
 
 
 def test_two_thousand_random_shapes_are_as_defined() -> None:
@@ -38,18 +56,31 @@ def test_two_thousand_random_shapes_are_as_defined() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         plans = Counter(pool.map(one, range(RANDOM_SHAPES)))
-    for plan in ((0, True), (0, False), (1, True), (1, False), (2, False)):  # decode, two prefill kernels; split or whole
+    for plan in (
+        (0, True),
+        (0, False),
+        (1, True),
+        (1, False),
+        (2, False),
+    ):  # decode, two prefill kernels; split or whole
         assert plans[plan] >= 40, plans
 
 
 # heads and key heads are STAR-3B's and STAR-7B's
-@pytest.mark.parametrize("case", [
-    Case(2, 16, 2, 1, 1280, 128, (1279, 640), processors=16), Case(2, 28, 4, 1, 640, 128, (639, 0), processors=132),
-    Case(1, 16, 2, 1, 4096, 128, (4095,), int8=True, processors=8),
-    Case(8, 2, 1, 1, 1100, 64, tuple(range(0, 1100, 140)), element=0),
-    Case(2, 8, 1, 64, 640, 128, (0, 570), processors=16), Case(1, 7, 1, 1280, 1280, 128, (0,), processors=4),
-    Case(1, 2, 1, 1250, 4096, 64, (2846,), element=0, processors=2),
-    Case(1, 2, 2, 300, 300, 64, (0,), int8=True, processors=2)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 16, 2, 1, 1280, 128, (1279, 640), processors=16),
+        Case(2, 28, 4, 1, 640, 128, (639, 0), processors=132),
+        Case(1, 16, 2, 1, 4096, 128, (4095,), int8=True, processors=8),
+        Case(8, 2, 1, 1, 1100, 64, tuple(range(0, 1100, 140)), element=0),
+        Case(2, 8, 1, 64, 640, 128, (0, 570), processors=16),
+        Case(1, 7, 1, 1280, 1280, 128, (0,), processors=4),
+        Case(1, 2, 1, 1250, 4096, 64, (2846,), element=0, processors=2),
+        Case(1, 2, 2, 300, 300, 64, (0,), int8=True, processors=2),
+    ],
+    ids=str,
+)
 def test_the_shapes_of_the_models_are_as_defined(case: Case) -> None:
     check(case, np.random.default_rng(1))
 
@@ -59,10 +90,18 @@ def test_steps_and_a_rewind_equal_one_prefill() -> None:
     rng = np.random.default_rng(2)
     query, key, value, *caches = inputs_of(whole, rng)
     (expected, *_), _, _ = emulate(whole, [query, key, value, *caches])
-    for first, new in ((0, 5), (5, 1), (6, 3), (3, 2), (5, 7)):  # from 6 back to 3: what lay there is written again
-        part = np.s_[:, :, first:first + new]
+    for first, new in (
+        (0, 5),
+        (5, 1),
+        (6, 3),
+        (3, 2),
+        (5, 7),
+    ):  # from 6 back to 3: what lay there is written again
+        part = np.s_[:, :, first : first + new]
         step = replace(whole, new=new, first=(first,))
-        (output, *caches), _, _ = emulate(step, [np.ascontiguousarray(x[part]) for x in (query, key, value)] + caches)
+        (output, *caches), _, _ = emulate(
+            step, [np.ascontiguousarray(x[part]) for x in (query, key, value)] + caches
+        )
         np.testing.assert_allclose(output.astype(np.float32), expected[part].astype(np.float32), atol=2e-2)
     assert np.isnan(caches[0][:, :, 12:].astype(np.float32)).all()
 
@@ -73,7 +112,9 @@ def test_steps_and_a_rewind_equal_one_prefill() -> None:
 def test_a_row_that_does_not_fit_writes_nothing_raises_the_flag_and_gives_nan(first, int8, new) -> None:
     case = Case(2, 4, 2, new, 40, 64, first, int8=int8)
     fits = [0 <= index <= 40 - new for index in first]
-    inputs = inputs_of(replace(case, first=tuple(min(max(index, 0), 40) for index in first)), np.random.default_rng(3))
+    inputs = inputs_of(
+        replace(case, first=tuple(min(max(index, 0), 40) for index in first)), np.random.default_rng(3)
+    )
     (output, *caches), _, raised = emulate(case, inputs)
     assert raised and not all(fits)
     for row, fit in enumerate(fits):
@@ -84,10 +125,22 @@ def test_a_row_that_does_not_fit_writes_nothing_raises_the_flag_and_gives_nan(fi
 
 MUTANTS = {
     "one key too many": ("kv_attention.cuh", "if (n * 8 + e > last)", "if (n * 8 + e > last + 1)"),
-    "a barrier is missing": ("kv_attention.cuh", "meet();  // this tile is there, and no warp reads the last one any more", ""),
-    "unused slots are read": ("kv_attention.cuh", "i * kStep < used ? 16 : 0", "i * kStep < call.shape.capacity - t * kKeys ? 16 : 0"),
+    "a barrier is missing": (
+        "kv_attention.cuh",
+        "meet();  // this tile is there, and no warp reads the last one any more",
+        "",
+    ),
+    "unused slots are read": (
+        "kv_attention.cuh",
+        "i * kStep < used ? 16 : 0",
+        "i * kStep < call.shape.capacity - t * kKeys ? 16 : 0",
+    ),
     "splits are not weighted": ("kv_rows.cuh", "? exp2_of(stat[i].x - highest) : 0", "? 1 : 0"),
-    "new slots are read too early": ("kv_attention.cuh", "if (has_new && !had_new)", "if (has_new && !had_new && t < 0)"),
+    "new slots are read too early": (
+        "kv_attention.cuh",
+        "if (has_new && !had_new)",
+        "if (has_new && !had_new && t < 0)",
+    ),
     "the swizzle differs": ("kv_attention.cuh", "lane / 8 % 2", "lane / 16"),
 }
 

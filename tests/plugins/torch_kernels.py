@@ -1,4 +1,5 @@
 """The kernels on torch tensors: compiled with nvcc for the GPU that is here, called with addresses of device memory."""
+
 from __future__ import annotations
 
 import ctypes
@@ -16,7 +17,16 @@ import torch
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "engines" / "plugins"
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1}
-FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--threads=0", "--split-compile=0", "-Xcompiler", "-fPIC", "-shared")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "--threads=0",
+    "--split-compile=0",
+    "-Xcompiler",
+    "-fPIC",
+    "-shared",
+)
 
 
 def built(architecture: str) -> Path:
@@ -35,7 +45,15 @@ def built(architecture: str) -> Path:
         if not out.exists():
             nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
             unfinished = out.with_suffix(".unfinished.so")
-            command = [nvcc, *FLAGS, f"-arch={architecture}", f"-I{SOURCES}", *map(str, sources), "-o", str(unfinished)]
+            command = [
+                nvcc,
+                *FLAGS,
+                f"-arch={architecture}",
+                f"-I{SOURCES}",
+                *map(str, sources),
+                "-o",
+                str(unfinished),
+            ]
             subprocess.run(command, check=True)
             os.replace(unfinished, out)
     return out
@@ -58,7 +76,18 @@ class Attention:
     (int8: [B,KV,C,D+4]), first int64 [B]. `output` and `flag` (int32 [1]) are made here. It is laid out for a GPU of `processors`
     multiprocessors (0: the one that is here), or by the configuration and splits of `plan`, which afterwards says what was taken."""
 
-    def __init__(self, query, key, value, key_cache, value_cache, first, *, processors: int = 0, plan: tuple[int, int] = (0, 0)):
+    def __init__(
+        self,
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        first,
+        *,
+        processors: int = 0,
+        plan: tuple[int, int] = (0, 0),
+    ):
         self.int8 = key_cache.dtype == torch.int8
         self.layout = (ctypes.c_int * 3)(processors, *plan)
         rows, heads, new, dim = query.shape
@@ -69,15 +98,29 @@ class Attention:
         taken = library().star_plan(self.sizes, self.layout)
         self.plan = taken % 16, taken // 16
         self.output = torch.empty_like(query)
-        self.flag = torch.zeros(1, dtype=torch.int32).to(query.device)  # a copy: initcheck sees no kernel of torch's
+        self.flag = torch.zeros(1, dtype=torch.int32).to(
+            query.device
+        )  # a copy: initcheck sees no kernel of torch's
         self.workspace = torch.full((size // 4 + 1,), torch.nan, device=query.device)
-        self.tensors = (query, key, value, key_cache, value_cache, first, self.output, self.workspace, self.flag)
+        self.tensors = (
+            query,
+            key,
+            value,
+            key_cache,
+            value_cache,
+            first,
+            self.output,
+            self.workspace,
+            self.flag,
+        )
         self.pointers = (ctypes.c_void_p * 9)(*(t.data_ptr() for t in self.tensors))
         self.element, self.scale = ELEMENTS[query.dtype], dim**-0.5
 
     def __call__(self) -> torch.Tensor:
         stream = torch.cuda.current_stream().cuda_stream
-        status = library().star_run(self.sizes, self.pointers, self.element, int(self.int8), self.scale, self.layout, stream)
+        status = library().star_run(
+            self.sizes, self.pointers, self.element, int(self.int8), self.scale, self.layout, stream
+        )
         if status != 0:
             raise RuntimeError(f"a kernel could not be started: CUDA error {status}")
         return self.output

@@ -1,4 +1,5 @@
 """The miniature model in memory, and folders like its checkpoint in which a test may put something else."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -50,9 +51,11 @@ def folder(mini_checkpoint: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def put(folder: Path) -> Callable[[str, bytes | str], Path]:
     """Replace one file of `folder`."""
+
     def replace(name: str, content: bytes | str) -> Path:
         path = folder / name
         path.unlink(missing_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
+
     return replace

@@ -1,4 +1,5 @@
 """The official arrays, and how closely something agrees with them."""
+
 from __future__ import annotations
 
 import json
@@ -11,12 +12,21 @@ from torch import Tensor
 
 from reference.special import SpecialIds
 
-SPECIAL = SpecialIds(im_start=151_644, im_end=151_645, vision_start=151_652, vision_end=151_653, vision_pad=151_654,
-                     image_pad=151_655, fim_pad=151_662)  # the release's
+SPECIAL = SpecialIds(
+    im_start=151_644,
+    im_end=151_645,
+    vision_start=151_652,
+    vision_end=151_653,
+    vision_pad=151_654,
+    image_pad=151_655,
+    fim_pad=151_662,
+)  # the release's
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())}
-TEMPLATE = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-            "<|im_start|>assistant\n<|vision_start|>")
+TEMPLATE = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n<|vision_start|>"
+)
 
 
 @cache
@@ -36,6 +46,11 @@ def names(task: str) -> list[str]:
 
 def error(got: Tensor, expected: Tensor) -> float:
     """Largest difference in units of the expected values' standard deviation; NaN where either has one."""
-    assert got.shape == expected.shape and got.dtype == expected.dtype, (got.shape, expected.shape, got.dtype, expected.dtype)
+    assert got.shape == expected.shape and got.dtype == expected.dtype, (
+        got.shape,
+        expected.shape,
+        got.dtype,
+        expected.dtype,
+    )
     assert expected.std() > 0
     return float((got - expected).abs().max() / expected.std())

@@ -1,4 +1,5 @@
 """What every refusal of a checkpoint must look like."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
 """Weights and configuration must fit exactly; all differences are told at once, before anything is read (BAD_INPUTS 6, 10)."""
+
 from __future__ import annotations
 
 import json
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
+from released import qwen_json, star_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,8 +19,6 @@ from reference.containers import LazyTensor
 from reference.errors import CheckpointError
 from reference.model import Star
 from reference.weights import CheckpointFiles, load_star, named_tensors, resolve_checkpoint
-from refusals import refused
-from released import qwen_json, star_json
 
 QWEN = "Qwen2.5-VL-mini"
 SHARDS = [f"{QWEN}/model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
@@ -43,18 +44,25 @@ def save_base(folder: Path, shards: list[dict[str, Tensor]]) -> None:
         save_file(shard, folder / name)
     index = folder / QWEN / "model.safetensors.index.json"
     index.unlink()
-    index.write_text(json.dumps({"metadata": {}, "weight_map": {k: Path(n).name for n, s in zip(SHARDS, shards) for k in s}}))
+    index.write_text(
+        json.dumps(
+            {"metadata": {}, "weight_map": {k: Path(n).name for n, s in zip(SHARDS, shards) for k in s}}
+        )
+    )
 
 
 def same_numbers(star: Star, other: Star) -> bool:
     state, expected = star.state_dict(), other.state_dict()
-    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+    return state.keys() == expected.keys() and all(
+        torch.equal(state[name], expected[name]) for name in expected
+    )
 
 
 @pytest.fixture
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(self: LazyTensor) -> Tensor:
         raise AssertionError(f"{self.name} was read before the comparison was over")
+
     monkeypatch.setattr(LazyTensor, "load", load)
 
 
@@ -65,9 +73,13 @@ def test_all_kinds_of_difference_are_told_at_once(folder: Path, nothing_is_read:
     tensors["stacked_ar.model.norm.weight"] = torch.zeros(65)
     tensors["pixel_output_head.bias"] = torch.zeros(1024, dtype=torch.int64)
     save_trained(folder, {"state_dict": tensors})
-    with refused("4 tensors differ", "STAR-mini.pt: pixel_adapter.layers.0.bias: missing",
-                 "pixel_adapter.layers.4.weight: unexpected", "stacked_ar.model.norm.weight: expected shape [64], got [65]",
-                 "pixel_output_head.bias: expected a float of 16, 32 or 64 bits, got int64"):
+    with refused(
+        "4 tensors differ",
+        "STAR-mini.pt: pixel_adapter.layers.0.bias: missing",
+        "pixel_adapter.layers.4.weight: unexpected",
+        "stacked_ar.model.norm.weight: expected shape [64], got [65]",
+        "pixel_output_head.bias: expected a float of 16, 32 or 64 bits, got int64",
+    ):
         load_star(resolve_checkpoint(folder))
 
 
@@ -82,7 +94,9 @@ def test_ten_are_named_and_all_are_counted(folder: Path, nothing_is_read: None) 
 
 
 def test_differences_of_all_three_files_come_together(folder: Path, nothing_is_read: None) -> None:
-    save_trained(folder, {"state_dict": {k: v for k, v in trained(folder).items() if k != "pixel_output_head.bias"}})
+    save_trained(
+        folder, {"state_dict": {k: v for k, v in trained(folder).items() if k != "pixel_output_head.bias"}}
+    )
     shards = [load_file(folder / name) for name in SHARDS]
     shards[0]["visual.merger.ln_q.weight"] = torch.zeros(3)
     save_base(folder, shards)
@@ -90,14 +104,19 @@ def test_differences_of_all_three_files_come_together(folder: Path, nothing_is_r
     del vq["decoder.conv_blocks.4.res.2.conv1.bias"]
     (folder / "VQ-Model.pt").unlink()
     torch.save(vq, folder / "VQ-Model.pt")
-    with refused("3 tensors differ", "pixel_output_head.bias: missing", "visual.merger.ln_q.weight: expected shape [64], got [3]",
-                 "VQ-Model.pt: decoder.conv_blocks.4.res.2.conv1.bias: missing"):
+    with refused(
+        "3 tensors differ",
+        "pixel_output_head.bias: missing",
+        "visual.merger.ln_q.weight: expected shape [64], got [3]",
+        "VQ-Model.pt: decoder.conv_blocks.4.res.2.conv1.bias: missing",
+    ):
         load_star(resolve_checkpoint(folder))
 
 
 @pytest.mark.parametrize("size", ["3B", "7B"])
-def test_the_configuration_of_another_model_is_refused_before_anything_is_read(folder: Path, put: Put, size: str,
-                                                                              nothing_is_read: None) -> None:
+def test_the_configuration_of_another_model_is_refused_before_anything_is_read(
+    folder: Path, put: Put, size: str, nothing_is_read: None
+) -> None:
     put("STAR-mini.json", json.dumps(star_json(size)))
     put(f"{QWEN}/config.json", json.dumps(qwen_json(size)))
     files = resolve_checkpoint(folder, base=folder / QWEN, vq=folder / "VQ-Model.pt")
@@ -105,7 +124,9 @@ def test_the_configuration_of_another_model_is_refused_before_anything_is_read(f
         load_star(files)
 
 
-def test_one_changed_size_in_the_configuration_is_refused(folder: Path, put: Put, nothing_is_read: None) -> None:
+def test_one_changed_size_in_the_configuration_is_refused(
+    folder: Path, put: Put, nothing_is_read: None
+) -> None:
     config = (folder / QWEN / "config.json").read_text()
     put(f"{QWEN}/config.json", config.replace('"intermediate_size": 160', '"intermediate_size": 320'))
     with refused("18 tensors differ", "mlp.gate_proj.weight: expected shape [320, 64], got [160, 64]"):
@@ -117,9 +138,18 @@ def test_newer_names_are_read(folder: Path, stars: dict[bool, Star]) -> None:
         if name.startswith("visual."):
             return "model." + name
         return name.replace("model.", "model.language_model.", 1) if not name.startswith("lm_head.") else name
-    save_base(folder, [{newer(name): tensor for name, tensor in load_file(folder / shard).items()} for shard in SHARDS])
-    save_trained(folder, {name.replace("stacked_ar.model.", "stacked_ar.model.language_model."): tensor
-                          for name, tensor in trained(folder).items()})
+
+    save_base(
+        folder,
+        [{newer(name): tensor for name, tensor in load_file(folder / shard).items()} for shard in SHARDS],
+    )
+    save_trained(
+        folder,
+        {
+            name.replace("stacked_ar.model.", "stacked_ar.model.language_model."): tensor
+            for name, tensor in trained(folder).items()
+        },
+    )
     assert same_numbers(load_star(resolve_checkpoint(folder)), stars[True])
 
 
@@ -132,8 +162,10 @@ def test_one_tensor_under_both_names_is_refused(folder: Path, nothing_is_read: N
 
 
 def test_diffusion_and_usage_tensors_are_set_aside(folder: Path, stars: dict[bool, Star]) -> None:
-    tensors = trained(folder) | {"diffusion_decoder.transformer.x_embedder.weight": torch.full((4, 4), torch.nan),
-                                 "diffusion_decoder.vae.encoder.bias": torch.zeros(2, dtype=torch.int64)}
+    tensors = trained(folder) | {
+        "diffusion_decoder.transformer.x_embedder.weight": torch.full((4, 4), torch.nan),
+        "diffusion_decoder.vae.encoder.bias": torch.zeros(2, dtype=torch.int64),
+    }
     save_trained(folder, tensors)  # a bare dictionary
     assert same_numbers(load_star(resolve_checkpoint(folder)), stars[True])
 
@@ -156,15 +188,22 @@ def test_tied_embeddings_are_one_parameter(folder: Path, put: Put) -> None:
 def test_index_and_shards_must_agree(folder: Path, put: Put) -> None:
     name = f"{QWEN}/model.safetensors.index.json"
     index = json.loads((folder / name).read_text())
-    for change, told in [({"visual.merger.ln_q.weight": "model-00002-of-00002.safetensors"}, "visual.merger.ln_q.weight"),
-                         ({"visual.more": "model-00001-of-00002.safetensors"}, "visual.more"),
-                         ({"lm_head.weight": "../../outside.safetensors"}, "bad shard name"),
-                         ({"lm_head.weight": "/dev/zero"}, "bad shard name"),
-                         ({"lm_head.weight": 3}, "weight_map.lm_head.weight")]:
+    for change, told in [
+        ({"visual.merger.ln_q.weight": "model-00002-of-00002.safetensors"}, "visual.merger.ln_q.weight"),
+        ({"visual.more": "model-00001-of-00002.safetensors"}, "visual.more"),
+        ({"lm_head.weight": "../../outside.safetensors"}, "bad shard name"),
+        ({"lm_head.weight": "/dev/zero"}, "bad shard name"),
+        ({"lm_head.weight": 3}, "weight_map.lm_head.weight"),
+    ]:
         put(name, json.dumps(index | {"weight_map": index["weight_map"] | change}))
         with refused(told):
             load_star(resolve_checkpoint(folder))
-    put(name, json.dumps(index | {"weight_map": {k: v for k, v in index["weight_map"].items() if k != "lm_head.weight"}}))
+    put(
+        name,
+        json.dumps(
+            index | {"weight_map": {k: v for k, v in index["weight_map"].items() if k != "lm_head.weight"}}
+        ),
+    )
     with refused("lm_head.weight", "the index says nothing"):
         load_star(resolve_checkpoint(folder))
 
@@ -202,10 +241,14 @@ def test_stored_numbers_stay_memory_mapped(mini_files: CheckpointFiles, star: St
         pytest.skip("this system does not list its mappings")
     address, source = star.get_parameter(name).data_ptr(), tensors_of(mini_files)[name].source
     spans = [line.split() for line in maps.read_text().splitlines() if line.endswith(str(source.resolve()))]
-    assert any(int(start, 16) <= address < int(end, 16) for start, end in (span[0].split("-") for span in spans))
+    assert any(
+        int(start, 16) <= address < int(end, 16) for start, end in (span[0].split("-") for span in spans)
+    )
 
 
 def test_another_dtype_can_be_asked_for(mini_files: CheckpointFiles) -> None:
     star = load_star(mini_files, dtype=torch.bfloat16)
-    assert {p.dtype for p in star.parameters()} == {torch.bfloat16} and star.base_ar.rotary.inv_freq.dtype == torch.float32
+    assert {p.dtype for p in star.parameters()} == {
+        torch.bfloat16
+    } and star.base_ar.rotary.inv_freq.dtype == torch.float32
     assert not star.training and not any(p.requires_grad for p in star.parameters())

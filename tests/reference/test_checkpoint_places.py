@@ -1,18 +1,23 @@
 """Where a checkpoint's files are looked for: a folder, its JSON, a clone of the release, the hub's cache, or as told."""
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from reference.weights import CheckpointFiles, resolve_checkpoint
-from refusals import refused
 
 
 def test_a_folder_and_its_json_mean_the_same(mini_checkpoint: Path) -> None:
-    expected = CheckpointFiles(mini_checkpoint / "STAR-mini.json", mini_checkpoint / "STAR-mini.pt",
-                               mini_checkpoint / "Qwen2.5-VL-mini", mini_checkpoint / "VQ-Model.pt")
+    expected = CheckpointFiles(
+        mini_checkpoint / "STAR-mini.json",
+        mini_checkpoint / "STAR-mini.pt",
+        mini_checkpoint / "Qwen2.5-VL-mini",
+        mini_checkpoint / "VQ-Model.pt",
+    )
     assert resolve_checkpoint(mini_checkpoint) == expected
     assert resolve_checkpoint(str(mini_checkpoint / "STAR-mini.json")) == expected
 
@@ -45,10 +50,18 @@ def test_a_clone_of_the_release_with_its_checkpoints_folder(tmp_path: Path) -> N
     for name in ("STAR-3B.pt", "VQ-Model.pt"):
         (weights / name).touch()
     source = configs / "STAR_Qwen2.5-VL-3B.json"
-    source.write_text(json.dumps({"language_model": {"model_path": "checkpoints/Qwen2.5-VL-3B-Instruct"},
-                                  "pixel_encoder": {"model_path": "checkpoints/VQ-Model.pt"}}))
+    source.write_text(
+        json.dumps(
+            {
+                "language_model": {"model_path": "checkpoints/Qwen2.5-VL-3B-Instruct"},
+                "pixel_encoder": {"model_path": "checkpoints/VQ-Model.pt"},
+            }
+        )
+    )
     files = resolve_checkpoint(source, checkpoint=weights / "STAR-3B.pt")
-    assert files == CheckpointFiles(source, weights / "STAR-3B.pt", weights / "Qwen2.5-VL-3B-Instruct", weights / "VQ-Model.pt")
+    assert files == CheckpointFiles(
+        source, weights / "STAR-3B.pt", weights / "Qwen2.5-VL-3B-Instruct", weights / "VQ-Model.pt"
+    )
 
 
 def test_what_is_absent_is_named(mini_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
@@ -100,8 +113,14 @@ def cached(hub: Path, repository: str, files: list[Path]) -> Path:
 
 
 def test_hub_ids_are_read_from_the_cache(mini_checkpoint: Path, offline_hub: Path) -> None:
-    star = cached(offline_hub, "MM-MVR/STAR-mini", [mini_checkpoint / "STAR-mini.json", mini_checkpoint / "STAR-mini.pt"])
-    qwen = cached(offline_hub, "Qwen/Qwen2.5-VL-mini", sorted((mini_checkpoint / "Qwen2.5-VL-mini").iterdir()))
+    star = cached(
+        offline_hub,
+        "MM-MVR/STAR-mini",
+        [mini_checkpoint / "STAR-mini.json", mini_checkpoint / "STAR-mini.pt"],
+    )
+    qwen = cached(
+        offline_hub, "Qwen/Qwen2.5-VL-mini", sorted((mini_checkpoint / "Qwen2.5-VL-mini").iterdir())
+    )
     vq = cached(offline_hub, "MM-MVR/STAR-VQ", [mini_checkpoint / "VQ-Model.pt"])
     files = resolve_checkpoint("MM-MVR/STAR-mini", base="Qwen/Qwen2.5-VL-mini", vq="MM-MVR/STAR-VQ")
     assert files == CheckpointFiles(star / "STAR-mini.json", star / "STAR-mini.pt", qwen, vq / "VQ-Model.pt")

@@ -1,11 +1,12 @@
 """The static cache: whatever the order of writing, the numbers are those of one prefill, and unused slots never matter."""
+
 from __future__ import annotations
 
 import pytest
 import torch
+from golden import error
 from torch import Tensor
 
-from golden import error
 from reference.decoder import Cache, Decoder, kv_cache_attention, rotary_frequencies
 from reference.model import Star
 
@@ -20,7 +21,9 @@ def poisoned(decoder: Decoder, rows: int, *, capacity_tokens: int = CAPACITY) ->
 def inputs(rows: int, length: int = LENGTH) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows)
     embeds = torch.randn(rows, length, 64, generator=generator)
-    return embeds, torch.randint(0, 300, (3, rows, length), generator=generator)  # positions need not be slots
+    return embeds, torch.randint(
+        0, 300, (3, rows, length), generator=generator
+    )  # positions need not be slots
 
 
 def run(decoder: Decoder, embeds: Tensor, positions: Tensor, first: int | list[int], cache: Cache) -> Tensor:
@@ -36,7 +39,9 @@ def decoder(request: pytest.FixtureRequest, star: Star) -> Decoder:
 def test_poison_does_not_leak(decoder: Decoder) -> None:
     embeds, positions = inputs(2)
     clean = run(decoder, embeds, positions, 0, decoder.new_cache(2, capacity_tokens=LENGTH))
-    assert torch.equal(run(decoder, embeds, positions, 0, poisoned(decoder, 2, capacity_tokens=LENGTH)), clean)
+    assert torch.equal(
+        run(decoder, embeds, positions, 0, poisoned(decoder, 2, capacity_tokens=LENGTH)), clean
+    )
     assert error(run(decoder, embeds, positions, 0, poisoned(decoder, 2)), clean) <= LIMIT
 
 
@@ -62,7 +67,9 @@ def test_rewind_forgets_what_came_later(decoder: Decoder) -> None:
     expected = run(decoder, embeds, positions, 0, poisoned(decoder, 2))
     run(decoder, embeds, positions, 0, cache)
     run(decoder, embeds[:, :6].flip(1), positions[:, :, 5:11], 9, cache)  # a wrong continuation
-    again = run(decoder, embeds[:, 9:12], positions[:, :, 9:12], 9, cache)  # slots from 12 on still hold the wrong one
+    again = run(
+        decoder, embeds[:, 9:12], positions[:, :, 9:12], 9, cache
+    )  # slots from 12 on still hold the wrong one
     assert error(again, expected[:, 9:12]) <= LIMIT
 
 
@@ -70,12 +77,20 @@ def test_rows_may_be_at_different_slots(decoder: Decoder) -> None:
     embeds, positions = inputs(2)
     lengths, cache, expected = [7, 11], poisoned(decoder, 2), []
     for row, length in enumerate(lengths):
-        alone = run(decoder, embeds[row:row + 1, :length + 1], positions[:, row:row + 1, :length + 1], 0, poisoned(decoder, 1))
+        alone = run(
+            decoder,
+            embeds[row : row + 1, : length + 1],
+            positions[:, row : row + 1, : length + 1],
+            0,
+            poisoned(decoder, 1),
+        )
         expected.append(alone[0, -1])
-        row_cache = [(key[row:row + 1], value[row:row + 1]) for key, value in cache]
-        run(decoder, embeds[row:row + 1, :length], positions[:, row:row + 1, :length], 0, row_cache)
+        row_cache = [(key[row : row + 1], value[row : row + 1]) for key, value in cache]
+        run(decoder, embeds[row : row + 1, :length], positions[:, row : row + 1, :length], 0, row_cache)
     last = torch.stack([embeds[row, length] for row, length in enumerate(lengths)])[:, None]
-    last_positions = torch.stack([positions[:, row, length] for row, length in enumerate(lengths)], dim=1)[..., None]
+    last_positions = torch.stack([positions[:, row, length] for row, length in enumerate(lengths)], dim=1)[
+        ..., None
+    ]
     assert error(run(decoder, last, last_positions, lengths, cache)[:, 0], torch.stack(expected)) <= LIMIT
 
 
@@ -103,12 +118,16 @@ def test_attention_is_softmax_over_visible_slots() -> None:
     key, value = (torch.randn(1, 2, 2, 8, generator=generator) for _ in range(2))
     past_key, past_value = (torch.randn(1, 2, 6, 8, generator=generator) for _ in range(2))
     mask = (torch.arange(6) <= torch.tensor([3, 4])[:, None])[None, None]
-    output, present_key, present_value = kv_cache_attention(query, key, value, past_key, past_value, torch.tensor([3]), mask)
+    output, present_key, present_value = kv_cache_attention(
+        query, key, value, past_key, past_value, torch.tensor([3]), mask
+    )
     assert torch.equal(present_key[:, :, 3:5], key) and torch.equal(present_value[:, :, 3:5], value)
     for head in range(4):
         for i in range(2):
-            scores = present_key[0, head // 2, :4 + i] @ query[0, head, i] / 8**0.5
-            torch.testing.assert_close(output[0, head, i], scores.softmax(-1) @ present_value[0, head // 2, :4 + i])
+            scores = present_key[0, head // 2, : 4 + i] @ query[0, head, i] / 8**0.5
+            torch.testing.assert_close(
+                output[0, head, i], scores.softmax(-1) @ present_value[0, head // 2, : 4 + i]
+            )
 
 
 def test_rotary_constants_survive_casts(stars: dict[bool, Star]) -> None:
@@ -116,7 +135,9 @@ def test_rotary_constants_survive_casts(stars: dict[bool, Star]) -> None:
     for rope_bf16 in (False, True):
         decoder = Decoder(config, rope_bf16=rope_bf16).to(torch.bfloat16)
         expected = rotary_frequencies(config, rope_bf16=rope_bf16)
-        assert decoder.rotary.inv_freq.dtype == torch.float32 and torch.equal(decoder.rotary.inv_freq, expected)
+        assert decoder.rotary.inv_freq.dtype == torch.float32 and torch.equal(
+            decoder.rotary.inv_freq, expected
+        )
         assert decoder.norm.weight.dtype == torch.bfloat16
     rounded, exact = (rotary_frequencies(config, rope_bf16=rope_bf16) for rope_bf16 in (True, False))
     assert torch.equal(rounded, exact.bfloat16().float()) and not torch.equal(rounded, exact)

@@ -1,4 +1,5 @@
 """The reference computes what the official code computed, with exact and with bfloat16 rotary frequencies."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden import CASES, SPECIAL, TEMPLATE, error, golden, names
 from torch import Tensor
 
-from golden import CASES, SPECIAL, TEMPLATE, error, golden, names
 from reference import tasks, vision
 from reference.model import Star
 
@@ -19,6 +20,7 @@ BOTH = pytest.mark.parametrize("rope_bf16", [False, True], ids=["exact_rope", "b
 @pytest.fixture(scope="module")
 def tokenizer(mini_checkpoint: Path):
     from tokenizers import Tokenizer
+
     return Tokenizer.from_file(str(mini_checkpoint / "Qwen2.5-VL-mini" / "tokenizer.json"))
 
 
@@ -34,7 +36,9 @@ def image_embeds(star: Star, rope_bf16: bool, case: str) -> tuple[Tensor, tuple[
 def check_generated(drawn: tasks.Generated, rope_bf16: bool, case: str) -> None:
     for name in ("prefill_embeds", "base_hidden", "head_in", "cfg_logits"):
         assert error(getattr(drawn, name), golden(rope_bf16, f"{case}.{name}")) <= LIMIT, name
-    expected = golden(rope_bf16, f"{case}.cfg_logits").argmax(-1).T  # an edit's ids are not stored by themselves
+    expected = (
+        golden(rope_bf16, f"{case}.cfg_logits").argmax(-1).T
+    )  # an edit's ids are not stored by themselves
     assert torch.equal(drawn.image_ids, expected)
     assert error(drawn.image.permute(0, 2, 3, 1), golden(rope_bf16, f"{case}.images")) <= LIMIT
 
@@ -54,7 +58,9 @@ def test_vq_encodes_and_decodes(stars: dict[bool, Star], rope_bf16: bool, case: 
 def test_generates(stars: dict[bool, Star], rope_bf16: bool, case: str) -> None:
     prompt = torch.cat([golden(rope_bf16, f"{case}.prompt_ids"), torch.tensor([SPECIAL.vision_start])])
     rows = tasks.guidance_rows(prompt.repeat(CASES[case]["num_images"], 1), SPECIAL)
-    drawn = tasks.generate(stars[rope_bf16], rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, uniforms=None)
+    drawn = tasks.generate(
+        stars[rope_bf16], rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, uniforms=None
+    )
     assert torch.equal(drawn.image_ids, golden(rope_bf16, f"{case}.tokens"))
     check_generated(drawn, rope_bf16, case)
 
@@ -69,29 +75,56 @@ def test_reasons_and_generates(stars: dict[bool, Star], tokenizer, rope_bf16: bo
     answer = tasks.answer(star, question, positions, None, max_new_tokens=CASES[case]["answer_tokens"])
     text = tokenizer.decode(answer.tolist())
     magic = tokenizer.encode(" Ultra HD, 4K, cinematic composition").ids
-    prompt = [*question[0, :14].tolist(), *tokenizer.encode(text).ids, *magic, *question[0, -5:].tolist(), SPECIAL.vision_start]
+    prompt = [
+        *question[0, :14].tolist(),
+        *tokenizer.encode(text).ids,
+        *magic,
+        *question[0, -5:].tolist(),
+        SPECIAL.vision_start,
+    ]
     rows = tasks.guidance_rows(torch.tensor([prompt]), SPECIAL)
     assert torch.equal(rows, stored_rows)
-    check_generated(tasks.generate(star, rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, uniforms=None), rope_bf16, case)
+    check_generated(
+        tasks.generate(star, rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, uniforms=None),
+        rope_bf16,
+        case,
+    )
 
 
 @BOTH
 @pytest.mark.parametrize("case", names("edit"))
 def test_edits(stars: dict[bool, Star], tokenizer, rope_bf16: bool, case: str) -> None:
     from PIL import Image
+
     star, vq = stars[rope_bf16], stars[rope_bf16].config.vq
     embeds, grid = image_embeds(star, rope_bf16, case)
     assert error(embeds, golden(rope_bf16, f"{case}.image_embeds")) <= LIMIT
     prompt = torch.tensor([tokenizer.encode(TEMPLATE.format(CASES[case]["prompt"])).ids])
-    rows = tasks.edit_ids(tasks.guidance_rows(prompt, SPECIAL), SPECIAL, insert_at=14, newline=198, image_tokens=vq.image_tokens,
-                          merged_patches=grid[0] * grid[1])
+    rows = tasks.edit_ids(
+        tasks.guidance_rows(prompt, SPECIAL),
+        SPECIAL,
+        insert_at=14,
+        newline=198,
+        image_tokens=vq.image_tokens,
+        merged_patches=grid[0] * grid[1],
+    )
     positions = tasks.mrope_position_ids(rows[0], [grid], SPECIAL, trailing=vq.image_tokens)
-    assert torch.equal(positions[:, :, :rows.shape[1]], golden(rope_bf16, f"{case}.prefill_position_ids"))
-    squashed = Image.fromarray(golden(rope_bf16, f"{case}.image").numpy()).resize((vq.image_size,) * 2, Image.Resampling.BILINEAR)
+    assert torch.equal(positions[:, :, : rows.shape[1]], golden(rope_bf16, f"{case}.prefill_position_ids"))
+    squashed = Image.fromarray(golden(rope_bf16, f"{case}.image").numpy()).resize(
+        (vq.image_size,) * 2, Image.Resampling.BILINEAR
+    )
     image = torch.from_numpy(np.array(squashed)).permute(2, 0, 1)[None].float() / 127.5 - 1
     mixed = tasks.edit_embeds(star, rows, image_ids=star.vq_encoder(image)[0], image_embeds=embeds)
-    drawn = tasks.generate(star, rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, uniforms=None, inputs_embeds=mixed,
-                           position_ids=positions)
+    drawn = tasks.generate(
+        star,
+        rows,
+        guidance=CASES[case]["cfg"],
+        top_k=0,
+        top_p=1.0,
+        uniforms=None,
+        inputs_embeds=mixed,
+        position_ids=positions,
+    )
     check_generated(drawn, rope_bf16, case)
 
 
@@ -104,7 +137,9 @@ def test_answers(stars: dict[bool, Star], rope_bf16: bool, case: str) -> None:
     assert torch.equal(positions, golden(rope_bf16, f"{case}.position_ids"))
     mixed = tasks.prompt_embeds(star, input_ids, {SPECIAL.image_pad: embeds})
     assert error(mixed, golden(rope_bf16, f"{case}.prefill_embeds")) <= LIMIT
-    hidden = tasks.decode(star.base_ar, mixed, positions, 0, star.base_ar.new_cache(1, capacity_tokens=input_ids.shape[1]))
+    hidden = tasks.decode(
+        star.base_ar, mixed, positions, 0, star.base_ar.new_cache(1, capacity_tokens=input_ids.shape[1])
+    )
     assert error(hidden, golden(rope_bf16, f"{case}.base_hidden")) <= LIMIT
     assert error(star.text_head(hidden[:, -1]), golden(rope_bf16, f"{case}.logits")) <= LIMIT
     new = tasks.answer(star, input_ids, positions, embeds, max_new_tokens=CASES[case]["new_tokens"])
@@ -114,18 +149,24 @@ def test_answers(stars: dict[bool, Star], rope_bf16: bool, case: str) -> None:
 @pytest.mark.parametrize("case", names("sampler"))
 def test_filters_probabilities(case: str) -> None:
     logits, expected = golden(False, f"{case}.logits"), golden(False, f"{case}.probs")
-    probabilities = tasks.filtered_probabilities(logits, int(golden(False, f"{case}.k")), float(golden(False, f"{case}.p")))
+    probabilities = tasks.filtered_probabilities(
+        logits, int(golden(False, f"{case}.k")), float(golden(False, f"{case}.p"))
+    )
     assert torch.equal(probabilities > 0, expected > 0)
     assert error(probabilities, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("case", names("edit"))
 @pytest.mark.parametrize("angles_bf16", [False, True])
-def test_the_vision_encoder_must_round_cosines_too(stars: dict[bool, Star], angles_bf16: bool, case: str) -> None:
+def test_the_vision_encoder_must_round_cosines_too(
+    stars: dict[bool, Star], angles_bf16: bool, case: str
+) -> None:
     """Neither exact angles nor rounded angles with exact cosines reproduce the released numbers: the switch is proved."""
     exact, expected = stars[False], golden(True, f"{case}.image_embeds")
     _, grid_h, grid_w = golden(True, f"{case}.grid_thw")[0].tolist()
     angles = vision.rotary_angles(exact.config.vision, grid_h=grid_h, grid_w=grid_w, rope_bf16=angles_bf16)
     windows = vision.window_ids(exact.config.vision, grid_h=grid_h, grid_w=grid_w)
-    embeds = exact.vision_encoder(golden(True, f"{case}.pixel_values")[0], angles.cos(), angles.sin(), windows)
+    embeds = exact.vision_encoder(
+        golden(True, f"{case}.pixel_values")[0], angles.cos(), angles.sin(), windows
+    )
     assert error(embeds, expected) > LIMIT

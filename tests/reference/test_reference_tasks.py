@@ -1,4 +1,5 @@
 """The sampler, the penalty, prompt rows and positions, on cases small enough to check by hand."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,7 +11,9 @@ from reference.model import Star
 
 
 def draw(logits: list[float], uniform: float, *, top_k: int = 0, top_p: float = 1.0) -> int:
-    return int(tasks.sample(torch.tensor([logits]), top_k=top_k, top_p=top_p, uniform=torch.tensor([uniform])))
+    return int(
+        tasks.sample(torch.tensor([logits]), top_k=top_k, top_p=top_p, uniform=torch.tensor([uniform]))
+    )
 
 
 def test_draws_follow_the_cumulative_sums() -> None:
@@ -71,10 +74,16 @@ def test_penalty_lowers_what_occurred_once_only() -> None:
 
 
 def test_the_unconditional_row_keeps_first_and_last_four() -> None:
-    rows = tasks.guidance_rows(torch.tensor([[10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23, 24, 25, 26]]), SPECIAL)
+    rows = tasks.guidance_rows(
+        torch.tensor([[10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23, 24, 25, 26]]), SPECIAL
+    )
     pad = SPECIAL.fim_pad
-    assert rows.tolist() == [[10, 11, 12, 13, 14, 15, 16], [10, pad, pad, 13, 14, 15, 16],
-                             [20, 21, 22, 23, 24, 25, 26], [20, pad, pad, 23, 24, 25, 26]]
+    assert rows.tolist() == [
+        [10, 11, 12, 13, 14, 15, 16],
+        [10, pad, pad, 13, 14, 15, 16],
+        [20, 21, 22, 23, 24, 25, 26],
+        [20, pad, pad, 23, 24, 25, 26],
+    ]
 
 
 def test_edit_positions_of_the_release_example() -> None:
@@ -85,7 +94,7 @@ def test_edit_positions_of_the_release_example() -> None:
     assert ids.shape == (2, 992) and torch.equal(ids[0, 14:-13], ids[1, 14:-13])
     assert positions[:, 0, 991].tolist() == [631] * 3 and positions[:, 0, 992].tolist() == [632] * 3
     assert positions[:, 0, 992 + 574].tolist() == [1206] * 3
-    patches = positions[:, 0, 593:593 + 24 * 16]
+    patches = positions[:, 0, 593 : 593 + 24 * 16]
     assert patches[0].unique().tolist() == [593]
     assert patches[1].tolist() == [593 + r for r in range(24) for _ in range(16)]
     assert patches[2].tolist() == [593 + c for _ in range(24) for c in range(16)]
@@ -93,11 +102,20 @@ def test_edit_positions_of_the_release_example() -> None:
 
 @pytest.mark.parametrize("grid", [(1, 576), (576, 1), (1, 1)])
 def test_edit_positions_of_extreme_images(grid: tuple[int, int]) -> None:
-    ids = tasks.edit_ids(torch.arange(30)[None], SPECIAL, insert_at=14, newline=198, image_tokens=16,
-                         merged_patches=grid[0] * grid[1])
+    ids = tasks.edit_ids(
+        torch.arange(30)[None],
+        SPECIAL,
+        insert_at=14,
+        newline=198,
+        image_tokens=16,
+        merged_patches=grid[0] * grid[1],
+    )
     positions = tasks.mrope_position_ids(ids[0], [grid], SPECIAL)[:, 0]
     start = 14 + 1 + 16 + 1 + 1
-    assert positions[0, start] == start and positions[:, start + grid[0] * grid[1]].tolist() == [start + max(grid)] * 3
+    assert (
+        positions[0, start] == start
+        and positions[:, start + grid[0] * grid[1]].tolist() == [start + max(grid)] * 3
+    )
     assert positions[:, -1].tolist() == [int(positions.max())] * 3
 
 
@@ -117,8 +135,10 @@ def test_an_answer_ends_with_the_end_token(star: Star) -> None:
 def test_sampling_depends_on_the_uniforms_alone(star: Star) -> None:
     rows = tasks.guidance_rows(torch.arange(100, 112)[None].repeat(2, 1), SPECIAL)
     uniforms = torch.rand(16, 2, generator=torch.Generator().manual_seed(4))
-    first, again, other = (tasks.generate(star, rows, guidance=2.0, top_k=50, top_p=0.9, uniforms=u).image_ids
-                           for u in (uniforms, uniforms, 1 - uniforms))
+    first, again, other = (
+        tasks.generate(star, rows, guidance=2.0, top_k=50, top_p=0.9, uniforms=u).image_ids
+        for u in (uniforms, uniforms, 1 - uniforms)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert not torch.equal(first[0], first[1])  # two images of one prompt draw apart
     short = tasks.generate(star, rows, guidance=2.0, top_k=50, top_p=0.9, uniforms=uniforms, image_tokens=5)
@@ -129,5 +149,8 @@ def test_guidance_one_ignores_the_unconditional_row(star: Star) -> None:
     rows = tasks.guidance_rows(torch.arange(100, 112)[None], SPECIAL)
     other = rows.clone()
     other[1] = 7
-    drawn = [tasks.generate(star, r, guidance=1.0, top_k=0, top_p=1.0, uniforms=None).image_ids for r in (rows, other)]
+    drawn = [
+        tasks.generate(star, r, guidance=1.0, top_k=0, top_p=1.0, uniforms=None).image_ids
+        for r in (rows, other)
+    ]
     assert torch.equal(*drawn)

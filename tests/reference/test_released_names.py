@@ -1,4 +1,5 @@
 """The loader expects exactly the tensors that the released files hold, by name and shape. No weights: the meta device."""
+
 from __future__ import annotations
 
 import math
@@ -6,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from golden import GOLDEN
+from released import SIZES, nested_qwen_json, qwen_json, star_json, write_configs
+
 from reference.model import Star
 from reference.names import SET_ASIDE, aliases, expected_tensors, release_name
-from released import SIZES, nested_qwen_json, qwen_json, star_json, write_configs
 
 
 def listed(file: str) -> dict[str, tuple[int, ...]]:
@@ -30,8 +31,12 @@ def test_trained_and_vq_tensors_equal_the_released_lists(size: str, tmp_path: Pa
     assert stored_shapes(expected["vq"]) == listed("star_keys_VQ-Model.tsv")
 
 
-@pytest.mark.parametrize("size, tensors, parameters", [("3B", 824, 3_754_622_976), ("7B", 729, 8_292_166_656)])
-def test_base_tensors_have_the_known_number_and_size(size: str, tensors: int, parameters: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "size, tensors, parameters", [("3B", 824, 3_754_622_976), ("7B", 729, 8_292_166_656)]
+)
+def test_base_tensors_have_the_known_number_and_size(
+    size: str, tensors: int, parameters: int, tmp_path: Path
+) -> None:
     """STAR.md 2.2 counts 825 for 3B with the tied head, which no file holds."""
     base = stored_shapes(expected_tensors(write_configs(tmp_path, star_json(size), qwen_json(size)))["base"])
     assert len(base) == tensors and sum(map(math.prod, base.values())) == parameters
@@ -69,7 +74,8 @@ NEWER = {
     "stacked_ar.model.norm.weight": "stacked_ar.model.norm.weight",
     "model.layers.3.mlp.up_proj.weight": "model.layers.3.mlp.up_proj.weight",
     "visual.blocks.0.norm1.weight": "visual.blocks.0.norm1.weight",
-    "lm_head.weight": "lm_head.weight"}
+    "lm_head.weight": "lm_head.weight",
+}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -81,7 +87,11 @@ def test_nested_and_flat_layouts_describe_one_model(size: str, tmp_path: Path) -
 def test_the_table_of_sizes_is_read(tmp_path: Path) -> None:
     config = write_configs(tmp_path, star_json("7B"), qwen_json("7B"))
     assert (config.base_ar.num_layers, config.stacked_ar.num_layers, config.adapter_depth) == (28, 14, 4)
-    assert (config.base_ar.head_dim, config.base_ar.mrope_section, config.base_ar.rope_theta) == (128, (16, 24, 24), 1e6)
+    assert (config.base_ar.head_dim, config.base_ar.mrope_section, config.base_ar.rope_theta) == (
+        128,
+        (16, 24, 24),
+        1e6,
+    )
     assert (config.eos_token_ids, config.repetition_penalty) == ((151645, 151643), 1.05)
     assert (config.vocab_size, config.tie_word_embeddings) == (152064, False)
     assert config.vision.full_attention_blocks == (7, 15, 23, 31)

@@ -1,4 +1,5 @@
 """A decoder session in twenty lines of numpy, with faults to plant: one layer, one head, cache [B,1,C,H] updated in place."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -10,12 +11,22 @@ H = 8
 
 
 def spec(cache: str = "float32") -> ComponentSpec:
-    caches = lambda side: tuple(TensorSpec(f"{side}.0.{part}", cache, ("B", 1, "C", H)) for part in ("key", "value"))
-    inputs = (TensorSpec("inputs_embeds", "float32", ("B", "S", H)), TensorSpec("position_ids", "int64", (3, "B", "S")),
-              TensorSpec("write_indices", "int64", ("B",)))
+    caches = lambda side: tuple(
+        TensorSpec(f"{side}.0.{part}", cache, ("B", 1, "C", H)) for part in ("key", "value")
+    )
+    inputs = (
+        TensorSpec("inputs_embeds", "float32", ("B", "S", H)),
+        TensorSpec("position_ids", "int64", (3, "B", "S")),
+        TensorSpec("write_indices", "int64", ("B",)),
+    )
     outputs = (TensorSpec("hidden_states", "float32", ("B", "S", H)),)
-    return ComponentSpec(graph="fake/model.onnx", twin=None, golden="fake/golden.safetensors",
-                         inputs=inputs + caches("past_key_values"), outputs=outputs + caches("present"))
+    return ComponentSpec(
+        graph="fake/model.onnx",
+        twin=None,
+        golden="fake/golden.safetensors",
+        inputs=inputs + caches("past_key_values"),
+        outputs=outputs + caches("present"),
+    )
 
 
 class Buffer:
@@ -51,14 +62,23 @@ class FakeDecoder:
         (rows, tokens, _), capacity = x.shape, key_cache.shape[2]
         if self.fault == "every row at the first row's index":
             write = np.full_like(write, write[0])
-        turned = x * np.cos(position + (self.fault == "position off at step 5" and tokens == 1 and write[0] == 5))[..., None]
+        turned = (
+            x
+            * np.cos(position + (self.fault == "position off at step 5" and tokens == 1 and write[0] == 5))[
+                ..., None
+            ]
+        )
         query, key, value = turned @ self.weights[0], turned @ self.weights[1], x @ self.weights[2]
         if self.fault == "second row gets the first row's value":
             value = np.repeat(value[:1], rows, 0)
         for b in range(rows):
-            end = write[b] + tokens - (self.fault == "last slot of the capacity not written" and write[b] + tokens == capacity)
-            key_cache[b, 0, write[b]:end] = key[b, :end - write[b]]
-            value_cache[b, 0, write[b]:end] = value[b, :end - write[b]]
+            end = (
+                write[b]
+                + tokens
+                - (self.fault == "last slot of the capacity not written" and write[b] + tokens == capacity)
+            )
+            key_cache[b, 0, write[b] : end] = key[b, : end - write[b]]
+            value_cache[b, 0, write[b] : end] = value[b, : end - write[b]]
             if self.fault == "one slot too many is written" and end < capacity:
                 value_cache[b, 0, end] = 0
             if self.fault == "an old slot is overwritten" and tokens == 1 and write[b] > 2:
@@ -70,9 +90,18 @@ class FakeDecoder:
                 visible = np.arange(capacity) < write[b]
             scores = np.where(visible, query[b] @ key_cache[b, 0].astype(np.float32).T, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
-            t["hidden_states"][b] = weights / weights.sum(-1, keepdims=True) @ value_cache[b, 0].astype(np.float32) + x[b]
+            t["hidden_states"][b] = (
+                weights / weights.sum(-1, keepdims=True) @ value_cache[b, 0].astype(np.float32) + x[b]
+            )
 
 
-FAULTS = ("every row at the first row's index", "position off at step 5", "second row gets the first row's value",
-          "last slot of the capacity not written", "one slot too many is written", "an old slot is overwritten",
-          "one slot too many is read", "the token does not see itself")
+FAULTS = (
+    "every row at the first row's index",
+    "position off at step 5",
+    "second row gets the first row's value",
+    "last slot of the capacity not written",
+    "one slot too many is written",
+    "an old slot is overwritten",
+    "one slot too many is read",
+    "the token does not see itself",
+)

@@ -1,4 +1,5 @@
 """The classic graphs compute what the modern ones do, with only what TensorRT 10.0's parser knows; the lint sees the rest."""
+
 from __future__ import annotations
 
 import shutil
@@ -15,16 +16,22 @@ from safetensors.numpy import load_file
 from engines import plugins
 from engines.bundle.reader import Bundle
 from engines.errors import InputError
-from engines.tensorrt.network import network_from_onnx
 from engines.interpreter import Network, parsed_from_network
 from engines.tensorrt.module import log_of
+from engines.tensorrt.network import network_from_onnx
+from star_export.components import COMPONENTS
 from star_export.graph import lint, ops
 from star_export.graph.classic import classic_from_graph
-from star_export.components import COMPONENTS
 from star_export.graph.quantize import twin_from_graph
 
-TOO_NEW = {"Attention", "TensorScatter", "RotaryEmbedding", "RMSNormalization", "GroupNormalization",
-           "CumSum"}  # which was a loop
+TOO_NEW = {
+    "Attention",
+    "TensorScatter",
+    "RotaryEmbedding",
+    "RMSNormalization",
+    "GroupNormalization",
+    "CumSum",
+}  # which was a loop
 
 
 def restored(model: ir.Model, *, opset: int = ops.OPSET) -> onnx.ModelProto:
@@ -46,7 +53,9 @@ def outputs(model: onnx.ModelProto | Path, folder: Path, feeds: dict[str, np.nda
     if not isinstance(model, Path):
         path = folder / "restored.onnx"
         path.write_bytes(model.SerializeToString())
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feeds)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(
+        None, feeds
+    )
 
 
 def cases(folder: Path) -> list[dict[str, np.ndarray]]:
@@ -62,6 +71,7 @@ def cases(folder: Path) -> list[dict[str, np.ndarray]]:
 @pytest.fixture
 def linked(tmp_path):
     """A function: a component's folder of a bundle -> a folder with the same weights to write another graph into."""
+
     def link(folder: Path) -> Path:
         for file in folder.glob("*.data"):
             shutil.copyfile(file, tmp_path / file.name)
@@ -71,20 +81,28 @@ def linked(tmp_path):
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_a_classic_graph_with_its_body_restored_is_the_modern_one(mini_bundle: Path, linked, name: str) -> None:
+def test_a_classic_graph_with_its_body_restored_is_the_modern_one(
+    mini_bundle: Path, linked, name: str
+) -> None:
     folder = mini_bundle / name
     model = ir.load(folder / "classic.onnx")
     assert not TOO_NEW & {node.op_type for node in model.graph.all_nodes()}
     assert model.opset_imports[""] == 20 and not model.functions
     here, graph = linked(folder), restored(model)
     for feeds in cases(folder):
-        for ours, theirs in zip(outputs(graph, here, feeds), outputs(folder / "model.onnx", here, feeds), strict=True):
+        for ours, theirs in zip(
+            outputs(graph, here, feeds), outputs(folder / "model.onnx", here, feeds), strict=True
+        ):
             scale = max(float(np.abs(theirs).max()), 1e-6)
-            np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=0 if theirs.dtype == np.int64 else 5e-6)
+            np.testing.assert_allclose(
+                ours / scale, theirs / scale, rtol=0, atol=0 if theirs.dtype == np.int64 else 5e-6
+            )
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_a_classic_graph_as_a_tensorrt_parser_reads_it_is_the_modern_one(mini_bundle: Path, linked, name: str) -> None:
+def test_a_classic_graph_as_a_tensorrt_parser_reads_it_is_the_modern_one(
+    mini_bundle: Path, linked, name: str
+) -> None:
     """By the parser of TensorRT for RTX, which is newer than the targets' own; the plugin's function with its body."""
     trt = pytest.importorskip("tensorrt_rtx")
     folder = mini_bundle / name
@@ -99,7 +117,9 @@ def test_a_classic_graph_as_a_tensorrt_parser_reads_it_is_the_modern_one(mini_bu
         theirs = outputs(folder / "model.onnx", here, feeds)
         for ours, wanted in zip((read[t.name] for t in network.outputs), theirs, strict=True):
             scale = max(float(np.abs(wanted).max()), 1e-6)
-            np.testing.assert_allclose(ours / scale, wanted / scale, rtol=0, atol=0 if wanted.dtype == np.int64 else 5e-6)
+            np.testing.assert_allclose(
+                ours / scale, wanted / scale, rtol=0, atol=0 if wanted.dtype == np.int64 else 5e-6
+            )
 
 
 def running_sums(size: int, **attributes) -> ir.Model:
@@ -120,10 +140,10 @@ def test_running_sums_are_right_never_fall_and_stay_where_zeros_follow(tmp_path:
     x = np.exp(rng.normal(0, 4, (50, size))).astype(np.float32)
     kept = rng.integers(1, size + 1, 50)
     x[np.arange(size) >= kept[:, None]] = 0
-    sums, = outputs(ir.to_proto(model), tmp_path, {"x": x})
+    (sums,) = outputs(ir.to_proto(model), tmp_path, {"x": x})
     np.testing.assert_allclose(sums, x.astype(np.float64).cumsum(-1), rtol=2e-6)
     assert (np.diff(sums, axis=-1) >= 0).all()
-    assert all((row[k - 1:] == row[k - 1]).all() for row, k in zip(sums, kept))
+    assert all((row[k - 1 :] == row[k - 1]).all() for row, k in zip(sums, kept))
 
 
 @pytest.mark.parametrize("attributes", [{"exclusive": 1}, {"reverse": 1}], ids=str)
@@ -133,12 +153,16 @@ def test_other_running_sums_are_refused(attributes: dict) -> None:
 
 
 @pytest.mark.parametrize("precision,opset", [("bf16", 20), ("int4", 21)])
-def test_the_twins_of_a_16_bit_graphs_two_dialects_agree(bundle_of, linked, precision: str, opset: int) -> None:
+def test_the_twins_of_a_16_bit_graphs_two_dialects_agree(
+    bundle_of, linked, precision: str, opset: int
+) -> None:
     folder = bundle_of(precision) / "base_ar"
     model = ir.load(folder / "classic.onnx")
     assert model.opset_imports[""] == opset
     here, graph, feeds = linked(folder), restored(twin_from_graph(model)), cases(folder)[0]
-    for ours, theirs in zip(outputs(graph, here, feeds), outputs(folder / "twin.onnx", here, feeds), strict=True):
+    for ours, theirs in zip(
+        outputs(graph, here, feeds), outputs(folder / "twin.onnx", here, feeds), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
@@ -147,17 +171,30 @@ def test_the_plugins_nodes_carry_its_version_and_fields_and_the_manifest_its_abi
     for name, spec in bundle.manifest.components.items():
         graph = onnx.load(bundle.graph(name, dialect="classic"), load_external_data=False).graph
         nodes = [node for node in graph.node if node.op_type == plugins.NAME]
-        assert spec.plugin_abi == (plugins.ABI if nodes else None) and bool(nodes) == (name in bundle.manifest.model.cache)
+        assert spec.plugin_abi == (plugins.ABI if nodes else None) and bool(nodes) == (
+            name in bundle.manifest.model.cache
+        )
         for node in nodes:
             fields = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-            assert fields == {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "cache_type": 0, "scale": 0.25,
-                              "plugin_version": str(plugins.ABI).encode(), "plugin_namespace": b""}
+            assert fields == {
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 16,
+                "cache_type": 0,
+                "scale": 0.25,
+                "plugin_version": str(plugins.ABI).encode(),
+                "plugin_namespace": b"",
+            }
 
 
 def test_int8_caches_are_int8_at_the_boundary(mini_bundle: Path) -> None:
     model = classic_from_graph(ir.load(mini_bundle / "base_ar" / "model.onnx"), cache="int8")
-    caches = [v for v in (*model.graph.inputs, *model.graph.outputs) if v.name.startswith(("past", "present"))]
-    assert len(caches) == 16 and all(v.dtype == ir.DataType.INT8 and list(v.shape) == ["B", 2, "C", 20] for v in caches)
+    caches = [
+        v for v in (*model.graph.inputs, *model.graph.outputs) if v.name.startswith(("past", "present"))
+    ]
+    assert len(caches) == 16 and all(
+        v.dtype == ir.DataType.INT8 and list(v.shape) == ["B", 2, "C", 20] for v in caches
+    )
     assert {n.attributes["cache_type"].value for n in model.graph if n.op_type == plugins.NAME} == {1}
     lint.check_graph(model, dialect="classic")
 
@@ -175,15 +212,21 @@ def modern_opset(model):
 
 
 def new_operator(model):
-    model.graph.append(ir.node("RMSNormalization", [model.graph.inputs[0], model.graph.inputs[0]], name="late"))
+    model.graph.append(
+        ir.node("RMSNormalization", [model.graph.inputs[0], model.graph.inputs[0]], name="late")
+    )
 
 
 def other_meaning(model):
-    model.graph.append(ir.node("GroupNormalization", [model.graph.inputs[0]] * 3, {"num_groups": 2}, name="late"))
+    model.graph.append(
+        ir.node("GroupNormalization", [model.graph.inputs[0]] * 3, {"num_groups": 2}, name="late")
+    )
 
 
 def contrib(model):
-    model.graph.append(ir.node("FusedMatMul", [model.graph.inputs[0]] * 2, domain="com.microsoft", name="late"))
+    model.graph.append(
+        ir.node("FusedMatMul", [model.graph.inputs[0]] * 2, domain="com.microsoft", name="late")
+    )
 
 
 def other_version(model):
@@ -202,10 +245,21 @@ def no_fields(model):
     first(model, ops.NAME).attributes.clear()
 
 
-@pytest.mark.parametrize("plant,rule", [
-    (with_body, "function-body"), (modern_opset, "opset"), (new_operator, "operator"), (other_meaning, "operator"),
-    (contrib, "operator-domain"), (other_version, "plugin-version"), (other_heads, "plugin-field"), (other_scale, "plugin-field"),
-    (no_fields, "plugin-field")], ids=lambda p: getattr(p, "__name__", p))
+@pytest.mark.parametrize(
+    "plant,rule",
+    [
+        (with_body, "function-body"),
+        (modern_opset, "opset"),
+        (new_operator, "operator"),
+        (other_meaning, "operator"),
+        (contrib, "operator-domain"),
+        (other_version, "plugin-version"),
+        (other_heads, "plugin-field"),
+        (other_scale, "plugin-field"),
+        (no_fields, "plugin-field"),
+    ],
+    ids=lambda p: getattr(p, "__name__", p),
+)
 def test_a_planted_trap_is_refused_by_its_rule(mini_bundle: Path, plant, rule: str) -> None:
     model = ir.load(mini_bundle / "base_ar" / "classic.onnx")
     lint.check_graph(model, dialect="classic")
@@ -218,5 +272,7 @@ def test_a_planted_trap_is_refused_by_its_rule(mini_bundle: Path, plant, rule: s
 def test_what_the_plugin_cannot_compute_is_refused_for_its_targets(mini_bundle: Path) -> None:
     with pytest.raises(InputError) as error:
         lint.check_graph(mini_bundle / "base_ar" / "classic.onnx", target="orin-agx-jp62")
-    assert all(words in error.value.where for words in ("[head-dim]", "(64, 128), got 16", "[attention-type]"))
+    assert all(
+        words in error.value.where for words in ("[head-dim]", "(64, 128), got 16", "[attention-type]")
+    )
     lint.check_graph(mini_bundle / "vq_decoder" / "classic.onnx", target="orin-agx-jp62")

@@ -1,4 +1,5 @@
 """Export of the miniature checkpoint: boundaries as the table says, the same bytes again, nothing of this machine, and errors."""
+
 from __future__ import annotations
 
 import json
@@ -15,9 +16,9 @@ from engines.bundle.reader import Bundle
 from engines.errors import InputError, UsageError
 from reference.config import config_from_files
 from reference.weights import named_tensors, resolve_checkpoint
-from star_export.graph import wrappers
 from star_export.components import COMPONENTS
-from star_export.exporter.export import export, rounded_star, _Table
+from star_export.exporter.export import _Table, export, rounded_star
+from star_export.graph import wrappers
 from star_export.graph.quantize import PRECISIONS
 
 
@@ -31,7 +32,9 @@ def test_the_graphs_boundary_is_the_manifests(bundle_of, precision: str) -> None
             graph = onnx.load(bundle.file(file), load_external_data=False).graph
             for values, specs in ((graph.input, spec.inputs), (graph.output, spec.outputs)):
                 assert [v.name for v in values] == [s.name for s in specs], f"{name}: {file}"
-                shapes = [tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values]
+                shapes = [
+                    tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values
+                ]
                 assert shapes == [s.shape for s in specs], f"{name}: {file}"
             wide = {i.type.tensor_type.elem_type for i in graph.input}
             assert onnx.TensorProto.BFLOAT16 not in wide or file == spec.graph
@@ -51,7 +54,9 @@ def test_int4_weights_are_stored_as_int4_and_only_in_the_decoders(bundle_of) -> 
         assert len(int4) == 7 * layers, file.parent.name
 
 
-def test_the_same_checkpoint_gives_the_same_bytes(mini_checkpoint: Path, mini_bundle: Path, tmp_path: Path) -> None:
+def test_the_same_checkpoint_gives_the_same_bytes(
+    mini_checkpoint: Path, mini_bundle: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(12345)  # the caller's random state must not matter
     again = export(str(mini_checkpoint), out=tmp_path / "again", components=["base_ar", "image_head"])
     files, others = (json.loads((b / "manifest.json").read_text())["files"] for b in (again, mini_bundle))
@@ -59,7 +64,11 @@ def test_the_same_checkpoint_gives_the_same_bytes(mini_checkpoint: Path, mini_bu
 
 
 def test_nothing_of_this_machine_is_in_a_bundle(mini_checkpoint: Path, mini_bundle: Path) -> None:
-    paths = (str(mini_checkpoint).encode(), str(Path(wrappers.__file__).parent).encode(), str(Path(torch.__file__).parent).encode())
+    paths = (
+        str(mini_checkpoint).encode(),
+        str(Path(wrappers.__file__).parent).encode(),
+        str(Path(torch.__file__).parent).encode(),
+    )
     for file in mini_bundle.rglob("*"):
         if file.is_file():
             data = file.read_bytes()
@@ -99,8 +108,14 @@ def test_golden_tensors_can_prove_something(bundle_of, precision: str) -> None:
                 assert len(np.unique(value)) > 1, f"{name}: {key} is constant"
 
 
-@pytest.mark.parametrize("options,listed", [({"components": ["basear"]}, "base_ar"), ({"components": []}, "vision_encoder"),
-                                            ({"precision": "fp8"}, "int4")])
+@pytest.mark.parametrize(
+    "options,listed",
+    [
+        ({"components": ["basear"]}, "base_ar"),
+        ({"components": []}, "vision_encoder"),
+        ({"precision": "fp8"}, "int4"),
+    ],
+)
 def test_unknown_names_are_refused_with_the_valid_ones(mini_checkpoint, tmp_path, options, listed) -> None:
     with pytest.raises(UsageError) as error:
         export(str(mini_checkpoint), out=tmp_path / "out", **options)

@@ -1,4 +1,5 @@
 """Limits in 16 bits: three times what the reference itself is off in that type, recorded at export; drawn ids against own logits."""
+
 import numpy as np
 import pytest
 
@@ -7,23 +8,34 @@ from engines.errors import InputError
 from engines.runtime.sampler import sample
 from star_export.components import COMPONENTS, FLIPPED_IDS
 from star_export.golden.cases import component_cases
-from star_export.golden.tolerances import MARGIN, largest_noise, tolerances_of
 from star_export.golden.run_case import redrawn, run_case
+from star_export.golden.tolerances import MARGIN, largest_noise, tolerances_of
 
 
 def noise_of(bundle: Bundle) -> dict[str, dict[str, float]]:
     """Component -> output -> its noise in the case where that is largest."""
-    return {name: {k: float(v) for k, v in largest_noise(component_cases(bundle.file(spec.golden), spec).values()).items()}
-            for name, spec in bundle.manifest.components.items()}
+    return {
+        name: {
+            k: float(v)
+            for k, v in largest_noise(component_cases(bundle.file(spec.golden), spec).values()).items()
+        }
+        for name, spec in bundle.manifest.components.items()
+    }
 
 
 def test_a_16_bit_bundle_records_how_far_the_reference_itself_is_off(bundle_of) -> None:
     fp32, fp16, bf16 = (noise_of(Bundle.open(bundle_of(precision))) for precision in ("fp32", "fp16", "bf16"))
     assert not any(fp32.values())
     for name, row in COMPONENTS.items():
-        assert bf16[name].keys() == fp16[name].keys() == {output for output, tolerance in row.tolerances.items() if tolerance > 0}
+        assert (
+            bf16[name].keys()
+            == fp16[name].keys()
+            == {output for output, tolerance in row.tolerances.items() if tolerance > 0}
+        )
         for output, value in bf16[name].items():
-            assert 1e-3 < value < 0.5 and value / 20 < fp16[name][output] < value / 3  # three bits more: about an eighth
+            assert (
+                1e-3 < value < 0.5 and value / 20 < fp16[name][output] < value / 3
+            )  # three bits more: about an eighth
 
 
 def test_the_limit_is_the_margin_times_the_noise_of_the_case() -> None:
@@ -31,22 +43,37 @@ def test_the_limit_is_the_margin_times_the_noise_of_the_case() -> None:
     assert tolerances_of("image_head", "fp32", {}) == COMPONENTS["image_head"].tolerances
     for compute in ("bf16", "fp16"):
         found = tolerances_of("image_head", compute, noise)
-        assert MARGIN == 3 and found["logits"] == pytest.approx(0.06) and found["image_ids"] == found["inputs_embeds"] == 0
+        assert (
+            MARGIN == 3
+            and found["logits"] == pytest.approx(0.06)
+            and found["image_ids"] == found["inputs_embeds"] == 0
+        )
     assert tolerances_of("vq_encoder", "bf16", {}) == {"image_ids": FLIPPED_IDS, "inputs_embeds": 0.0}
 
 
 def test_without_noise_nothing_is_judged_in_16_bits() -> None:
-    with pytest.raises(InputError, match="stacked_ar: expected the reference's own noise in bf16 of present, got none"):
+    with pytest.raises(
+        InputError, match="stacked_ar: expected the reference's own noise in bf16 of present, got none"
+    ):
         tolerances_of("stacked_ar", "bf16", {"hidden_states": np.float32(0.1)})
 
 
 def test_drawn_ids_are_held_to_the_executors_own_logits() -> None:
     logits = np.random.Generator(np.random.Philox(3)).standard_normal((4, 500), dtype=np.float32)
-    feeds = {"top_k": np.array([300]), "top_p": np.array([0.9], np.float32), "uniform": np.linspace(0.1, 0.9, 4, dtype=np.float32)}
+    feeds = {
+        "top_k": np.array([300]),
+        "top_p": np.array([0.9], np.float32),
+        "uniform": np.linspace(0.1, 0.9, 4, dtype=np.float32),
+    }
     wanted = redrawn({"logits": logits}, feeds)["image_ids"]
-    assert np.array_equal(wanted, sample(logits, top_k=300, top_p=0.9, uniform=feeds["uniform"])) and len(set(wanted.tolist())) > 1
+    assert (
+        np.array_equal(wanted, sample(logits, top_k=300, top_p=0.9, uniform=feeds["uniform"]))
+        and len(set(wanted.tolist())) > 1
+    )
     assert not np.array_equal(redrawn({"logits": np.flip(logits, -1)}, feeds)["image_ids"], wanted)
-    assert not redrawn({"logits": logits}, {}) and not redrawn({"logits": logits * np.nan}, feeds)  # text_head; NaN fails by itself
+    assert not redrawn({"logits": logits}, {}) and not redrawn(
+        {"logits": logits * np.nan}, feeds
+    )  # text_head; NaN fails by itself
 
 
 class Buffer:
@@ -84,7 +111,9 @@ def test_a_head_in_16_bits_is_judged_by_its_own_logits(bundle_of) -> None:
     recorded = case.outputs["logits"]
     noise = np.random.Generator(np.random.Philox(5)).uniform(-1, 1, recorded.shape).astype(np.float32)
     logits = recorded + noise * 0.9 * tolerances["logits"] * recorded.std()
-    for uniform in np.linspace(0, 1, 500, endpoint=False, dtype=np.float32):  # the first that the noise carries over a border
+    for uniform in np.linspace(
+        0, 1, 500, endpoint=False, dtype=np.float32
+    ):  # the first that the noise carries over a border
         case.inputs["uniform"] = np.full(len(recorded), uniform)
         ids, drawn = (redrawn({"logits": array}, case.inputs)["image_ids"] for array in (recorded, logits))
         if (drawn == ids).any() and not (drawn == ids).all():
@@ -94,7 +123,9 @@ def test_a_head_in_16_bits_is_judged_by_its_own_logits(bundle_of) -> None:
 
     def fails(given: np.ndarray, *, own_draws: bool = True) -> set[str]:
         head = Head(bundle, case.outputs | {"logits": logits, "image_ids": given})
-        return {r.tensor for r in run_case(head, case, tolerances=tolerances, own_draws=own_draws) if not r.passed}
+        return {
+            r.tensor for r in run_case(head, case, tolerances=tolerances, own_draws=own_draws) if not r.passed
+        }
 
     assert fails(drawn) == set() and fails(drawn, own_draws=False) == {"image_ids"}
     assert fails(drawn + 1) == {"image_ids"} and fails(ids) == {"image_ids"}

@@ -1,4 +1,5 @@
 """The lint: each trap of a target's parser, planted, is refused by rule and node name; a right graph passes."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,17 +18,32 @@ CACHE = ["B", 2, "C", 16]
 def cached_attention(kind: int = TensorProto.BFLOAT16, head_dim: int = 16) -> onnx.ModelProto:
     """The smallest right graph: one call of star::KVCacheAttention."""
     cache = [*CACHE[:3], head_dim]
-    tensors = {"query": ["B", 4, "S", head_dim], "key": ["B", 2, "S", head_dim], "value": ["B", 2, "S", head_dim], "past_key": cache,
-               "past_value": cache}
+    tensors = {
+        "query": ["B", 4, "S", head_dim],
+        "key": ["B", 2, "S", head_dim],
+        "value": ["B", 2, "S", head_dim],
+        "past_key": cache,
+        "past_value": cache,
+    }
     inputs = [helper.make_tensor_value_info(n, kind, s) for n, s in tensors.items()]
-    inputs += [helper.make_tensor_value_info("write_indices", TensorProto.INT64, ["B"]),
-               helper.make_tensor_value_info("mask", TensorProto.BOOL, ["B", 1, "S", "C"])]
-    outputs = [helper.make_tensor_value_info("output", kind, tensors["query"]), helper.make_tensor_value_info("present_key", kind, cache),
-               helper.make_tensor_value_info("present_value", kind, cache)]
-    node = helper.make_node(ops.NAME, [i.name for i in inputs], [o.name for o in outputs], name="layer0", domain=ops.DOMAIN)
+    inputs += [
+        helper.make_tensor_value_info("write_indices", TensorProto.INT64, ["B"]),
+        helper.make_tensor_value_info("mask", TensorProto.BOOL, ["B", 1, "S", "C"]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("output", kind, tensors["query"]),
+        helper.make_tensor_value_info("present_key", kind, cache),
+        helper.make_tensor_value_info("present_value", kind, cache),
+    ]
+    node = helper.make_node(
+        ops.NAME, [i.name for i in inputs], [o.name for o in outputs], name="layer0", domain=ops.DOMAIN
+    )
     return helper.make_model(
-        helper.make_graph([node], "decoder", inputs, outputs), functions=[ir.to_proto(ops.function_body())],
-        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid(ops.DOMAIN, 1)], ir_version=11)
+        helper.make_graph([node], "decoder", inputs, outputs),
+        functions=[ir.to_proto(ops.function_body())],
+        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid(ops.DOMAIN, 1)],
+        ir_version=11,
+    )
 
 
 def body(model: onnx.ModelProto, op_type: str) -> onnx.NodeProto:
@@ -79,7 +95,9 @@ def no_body(model):
 
 
 def contrib(model):
-    model.graph.node.append(helper.make_node("FusedMatMul", ["query", "query"], ["z"], name="fused", domain="com.microsoft"))
+    model.graph.node.append(
+        helper.make_node("FusedMatMul", ["query", "query"], ["z"], name="fused", domain="com.microsoft")
+    )
 
 
 def other_opset(model):
@@ -105,11 +123,21 @@ def foreign_data(model):
 
 
 PLANTED: dict[Callable, tuple[str, str]] = {
-    nonpad: ("nonpad-kv-seqlen", "attend"), causal: ("is-causal", "attend"), no_mask: ("attention-mask", "attend"),
-    two_outputs: ("attention-outputs", "attend"), circular: ("scatter-mode", "write_key"), wrong_axis: ("scatter-axis", "write_key"),
-    copied_cache: ("cache-input", "layer0"), hidden_cache: ("cache-output", "layer0"), no_body: ("function-body", "graph"),
-    contrib: ("operator-domain", "fused"), other_opset: ("opset", "graph"), many_candidates: ("top-k-limit", "rank"),
-    run_time_k: ("top-k-constant", "rank"), foreign_data: ("external-data", "w")}
+    nonpad: ("nonpad-kv-seqlen", "attend"),
+    causal: ("is-causal", "attend"),
+    no_mask: ("attention-mask", "attend"),
+    two_outputs: ("attention-outputs", "attend"),
+    circular: ("scatter-mode", "write_key"),
+    wrong_axis: ("scatter-axis", "write_key"),
+    copied_cache: ("cache-input", "layer0"),
+    hidden_cache: ("cache-output", "layer0"),
+    no_body: ("function-body", "graph"),
+    contrib: ("operator-domain", "fused"),
+    other_opset: ("opset", "graph"),
+    many_candidates: ("top-k-limit", "rank"),
+    run_time_k: ("top-k-constant", "rank"),
+    foreign_data: ("external-data", "w"),
+}
 
 
 def check(model: onnx.ModelProto, **options) -> None:
@@ -131,7 +159,9 @@ def test_a_planted_trap_is_refused_by_rule_and_node(plant) -> None:
     assert f"[{rule}] {node}" in error.value.where
 
 
-@pytest.mark.parametrize("options,rule", [({"kind": TensorProto.FLOAT}, "attention-type"), ({"head_dim": 12}, "head-dim")])
+@pytest.mark.parametrize(
+    "options,rule", [({"kind": TensorProto.FLOAT}, "attention-type"), ({"head_dim": 12}, "head-dim")]
+)
 def test_a_targets_own_rules_apply_to_that_target_only(options, rule) -> None:
     model = cached_attention(**options)
     check(model)

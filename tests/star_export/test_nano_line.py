@@ -1,4 +1,5 @@
 """The whole line on weights that mean something: STAR-Nano as shipped, exported in 16 bits, climbs every rung to its score."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,8 +8,8 @@ import pytest
 
 from engines.bundle.reader import Bundle
 from star_export.exporter.export import export
-from star_export.validator.score import SCORE
 from star_export.validator.ladder import validate
+from star_export.validator.score import SCORE
 
 
 @pytest.fixture(scope="module")
@@ -24,5 +25,17 @@ def test_the_bundle_holds_what_the_reference_reached_and_how_it_draws(bundle: Pa
 def test_every_rung_is_climbed(bundle: Path) -> None:
     certificate = validate(bundle)
     assert certificate.passed
-    assert [rung.name for rung in certificate.rungs] == ["files and graphs", "golden tensors", "decoder steps", "whole runs", "score"]
-    assert {row.check.split(":")[0] for row in certificate.rungs[-1].rows} == {"generate", "edit", "ask", "reason", "rebuild"}
+    assert [rung.name for rung in certificate.rungs] == [
+        "files and graphs",
+        "golden tensors",
+        "decoder steps",
+        "whole runs",
+        "score",
+    ]
+    assert {row.check.split(":")[0] for row in certificate.rungs[-1].rows} == {
+        "generate",
+        "edit",
+        "ask",
+        "reason",
+        "rebuild",
+    }

@@ -1,4 +1,5 @@
 """`star::KVCacheAttention` is one operation: the torch op, the ONNX function and the numpy definition agree."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -14,7 +15,12 @@ from star_export.graph import ops
 RNG = np.random.default_rng(5)
 INPUTS = ("query", "key", "value", "past_key", "past_value", "write_indices", "mask")
 SHAPES = [  # rows, heads, kv heads, new, capacity, head dim, write indices
-    (1, 2, 2, 1, 8, 16, (0,)), (2, 4, 2, 5, 12, 16, (0, 0)), (2, 4, 1, 3, 9, 32, (6, 2)), (3, 6, 3, 1, 7, 64, (6, 0, 3)), (2, 14, 2, 4, 16, 128, (12, 5))]
+    (1, 2, 2, 1, 8, 16, (0,)),
+    (2, 4, 2, 5, 12, 16, (0, 0)),
+    (2, 4, 1, 3, 9, 32, (6, 2)),
+    (3, 6, 3, 1, 7, 64, (6, 0, 3)),
+    (2, 14, 2, 4, 16, 128, (12, 5)),
+]
 
 
 def arrays(rows, heads, kv_heads, new, capacity, head_dim, writes) -> dict[str, np.ndarray]:
@@ -23,29 +29,47 @@ def arrays(rows, heads, kv_heads, new, capacity, head_dim, writes) -> dict[str, 
 
     writes = np.array(writes)
     visible = np.arange(capacity) <= writes[:, None, None] + np.arange(new)[None, :, None]
-    return {"query": normal(rows, heads, new, head_dim), "key": normal(rows, kv_heads, new, head_dim), "value": normal(rows, kv_heads, new, head_dim),
-            "past_key": normal(rows, kv_heads, capacity, head_dim), "past_value": normal(rows, kv_heads, capacity, head_dim),
-            "write_indices": writes, "mask": visible[:, None]}
+    return {
+        "query": normal(rows, heads, new, head_dim),
+        "key": normal(rows, kv_heads, new, head_dim),
+        "value": normal(rows, kv_heads, new, head_dim),
+        "past_key": normal(rows, kv_heads, capacity, head_dim),
+        "past_value": normal(rows, kv_heads, capacity, head_dim),
+        "write_indices": writes,
+        "mask": visible[:, None],
+    }
 
 
 def onnx_function(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """One call of the local function, its body inlined by ONNX Runtime."""
     kinds = {"write_indices": TensorProto.INT64, "mask": TensorProto.BOOL}
-    inputs = [helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), feeds[n].shape) for n in INPUTS]
-    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, feeds[s].shape)
-               for n, s in (("output", "query"), ("present_key", "past_key"), ("present_value", "past_value"))]
+    inputs = [
+        helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), feeds[n].shape) for n in INPUTS
+    ]
+    outputs = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, feeds[s].shape)
+        for n, s in (("output", "query"), ("present_key", "past_key"), ("present_value", "past_value"))
+    ]
     node = helper.make_node(ops.NAME, list(INPUTS), [o.name for o in outputs], domain=ops.DOMAIN)
-    model = helper.make_model(helper.make_graph([node], "call", inputs, outputs), functions=[ir.to_proto(ops.function_body())],
-                              opset_imports=[helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, 1)], ir_version=11)
+    model = helper.make_model(
+        helper.make_graph([node], "call", inputs, outputs),
+        functions=[ir.to_proto(ops.function_body())],
+        opset_imports=[helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, 1)],
+        ir_version=11,
+    )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, feeds)
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    ).run(None, feeds)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_torch_onnx_and_numpy_agree(shape) -> None:
     feeds = arrays(*shape)
-    torch_op = [t.numpy() for t in ops.kv_cache_attention(*(torch.from_numpy(feeds[n].copy()) for n in INPUTS))]
+    torch_op = [
+        t.numpy() for t in ops.kv_cache_attention(*(torch.from_numpy(feeds[n].copy()) for n in INPUTS))
+    ]
     numpy_op = defined(*(feeds[n].copy() for n in INPUTS[:-1]))
     for ours, theirs, expected in zip(torch_op, onnx_function(feeds), numpy_op, strict=True):
         np.testing.assert_allclose(ours, expected, atol=2e-6)
@@ -60,5 +84,8 @@ def test_the_torch_op_leaves_the_past_as_it_was() -> None:
 
 
 def test_the_torch_op_is_well_formed() -> None:
-    torch.library.opcheck(torch.ops.star.kv_cache_attention.default, tuple(torch.from_numpy(arrays(*SHAPES[2])[n]) for n in INPUTS),
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.star.kv_cache_attention.default,
+        tuple(torch.from_numpy(arrays(*SHAPES[2])[n]) for n in INPUTS),
+        test_utils=("test_schema", "test_faketensor"),
+    )

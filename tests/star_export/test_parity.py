@@ -1,4 +1,5 @@
 """The gate catches planted faults, refuses references that prove nothing, and raises no false alarm."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -34,13 +35,20 @@ def decoder(seed, *, fault=None, dtype=np.float32, order=slice(None)):
         if fault == "weight transposed" and i == 1:
             q = q.T
         if fault == "bf16 twice":
-            q, k, v = (bf16(bf16(w.astype(np.float32)) * np.float32(1.1)).astype(dtype) / dtype(1.1) for w in (q, k, v))
+            q, k, v = (
+                bf16(bf16(w.astype(np.float32)) * np.float32(1.1)).astype(dtype) / dtype(1.1)
+                for w in (q, k, v)
+            )
         heads = lambda w: (x[:, order] @ w[order]).reshape(S, HEADS, D).transpose(1, 0, 2)  # [h,S,D]
-        angles = (np.arange(S) + (fault == "rope off by one" and i == 1) * np.eye(1, S, 2)[0])[:, None] / np.array([1, 30.0])
+        angles = (np.arange(S) + (fault == "rope off by one" and i == 1) * np.eye(1, S, 2)[0])[
+            :, None
+        ] / np.array([1, 30.0])
+
         def rotate(t):
             a, b = t[..., :2], t[..., 2:]
             cos, sin = np.cos(angles), np.sin(angles)
             return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(dtype)
+
         query, key, value = rotate(heads(q)), rotate(heads(k)), heads(v)
         for name, new in (("key", key), ("value", value)):
             cache = np.zeros((HEADS, C, D), dtype)
@@ -67,8 +75,18 @@ ARRAY_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", ["k and v swapped", "rope off by one", "mask dropped", "layer zeroed", "weight transposed",
-                                   "bf16 twice", "last slot not written"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "k and v swapped",
+        "rope off by one",
+        "mask dropped",
+        "layer zeroed",
+        "weight transposed",
+        "bf16 twice",
+        "last slot not written",
+    ],
+)
 def test_faults_planted_in_a_decoder_fail(fault):
     assert not failing(decoder(0), decoder(0, dtype=np.float64))
     assert failing(decoder(0, fault=fault), decoder(0, dtype=np.float64))
@@ -104,10 +122,19 @@ def test_a_missing_an_extra_and_a_renamed_output_fail():
     assert failing({"logit": x}, {"logits": x}) == ["logits", "logit"]
 
 
-@pytest.mark.parametrize("candidate", [
-    normal(4, 8)[:1], normal(4, 8)[:, :1], normal(4, 8)[None], normal(4, 8).T, normal(4, 8).astype(np.float16),
-    normal(4, 8).astype(np.float64), np.float32(0).reshape(())],
-    ids=["row", "column", "rank", "transposed", "fp16", "fp64", "scalar"])
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        normal(4, 8)[:1],
+        normal(4, 8)[:, :1],
+        normal(4, 8)[None],
+        normal(4, 8).T,
+        normal(4, 8).astype(np.float16),
+        normal(4, 8).astype(np.float64),
+        np.float32(0).reshape(()),
+    ],
+    ids=["row", "column", "rank", "transposed", "fp16", "fp64", "scalar"],
+)
 def test_broadcastable_shapes_and_other_types_fail(candidate):
     (result,) = compare({"logits": candidate}, {"logits": normal(4, 8)}, tolerances=TOLERANCES)
     assert not result.passed and "float32[4, 8]" in result.fault
@@ -117,9 +144,18 @@ def test_a_square_array_that_is_transposed_fails():
     assert failing({"logits": normal(8, 8).T.copy()}, {"logits": normal(8, 8)}) == ["logits"]
 
 
-@pytest.mark.parametrize("reference", [
-    np.zeros((2, 3), np.float32), np.full((2, 3), 0.1, np.float32), np.zeros((0, 3), np.float32), np.ones(1, np.float32),
-    np.zeros(4, np.int64), np.full(4, 7), np.zeros(1, np.int64)])
+@pytest.mark.parametrize(
+    "reference",
+    [
+        np.zeros((2, 3), np.float32),
+        np.full((2, 3), 0.1, np.float32),
+        np.zeros((0, 3), np.float32),
+        np.ones(1, np.float32),
+        np.zeros(4, np.int64),
+        np.full(4, 7),
+        np.zeros(1, np.int64),
+    ],
+)
 def test_a_reference_that_proves_nothing_is_refused(reference):
     with pytest.raises(InputError, match="cannot prove anything"):
         compare({"logits": reference.copy()}, {"logits": reference}, tolerances=TOLERANCES)
@@ -144,14 +180,20 @@ def test_ids_are_compared_one_by_one():
 
 def test_a_limit_is_met_at_the_limit_and_not_above():
     reference = np.array([-1.0, 1.0])  # standard deviation 1
-    at, above = (compare({"x": reference + e}, {"x": reference}, tolerances={"x": 0.25})[0] for e in (0.25, 0.2500001))
+    at, above = (
+        compare({"x": reference + e}, {"x": reference}, tolerances={"x": 0.25})[0] for e in (0.25, 0.2500001)
+    )
     assert at.passed and at.value == 0.25 and not above.passed
 
 
 def test_metrics_are_those_of_their_names():
     reference, candidate = np.array([3.0, -4.0]), np.array([3.0, -3.0])
     (result,) = compare({"x": candidate}, {"x": reference}, tolerances={"x": 1.0})
-    assert result.max_abs == 1 and result.value == pytest.approx(1 / 3.5) and result.rel_rms == pytest.approx(1 / 5)
+    assert (
+        result.max_abs == 1
+        and result.value == pytest.approx(1 / 3.5)
+        and result.rel_rms == pytest.approx(1 / 5)
+    )
     assert result.cosine == pytest.approx(21 / (5 * np.sqrt(18)))
     assert result.psnr_db == pytest.approx(20 * np.log10(4 * np.sqrt(2)))
 

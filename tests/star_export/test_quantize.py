@@ -1,4 +1,5 @@
 """Weight formats: what is stored is what the reference is given, and ONNX Runtime reads it so."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -26,7 +27,9 @@ class Stored:
 def linear_graph(inputs: int, outputs: int) -> ir.Model:
     """x [2, in] float32 -> bfloat16 -> MatMul with an empty, transposed weight -> float32."""
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2, inputs]))
-    weight = ir.Value(name=WEIGHT, type=ir.TensorType(ir.DataType.BFLOAT16), shape=ir.Shape([inputs, outputs]))
+    weight = ir.Value(
+        name=WEIGHT, type=ir.TensorType(ir.DataType.BFLOAT16), shape=ir.Shape([inputs, outputs])
+    )
     weight.metadata_props[quantize.TRANSPOSED] = "1"
     narrow = ir.node("Cast", [x], {"to": ir.DataType.BFLOAT16.value})
     product = ir.node("MatMul", [narrow.outputs[0], weight])
@@ -35,7 +38,14 @@ def linear_graph(inputs: int, outputs: int) -> ir.Model:
         node.outputs[0].name = name
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT if name == "y" else ir.DataType.BFLOAT16)
     wide.outputs[0].shape = ir.Shape([2, outputs])
-    graph = ir.Graph([x], [wide.outputs[0]], nodes=[narrow, product, wide], initializers=[weight], opset_imports={"": 24}, name="linear")
+    graph = ir.Graph(
+        [x],
+        [wide.outputs[0]],
+        nodes=[narrow, product, wide],
+        initializers=[weight],
+        opset_imports={"": 24},
+        name="linear",
+    )
     return ir.Model(graph, ir_version=11)
 
 
@@ -55,10 +65,19 @@ def test_a_block_of_zeros_stays_zero() -> None:
     assert not codes.any() and not quantize.weight_from_blocks(codes, scales, block=32).any()
 
 
-@pytest.mark.parametrize("name,shape,precision,expected", [
-    (WEIGHT, (64, 256), "int4", 128), (WEIGHT, (64, 160), "int4", 32), (WEIGHT, (64, 40), "int4", None), (WEIGHT, (64, 160), "int8", 160),
-    (WEIGHT, (64, 160), "bf16", None), ("image_head.weight", (64, 256), "int4", None), ("base_ar.norm.weight", (64,), "int4", None),
-    ("vision_encoder.blocks.0.mlp.up_proj.weight", (64, 64), "int4", None)])
+@pytest.mark.parametrize(
+    "name,shape,precision,expected",
+    [
+        (WEIGHT, (64, 256), "int4", 128),
+        (WEIGHT, (64, 160), "int4", 32),
+        (WEIGHT, (64, 40), "int4", None),
+        (WEIGHT, (64, 160), "int8", 160),
+        (WEIGHT, (64, 160), "bf16", None),
+        ("image_head.weight", (64, 256), "int4", None),
+        ("base_ar.norm.weight", (64,), "int4", None),
+        ("vision_encoder.blocks.0.mlp.up_proj.weight", (64, 64), "int4", None),
+    ],
+)
 def test_only_linear_weights_of_the_decoders_are_quantised(name, shape, precision, expected) -> None:
     assert quantize.block_size(name, shape, PRECISIONS[precision]) == expected
 
@@ -79,13 +98,17 @@ def test_the_stored_graph_multiplies_by_the_rounded_weight(precision: str, tmp_p
         path = tmp_path / "twin.onnx"
         path.write_bytes(ir.to_proto(twin).SerializeToString())
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # int8 arithmetic is this library's default
+    options.add_session_config_entry(
+        "session.disable_quant_qdq", "1"
+    )  # int8 arithmetic is this library's default
     x = np.random.default_rng(0).standard_normal((2, 96), dtype=np.float32)
     (y,) = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})
     expected = x @ quantize.rounded(WEIGHT, stored.tensor, PRECISIONS[precision]).numpy().T
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     if precision != "fp32":
-        assert np.abs(expected - x @ stored.tensor.numpy().T).max() > 1e-4, "rounding must be visible, or this test shows nothing"
+        assert np.abs(expected - x @ stored.tensor.numpy().T).max() > 1e-4, (
+            "rounding must be visible, or this test shows nothing"
+        )
 
 
 def test_int4_halves_int8(tmp_path) -> None:
@@ -93,5 +116,7 @@ def test_int4_halves_int8(tmp_path) -> None:
     for precision in ("int8", "int4"):
         model = linear_graph(256, 64)
         quantize.attach_weights(model, {WEIGHT: Stored(torch.randn(64, 256))}, PRECISIONS[precision])
-        sizes[precision] = sum(v.const_value.nbytes for n, v in model.graph.initializers.items() if n.endswith(".codes"))
+        sizes[precision] = sum(
+            v.const_value.nbytes for n, v in model.graph.initializers.items() if n.endswith(".codes")
+        )
     assert sizes == {"int8": 256 * 64, "int4": 256 * 64 // 2}

@@ -1,5 +1,6 @@
 """Planted faults: each is seen in the network that TensorRT parsed. What ONNX Runtime says of the same graph is stated beside
 it: where it passes there, nothing but reading the network back shows the fault on a machine without a GPU."""
+
 from __future__ import annotations
 
 import shutil
@@ -12,14 +13,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.reader import Bundle
 from engines.errors import InputError
-from engines.tensorrt.network import network_from_onnx
 from engines.interpreter import Network, parsed_from_network
 from engines.sessions.interpreter import InterpreterSession
 from engines.tensorrt.module import log_of
+from engines.tensorrt.network import network_from_onnx
 from star_export.golden.cases import component_cases
-from star_export.golden.tolerances import tolerances_of
-from star_export.golden.run_case import run_case
 from star_export.golden.compare import compare
+from star_export.golden.run_case import run_case
+from star_export.golden.tolerances import tolerances_of
 
 trt = pytest.importorskip("tensorrt_rtx")
 DATA = "model.onnx.data"
@@ -37,7 +38,11 @@ def interpreted(path, spec, cases, name):
     """`passes`, `fails`, or `refuses` with the words."""
     try:
         session = InterpreterSession(Network(parsed_file(path, 24), wide=True), spec)
-        results = [r for case in cases.values() for r in run_case(session, case, tolerances=tolerances_of(name, "fp32", {}))]
+        results = [
+            r
+            for case in cases.values()
+            for r in run_case(session, case, tolerances=tolerances_of(name, "fp32", {}))
+        ]
     except InputError as error:
         return f"refuses: {error.where}"
     return "passes" if all(r.passed for r in results) else "fails"
@@ -49,7 +54,9 @@ def on_onnxruntime(path, cases, name):
     try:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32, as our sessions have it
+        options.add_session_config_entry(
+            "session.qdq_matmulnbits_accuracy_level", "1"
+        )  # float32, as our sessions have it
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         names, results = [o.name for o in session.get_outputs()], []
         for case in cases.values():
@@ -70,7 +77,7 @@ def lengths_instead_of_the_mask(model):
     body, node = attend(model)
     before = [
         helper.make_node("Shape", ["query"], ["tokens"], start=2, end=3),
-        helper.make_node("Add", ["write_indices", "tokens"], ["used"])
+        helper.make_node("Add", ["write_indices", "tokens"], ["used"]),
     ]
     node.input[:] = ["query", "present_key", "present_value", "", "", "", "used"]
     nodes = [*before, *body.node]
@@ -110,15 +117,24 @@ def weight_transposed(model):
 
 
 def bias_dropped(model):
-    node = next(n for n in model.graph.node if n.op_type == "Add" and any(i.endswith("k_proj.bias") for i in n.input))
+    node = next(
+        n for n in model.graph.node if n.op_type == "Add" and any(i.endswith("k_proj.bias") for i in n.input)
+    )
     rest = next(i for i in node.input if not i.endswith("k_proj.bias"))
     node.CopyFrom(helper.make_node("Identity", [rest], list(node.output)))
 
 
 def position_axes_exchanged(model):
-    node = next(n for n in model.graph.node
-                if n.op_type == "Gather" and any(i.name == n.input[1] and len(numpy_helper.to_array(i)) == 8
-                                                 for i in model.graph.initializer if i.data_type == TensorProto.INT64))
+    node = next(
+        n
+        for n in model.graph.node
+        if n.op_type == "Gather"
+        and any(
+            i.name == n.input[1] and len(numpy_helper.to_array(i)) == 8
+            for i in model.graph.initializer
+            if i.data_type == TensorProto.INT64
+        )
+    )
     stored = next(i for i in model.graph.initializer if i.name == node.input[1])
     stored.CopyFrom(numpy_helper.from_array(np.array([0, 2, 1])[numpy_helper.to_array(stored)], stored.name))
 
@@ -139,7 +155,8 @@ FAULTS = {  # what reading back says, what ONNX Runtime says
     "cache axis wrong": Fault(cache_axis_wrong, "refuses", "refuses"),
     "weight transposed": Fault(weight_transposed, "fails", "fails"),
     "bias dropped": Fault(bias_dropped, "fails", "fails"),
-    "position axes exchanged": Fault(position_axes_exchanged, "fails", "fails")}
+    "position axes exchanged": Fault(position_axes_exchanged, "fails", "fails"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +178,10 @@ def planted(bundle, folder, plant):
 def test_without_a_fault_both_pass(decoder, tmp_path):
     bundle, spec, cases = decoder
     path = planted(bundle, tmp_path, lambda model: None)
-    assert (interpreted(path, spec, cases, "base_ar"), on_onnxruntime(path, cases, "base_ar")) == ("passes", "passes")
+    assert (interpreted(path, spec, cases, "base_ar"), on_onnxruntime(path, cases, "base_ar")) == (
+        "passes",
+        "passes",
+    )
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -170,7 +190,9 @@ def test_a_planted_fault_is_seen_in_the_network(decoder, tmp_path, name):
     path = planted(bundle, tmp_path, fault.plant)
     chosen = {case: cases[case] for case in fault.cases or cases}
     here, there = interpreted(path, spec, chosen, "base_ar"), on_onnxruntime(path, chosen, "base_ar")
-    assert (here.partition(":")[0], there.partition(":")[0]) == (fault.here, fault.onnxruntime), f"{here}\n{there}"
+    assert (here.partition(":")[0], there.partition(":")[0]) == (fault.here, fault.onnxruntime), (
+        f"{here}\n{there}"
+    )
 
 
 def nibbles_swapped(model):
@@ -186,7 +208,7 @@ def scales_of_longer_blocks(model):
         if node.op_type == "DequantizeLinear":
             scales = stored[node.input[1].removesuffix(".wide")]  # the twin casts them
             size = len(scales.raw_data) // scales.dims[0]
-            rows = [scales.raw_data[i * size:(i + 1) * size] for i in range(scales.dims[0])]
+            rows = [scales.raw_data[i * size : (i + 1) * size] for i in range(scales.dims[0])]
             scales.raw_data = b"".join(rows[i // 2 * 2] for i in range(len(rows)))
 
 
@@ -199,10 +221,10 @@ def block_size_doubled(model):
 
 
 QUANTISED = {  # TensorRT takes the block from the scales' shape and does not look at block_size: that fault it does not have
-    "int4 nibbles swapped": Fault(nibbles_swapped, "fails",
-                                  "fails"), "block size wrong": Fault(scales_of_longer_blocks, "fails", "fails"),
-    "block size wrong, scales right": Fault(block_size_doubled, "passes",
-                                            "refuses"), "none": Fault(lambda model: None, "passes", "passes")
+    "int4 nibbles swapped": Fault(nibbles_swapped, "fails", "fails"),
+    "block size wrong": Fault(scales_of_longer_blocks, "fails", "fails"),
+    "block size wrong, scales right": Fault(block_size_doubled, "passes", "refuses"),
+    "none": Fault(lambda model: None, "passes", "passes"),
 }
 
 
@@ -215,9 +237,13 @@ def test_a_fault_in_quantised_weights_is_seen_in_the_network(bundle_of, tmp_path
         model = onnx.load(bundle.path / "stacked_ar" / graph)
         fault.plant(model)
         (tmp_path / graph).write_bytes(model.SerializeToString())
-    here, there = interpreted(tmp_path / "model.onnx", spec, cases,
-                            "stacked_ar"), on_onnxruntime(tmp_path / "twin.onnx", cases, "stacked_ar")
-    assert (here.partition(":")[0], there.partition(":")[0]) == (fault.here, fault.onnxruntime), f"{here}\n{there}"
+    here, there = (
+        interpreted(tmp_path / "model.onnx", spec, cases, "stacked_ar"),
+        on_onnxruntime(tmp_path / "twin.onnx", cases, "stacked_ar"),
+    )
+    assert (here.partition(":")[0], there.partition(":")[0]) == (fault.here, fault.onnxruntime), (
+        f"{here}\n{there}"
+    )
 
 
 def test_an_answer_that_hangs_on_the_order_of_equals_is_seen(mini_bundle, tmp_path):
@@ -239,6 +265,8 @@ def test_an_answer_that_hangs_on_the_order_of_equals_is_seen(mini_bundle, tmp_pa
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     assert session.run(["image_ids"], case.inputs)[0].tolist() == [wanted], "ONNX Runtime passes"
     parsed = parsed_file(tmp_path / "model.onnx", None)
-    ids = {ties: Network(parsed, ties=ties).run(case.inputs)["image_ids"].tolist() for ties in ("first", "last")}
+    ids = {
+        ties: Network(parsed, ties=ties).run(case.inputs)["image_ids"].tolist() for ties in ("first", "last")
+    }
     last = case.outputs["logits"].shape[-1] - 1
     assert ids == {"first": [wanted], "last": [last]}

@@ -1,4 +1,5 @@
 """The benchmark on a bundle: the runtime's images are the reference's, the table tells both, and faults cost points."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,19 +13,23 @@ import pytest
 
 from engines.bundle.reader import Bundle
 from engines.errors import InputError
-from reference.nano.benchmark import score as benchmark, sweep
+from engines.progress import silent
+from reference.nano.benchmark import score as benchmark
+from reference.nano.benchmark import sweep
+from reference.nano.benchmark.painter import Painter
 from reference.nano.checkpoint import layout
 from reference.nano.world.draw import images_from_scenes
 from reference.nano.world.edits import random_edit
-from reference.nano.benchmark.painter import Painter
 from reference.nano.world.prompts import scene_of
 from reference.nano.world.world import random_scene
-from star_export.validator import score as scoring
 from star_export.cli.parser import main
-from engines.progress import silent
+from star_export.validator import score as scoring
 from star_export.validator.ladder import Subject, score_of_tasks
 
-SAMPLING = {"generate": {"guidance": 2.0, "top_k": 100, "top_p": 0.9}, "edit": {"guidance": 1.5, "top_k": 3, "top_p": 0.8}}
+SAMPLING = {
+    "generate": {"guidance": 2.0, "top_k": 100, "top_p": 0.9},
+    "edit": {"guidance": 1.5, "top_k": 3, "top_p": 0.8},
+}
 COUNTS = {"generate": 1, "edit": 1, "ask": 1, "reason": 1, "rebuild": 3}
 
 
@@ -42,7 +47,9 @@ class Perfect:
         return [self.known[prompt] if self.wrong != "generate" else blank() for prompt in prompts]
 
     def reason(self, prompts, *, seed):
-        return list(prompts), [self.known[prompt] if self.wrong != "reason" else blank() for prompt in prompts]
+        return list(prompts), [
+            self.known[prompt] if self.wrong != "reason" else blank() for prompt in prompts
+        ]
 
     def edit(self, images, texts, *, seed):
         return [self.known[text] if self.wrong != "edit" else image for image, text in zip(images, texts)]
@@ -61,8 +68,14 @@ def blank() -> np.ndarray:
 def answers(task: str) -> dict[str, object]:
     """Text -> a right result, by making the same items with the makers' own words kept."""
     from reference.nano.world import edits, prompts, questions, riddles
+
     random, known = Random(f"benchmark {benchmark.SEED} {task}"), {}
-    kinds = {"generate": prompts.CATEGORIES, "edit": edits.KINDS, "ask": questions.KINDS, "reason": riddles.KINDS}[task]
+    kinds = {
+        "generate": prompts.CATEGORIES,
+        "edit": edits.KINDS,
+        "ask": questions.KINDS,
+        "reason": riddles.KINDS,
+    }[task]
     for kind in kinds:
         if task == "edit":
             edit = random_edit(random, kind, test=True)
@@ -89,8 +102,13 @@ def test_a_perfect_painter_gets_every_point() -> None:
 def test_a_painter_that_fails_one_task_loses_its_points_alone(task: str) -> None:
     score = benchmark.measure(Perfect(task), COUNTS)
     assert score.overall(task)[0] == 0
-    assert all(score.overall(other)[0] == score.overall(other)[1] for other in benchmark.GOALS if other != task)
-    assert sum(not result.right for result in score.results if result.task != "reason off") == score.overall(task)[1]
+    assert all(
+        score.overall(other)[0] == score.overall(other)[1] for other in benchmark.GOALS if other != task
+    )
+    assert (
+        sum(not result.right for result in score.results if result.task != "reason off")
+        == score.overall(task)[1]
+    )
 
 
 def test_intervals_are_wilsons() -> None:
@@ -112,6 +130,7 @@ def test_the_table_shows_both_sides_and_the_goals() -> None:
 def nano(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An untrained STAR-Nano and its bundle."""
     from star_export.exporter.export import export
+
     root = tmp_path_factory.mktemp("score")
     layout.save_star(layout.new_star(layout.write_config(root / "checkpoint")), root / "checkpoint")
     (root / "checkpoint" / "sampling.json").write_text(json.dumps(SAMPLING))
@@ -127,12 +146,19 @@ def test_the_runtime_paints_what_the_reference_paints(nano: tuple[Path, Path]) -
         shipped = dataclasses.asdict(star.model.sampling)
         assert shipped == {task: dataclasses.asdict(s) for task, s in reference.sampling.items()} == SAMPLING
         runtime = scoring.RuntimePainter(star)
-        for made in (lambda p: p.draw(["a red circle", "zwei Igel"], seed=5), lambda p: p.rebuild(images),
-                     lambda p: p.edit(images, ["remove the star", "make it blue"], seed=6),
-                     lambda p: p.reason(["a big box"], seed=7)[1]):
+        for made in (
+            lambda p: p.draw(["a red circle", "zwei Igel"], seed=5),
+            lambda p: p.rebuild(images),
+            lambda p: p.edit(images, ["remove the star", "make it blue"], seed=6),
+            lambda p: p.reason(["a big box"], seed=7)[1],
+        ):
             for expected, got in zip(made(reference), made(runtime), strict=True):
-                assert np.mean(np.abs(expected.astype(int) - got) > 2) < 0.02  # a tie may turn one of 64 tokens
-        assert runtime.ask(images, ["what color is the star?"] * 2) == reference.ask(images, ["what color is the star?"] * 2)
+                assert (
+                    np.mean(np.abs(expected.astype(int) - got) > 2) < 0.02
+                )  # a tie may turn one of 64 tokens
+        assert runtime.ask(images, ["what color is the star?"] * 2) == reference.ask(
+            images, ["what color is the star?"] * 2
+        )
 
 
 def test_bad_inputs_of_people(nano: tuple[Path, Path]) -> None:
@@ -146,7 +172,9 @@ def test_bad_inputs_of_people(nano: tuple[Path, Path]) -> None:
             star.generate("circle " * 600)
 
 
-def test_a_bundle_of_weights_that_were_not_measured_is_scored_alone(nano: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_of_weights_that_were_not_measured_is_scored_alone(
+    nano: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(scoring.SETS, "small", {"generate": 1, "rebuild": 2})
     steps = []
     outcome = scoring.score(nano[1], progress=lambda what, done, total: steps.append((done, total)))
@@ -157,6 +185,7 @@ def test_a_bundle_of_weights_that_were_not_measured_is_scored_alone(nano: tuple[
 def measured(nano: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint with its score recorded, and its bundle. Nothing that an untrained model does is right."""
     from star_export.exporter.export import export
+
     checkpoint = shutil.copytree(nano[0], tmp_path_factory.mktemp("measured") / "checkpoint")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "SMALL", COUNTS)
@@ -165,16 +194,26 @@ def measured(nano: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     return checkpoint, export(str(checkpoint), out=checkpoint.parent / "bundle")
 
 
-def test_a_bundle_carries_the_references_score_and_is_scored_beside_it(measured: tuple[Path, Path], tmp_path: Path,
-                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_carries_the_references_score_and_is_scored_beside_it(
+    measured: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(scoring.SETS, "small", COUNTS)
     outcome = scoring.score(measured[1], images=tmp_path)
-    assert outcome.reference.right == outcome.score.right and outcome.reference.psnr == pytest.approx(outcome.score.psnr, abs=0.01)
+    assert outcome.reference.right == outcome.score.right and outcome.reference.psnr == pytest.approx(
+        outcome.score.psnr, abs=0.01
+    )
     assert "reference" in outcome.text
-    assert {path.name for path in tmp_path.iterdir()} == {"generated.png", "edited.png", "answered.png", "reasoned.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "generated.png",
+        "edited.png",
+        "answered.png",
+        "reasoned.png",
+    }
 
 
-def test_the_last_rung_of_validate_is_the_score(measured: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_rung_of_validate_is_the_score(
+    measured: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(scoring.SETS, "small", COUNTS)
     subject = Subject(Bundle.open(measured[1]), "onnxruntime", "fp32")
     rows, _ = score_of_tasks(subject, silent)
@@ -188,25 +227,40 @@ def test_the_last_rung_of_validate_is_the_score(measured: tuple[Path, Path], mon
 
 def test_a_score_may_fall_short_as_far_as_chance_goes() -> None:
     reference = benchmark.Score({task: {"any": (90, 100)} for task in benchmark.GOALS}, psnr=32.0)
-    ours = benchmark.Score({task: {"any": (82, 100)} for task in benchmark.GOALS} | {"edit": {"any": (79, 100)}}, psnr=33.0)
+    ours = benchmark.Score(
+        {task: {"any": (82, 100)} for task in benchmark.GOALS} | {"edit": {"any": (79, 100)}}, psnr=33.0
+    )
     found = scoring.shortfalls(ours, reference)
-    assert found["rebuild"][0] == 0 and {task: value <= tolerance for task, (value, tolerance) in found.items()} == {
-        "rebuild": True, "generate": True, "edit": False, "ask": True, "reason": True}
-    assert found["ask"][1] == pytest.approx(0.098, abs=1e-3) and found["edit"][1] == pytest.approx(0.101, abs=1e-3)
+    assert found["rebuild"][0] == 0 and {
+        task: value <= tolerance for task, (value, tolerance) in found.items()
+    } == {"rebuild": True, "generate": True, "edit": False, "ask": True, "reason": True}
+    assert found["ask"][1] == pytest.approx(0.098, abs=1e-3) and found["edit"][1] == pytest.approx(
+        0.101, abs=1e-3
+    )
     ours.right["edit"] = {"any": (9, 10)}  # fewer items of the same share
     assert scoring.shortfalls(ours, reference)["edit"][0] == 0
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"small": {"right": 3, "psnr": 1}}', '{"small": null}',
-                                  '{"small": {"right": {}, "psnr": 30}}', json.dumps({"small": {"psnr": 30, "right": {
-                                      task: {"any": [2, 1]} for task in benchmark.GOALS}}})])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[1]",
+        '{"small": {"right": 3, "psnr": 1}}',
+        '{"small": null}',
+        '{"small": {"right": {}, "psnr": 30}}',
+        json.dumps({"small": {"psnr": 30, "right": {task: {"any": [2, 1]} for task in benchmark.GOALS}}}),
+    ],
+)
 def test_a_recorded_score_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="score.json"):
         scoring.score_from_bytes(text.encode(), "small", where="score.json")
 
 
-def test_the_command_prints_json_and_wants_a_folder(nano: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture) -> None:
+def test_the_command_prints_json_and_wants_a_folder(
+    nano: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setitem(scoring.SETS, "small", {"generate": 1, "rebuild": 2})
     assert main(["score", str(nano[1]), "--json", "--no-progress"]) == 0
     assert set(json.loads(capsys.readouterr().out)["score"]) == {"right", "psnr"}

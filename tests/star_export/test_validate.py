@@ -1,4 +1,5 @@
 """The ladder passes what is right in every precision, and fails what is wrong with component, tensor, limit and value."""
+
 from __future__ import annotations
 
 import json
@@ -12,9 +13,9 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from engines.bundle.files import sha256_of
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, ParityError, UsageError
-from engines.bundle.files import sha256_of
 from star_export.cli.parser import main
 from star_export.validator.ladder import validate
 
@@ -22,7 +23,9 @@ from star_export.validator.ladder import validate
 @pytest.fixture
 def bundle(mini_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the miniature bundle to spoil."""
-    return shutil.copytree(mini_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("plans", "certificates"))
+    return shutil.copytree(
+        mini_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("plans", "certificates")
+    )
 
 
 def rehash(bundle: Path) -> None:
@@ -46,15 +49,26 @@ def spoil_weight(bundle: Path, component: str, name: str, change: Callable[[np.n
 
 
 def spoil_golden(bundle: Path, file: str, change: Callable[[dict], dict]) -> None:
-    save_file({k: np.ascontiguousarray(v) for k, v in change(load_file(bundle / file)).items()}, bundle / file)
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in change(load_file(bundle / file)).items()}, bundle / file
+    )
     rehash(bundle)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
-def test_every_precision_passes_at_rounding_level(bundle_of: Callable[[str], Path], tmp_path: Path, precision: str) -> None:
-    root = shutil.copytree(bundle_of(precision), tmp_path / "b", ignore=shutil.ignore_patterns("plans", "certificates"))
+def test_every_precision_passes_at_rounding_level(
+    bundle_of: Callable[[str], Path], tmp_path: Path, precision: str
+) -> None:
+    root = shutil.copytree(
+        bundle_of(precision), tmp_path / "b", ignore=shutil.ignore_patterns("plans", "certificates")
+    )
     certificate = validate(root, report=tmp_path / "r.html")
-    assert certificate.passed and [rung.name for rung in certificate.rungs] == ["files and graphs", "golden tensors", "decoder steps", "whole runs"]
+    assert certificate.passed and [rung.name for rung in certificate.rungs] == [
+        "files and graphs",
+        "golden tensors",
+        "decoder steps",
+        "whole runs",
+    ]
     checked = {row.component for rung in certificate.rungs for row in rung.rows}
     assert checked == set(Bundle.open(root).manifest.components) | {"runtime"}
     stored = json.loads((root / "certificates/onnxruntime-cpu.json").read_text())
@@ -68,8 +82,16 @@ FAULTS = {
     "a bias dropped": ("base_ar", "layers.0.self_attn.q_proj.bias", np.zeros_like),
     "a weight transposed": ("stacked_ar", "layers.1.self_attn.q_proj.weight", lambda w: w.T),
     "a layer zeroed": ("vision_encoder", "blocks.2.attn.proj.weight", np.zeros_like),
-    "one wrong number": ("text_head", "text_head.weight", lambda w: w + 1e-1 * (np.arange(w.size).reshape(w.shape) == 70)),
-    "a number that is not one": ("base_ar", "layers.3.mlp.down_proj.weight", lambda w: np.where(np.arange(w.size).reshape(w.shape) == 7, np.nan, w)),
+    "one wrong number": (
+        "text_head",
+        "text_head.weight",
+        lambda w: w + 1e-1 * (np.arange(w.size).reshape(w.shape) == 70),
+    ),
+    "a number that is not one": (
+        "base_ar",
+        "layers.3.mlp.down_proj.weight",
+        lambda w: np.where(np.arange(w.size).reshape(w.shape) == 7, np.nan, w),
+    ),
     "channels reversed": ("vq_decoder", "conv_out.weight", lambda w: w[::-1]),
     "head shifted by one id": ("image_head", "image_head.weight", lambda w: np.roll(w, 1, axis=1)),
 }
@@ -96,7 +118,9 @@ def test_a_failed_validation_takes_the_old_certificate_away(bundle: Path) -> Non
 
 
 def test_ids_of_whole_runs_are_compared(bundle: Path) -> None:
-    spoil_golden(bundle, "golden.safetensors", lambda g: g | {"sample/out/image_ids": g["sample/out/image_ids"] ^ 1})
+    spoil_golden(
+        bundle, "golden.safetensors", lambda g: g | {"sample/out/image_ids": g["sample/out/image_ids"] ^ 1}
+    )
     with pytest.raises(ParityError, match="image_ids: expected at most 0, got 1") as caught:
         validate(bundle)
     assert caught.value.where.startswith("runtime: sample")
@@ -106,14 +130,24 @@ def constant(golden: dict) -> dict:
     return golden | {k: np.full_like(v, 2) for k, v in golden.items() if "/out/hidden_states" in k}
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda g: {}, "at least one case"),
-    (constant, "hidden_states"),
-    (lambda g: {k: np.zeros_like(v) if "/out/" in k else v for k, v in g.items()}, "zero"),
-    (lambda g: {k.replace("hidden_states", "hidden"): v for k, v in g.items()}, "hidden"),
-    (lambda g: {k: np.where(v == v.max(), np.inf, v).astype(v.dtype) if "/out/hidden" in k else v for k, v in g.items()}, "finite"),
-    (lambda g: {k: v for k, v in g.items() if "present.1.value" not in k}, "present.1.value"),
-], ids=["no case", "constant", "zeros", "renamed", "not finite", "one output less"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda g: {}, "at least one case"),
+        (constant, "hidden_states"),
+        (lambda g: {k: np.zeros_like(v) if "/out/" in k else v for k, v in g.items()}, "zero"),
+        (lambda g: {k.replace("hidden_states", "hidden"): v for k, v in g.items()}, "hidden"),
+        (
+            lambda g: {
+                k: np.where(v == v.max(), np.inf, v).astype(v.dtype) if "/out/hidden" in k else v
+                for k, v in g.items()
+            },
+            "finite",
+        ),
+        (lambda g: {k: v for k, v in g.items() if "present.1.value" not in k}, "present.1.value"),
+    ],
+    ids=["no case", "constant", "zeros", "renamed", "not finite", "one output less"],
+)
 def test_a_golden_set_that_proves_nothing_is_refused(bundle: Path, change: Callable, words: str) -> None:
     spoil_golden(bundle, "base_ar/golden.safetensors", change)
     with pytest.raises(InputError) as caught:

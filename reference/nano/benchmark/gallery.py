@@ -1,4 +1,5 @@
 """What was drawn, edited, answered and reasoned in a benchmark, as images for people: one grid per task, each with its verdict."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -6,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .score import Result
 from .plot import write_grid
+from .score import Result
 
 SHOWN = 36  # of a task
 GRIDS = {"generate": "generated.png", "edit": "edited.png", "ask": "answered.png", "reason": "reasoned.png"}
@@ -29,7 +30,9 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
     panels = [panel(result) for result in results]
     widest = max(image.shape[1] for image in panels)
     padded = [np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=WHITE) for p in panels]
-    write_grid(path, padded, [caption(result) for result in results], across=6 if widest == panels[0].shape[0] else 3)
+    write_grid(
+        path, padded, [caption(result) for result in results], across=6 if widest == panels[0].shape[0] else 3
+    )
 
 
 def spread(results: list[Result], count: int) -> list[Result]:
@@ -48,4 +51,6 @@ def caption(result: Result) -> str:
     """Verdict, text and answer."""
     failed = [demand for demand, met in result.demands.items() if not met]
     verdict = f"WRONG: {', '.join(failed)}" if failed else "right"
-    return "|".join([verdict, result.item.text, *([f"-> {result.answer}"] if result.answer is not None else [])])
+    return "|".join(
+        [verdict, result.item.text, *([f"-> {result.answer}"] if result.answer is not None else [])]
+    )

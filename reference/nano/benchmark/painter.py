@@ -2,6 +2,7 @@
 
 The same random numbers as the runtime's: image i of a list is drawn with the uniforms of seed + i.
 """
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -16,10 +17,10 @@ from torch import Tensor
 from ... import tasks
 from ...model import Star
 from .. import recipe
-from ..training.batches import MERGED_PATCHES
-from .score import ANSWER_TOKENS
 from ..checkpoint.tokens import Rows
 from ..checkpoint.vision import MERGED_SIDE, embeds_of, prepared
+from ..training.batches import MERGED_PATCHES
+from .score import ANSWER_TOKENS
 
 ROWS = 256  # images drawn together
 SAMPLED = ("generate", "edit")  # tasks with a sampling of their own; reasoning draws as `generate`
@@ -36,7 +37,10 @@ class Sampling:
 
 def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
     """The uniform numbers of images with these seeds, float32 [tokens, N]: the runtime's Philox stream of each."""
-    streams = [np.random.Generator(np.random.Philox(key=seed)).random((tokens, 1), dtype=np.float32) for seed in seeds]
+    streams = [
+        np.random.Generator(np.random.Philox(key=seed)).random((tokens, 1), dtype=np.float32)
+        for seed in seeds
+    ]
     return torch.from_numpy(np.concatenate(streams, axis=1))
 
 
@@ -50,8 +54,11 @@ class Painter:
         self.device = star.token_embedding.weight.device
 
     @classmethod
-    def from_checkpoint(cls, root: Path, *, device: str = "cpu", sampling: dict[str, Sampling] | None = None) -> Painter:
+    def from_checkpoint(
+        cls, root: Path, *, device: str = "cpu", sampling: dict[str, Sampling] | None = None
+    ) -> Painter:
         from ...weights import load_star, resolve_checkpoint
+
         files = resolve_checkpoint(root)
         star = load_star(files, device=device)
         rows = Rows.from_file(files.qwen_folder / "tokenizer.json", star.config.special)
@@ -64,7 +71,10 @@ class Painter:
     def reason(self, prompts: Sequence[str], *, seed: int) -> tuple[list[str], list[np.ndarray]]:
         """The base model's answer to each prompt, and an image of that answer (of the prompt where it is empty)."""
         answers = [self._answer(self.rows.question(prompt), None) for prompt in prompts]
-        rows = [self.rows.draw(a, magic=True) if a else self.rows.draw(p) for p, a in zip(prompts, answers, strict=True)]
+        rows = [
+            self.rows.draw(a, magic=True) if a else self.rows.draw(p)
+            for p, a in zip(prompts, answers, strict=True)
+        ]
         return answers, self._drawn(rows, seed)
 
     def edit(self, images: Sequence[np.ndarray], texts: Sequence[str], *, seed: int) -> list[np.ndarray]:
@@ -85,16 +95,20 @@ class Painter:
     @torch.no_grad()
     def rebuild(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Images through the VQ model and back."""
-        parts = [self._image(images[i:i + ROWS]) for i in range(0, len(images), ROWS)]
+        parts = [self._image(images[i : i + ROWS]) for i in range(0, len(images), ROWS)]
         made = [self.star.vq_decoder(self.star.vq_encoder(part)) for part in parts]
         return images_of(torch.cat(made))
 
     def _answer(self, row: list[int], embeds: Tensor | None) -> str:
         ids = torch.tensor([row], device=self.device)
         positions = tasks.mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], self.star.config.special)
-        return self.rows.text(tasks.answer(self.star, ids, positions, embeds, max_new_tokens=ANSWER_TOKENS).tolist())
+        return self.rows.text(
+            tasks.answer(self.star, ids, positions, embeds, max_new_tokens=ANSWER_TOKENS).tolist()
+        )
 
-    def _drawn(self, rows: list[list[int]], seed: int, *, images: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+    def _drawn(
+        self, rows: list[list[int]], seed: int, *, images: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """Images in the order of the rows, rows of one length together."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, row in enumerate(rows):
@@ -102,13 +116,21 @@ class Painter:
         made: dict[int, np.ndarray] = {}
         for indices in by_length.values():
             for at in range(0, len(indices), ROWS):
-                part = indices[at:at + ROWS]
+                part = indices[at : at + ROWS]
                 chosen = None if images is None else [images[i] for i in part]
-                made |= dict(zip(part, self._draw_equal([rows[i] for i in part], [seed + i for i in part], chosen), strict=True))
+                made |= dict(
+                    zip(
+                        part,
+                        self._draw_equal([rows[i] for i in part], [seed + i for i in part], chosen),
+                        strict=True,
+                    )
+                )
         return [made[index] for index in range(len(rows))]
 
     @torch.no_grad()
-    def _draw_equal(self, rows: list[list[int]], seeds: list[int], images: Sequence[np.ndarray] | None) -> list[np.ndarray]:
+    def _draw_equal(
+        self, rows: list[list[int]], seeds: list[int], images: Sequence[np.ndarray] | None
+    ) -> list[np.ndarray]:
         """Images of rows of one length."""
         star, special = self.star, self.star.config.special
         pairs = [row for cond in rows for row in (cond, self.rows.unconditional(cond))]
@@ -120,10 +142,20 @@ class Painter:
             embeds = star.token_embedding(ids)
             for placeholder, values in ((special.vision_pad, tokens), (special.image_pad, seen)):
                 embeds[ids == placeholder] = values.repeat_interleave(2, dim=0).flatten(0, 1)
-            positions = tasks.mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], special, trailing=count)
+            positions = tasks.mrope_position_ids(
+                ids[0], [(MERGED_SIDE, MERGED_SIDE)], special, trailing=count
+            )
         s = self.sampling["generate" if images is None else "edit"]
-        made = tasks.generate(star, ids, guidance=s.guidance, top_k=s.top_k, top_p=s.top_p, inputs_embeds=embeds,
-                              position_ids=positions, uniforms=uniforms(seeds, count).to(self.device))
+        made = tasks.generate(
+            star,
+            ids,
+            guidance=s.guidance,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            inputs_embeds=embeds,
+            position_ids=positions,
+            uniforms=uniforms(seeds, count).to(self.device),
+        )
         return images_of(made.image)
 
     def _image(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -133,15 +165,20 @@ class Painter:
 
 def images_of(image: Tensor) -> list[np.ndarray]:
     """Decoded images [N, 3, 64, 64] as bytes, clipped and truncated as the release does (STAR.md 3.3)."""
-    return list(((image + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy())
+    return list(
+        ((image + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    )
 
 
 def stored_sampling(root: Path) -> dict[str, Sampling]:
     """What the sweep chose for each task, from `sampling.json` of a checkpoint; the release's defaults where it says nothing. Raises
     ValueError where it speaks of anything else."""
     import json
+
     path = root / "sampling.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     if strange := sorted(set(stored) - set(SAMPLED)):
-        raise ValueError(f"{path}: expected only {' and '.join(SAMPLED)}, got {', '.join(strange)}; remove the file and sweep again with --choose")
+        raise ValueError(
+            f"{path}: expected only {' and '.join(SAMPLED)}, got {', '.join(strange)}; remove the file and sweep again with --choose"
+        )
     return {task: Sampling(**stored.get(task, {})) for task in SAMPLED}

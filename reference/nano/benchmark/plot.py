@@ -1,4 +1,5 @@
 """Charts and image grids as PNG, with Pillow alone."""
+
 from __future__ import annotations
 
 import json
@@ -11,13 +12,22 @@ import numpy as np
 
 WIDTH, HEIGHT, MARGIN = 460, 280, 46  # of a chart, in pixels
 LETTER, LINE, GAP = 6.5, 12, 8  # of a grid's captions: the width of a letter, the height of a line
-INKS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207), (140, 86, 75))
+INKS = (
+    (31, 119, 180),
+    (214, 39, 40),
+    (44, 160, 44),
+    (148, 103, 189),
+    (255, 127, 14),
+    (23, 190, 207),
+    (140, 86, 75),
+)
 Series = dict[str, list[tuple[float, float]]]  # name -> points
 
 
 def chart(title: str, series: Series, *, x_label: str = "", logarithmic: bool = False):
     """One line chart with its own scale, that of x `logarithmic` or not, as a Pillow image."""
     from PIL import Image, ImageDraw
+
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(image)
     along, back = (math.log, math.exp) if logarithmic else (float, float)
@@ -26,7 +36,10 @@ def chart(title: str, series: Series, *, x_label: str = "", logarithmic: bool = 
     wide, high = (right - left) or 1.0, (top - bottom) or 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return (MARGIN + (x - left) / wide * (WIDTH - MARGIN - 12), HEIGHT - 30 - (y - bottom) / high * (HEIGHT - 60))
+        return (
+            MARGIN + (x - left) / wide * (WIDTH - MARGIN - 12),
+            HEIGHT - 30 - (y - bottom) / high * (HEIGHT - 60),
+        )
 
     for share in (0, 0.5, 1):
         y = bottom + share * high
@@ -44,13 +57,20 @@ def chart(title: str, series: Series, *, x_label: str = "", logarithmic: bool = 
         for x, y in drawn if len(drawn) < 20 else ():
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
     for number, name in enumerate(series):  # over the lines
-        pen.text((WIDTH - 150, 8 + 13 * number), name, fill=INKS[number % len(INKS)], stroke_width=2, stroke_fill="white")
+        pen.text(
+            (WIDTH - 150, 8 + 13 * number),
+            name,
+            fill=INKS[number % len(INKS)],
+            stroke_width=2,
+            stroke_fill="white",
+        )
     return image
 
 
 def write_charts(path: Path, charts: Sequence) -> None:
     """Charts below each other, two abreast, as one PNG file."""
     from PIL import Image
+
     rows = -(-len(charts) // 2)
     page = Image.new("RGB", (WIDTH * min(2, len(charts)), HEIGHT * rows), "white")
     for number, image in enumerate(charts):
@@ -67,21 +87,34 @@ def write_curves(folder: Path, stages: Sequence[str]) -> None:
         if log.exists() and (lines := [json.loads(line) for line in log.read_text().splitlines()]):
             names = dict.fromkeys(name for line in lines for name in line if name != "step")
             series = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
-            rest = sorted((name for name in names if name != "loss"), key=lambda name: max(y for _, y in series[name]))
-            for kind in (["loss"], *(rest[at:at + len(INKS)] for at in range(0, len(rest), len(INKS)))):
-                charts.append(chart(f"{stage}{': loss' if kind == ['loss'] else ''}", {name: series[name] for name in kind}, x_label="step"))
+            rest = sorted(
+                (name for name in names if name != "loss"), key=lambda name: max(y for _, y in series[name])
+            )
+            for kind in (["loss"], *(rest[at : at + len(INKS)] for at in range(0, len(rest), len(INKS)))):
+                charts.append(
+                    chart(
+                        f"{stage}{': loss' if kind == ['loss'] else ''}",
+                        {name: series[name] for name in kind},
+                        x_label="step",
+                    )
+                )
     if charts:
         write_charts(folder / "losses.png", charts)
 
 
-def write_grid(path: Path, images: Sequence[np.ndarray], captions: Sequence[str], *, across: int = 6, scale: int = 3) -> None:
+def write_grid(
+    path: Path, images: Sequence[np.ndarray], captions: Sequence[str], *, across: int = 6, scale: int = 3
+) -> None:
     """Images uint8 [H, W, 3] of one size, enlarged, each over its caption (lines split at "|" and where they are full), as one
     PNG file."""
     from PIL import Image, ImageDraw
+
     high, wide = (side * scale for side in images[0].shape[:2])
     texts = [wrapped(caption, int(wide / LETTER)) for caption in captions]
     below = LINE * max(map(len, texts)) + GAP
-    page = Image.new("RGB", ((wide + GAP) * min(across, len(images)), (high + below) * -(-len(images) // across)), "white")
+    page = Image.new(
+        "RGB", ((wide + GAP) * min(across, len(images)), (high + below) * -(-len(images) // across)), "white"
+    )
     pen = ImageDraw.Draw(page)
     for number, (image, lines) in enumerate(zip(images, texts, strict=True)):
         x, y = number % across * (wide + GAP), number // across * (high + below)

@@ -3,6 +3,7 @@
 The items are a function of a seed. Whoever is measured is a `Painter` or anything with its methods and its `batch`, how many
 items it takes at once (which changes no result); images are judged by the scorer, answers by equality.
 """
+
 from __future__ import annotations
 
 import math
@@ -23,7 +24,12 @@ SEED = 2026
 ANSWER_TOKENS = 48  # at most
 SMALL = {"generate": 6, "edit": 5, "ask": 10, "reason": 4, "rebuild": 16}  # items per category
 FULL = {"generate": 150, "edit": 150, "ask": 200, "reason": 75, "rebuild": 500}
-GOALS = {"generate": 0.91, "edit": 0.90, "ask": 0.95, "reason": 0.85}  # overall; each category of generate 0.80
+GOALS = {
+    "generate": 0.91,
+    "edit": 0.90,
+    "ask": 0.95,
+    "reason": 0.85,
+}  # overall; each category of generate 0.80
 GOAL_CATEGORY, GOAL_PSNR = 0.80, 30.0
 Progress = Callable[[str, int, int], None]  # what is measured, items done, items in all
 
@@ -59,7 +65,9 @@ class Result:
 class Score:
     """How many items of each category were right, by task; the mean PSNR of reconstruction in dB; and what was made."""
 
-    right: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # task -> category -> (right, asked)
+    right: dict[str, dict[str, tuple[int, int]]] = field(
+        default_factory=dict
+    )  # task -> category -> (right, asked)
     psnr: float = math.nan
     results: list[Result] = field(default_factory=list)
 
@@ -76,7 +84,12 @@ def items(task: str, count: int, *, seed: int = SEED) -> list[Item]:
     """`count` items of each category of a task (generate, edit, ask, reason), none of whose texts training saw."""
     random = Random(f"benchmark {seed} {task}")
     made = []
-    for category in {"generate": prompts.CATEGORIES, "edit": edits.KINDS, "ask": questions.KINDS, "reason": riddles.KINDS}[task]:
+    for category in {
+        "generate": prompts.CATEGORIES,
+        "edit": edits.KINDS,
+        "ask": questions.KINDS,
+        "reason": riddles.KINDS,
+    }[task]:
         made += [make_item(random, task, category) for _ in range(count)]
     return made
 
@@ -100,22 +113,32 @@ def request_item(category: str, text: str, request: Request) -> Item:
     return Item(category, text, lambda image: prompts.check(request, read(image)))
 
 
-def measure(painter, counts: dict[str, int], *, seed: int = SEED, progress: Progress = lambda what, done, total: None) -> Score:
+def measure(
+    painter, counts: dict[str, int], *, seed: int = SEED, progress: Progress = lambda what, done, total: None
+) -> Score:
     """Run the benchmark: `counts` items per category of each task, SMALL or FULL. The same items and random numbers for all."""
     score = Score()
     chosen = {task: items(task, count, seed=seed) for task, count in counts.items() if task != "rebuild"}
-    todo = [("generate", "generate"), ("edit", "edit"), ("ask", "ask"), ("reason", "reason"), ("reason", "reason off")]
+    todo = [
+        ("generate", "generate"),
+        ("edit", "edit"),
+        ("ask", "ask"),
+        ("reason", "reason"),
+        ("reason", "reason off"),
+    ]
     todo = [(task, name) for task, name in todo if task in chosen]
     total, done = sum(len(chosen[task]) for task, _ in todo) + counts.get("rebuild", 0), 0
     for task, name in todo:
         for at in range(0, len(chosen[task]), painter.batch):
-            part = chosen[task][at:at + painter.batch]
+            part = chosen[task][at : at + painter.batch]
             given = [None] * len(part)
             if part[0].scene:
                 given = list(images_from_scenes([item.scene for item in part], seed=seed + at))
             made = made_of(painter, name, [item.text for item in part], given, seed=seed + at)
             for item, before, (image, answer) in zip(part, given, made, strict=True):
-                score.add(Result(name, item, before, image, answer, item.judge(answer if image is None else image)))
+                score.add(
+                    Result(name, item, before, image, answer, item.judge(answer if image is None else image))
+                )
             done += len(part)
             progress(name, done, total)
     if counts.get("rebuild"):
@@ -124,8 +147,9 @@ def measure(painter, counts: dict[str, int], *, seed: int = SEED, progress: Prog
     return score
 
 
-def made_of(painter, name: str, texts: Sequence[str], given: Sequence[np.ndarray | None], *, seed: int
-            ) -> list[tuple[np.ndarray | None, str | None]]:
+def made_of(
+    painter, name: str, texts: Sequence[str], given: Sequence[np.ndarray | None], *, seed: int
+) -> list[tuple[np.ndarray | None, str | None]]:
     """What the painter makes of texts and the images given with them: an image and an answer each, or None for either."""
     if name == "ask":
         return [(None, answer) for answer in painter.ask(given, texts)]
@@ -140,7 +164,9 @@ def reconstruction(painter, count: int, *, seed: int) -> float:
     """Mean PSNR in dB of images through the VQ model and back."""
     random = Random(f"benchmark {seed} rebuild")
     images = list(images_from_scenes([random_scene(random) for _ in range(count)], seed=seed))
-    errors = [np.mean((a.astype(np.float64) - b) ** 2) for a, b in zip(images, painter.rebuild(images), strict=True)]
+    errors = [
+        np.mean((a.astype(np.float64) - b) ** 2) for a, b in zip(images, painter.rebuild(images), strict=True)
+    ]
     assert images[0].shape == (SIDE_PIXELS, SIDE_PIXELS, 3)
     return float(np.mean([10 * math.log10(255**2 / max(error, 1e-9)) for error in errors]))
 
@@ -171,7 +197,9 @@ def table(score: Score, reference: Score | None = None) -> str:
             lines.append(line + (f"  {goal:.2f}" if goal else "  -"))
     if not math.isnan(score.psnr):
         other = f"  {reference.psnr:9.2f}" if beside else ""
-        lines.append(f"{'rebuild':<12}{'PSNR in dB':<12}{'':>9}{score.psnr:>8.2f}  {'':<16}{other}  {GOAL_PSNR:.2f}")
+        lines.append(
+            f"{'rebuild':<12}{'PSNR in dB':<12}{'':>9}{score.psnr:>8.2f}  {'':<16}{other}  {GOAL_PSNR:.2f}"
+        )
     return "\n".join(lines)
 
 

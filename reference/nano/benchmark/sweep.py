@@ -6,6 +6,7 @@
 
 The sweep draws from other items than the score is measured on, so the choice cannot flatter it.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -14,11 +15,11 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from . import score as benchmark
-from .painter import SAMPLED, Painter, Sampling
-from .gallery import SHOWN, spread, write_gallery, write_results
-from .plot import chart, write_charts
 from ..recipe import REWARD_TOP_K, REWARD_TOP_P
+from . import score as benchmark
+from .gallery import SHOWN, spread, write_gallery, write_results
+from .painter import SAMPLED, Painter, Sampling
+from .plot import chart, write_charts
 
 GUIDANCES, TOP_PS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0), (0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 # A prompt has many images; the most probable ids alone are the same one for every seed.
@@ -38,7 +39,11 @@ def share(painter: Painter, task: str, count: int) -> float:
 def choose(painter: Painter, folder: Path, *, count: int) -> dict[str, Sampling]:
     """For each task top-k, then guidance, then top-p, the others at the best so far, from START. Writes all that was measured."""
     best, measured, charts = dict.fromkeys(SAMPLED, START), [], []
-    for name, tried in (("top_k", TOP_KS), ("guidance", dict.fromkeys(SAMPLED, GUIDANCES)), ("top_p", dict.fromkeys(SAMPLED, TOP_PS))):
+    for name, tried in (
+        ("top_k", TOP_KS),
+        ("guidance", dict.fromkeys(SAMPLED, GUIDANCES)),
+        ("top_p", dict.fromkeys(SAMPLED, TOP_PS)),
+    ):
         found = {}
         for task in SAMPLED:
             if name == "top_p" and best[task].top_k == 1:
@@ -47,11 +52,15 @@ def choose(painter: Painter, folder: Path, *, count: int) -> dict[str, Sampling]
             for value in tried[task]:
                 painter.sampling = best | {task: replace(best[task], **{name: value})}
                 found[task].append((value, share(painter, task, count)))
-                measured.append({"task": task} | asdict(painter.sampling[task]) | {"right": found[task][-1][1]})
+                measured.append(
+                    {"task": task} | asdict(painter.sampling[task]) | {"right": found[task][-1][1]}
+                )
                 print(f"{task} {name} {value}: {found[task][-1][1]:.3f}", file=sys.stderr, flush=True)
             best[task] = replace(best[task], **{name: max(found[task], key=lambda pair: pair[1])[0]})
         charts.append(chart(f"right images by {name}", found, x_label=name, logarithmic=name == "top_k"))
-    (folder / "sampling.json").write_text(json.dumps({task: asdict(s) for task, s in best.items()}, indent=1) + "\n")
+    (folder / "sampling.json").write_text(
+        json.dumps({task: asdict(s) for task, s in best.items()}, indent=1) + "\n"
+    )
     (folder / "sweep.json").write_text(json.dumps(measured, indent=1) + "\n")
     write_charts(folder / "sweep.png", charts)
     return best
@@ -59,7 +68,10 @@ def choose(painter: Painter, folder: Path, *, count: int) -> dict[str, Sampling]
 
 def record(painter: Painter, folder: Path) -> dict[str, benchmark.Score]:
     """Measure the small and the full set; write both scores, images of the small set, and honest failures of the full one."""
-    scores = {"small": benchmark.measure(painter, benchmark.SMALL), "full": benchmark.measure(painter, benchmark.FULL)}
+    scores = {
+        "small": benchmark.measure(painter, benchmark.SMALL),
+        "full": benchmark.measure(painter, benchmark.FULL),
+    }
     stored = {name: benchmark.json_from_score(score) for name, score in scores.items()}
     (folder / "score.json").write_text(json.dumps(stored, indent=1) + "\n")
     write_gallery(folder, scores["small"].results)
@@ -70,11 +82,15 @@ def record(painter: Painter, folder: Path) -> dict[str, benchmark.Score]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m reference.nano.benchmark.sweep", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m reference.nano.benchmark.sweep", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--choose", action="store_true", help="sweep guidance, top-p and top-k")
     parser.add_argument("--record", action="store_true", help="measure and store the reference's score")
-    parser.add_argument("--count", type=int, default=40, help="items per category at each point of the sweep (default: 40)")
+    parser.add_argument(
+        "--count", type=int, default=40, help="items per category at each point of the sweep (default: 40)"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     painter = Painter.from_checkpoint(options.checkpoint, device=options.device)

@@ -2,6 +2,7 @@
 
 Ids are never written down in code: they are read from the tokenizer's file (`SpecialIds`).
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -10,12 +11,14 @@ from random import Random
 
 from ...mini import SPECIAL
 from ...special import SpecialIds
-from ..world import edits, prompts, questions, riddles
 from ..recipe import SEED, VOCAB_ROWS
+from ..world import edits, prompts, questions, riddles
 from ..world.world import random_scene
 
 SYSTEM = "You are a helpful assistant."
-MAGIC_SUFFIX = " Ultra HD, 4K, cinematic composition"  # what the release appends to a reasoned answer (STAR.md 3.5)
+MAGIC_SUFFIX = (
+    " Ultra HD, 4K, cinematic composition"  # what the release appends to a reasoned answer (STAR.md 3.5)
+)
 CORPUS_ROUNDS = 3000
 
 
@@ -29,7 +32,9 @@ def corpus() -> Iterator[str]:
         text, request = riddles.random_riddle(random, random.choice(riddles.KINDS), test=False)
         yield text
         yield riddles.answer(request)
-        yield from questions.random_question(random, scene, random.choice(list(questions.ASKERS)), test=False) or ()
+        yield from (
+            questions.random_question(random, scene, random.choice(list(questions.ASKERS)), test=False) or ()
+        )
         if turn % 20 == 0:
             yield f"system\n{SYSTEM}\nuser\nassistant\n"
             yield "caption" + MAGIC_SUFFIX
@@ -38,11 +43,16 @@ def corpus() -> Iterator[str]:
 def write_tokenizer(path: Path) -> None:
     """Learn the tokenizer and write `tokenizer.json`: text is split as by GPT-2; VOCAB_ROWS ids at most."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_ROWS - len(SPECIAL), show_progress=False, min_frequency=4,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_ROWS - len(SPECIAL),
+        show_progress=False,
+        min_frequency=4,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(corpus(), trainer)
     tokenizer.add_special_tokens(SPECIAL)
     assert tokenizer.get_vocab_size() <= VOCAB_ROWS
@@ -61,6 +71,7 @@ class Rows:
     @classmethod
     def from_file(cls, path: Path, special: SpecialIds) -> Rows:
         from tokenizers import Tokenizer
+
         return cls(Tokenizer.from_file(str(path)), special)
 
     def ids(self, text: str) -> list[int]:
@@ -72,7 +83,13 @@ class Rows:
 
     def draw(self, prompt: str, *, magic: bool = False) -> list[int]:
         """A prompt to draw, up to `<|vision_start|>`; `magic` appends what follows a reasoned answer."""
-        return self.prefix + self.ids(prompt) + (self.magic if magic else []) + self.suffix + [self.special.vision_start]
+        return (
+            self.prefix
+            + self.ids(prompt)
+            + (self.magic if magic else [])
+            + self.suffix
+            + [self.special.vision_start]
+        )
 
     def question(self, text: str) -> list[int]:
         """A text for the base model to answer."""
@@ -90,11 +107,22 @@ class Rows:
         """An instruction with the image's places before it, up to `<|vision_start|>`."""
         special = self.special
         tokens = [special.vision_start, *[special.vision_pad] * image_tokens, special.vision_end]
-        return (self.prefix + tokens + self.image(merged_patches) + self.newline + self.ids(instruction) + self.suffix
-                + [special.vision_start])
+        return (
+            self.prefix
+            + tokens
+            + self.image(merged_patches)
+            + self.newline
+            + self.ids(instruction)
+            + self.suffix
+            + [special.vision_start]
+        )
 
     def image(self, merged_patches: int) -> list[int]:
-        return [self.special.vision_start, *[self.special.image_pad] * merged_patches, self.special.vision_end]
+        return [
+            self.special.vision_start,
+            *[self.special.image_pad] * merged_patches,
+            self.special.vision_end,
+        ]
 
     def unconditional(self, row: list[int]) -> list[int]:
         """The row without its text: `<|fim_pad|>` but for the first id, the last four and the places of an image."""

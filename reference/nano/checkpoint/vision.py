@@ -3,6 +3,7 @@
 The runtime prepares one image with Pillow (`engines/inputs/preprocess.py`). `prepared` does exactly that, `seen` the same on any device and
 without the rounding to bytes between, so that training need not leave it. Tests hold the three together.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def seen(image: Tensor, *, sharp: Tensor) -> Tensor:
 def prepared(images: Sequence[np.ndarray], *, sharp: bool) -> Tensor:
     """As `seen`, by Pillow: images uint8 [64, 64, 3] -> [N, 3, 112, 112] in 0 to 1."""
     from PIL import Image
+
     made = []
     for image in images:
         image = Image.fromarray(image)
@@ -67,21 +69,31 @@ def embeds_of(encoder: VisionEncoder, image: Tensor) -> Tensor:
     `VisionEncoder.forward` takes one; its blocks are run here with a row for each image, which a test holds equal.
     """
     config, side = encoder.config, SEEN_PIXELS // encoder.config.patch_size
-    cos, sin = (t.to(image.device)[None] for t in rotary_cos_sin(config, grid_h=side, grid_w=side))  # [1, P, head_dim/2]
+    cos, sin = (
+        t.to(image.device)[None] for t in rotary_cos_sin(config, grid_h=side, grid_w=side)
+    )  # [1, P, head_dim/2]
     windows = window_ids(config, grid_h=side, grid_w=side).to(image.device)
     mask = windows[:, None] == windows[None, :]  # [P, P]
     x = encoder.patch_embed(patches(image, config))  # [N, P, h]
     for index, block in enumerate(encoder.blocks):
-        x = x + attended(block.attn, block.norm1(x), cos, sin, None if index in config.full_attention_blocks else mask)
+        x = x + attended(
+            block.attn, block.norm1(x), cos, sin, None if index in config.full_attention_blocks else mask
+        )
         x = x + block.mlp(block.norm2(x))
     return encoder.merger(x).unflatten(0, (len(image), -1))
 
 
 def attended(attn: VisionAttention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
     """`VisionAttention.forward` for many images. x [N, P, h] -> [N, P, h]."""
-    query, key, value = (part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in attn.qkv(x).chunk(3, dim=-1))
-    query, key = (attn.rotate(part.float(), cos, sin).to(value.dtype) for part in (query, key))  # [N, heads, P, D]
-    scores = query * attn.head_dim**-0.5 @ key.transpose(-1, -2)  # written out for the gradient's sake: `sequences.grouped_attention`
+    query, key, value = (
+        part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in attn.qkv(x).chunk(3, dim=-1)
+    )
+    query, key = (
+        attn.rotate(part.float(), cos, sin).to(value.dtype) for part in (query, key)
+    )  # [N, heads, P, D]
+    scores = (
+        query * attn.head_dim**-0.5 @ key.transpose(-1, -2)
+    )  # written out for the gradient's sake: `sequences.grouped_attention`
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     output = scores.softmax(-1).to(value.dtype) @ value

@@ -3,6 +3,7 @@
 A batch is a function of (seed, stage, step), made in a worker process. Causal attention never looks ahead, so padding at the end
 of a row changes nothing before it, and the rows need no mask, as in the release.
 """
+
 from __future__ import annotations
 
 from random import Random
@@ -12,18 +13,20 @@ import torch
 from torch import Tensor
 
 from ...tasks import mrope_position_ids
-from ..world import edits, prompts, questions, riddles
-from ..world.draw import arrays_from_scenes
-from ..recipe import DROPPED_PROMPTS, IMAGE_TOKENS, SEED, TOKENS_SIDE
 from ..checkpoint.tokens import Rows
 from ..checkpoint.vision import MERGED_SIDE
-from .wanted import TOKEN_PIXELS, meant_tensor, request_of_scene, wanted_tensors
+from ..recipe import DROPPED_PROMPTS, IMAGE_TOKENS, SEED, TOKENS_SIDE
+from ..world import edits, prompts, questions, riddles
+from ..world.draw import arrays_from_scenes
 from ..world.world import COLORS, MAX_THINGS, RADII, SHAPES, SIDE_PIXELS, Look, Scene, random_scene
+from .wanted import TOKEN_PIXELS, meant_tensor, request_of_scene, wanted_tensors
 
 QUESTIONS = {"color": 16, "shape": 8, "count": 16, "position": 20, "yes/no": 32, "describe": 8}  # shares
 PROMPTS = {"mixed": 30, "attributes": 15, "position": 20, "counting": 15, "two": 10, "colors": 5, "single": 5}
 QUESTIONS_A_IMAGE = 5  # in one conversation: drawing and seeing an image costs as much as four more questions
-TEXT_SHARE = 0.125  # rows of the base stage without an image, half of them riddles; text is learnt long before seeing
+TEXT_SHARE = (
+    0.125  # rows of the base stage without an image, half of them riddles; text is learnt long before seeing
+)
 MAGIC_SHARE = 0.3  # prompts worded as a reasoned answer, with what the release appends
 MERGED_PATCHES = MERGED_SIDE**2
 CELL_PIXELS = SIDE_PIXELS // MERGED_SIDE
@@ -50,7 +53,12 @@ def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
         if found := conversation(random, scene):
             scenes.append(scene)
             first, *others = found
-            turns.append([(rows.ask(first[0], merged_patches=MERGED_PATCHES), first[1]), *((rows.again(q), a) for q, a in others)])
+            turns.append(
+                [
+                    (rows.ask(first[0], merged_patches=MERGED_PATCHES), first[1]),
+                    *((rows.again(q), a) for q, a in others),
+                ]
+            )
     for turn in range(texts):
         if turn % 2:
             text, request = riddles.random_riddle(random, random.choice(riddles.KINDS), test=False)
@@ -59,16 +67,26 @@ def base_batch(step: int, *, rows: Rows, batch: int) -> dict:
         turns.append([(rows.question(text), prompts.caption(request))])
     said = [[(given, [*rows.ids(answer), rows.special.im_end]) for given, answer in row] for row in turns]
     ids = padded([[i for given, answer in row for i in given + answer] for row in said])
-    labels = padded([[i for given, answer in row for i in [IGNORED] * len(given) + answer] for row in said], fill=IGNORED)
+    labels = padded(
+        [[i for given, answer in row for i in [IGNORED] * len(given) + answer] for row in said], fill=IGNORED
+    )
     positions = torch.arange(ids.shape[1]).expand(3, batch, -1).clone()
-    positions[:, :len(scenes)] = mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
-    return {"input_ids": ids, "labels": labels.roll(-1, dims=1), "position_ids": positions, **scene_tensors(scenes),
-            **cell_tensors(scenes), "sharp": torch.rand(len(scenes), generator=torch.Generator().manual_seed(step)) < 0.3}
+    positions[:, : len(scenes)] = mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
+    return {
+        "input_ids": ids,
+        "labels": labels.roll(-1, dims=1),
+        "position_ids": positions,
+        **scene_tensors(scenes),
+        **cell_tensors(scenes),
+        "sharp": torch.rand(len(scenes), generator=torch.Generator().manual_seed(step)) < 0.3,
+    }
 
 
 def conversation(random: Random, scene: Scene) -> list[questions.Question]:
     """Questions of different wording about a scene; a description, which tells everything, comes last."""
-    kinds = sorted((drawn_from(random, QUESTIONS) for _ in range(QUESTIONS_A_IMAGE)), key=lambda kind: kind == "describe")
+    kinds = sorted(
+        (drawn_from(random, QUESTIONS) for _ in range(QUESTIONS_A_IMAGE)), key=lambda kind: kind == "describe"
+    )
     found = [questions.random_question(random, scene, kind, test=False) for kind in kinds]
     return list(dict.fromkeys(question for question in found if question))
 
@@ -85,7 +103,12 @@ def generate_batch(step: int, *, rows: Rows, batch: int, stage: str) -> dict:
         row = prompt_row(random, rows, text, request)
         told.append(random.random() >= DROPPED_PROMPTS)
         full.append(row if told[-1] else rows.unconditional(row))
-    return image_rows(full) | scene_tensors(scenes) | token_tensors(scenes) | wanted_tensors(requests, scenes, told)
+    return (
+        image_rows(full)
+        | scene_tensors(scenes)
+        | token_tensors(scenes)
+        | wanted_tensors(requests, scenes, told)
+    )
 
 
 def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
@@ -101,13 +124,23 @@ def edit_batch(step: int, *, rows: Rows, batch: int) -> dict:
     found = edit_rows(asked, told, rows)
     ids, positions, one = found["input_ids"], found["position_ids"], slice(None, None, EDITS_PER_IMAGE)
     length = (ids[0] == rows.special.vision_end).nonzero()[-1].item() + 2  # with the line's end
-    found |= {"prompt_ids": ids[one, :length], "prompt_positions": positions[:, one, :length], "input_ids": ids[:, length:],
-              "position_ids": positions[:, :, length:], "first": found["first"] - length,
-              "given": (ids[one] == rows.special.vision_pad).nonzero()[:, 1].view(-1, IMAGE_TOKENS),
-              **{name: found[name][one] for name in ("before_things", "before_backgrounds")},
-              **{f"given_{name}": tensor for name, tensor in token_tensors(before).items()},
-              "meant": meant_tensor(asked), "touched": touched_tensor(asked)}
-    return found | token_tensors(after) | wanted_tensors([request_of_scene(scene) for scene in after], after, told)
+    found |= {
+        "prompt_ids": ids[one, :length],
+        "prompt_positions": positions[:, one, :length],
+        "input_ids": ids[:, length:],
+        "position_ids": positions[:, :, length:],
+        "first": found["first"] - length,
+        "given": (ids[one] == rows.special.vision_pad).nonzero()[:, 1].view(-1, IMAGE_TOKENS),
+        **{name: found[name][one] for name in ("before_things", "before_backgrounds")},
+        **{f"given_{name}": tensor for name, tensor in token_tensors(before).items()},
+        "meant": meant_tensor(asked),
+        "touched": touched_tensor(asked),
+    }
+    return (
+        found
+        | token_tensors(after)
+        | wanted_tensors([request_of_scene(scene) for scene in after], after, told)
+    )
 
 
 def prompt_row(random: Random, rows: Rows, text: str, request: prompts.Request) -> list[int]:
@@ -119,19 +152,29 @@ def prompt_row(random: Random, rows: Rows, text: str, request: prompts.Request) 
 def edit_rows(asked: list[edits.Edit], told: list[bool], rows: Rows) -> dict:
     """`image_rows` of edits, those that are not `told` without their text, and the scenes after and `before_`."""
     full = [rows.edit(edit.text, image_tokens=IMAGE_TOKENS, merged_patches=MERGED_PATCHES) for edit in asked]
-    found = image_rows([row if said else rows.unconditional(row) for row, said in zip(full, told, strict=True)])
+    found = image_rows(
+        [row if said else rows.unconditional(row) for row, said in zip(full, told, strict=True)]
+    )
     length = found["input_ids"].shape[1]
     positions = mrope_position_ids(found["input_ids"][0], [(MERGED_SIDE, MERGED_SIDE)], rows.special)
     found["position_ids"] = positions[:, :, :length].expand(-1, len(full), -1).contiguous()
     before = scene_tensors([edit.before for edit in asked])
-    return found | scene_tensors([edit.after for edit in asked]) | {f"before_{name}": tensor for name, tensor in before.items()}
+    return (
+        found
+        | scene_tensors([edit.after for edit in asked])
+        | {f"before_{name}": tensor for name, tensor in before.items()}
+    )
 
 
 def image_rows(full: list[list[int]]) -> dict:
     """Prompt rows padded so that all but the last token of an image follow each: ids, first predicted column, positions."""
     ids = padded([row + [0] * (IMAGE_TOKENS - 1) for row in full])
     positions = torch.arange(ids.shape[1]).expand(3, len(full), -1).contiguous()
-    return {"input_ids": ids, "first": torch.tensor([len(row) - 1 for row in full]), "position_ids": positions}
+    return {
+        "input_ids": ids,
+        "first": torch.tensor([len(row) - 1 for row in full]),
+        "position_ids": positions,
+    }
 
 
 def padded(full: list[list[int]], *, fill: int = 0) -> Tensor:
@@ -153,17 +196,29 @@ def token_tensors(scenes: list[Scene]) -> dict[str, Tensor]:
     index = np.arange(IMAGE_TOKENS)[:, None]
     right = x / TOKEN_PIXELS - index % TOKENS_SIDE - 0.5  # [B, T, 4]
     down = y / TOKEN_PIXELS - index // TOKENS_SIDE - 0.5
-    beyond = np.hypot(right, down) * TOKEN_PIXELS - radius + 1e6 * (things[:, None, :, 0] == 0)  # of a thing's edge, in pixels
+    beyond = (
+        np.hypot(right, down) * TOKEN_PIXELS - radius + 1e6 * (things[:, None, :, 0] == 0)
+    )  # of a thing's edge, in pixels
     nearest = beyond.argmin(-1)  # [B, T]
     there = np.take_along_axis(beyond, nearest[..., None], -1)[..., 0] < REACHED_PIXELS
     looks = np.full((len(scenes), MAX_THINGS, 3), IGNORED)
     for n, scene in enumerate(scenes):
         for m, thing in enumerate(scene.things):
             looks[n, m] = look_classes(thing.look)
-    looks = np.where(there[..., None], np.take_along_axis(looks, nearest[..., None], 1), (0, IGNORED, IGNORED))  # [B, T, 3]
-    backgrounds = np.array([list(COLORS).index(scene.background) for scene in scenes])[:, None, None].repeat(IMAGE_TOKENS, 1)
-    offsets = np.concatenate([np.take_along_axis(v, nearest[..., None], -1) for v in (right, down)], -1) * there[..., None]
-    return {"classes": torch.from_numpy(np.concatenate([looks, backgrounds], -1)), "offsets": torch.from_numpy(offsets.astype(np.float32))}
+    looks = np.where(
+        there[..., None], np.take_along_axis(looks, nearest[..., None], 1), (0, IGNORED, IGNORED)
+    )  # [B, T, 3]
+    backgrounds = np.array([list(COLORS).index(scene.background) for scene in scenes])[:, None, None].repeat(
+        IMAGE_TOKENS, 1
+    )
+    offsets = (
+        np.concatenate([np.take_along_axis(v, nearest[..., None], -1) for v in (right, down)], -1)
+        * there[..., None]
+    )
+    return {
+        "classes": torch.from_numpy(np.concatenate([looks, backgrounds], -1)),
+        "offsets": torch.from_numpy(offsets.astype(np.float32)),
+    }
 
 
 def touched_tensor(asked: list[edits.Edit]) -> Tensor:
@@ -181,7 +236,10 @@ def cell_tensors(scenes: list[Scene]) -> dict[str, Tensor]:
     """What each merged patch shows: classes [B, 16, 4], a shape (0 for none), its colour, its size and the background, IGNORED where
     there is none; and `offsets` [B, 16, 2] of a thing's centre from the patch's, -1 to 1 right and down."""
     found = [cells_of(scene) for scene in scenes]
-    return {"classes": torch.tensor([classes for classes, _ in found]), "offsets": torch.tensor([offsets for _, offsets in found])}
+    return {
+        "classes": torch.tensor([classes for classes, _ in found]),
+        "offsets": torch.tensor([offsets for _, offsets in found]),
+    }
 
 
 def cells_of(scene: Scene) -> tuple[list[list[int]], list[list[float]]]:

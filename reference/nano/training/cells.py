@@ -1,4 +1,5 @@
 """Scenes of a step as images, and which of their tokens show the same, or nothing but background."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -8,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..world.draw import arrays_from_scenes, draw
 from ..recipe import SEED, TOKENS_SIDE
+from ..world.draw import arrays_from_scenes, draw
 from ..world.world import SIDE_PIXELS, random_scene
 
 BARE = 16  # scenes, of which one has nothing on it
@@ -19,7 +20,7 @@ def scenes_of(step: int, *, batch: int, seed: int = SEED) -> dict:
     """Scenes of a step as arrays for `draw`; in one of BARE nothing lies, as where an edit takes the only thing away."""
     random = Random(f"{seed} vq {step}")
     scenes = [random_scene(random) for _ in range(batch)]
-    scenes[BARE - 2::BARE] = [replace(scene, things=()) for scene in scenes[BARE - 2::BARE]]
+    scenes[BARE - 2 :: BARE] = [replace(scene, things=()) for scene in scenes[BARE - 2 :: BARE]]
     things, backgrounds = arrays_from_scenes(scenes)
     return {"things": torch.from_numpy(things), "backgrounds": torch.from_numpy(backgrounds)}
 
@@ -52,7 +53,11 @@ def with_fewer_things(batch: dict, step: int) -> dict:
 
 def same_cells(batch: dict, other: dict) -> Tensor:
     """1.0 for tokens [B, h, w] whose pixels are the same in both, before noise."""
-    changed = (image_from_scenes(batch, noise=None) != image_from_scenes(other, noise=None)).any(1, keepdim=True).float()
+    changed = (
+        (image_from_scenes(batch, noise=None) != image_from_scenes(other, noise=None))
+        .any(1, keepdim=True)
+        .float()
+    )
     return 1 - F.max_pool2d(changed, SIDE_PIXELS // TOKENS_SIDE).squeeze(1)
 
 

@@ -4,6 +4,7 @@ What happens at step i is a function of (seed, stage, i) and of the weights befo
 ends with the same weights as one that was not. Where torch's process group is open, its processes share each batch and average
 their gradients: on two cores, two processes of one thread do an eighth more than one of two.
 """
+
 from __future__ import annotations
 
 import json
@@ -80,25 +81,45 @@ def rate(stage: Stage, step: int) -> float:
     return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def run(job: Job, *, folder: Path, device: torch.device, workers: int, tell: Callable[[str], None] = print,
-        stop_after_seconds: float | None = None) -> bool:
+def run(
+    job: Job,
+    *,
+    folder: Path,
+    device: torch.device,
+    workers: int,
+    tell: Callable[[str], None] = print,
+    stop_after_seconds: float | None = None,
+) -> bool:
     """Train a stage to its end, from its newest checkpoint in `folder` where there is one.
 
     Writes `<stage>.ckpt` and `<stage>.jsonl` (a line of losses per tenth of a percent). False when `stop_after_seconds` passed
     first: the same call goes on from there.
     """
-    stage, parameters = job.stage, [p for module in job.trained.values() for p in module.parameters() if p.requires_grad]
+    stage, parameters = (
+        job.stage,
+        [p for module in job.trained.values() for p in module.parameters() if p.requires_grad],
+    )
     optimisers = optimisers_of(job, parameters)
     first, began, saved = restore(job, optimisers, folder), time.monotonic(), time.monotonic()
     if first >= stage.steps:
         return True
     if job.extra and process()[1] > 1:
-        raise ValueError(f"stage {stage.name} keeps sums of its own, which several processes do not share: train it in one")
-    loader = DataLoader(Steps(job), batch_size=None, sampler=range(first, stage.steps),
-                        num_workers=workers, prefetch_factor=2 if workers else None, pin_memory=device.type == "cuda")
+        raise ValueError(
+            f"stage {stage.name} keeps sums of its own, which several processes do not share: train it in one"
+        )
+    loader = DataLoader(
+        Steps(job),
+        batch_size=None,
+        sampler=range(first, stage.steps),
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=device.type == "cuda",
+    )
     recorded, every, seen, (rank, processes) = [], max(1, stage.steps // 1000), 0, process()
     for step, batch in enumerate(loader, start=first):
-        on_device = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        on_device = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
+        }
         losses = train_step(job, optimisers, parameters, on_device, step)
         seen += stage.batch * processes
         recorded.append(losses)
@@ -106,7 +127,9 @@ def run(job: Job, *, folder: Path, device: torch.device, workers: int, tell: Cal
             speed = seen / max(time.monotonic() - began, 1e-9)
             tell(record(stage, folder, step + 1, recorded, speed))
             recorded = []
-        out_of_time = stop_after_seconds is not None and on_the_first(time.monotonic() - began > stop_after_seconds)
+        out_of_time = stop_after_seconds is not None and on_the_first(
+            time.monotonic() - began > stop_after_seconds
+        )
         if rank == 0 and (time.monotonic() - saved > SAVE_SECONDS or out_of_time or step + 1 == stage.steps):
             save(job, optimisers, folder, step + 1)
             saved = time.monotonic()
@@ -123,7 +146,9 @@ def on_the_first(answer: bool) -> bool:
     return bool(said)
 
 
-def train_step(job: Job, optimisers: list[Optimizer], parameters: list[Tensor], batch: dict, step: int) -> Losses:
+def train_step(
+    job: Job, optimisers: list[Optimizer], parameters: list[Tensor], batch: dict, step: int
+) -> Losses:
     """One step. Raises FloatingPointError when the loss is not finite (checked when it is recorded)."""
     for optimiser in optimisers:
         for group in optimiser.param_groups:
@@ -148,7 +173,9 @@ def average_gradients(parameters: list[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
-        for gradient, mean in zip(gradients, (flat / process()[1]).split([g.numel() for g in gradients]), strict=True):
+        for gradient, mean in zip(
+            gradients, (flat / process()[1]).split([g.numel() for g in gradients]), strict=True
+        ):
             gradient.copy_(mean.view_as(gradient))
 
 
@@ -158,32 +185,50 @@ def optimisers_of(job: Job, parameters: list[Tensor]) -> list[Optimizer]:
     rest = groups([p for p in parameters if id(p) not in taken], stage)
     made: list[Optimizer] = [torch.optim.AdamW(rest, lr=stage.learning_rate, betas=(0.9, 0.98))]
     if taken:
-        made.append(torch.optim.Muon(job.by_muon, lr=stage.learning_rate, weight_decay=stage.weight_decay,
-                                     adjust_lr_fn="match_rms_adamw"))
+        made.append(
+            torch.optim.Muon(
+                job.by_muon,
+                lr=stage.learning_rate,
+                weight_decay=stage.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
     return made
 
 
 def groups(parameters: list[Tensor], stage: Stage) -> list[dict]:
     """Matrices decay, vectors (norms and biases) do not."""
-    return [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": stage.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": stage.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 def record(stage: Stage, folder: Path, step: int, recorded: list[Losses], speed: float) -> str:
     """Append the mean losses of the last steps to the stage's log; the line that is shown."""
-    means = {name: float(torch.stack([losses[name].float() for losses in recorded if name in losses]).mean())
-             for name in dict.fromkeys(name for losses in recorded for name in losses)}
+    means = {
+        name: float(torch.stack([losses[name].float() for losses in recorded if name in losses]).mean())
+        for name in dict.fromkeys(name for losses in recorded for name in losses)
+    }
     if not math.isfinite(means["loss"]):
         raise FloatingPointError(f"stage {stage.name}, step {step}: the loss is {means['loss']}")
     with open(folder / f"{stage.name}.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in means.items()}) + "\n")
-    return f"{stage.name} {step}/{stage.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()) + f"  {speed:.0f}/s"
+    return (
+        f"{stage.name} {step}/{stage.steps}  "
+        + "  ".join(f"{k} {v:.4f}" for k, v in means.items())
+        + f"  {speed:.0f}/s"
+    )
 
 
 def save(job: Job, optimisers: list[Optimizer], folder: Path, step: int) -> None:
     """Write the checkpoint beside its name, then move it there."""
-    state = {"step": step, "modules": {name: module.state_dict() for name, module in job.trained.items()},
-             "optimisers": [o.state_dict() for o in optimisers], "extra": job.extra or {}}
+    state = {
+        "step": step,
+        "modules": {name: module.state_dict() for name, module in job.trained.items()},
+        "optimisers": [o.state_dict() for o in optimisers],
+        "extra": job.extra or {},
+    }
     path = folder / f"{job.stage.name}.ckpt"
     torch.save(state, path.with_suffix(".partial"))
     os.replace(path.with_suffix(".partial"), path)

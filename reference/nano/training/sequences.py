@@ -3,6 +3,7 @@ made and kept once.
 
 The release's decoder writes into a cache of fixed capacity (`reference/decoder.py`); here what is past is handed on as new tensors.
 """
+
 from __future__ import annotations
 
 import torch
@@ -10,11 +11,18 @@ from torch import Tensor
 
 from ...decoder import Decoder
 
-Past = tuple[Tensor, ...]  # of a layer: keys and values of the prompt [P, KV, L, D], and of what came since [B, KV, T, D]
+Past = tuple[
+    Tensor, ...
+]  # of a layer: keys and values of the prompt [P, KV, L, D], and of what came since [B, KV, T, D]
 
 
-def through(decoder: Decoder, x: Tensor, positions: Tensor, past: list[Past] | None = None,
-            shown: Tensor | None = None) -> tuple[list[Tensor], list[Past]]:
+def through(
+    decoder: Decoder,
+    x: Tensor,
+    positions: Tensor,
+    past: list[Past] | None = None,
+    shown: Tensor | None = None,
+) -> tuple[list[Tensor], list[Past]]:
     """A decoder with `grouped_attention`: x [B, S, H], positions [3, B, S], `shown` as there -> hidden states [B, S, H] after each layer
     and after the final norm, and what is past now."""
     cos, sin = (t.to(x.dtype) for t in decoder.rotary(positions))
@@ -35,11 +43,23 @@ def empty_past(decoder: Decoder, like: Tensor) -> list[Past]:
 
 def behind_prompt(past: list[Past], times: int) -> list[Past]:
     """What is past becomes the prompt of `times` rows each."""
-    return [(key, value, *(key.new_zeros(len(key) * times, key.shape[1], 0, key.shape[3]),) * 2) for _, _, key, value in past]
+    return [
+        (key, value, *(key.new_zeros(len(key) * times, key.shape[1], 0, key.shape[3]),) * 2)
+        for _, _, key, value in past
+    ]
 
 
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, past_key: Tensor,
-                      past_value: Tensor, _: Tensor, shown: Tensor | None) -> tuple[Tensor, ...]:
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    _: Tensor,
+    shown: Tensor | None,
+) -> tuple[Tensor, ...]:
     """`decoder.kv_cache_attention` where groups of rows share a prompt, or have none.
 
     query [B, heads, S, D], key and value [B, KV, S, D], prompt_key and prompt_value [P, KV, L, D], past_key and past_value [B, KV, T, D],
@@ -55,11 +75,19 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, prompt_key: Ten
     grouped = (query * width**-0.5).reshape(batch * kv_heads, heads // kv_heads * length, width)
     scores = grouped @ key.reshape(batch * kv_heads, ahead + length, width).transpose(1, 2)
     if length > 1:
-        future = torch.full((length, ahead + length), float("-inf"), dtype=scores.dtype, device=scores.device).triu(ahead + 1)
+        future = torch.full(
+            (length, ahead + length), float("-inf"), dtype=scores.dtype, device=scores.device
+        ).triu(ahead + 1)
         scores = (scores.view(batch * kv_heads, -1, length, ahead + length) + future).view_as(scores)
     if before:
-        alike = grouped.view(groups, each, kv_heads, -1, width).transpose(1, 2).reshape(groups * kv_heads, -1, width)
-        to_prompt = (alike @ prompt_key.reshape(groups * kv_heads, before, width).transpose(1, 2)).view(groups, kv_heads, -1, before)
+        alike = (
+            grouped.view(groups, each, kv_heads, -1, width)
+            .transpose(1, 2)
+            .reshape(groups * kv_heads, -1, width)
+        )
+        to_prompt = (alike @ prompt_key.reshape(groups * kv_heads, before, width).transpose(1, 2)).view(
+            groups, kv_heads, -1, before
+        )
         if shown is not None:
             to_prompt = to_prompt + shown[:, None, None].to(scores.dtype)
         to_prompt = to_prompt.view(groups, kv_heads, each, -1, before).transpose(1, 2)
@@ -68,6 +96,8 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, prompt_key: Ten
     found = weights[..., before:] @ value.reshape(batch * kv_heads, ahead + length, width)
     if before:
         of_prompt = weights[..., :before].reshape(groups, each, kv_heads, -1, before).transpose(1, 2)
-        of_prompt = of_prompt.reshape(groups * kv_heads, -1, before) @ prompt_value.reshape(groups * kv_heads, before, width)
+        of_prompt = of_prompt.reshape(groups * kv_heads, -1, before) @ prompt_value.reshape(
+            groups * kv_heads, before, width
+        )
         found = found + of_prompt.view(groups, kv_heads, each, -1, width).transpose(1, 2).reshape(found.shape)
     return found.view(batch, heads, length, width), prompt_key, prompt_value, key, value

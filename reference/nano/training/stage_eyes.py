@@ -4,6 +4,7 @@ From each merged patch a linear head, which is not kept, reads what has its cent
 patch; and the background. Questions alone teach seeing far too slowly: 256,000 of them left shapes and places at chance. (Where in
 the image cannot be learnt here: the encoder's positions are relative, and on an empty background all patches are alike.)
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -15,14 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model import Star
+from ..checkpoint.vision import embeds_of, seen
+from ..recipe import SEED, Stage
+from ..world.world import COLORS, RADII, SHAPES, random_scene
 from .batches import IGNORED, cell_tensors, scene_tensors
 from .cells import drawn
 from .loop import Job, Losses, fused
-from ..recipe import SEED, Stage
-from ..checkpoint.vision import embeds_of, seen
-from ..world.world import COLORS, RADII, SHAPES, random_scene
 
-CLASSES = (1 + len(SHAPES), len(COLORS), len(RADII), len(COLORS))  # nothing or a shape, its colour, its size, the background
+CLASSES = (
+    1 + len(SHAPES),
+    len(COLORS),
+    len(RADII),
+    len(COLORS),
+)  # nothing or a shape, its colour, its size, the background
 OUTPUTS = sum(CLASSES) + 2
 SHARP_SHARE = 0.3  # of images, as `edit` prepares them
 
@@ -31,8 +37,11 @@ def eyes_batch(step: int, *, batch: int) -> dict:
     """Scenes, and what `cell_tensors` tells of them."""
     random = Random(f"{SEED} eyes {step}")
     scenes = [random_scene(random) for _ in range(batch)]
-    return {**scene_tensors(scenes), **cell_tensors(scenes),
-            "sharp": torch.rand(batch, generator=torch.Generator().manual_seed(step)) < SHARP_SHARE}
+    return {
+        **scene_tensors(scenes),
+        **cell_tensors(scenes),
+        "sharp": torch.rand(batch, generator=torch.Generator().manual_seed(step)) < SHARP_SHARE,
+    }
 
 
 def eyes_job(star: Star, stage: Stage, device: torch.device, *, compiled: bool = False) -> Job:
@@ -41,8 +50,12 @@ def eyes_job(star: Star, stage: Stage, device: torch.device, *, compiled: bool =
     star.vision_encoder.requires_grad_(True)
     head = new_head(star.token_embedding.embedding_dim, device)
     see = partial(fused(embeds_of, compiled=compiled), star.vision_encoder)
-    return Job(stage, {"vision_encoder": star.vision_encoder, "head": head}, partial(eyes_batch, batch=stage.batch),
-               partial(eyes_losses, see, head))
+    return Job(
+        stage,
+        {"vision_encoder": star.vision_encoder, "head": head},
+        partial(eyes_batch, batch=stage.batch),
+        partial(eyes_losses, see, head),
+    )
 
 
 def eyes_losses(see: Callable[[Tensor], Tensor], head: nn.Linear, batch: dict, step: int) -> Losses:
@@ -67,7 +80,9 @@ def read_losses(read: Tensor, batch: dict) -> Losses:
     count, errors = there.sum().clamp(min=1), offsets - batch["offsets"]
     loss = (errors.square().mean(-1) * there).sum() / count
     losses = {}
-    for name, logits, wanted in zip(("shape", "color", "size", "background"), scores, batch["classes"].unbind(-1), strict=True):
+    for name, logits, wanted in zip(
+        ("shape", "color", "size", "background"), scores, batch["classes"].unbind(-1), strict=True
+    ):
         loss = loss + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
         losses[name] = ((logits.argmax(-1) == wanted) * there).sum() / count
     return {"loss": loss, **losses, "offset": (errors.abs().mean(-1) * there).sum() / count}

@@ -8,6 +8,7 @@ was drawn serve the drawing and the learning.
 Source: Williams 1992 (policy gradients); Shao et al. 2024, 4.1 (advantages within a group of attempts); Liu et al. 2025 (arXiv 2503.20783), 3.2
 (not divided by each group's deviation).
 """
+
 from __future__ import annotations
 
 import copy
@@ -22,19 +23,27 @@ from torch import Tensor, nn
 
 from ...decoder import Decoder
 from ...model import Star
+from ..benchmark.painter import images_of
+from ..checkpoint.tokens import Rows
+from ..recipe import ATTEMPTS, GIVEN_WEIGHT, IMAGE_TOKENS, REWARD_TOP_K, REWARD_TOP_P, SEED, Stage
 from ..world import edits, prompts
+from ..world.scorer import read
 from .batches import drawn_from, edit_rows, image_rows, prompt_row, scene_tensors
 from .loop import Job, Losses, process
-from ..benchmark.painter import images_of
-from ..recipe import ATTEMPTS, GIVEN_WEIGHT, IMAGE_TOKENS, REWARD_TOP_K, REWARD_TOP_P, SEED, Stage
-from ..world.scorer import read
 from .sequences import behind_prompt, through
 from .stage_vq import background_ids
 from .stages import DRAWING_PARTS, freeze, given_tensors, painted_ids, with_images
-from ..checkpoint.tokens import Rows
 
 READ_TOGETHER = 16  # images that a process gets at a time
-REWARDED = {"mixed": 10, "single": 10, "two": 20, "counting": 10, "colors": 5, "position": 25, "attributes": 20}  # shares of prompts
+REWARDED = {
+    "mixed": 10,
+    "single": 10,
+    "two": 20,
+    "counting": 10,
+    "colors": 5,
+    "position": 25,
+    "attributes": 20,
+}  # shares of prompts
 EDITED_EVERY = 2  # of so many batches one edits
 
 
@@ -55,7 +64,9 @@ def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
     random = Random(f"{SEED} reward {step}")
     if step % EDITED_EVERY == 0:
         asked = [edits.random_edit(random, edits.random_kind(random), test=False) for _ in range(count)]
-        return edit_rows(asked, [True] * count, rows) | {"judges": [partial(edits.check, edit) for edit in asked]}
+        return edit_rows(asked, [True] * count, rows) | {
+            "judges": [partial(edits.check, edit) for edit in asked]
+        }
     full, scenes, judges = [], [], []
     for _ in range(count):
         text, request = prompts.random_prompt(random, drawn_from(random, REWARDED), test=False)
@@ -65,7 +76,9 @@ def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
     return image_rows(full) | scene_tensors(scenes) | {"judges": judges}
 
 
-def reward_losses(star: Star, painter: Star, backgrounds: Tensor, each: Callable, batch: dict, step: int) -> Losses:
+def reward_losses(
+    star: Star, painter: Star, backgrounds: Tensor, each: Callable, batch: dict, step: int
+) -> Losses:
     """ATTEMPTS images of each prompt, read by `each`, which is a `map`, and what `attempt_loss` says of them. `edited` or `drawn`: the
     share of images at which all demands hold."""
     painter.load_state_dict(star.state_dict())
@@ -83,16 +96,26 @@ def reward_losses(star: Star, painter: Star, backgrounds: Tensor, each: Callable
     reward, right = (found.to(device) for found in rewards(images, batch["judges"], each))
     with torch.autocast(device.type, torch.bfloat16):
         drawn, given = attempt_loss(star.stacked_ar, star.image_head, made, first, positions, evened(reward))
-    return {"loss": drawn + GIVEN_WEIGHT * given, ("edited" if editing else "drawn"): right.mean(), "reward": reward.mean(),
-            "given": given.detach()}
+    return {
+        "loss": drawn + GIVEN_WEIGHT * given,
+        ("edited" if editing else "drawn"): right.mean(),
+        "reward": reward.mean(),
+        "given": given.detach(),
+    }
 
 
-def rewards(images: Sequence[np.ndarray], judges: Sequence[Callable], each: Callable = map) -> tuple[Tensor, Tensor]:
+def rewards(
+    images: Sequence[np.ndarray], judges: Sequence[Callable], each: Callable = map
+) -> tuple[Tensor, Tensor]:
     """Of ATTEMPTS images for each judge: the reward [P, A], half of it for the share of demands that hold and half for all; and whether all
     hold [P, A]."""
-    demands = list(each(demands_met, [(judges[index // ATTEMPTS], image) for index, image in enumerate(images)]))
+    demands = list(
+        each(demands_met, [(judges[index // ATTEMPTS], image) for index, image in enumerate(images)])
+    )
     right = torch.tensor([float(all(met)) for met in demands]).view(-1, ATTEMPTS)
-    return 0.5 * torch.tensor([sum(met) / len(met) for met in demands]).view(-1, ATTEMPTS) + 0.5 * right, right
+    return 0.5 * torch.tensor([sum(met) / len(met) for met in demands]).view(
+        -1, ATTEMPTS
+    ) + 0.5 * right, right
 
 
 def demands_met(attempt: tuple[Callable, np.ndarray]) -> list[bool]:
@@ -108,7 +131,9 @@ def evened(reward: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attempts(star: Star, embeds: Tensor, first: Tensor, positions: Tensor, given: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def attempts(
+    star: Star, embeds: Tensor, first: Tensor, positions: Tensor, given: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
     """ATTEMPTS images of each prompt, drawn from the REWARD_TOP_K most probable ids up to a cumulative probability of REWARD_TOP_P, and behind
     them one that is given.
 
@@ -116,11 +141,15 @@ def attempts(star: Star, embeds: Tensor, first: Tensor, positions: Tensor, given
     `kept` [P, A, T, k] what each was drawn from, -1 for what was not, and the base's hidden states, which the stack is fed:
     `prompt` [P, L, H] and `hidden` [P, A + 1, T - 1, H].
     """
-    (*_, prompt), base_past = through(star.base_ar, embeds, positions[:, :, :embeds.shape[1]])
-    (*_, states), stack_past = through(star.stacked_ar, prompt, positions[:, :, :embeds.shape[1]])
+    (*_, prompt), base_past = through(star.base_ar, embeds, positions[:, :, : embeds.shape[1]])
+    (*_, states), stack_past = through(star.stacked_ar, prompt, positions[:, :, : embeds.shape[1]])
     shown, places = prompt_mask(first, embeds.shape[1]), image_positions(first, positions)  # [3, P, T - 1]
-    (*_, taught), _ = through(star.base_ar, star.image_embedding(given[:, :-1]), places, behind_prompt(base_past, 1), shown)
-    last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(ATTEMPTS, 0)  # [B, 1, H]
+    (*_, taught), _ = through(
+        star.base_ar, star.image_embedding(given[:, :-1]), places, behind_prompt(base_past, 1), shown
+    )
+    last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(
+        ATTEMPTS, 0
+    )  # [B, 1, H]
     base_past, stack_past = (behind_prompt(past, ATTEMPTS) for past in (base_past, stack_past))
     ids, kept, hidden, places = [], [], [], places.repeat_interleave(ATTEMPTS, 1)
     for step in range(IMAGE_TOKENS):
@@ -128,24 +157,34 @@ def attempts(star: Star, embeds: Tensor, first: Tensor, positions: Tensor, given
         ids.append(drawn)
         kept.append(among)
         if step < IMAGE_TOKENS - 1:
-            x, place = star.image_embedding(drawn)[:, None], places[:, :, step:step + 1]
+            x, place = star.image_embedding(drawn)[:, None], places[:, :, step : step + 1]
             (*_, x), base_past = through(star.base_ar, x, place, base_past, shown)
             hidden.append(x)
             (*_, last), stack_past = through(star.stacked_ar, x, place, stack_past, shown)
     groups = (len(first), ATTEMPTS)
-    return {"ids": torch.cat([torch.stack(ids, 1).unflatten(0, groups), given[:, None]], 1), "kept": torch.stack(kept, 1).unflatten(0, groups),
-            "prompt": prompt, "hidden": torch.cat([torch.cat(hidden, 1).unflatten(0, groups), taught[:, None]], 1)}
+    return {
+        "ids": torch.cat([torch.stack(ids, 1).unflatten(0, groups), given[:, None]], 1),
+        "kept": torch.stack(kept, 1).unflatten(0, groups),
+        "prompt": prompt,
+        "hidden": torch.cat([torch.cat(hidden, 1).unflatten(0, groups), taught[:, None]], 1),
+    }
 
 
-def attempt_loss(stack: Decoder, head: nn.Linear, made: dict[str, Tensor], first: Tensor, positions: Tensor,
-                 better: Tensor) -> tuple[Tensor, Tensor]:
+def attempt_loss(
+    stack: Decoder, head: nn.Linear, made: dict[str, Tensor], first: Tensor, positions: Tensor, better: Tensor
+) -> tuple[Tensor, Tensor]:
     """Minus the mean over tokens of the log probability with which each was drawn, times how much `better` [P, A] than its fellows its
     image is; and the cross entropy of the given images. `made`: what `attempts` returned."""
     prompt, (groups, each, _) = made["prompt"], made["ids"].shape
-    (*_, states), past = through(stack, prompt, positions[:, :, :prompt.shape[1]])
+    (*_, states), past = through(stack, prompt, positions[:, :, : prompt.shape[1]])
     last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(each, 0)
-    (*_, drawn), _ = through(stack, made["hidden"].flatten(0, 1), image_positions(first, positions).repeat_interleave(each, 1),
-                       behind_prompt(past, each), prompt_mask(first, prompt.shape[1]))
+    (*_, drawn), _ = through(
+        stack,
+        made["hidden"].flatten(0, 1),
+        image_positions(first, positions).repeat_interleave(each, 1),
+        behind_prompt(past, each),
+        prompt_mask(first, prompt.shape[1]),
+    )
     logits = head(torch.cat([last, drawn], dim=1)).float().unflatten(0, (groups, each))  # [P, A + 1, T, K]
     chosen = logits.gather(-1, made["ids"].unsqueeze(-1)).squeeze(-1)  # [P, A + 1, T]
     among = logits[:, :-1].gather(-1, made["kept"].clamp(min=0)).masked_fill(made["kept"] < 0, float("-inf"))

@@ -6,6 +6,7 @@ what is assigned to each entry; entries that nothing uses start again at a laten
 
 Source: van den Oord et al. 2017, appendix A.1 (running means); the rest is common practice.
 """
+
 from __future__ import annotations
 
 import math
@@ -17,15 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...model import Star
-from .cells import drawn, empty_cells, image_from_scenes, same_cells, scenes_of, with_fewer_things
-from ..world.draw import arrays_from_scenes
-from .loop import Job, Losses
 from ..recipe import SEED, VQ_UNQUANTISED, Stage
+from ..world.draw import arrays_from_scenes
 from ..world.world import COLORS, Scene
+from .cells import drawn, empty_cells, image_from_scenes, same_cells, scenes_of, with_fewer_things
+from .loop import Job, Losses
 
 DECAY, COMMITMENT, LOCALITY = 0.99, 0.25, 10.0
 EMPTY_SHARE = 0.05  # of the empty background's latents count for the codebook of stage `decoder`
-MISREAD, NEIGHBOURS = 0.2, 8  # share of that stage's tokens that are another entry, and among how many of the nearest
+MISREAD, NEIGHBOURS = (
+    0.2,
+    8,
+)  # share of that stage's tokens that are another entry, and among how many of the nearest
 DEAD = 0.1  # running count below which an entry starts again; the mean is 0.5
 RESTART_EVERY = 20  # steps
 KMEANS_BATCHES, LOCAL_KMEANS_BATCHES, KMEANS_ROUNDS = 8, 300, 25
@@ -34,10 +38,14 @@ KMEANS_BATCHES, LOCAL_KMEANS_BATCHES, KMEANS_ROUNDS = 8, 300, 25
 @torch.no_grad()
 def background_ids(star: Star) -> Tensor:
     """The id [8] of each colour's empty background: the entry nearest to the mean latent of an image with nothing on it."""
-    things, backgrounds = (torch.from_numpy(array).to(star.codebook.weight.device)
-                           for array in arrays_from_scenes([Scene(color, ()) for color in COLORS]))
+    things, backgrounds = (
+        torch.from_numpy(array).to(star.codebook.weight.device)
+        for array in arrays_from_scenes([Scene(color, ()) for color in COLORS])
+    )
     with torch.autocast(things.device.type, enabled=False):
-        latents = star.vq_encoder.latents(image_from_scenes({"things": things, "backgrounds": backgrounds}, noise=None))
+        latents = star.vq_encoder.latents(
+            image_from_scenes({"things": things, "backgrounds": backgrounds}, noise=None)
+        )
     return nearest(latents.mean((2, 3)), star.codebook.weight)
 
 
@@ -62,9 +70,14 @@ class Trainer:
         self.sums = weight.detach().clone()
 
     def job(self) -> Job:
-        return Job(self.stage, {"vq_encoder": self.star.vq_encoder, "vq_decoder": self.star.vq_decoder},
-                   partial(scenes_of, batch=self.stage.batch), self.losses, extra={"counts": self.counts, "sums": self.sums},
-                   finish=partial(scale_latents, self.star))
+        return Job(
+            self.stage,
+            {"vq_encoder": self.star.vq_encoder, "vq_decoder": self.star.vq_decoder},
+            partial(scenes_of, batch=self.stage.batch),
+            self.losses,
+            extra={"counts": self.counts, "sums": self.sums},
+            finish=partial(scale_latents, self.star),
+        )
 
     def losses(self, batch: dict, step: int) -> Losses:
         """Squared error of the image, and the distance of latents from their entries, weighed so that neither outgrows the other:
@@ -82,7 +95,11 @@ class Trainer:
                 quantised = latents + (as_map(entries, latents) - latents).detach()
                 used = (self.counts > DEAD).float().mean()
             error, psnr = compared(decoded(self.star, quantised), image)
-        return {"loss": error + COMMITMENT * commitment / z.detach().var(0).mean() * error.detach(), "psnr": psnr, "used": used}
+        return {
+            "loss": error + COMMITMENT * commitment / z.detach().var(0).mean() * error.detach(),
+            "psnr": psnr,
+            "used": used,
+        }
 
     @torch.no_grad()
     def follow(self, z: Tensor, step: int) -> Tensor:
@@ -101,8 +118,8 @@ class Trainer:
         """Unused entries become latents of this batch."""
         generator = torch.Generator().manual_seed(SEED * 7 + step)
         dead = (self.counts < DEAD).nonzero()[:, 0]
-        chosen = torch.randperm(len(z), generator=generator)[:len(dead)].to(z.device)
-        self.sums[dead[:len(chosen)]], self.counts[dead[:len(chosen)]] = z[chosen] * 10 * DEAD, 10 * DEAD
+        chosen = torch.randperm(len(z), generator=generator)[: len(dead)].to(z.device)
+        self.sums[dead[: len(chosen)]], self.counts[dead[: len(chosen)]] = z[chosen] * 10 * DEAD, 10 * DEAD
 
     @torch.no_grad()
     def start_codebook(self, step: int, batch: int) -> None:
@@ -133,15 +150,17 @@ class LocalTrainer(Trainer):
         """Squared error of the image, and `moved` (on a quarter of the batch) and `apart` as shares of the latents' variance, times
         that error."""
         image = drawn(batch, step)
-        part = {name: tensor[:max(1, len(image) // 4)] for name, tensor in batch.items()}
+        part = {name: tensor[: max(1, len(image) // 4)] for name, tensor in batch.items()}
         fewer = with_fewer_things(part, step)
         with torch.autocast(image.device.type, torch.bfloat16):
             found = self.star.vq_encoder.latents(torch.cat([image, drawn(fewer, step, stream=2)])).float()
             latents, others = found.split([len(image), len(found) - len(image)])
             error, psnr = compared(decoded(self.star, latents), image)
         variance = latents.detach().var((0, 2, 3)).mean()
-        terms = {"moved": moved(latents[:len(others)], others, same_cells(part, fewer)) / variance,
-                 "apart": apart(latents, empty_cells(batch)) / variance}
+        terms = {
+            "moved": moved(latents[: len(others)], others, same_cells(part, fewer)) / variance,
+            "apart": apart(latents, empty_cells(batch)) / variance,
+        }
         return {"loss": error + LOCALITY * sum(terms.values()) * error.detach(), "psnr": psnr, **terms}
 
 
@@ -176,7 +195,9 @@ class DecoderTrainer(Trainer):
         """The ids [B, T] that the decoder gets of a batch's latents [B, d, h, w]: in rows 0, 2, ... with one background."""
         if self.backgrounds is None:
             self.backgrounds = background_ids(self.star)
-        ids = nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), self.star.codebook.weight).view(len(latents), -1)
+        ids = nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), self.star.codebook.weight).view(
+            len(latents), -1
+        )
         ids[::2] = with_one_background(ids, self.backgrounds, batch)[::2]
         return ids
 
@@ -186,7 +207,9 @@ class DecoderTrainer(Trainer):
             entries = self.star.codebook.weight
             self.near = torch.cdist(entries, entries).topk(NEIGHBOURS + 1, largest=False).indices[:, 1:]
         generator = torch.Generator(ids.device).manual_seed(SEED * 13 + step)
-        others = self.near[ids].gather(-1, torch.randint(NEIGHBOURS, (*ids.shape, 1), generator=generator, device=ids.device))[..., 0]
+        others = self.near[ids].gather(
+            -1, torch.randint(NEIGHBOURS, (*ids.shape, 1), generator=generator, device=ids.device)
+        )[..., 0]
         exchanged = torch.rand(ids.shape, generator=generator, device=ids.device) < MISREAD
         rows = torch.arange(len(ids), device=ids.device) // 2 % 2 == 1
         return torch.where(exchanged & rows.unsqueeze(1) & (empty_cells(batch).flatten(1) == 0), others, ids)
@@ -195,7 +218,10 @@ class DecoderTrainer(Trainer):
         """All but most of the empty background: entries go where tokens are, dozens would differ by a tenth of a level of one colour, and
         which of them is next nobody could tell."""
         generator = torch.Generator().manual_seed(SEED * 11 + number)
-        return z[torch.rand(len(z), generator=generator).to(z.device) < 1 - (1 - EMPTY_SHARE) * empty_cells(scenes).flatten()]
+        return z[
+            torch.rand(len(z), generator=generator).to(z.device)
+            < 1 - (1 - EMPTY_SHARE) * empty_cells(scenes).flatten()
+        ]
 
 
 VQ_TRAINERS = {"vq": Trainer, "local": LocalTrainer, "decoder": DecoderTrainer}
@@ -204,7 +230,9 @@ VQ_TRAINERS = {"vq": Trainer, "local": LocalTrainer, "decoder": DecoderTrainer}
 def compared(made: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """Squared error of images [B, 3, H, W] in [-1, 1], and their mean PSNR in dB."""
     made = made.float()
-    return F.mse_loss(made, image), -10 * (made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)).div(4).log10().mean()
+    return F.mse_loss(made, image), -10 * (made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)).div(
+        4
+    ).log10().mean()
 
 
 def as_map(rows: Tensor, like: Tensor) -> Tensor:
@@ -266,6 +294,9 @@ def clusters(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
         counts = torch.bincount(ids, minlength=count).float()
         sums = torch.zeros_like(centres).index_add_(0, ids, z)
         empty = counts == 0
-        centres = torch.where(empty[:, None], z[order[(turn + 1) * count % len(z):][:count]] if (turn + 2) * count <= len(z)
-                              else centres, sums / counts.clamp(min=1)[:, None])
+        centres = torch.where(
+            empty[:, None],
+            z[order[(turn + 1) * count % len(z) :][:count]] if (turn + 2) * count <= len(z) else centres,
+            sums / counts.clamp(min=1)[:, None],
+        )
     return centres, counts.clamp(min=1)

@@ -9,6 +9,7 @@ or, for the stages behind `vq`, in several processes that share each batch:
 FOLDER becomes a checkpoint in the release's layout; beside it lie each stage's optimiser state, losses as text and as an image.
 Stages run in order; one that is complete is skipped. The same seed, machine, number of threads and processes give the same weights.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,26 +26,44 @@ import torch.distributed as dist
 
 from ...model import Star
 from ...weights import load_star, resolve_checkpoint
-from ..checkpoint import layout
 from .. import recipe
+from ..benchmark.plot import write_curves
+from ..checkpoint import layout
+from ..checkpoint.tokens import Rows
+from ..recipe import STAGES, Stage
 from . import stages
 from .loop import Job, process, run
-from ..benchmark.plot import write_curves
-from ..recipe import STAGES, Stage
 from .sequences import grouped_attention
 from .stage_eyes import eyes_job
 from .stage_reward import reward_job
 from .stage_vq import VQ_TRAINERS
-from ..checkpoint.tokens import Rows
 
-PART = {"vq": "vq", "local": "vq", "decoder": "vq", "eyes": "base", "base": "base",
-        "generate": "trained", "edit": "trained", "reward": "trained"}  # which file a stage writes
+PART = {
+    "vq": "vq",
+    "local": "vq",
+    "decoder": "vq",
+    "eyes": "base",
+    "base": "base",
+    "generate": "trained",
+    "edit": "trained",
+    "reward": "trained",
+}  # which file a stage writes
 WORK = "training"  # folder of what training needs and a checkpoint does not
 PUBLISHED = (".json", ".pt", ".safetensors", ".png", ".jsonl", ".done")
 
 
-def train(out: Path, *, names: list[str], device: torch.device, workers: int, scale: float, seconds: float | None,
-          wide: int = 1, rate: float = 1.0, compiled: bool = False) -> bool:
+def train(
+    out: Path,
+    *,
+    names: list[str],
+    device: torch.device,
+    workers: int,
+    scale: float,
+    seconds: float | None,
+    wide: int = 1,
+    rate: float = 1.0,
+    compiled: bool = False,
+) -> bool:
     """Run the named stages in `out`, each with `scale` times its samples in batches `wide` times as large at `rate` times its learning
     rate, the decoders compiled or not. False when `seconds` ran out before the end."""
     work, began, (rank, processes) = out / WORK, time.monotonic(), process()
@@ -92,9 +111,15 @@ def meet() -> None:
 def scaled(stage: Stage, scale: float, *, wide: int, rate: float = 1.0) -> Stage:
     """A stage with `scale` times its samples, in batches `wide` times as large, at `rate` times its learning rate."""
     steps = max(1, int(stage.steps * scale / wide))
-    return dataclasses.replace(stage, steps=steps, batch=stage.batch * wide, learning_rate=stage.learning_rate * rate,
-                               warmup=min(stage.warmup, max(1, steps // 10)), alone=min(stage.alone, steps // 10),
-                               distinct=stage.distinct and max(1, int(stage.distinct * scale / wide)))
+    return dataclasses.replace(
+        stage,
+        steps=steps,
+        batch=stage.batch * wide,
+        learning_rate=stage.learning_rate * rate,
+        warmup=min(stage.warmup, max(1, steps // 10)),
+        alone=min(stage.alone, steps // 10),
+        distinct=stage.distinct and max(1, int(stage.distinct * scale / wide)),
+    )
 
 
 def training_star(out: Path, device: torch.device) -> Star:
@@ -105,7 +130,9 @@ def training_star(out: Path, device: torch.device) -> Star:
     return star.to(device)
 
 
-def job_of(star: Star, stage: Stage, out: Path, device: torch.device, *, workers: int = 0, compiled: bool = False) -> Job:
+def job_of(
+    star: Star, stage: Stage, out: Path, device: torch.device, *, workers: int = 0, compiled: bool = False
+) -> Job:
     """What the stage of this name brings to the loop."""
     if stage.name in VQ_TRAINERS:
         return VQ_TRAINERS[stage.name](star, stage, device).job()
@@ -138,17 +165,29 @@ def publish(out: Path, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m reference.nano.training.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; goes on when it holds one")
+    parser = argparse.ArgumentParser(
+        prog="python -m reference.nano.training.train", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the checkpoint; goes on when it holds one"
+    )
     parser.add_argument("--stages", default=",".join(STAGES), help=f"default: {','.join(STAGES)}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches (default: 0)")
     parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
     parser.add_argument("--scale", type=float, default=1.0, help="times each stage's samples (default: 1)")
-    parser.add_argument("--wide", type=int, default=1, help="times its batch, which costs a GPU little (default: 1)")
+    parser.add_argument(
+        "--wide", type=int, default=1, help="times its batch, which costs a GPU little (default: 1)"
+    )
     parser.add_argument("--rate", type=float, default=1.0, help="times its learning rate (default: 1)")
-    parser.add_argument("--compile", action="store_true", help="compile the decoders, which takes a C++ compiler")
-    parser.add_argument("--minutes", type=float, help="save and stop after so long, exit code 3; the same command goes on")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the decoders, which takes a C++ compiler"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="save and stop after so long, exit code 3; the same command goes on"
+    )
     parser.add_argument("--publish", type=Path, help="at the end copy the checkpoint here")
     options = parser.parse_args(argv)
     names = options.stages.split(",")
@@ -157,15 +196,27 @@ def main(argv: list[str] | None = None) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         processes = int(os.environ["WORLD_SIZE"])
         if processes > 1 and "vq" in names:
-            parser.error("stage vq keeps sums that several processes do not share: train it in one, the others with --stages")
+            parser.error(
+                "stage vq keeps sums that several processes do not share: train it in one, the others with --stages"
+            )
         if odd := [name for name in names if STAGES[name].batch * options.wide % processes]:
-            parser.error(f"{processes} processes cannot share the batch of {STAGES[odd[0]].batch * options.wide} of stage {odd[0]} evenly")
+            parser.error(
+                f"{processes} processes cannot share the batch of {STAGES[odd[0]].batch * options.wide} of stage {odd[0]} evenly"
+            )
         dist.init_process_group("gloo")
     if options.threads:
         torch.set_num_threads(options.threads)
-    finished = train(options.out, names=names, device=torch.device(options.device), workers=options.workers, scale=options.scale,
-                     wide=options.wide, rate=options.rate, compiled=options.compile,
-                     seconds=None if options.minutes is None else 60 * options.minutes)
+    finished = train(
+        options.out,
+        names=names,
+        device=torch.device(options.device),
+        workers=options.workers,
+        scale=options.scale,
+        wide=options.wide,
+        rate=options.rate,
+        compiled=options.compile,
+        seconds=None if options.minutes is None else 60 * options.minutes,
+    )
     if finished and options.publish and process()[0] == 0:
         publish(options.out, options.publish)
     return 0 if finished else 3

@@ -4,20 +4,23 @@ them from the stack's hidden states.
 A prompt decides a few nats of an image's tokens, texture hundreds: without such heads the stack paints fine images of anything
 long before it reads. What is left is what counting takes: a thing that was begun is not wanted any more.
 """
+
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..recipe import IMAGE_TOKENS, TOKENS_SIDE
 from ..world.edits import KINDS as EDIT_KINDS
 from ..world.edits import Edit
 from ..world.prompts import Group, Request
-from ..recipe import IMAGE_TOKENS, TOKENS_SIDE
 from ..world.world import COLORS, MAX_THINGS, PLACES, RADII, RELATIONS, SHAPES, SIDE_PIXELS, Scene, Thing
 
 FREE_COLOR, FREE_SIZE = len(COLORS), len(RADII)
-KINDS = len(SHAPES) * (len(COLORS) + 1) * (len(RADII) + 1)  # of things a prompt can name: a shape, a colour or none, a size or none
+KINDS = (
+    len(SHAPES) * (len(COLORS) + 1) * (len(RADII) + 1)
+)  # of things a prompt can name: a shape, a colour or none, a size or none
 BACKGROUNDS, RELATED = len(COLORS) + 1, len(RELATIONS) + 1  # the last of each: not said
 OUTPUTS = {"wanted": KINDS + BACKGROUNDS + RELATED, "left": KINDS}  # of the heads
 # Of an edit: its kind, shape, colour and size of what it changes or takes away, those of what it makes, its place; the last but of kinds:
@@ -30,7 +33,9 @@ TOKEN_PIXELS = SIDE_PIXELS // TOKENS_SIDE
 
 def request_of_scene(scene: Scene) -> Request:
     """All of a scene as a request: what an edit wants."""
-    return Request(tuple(Group(1, t.look.shape, t.look.color, t.look.size) for t in scene.things), scene.background)
+    return Request(
+        tuple(Group(1, t.look.shape, t.look.color, t.look.size) for t in scene.things), scene.background
+    )
 
 
 def wanted_tensors(requests: list[Request], scenes: list[Scene], told: list[bool]) -> dict[str, Tensor]:
@@ -41,11 +46,17 @@ def wanted_tensors(requests: list[Request], scenes: list[Scene], told: list[bool
     begins = [[begin_of(thing) for thing in scene.things] for scene in scenes]
     assert all(len(k) == len(b) for k, b in zip(kinds, begins, strict=True))
     colors, relations = list(COLORS), list(RELATIONS)
-    return {"kinds": torch.tensor([k + [KINDS] * (MAX_THINGS - len(k)) for k in kinds]),
-            "begins": torch.tensor([b + [0] * (MAX_THINGS - len(b)) for b in begins]),
-            "background": torch.tensor([colors.index(r.background) if r.background else len(colors) for r in requests]),
-            "relation": torch.tensor([relations.index(r.relation) if r.relation else len(relations) for r in requests]),
-            "told": torch.tensor(told)}
+    return {
+        "kinds": torch.tensor([k + [KINDS] * (MAX_THINGS - len(k)) for k in kinds]),
+        "begins": torch.tensor([b + [0] * (MAX_THINGS - len(b)) for b in begins]),
+        "background": torch.tensor(
+            [colors.index(r.background) if r.background else len(colors) for r in requests]
+        ),
+        "relation": torch.tensor(
+            [relations.index(r.relation) if r.relation else len(relations) for r in requests]
+        ),
+        "told": torch.tensor(told),
+    }
 
 
 def kind_of(group: Group) -> int:
@@ -72,9 +83,13 @@ def wanted_loss(wanted: Tensor, left: Tensor, asked: dict[str, Tensor]) -> tuple
     ahead = (asked["begins"].unsqueeze(-1) >= steps).to(left.dtype)  # [B, 4, T]
     remaining = ahead.transpose(1, 2) @ things  # [B, T, KINDS]
     counts, background, relation = wanted.split((KINDS, BACKGROUNDS, RELATED), dim=-1)
-    errors = (counts - things.sum(1, keepdim=True)).square().sum(-1) + (left - remaining).square().sum(-1)  # [B, T]
+    errors = (counts - things.sum(1, keepdim=True)).square().sum(-1) + (left - remaining).square().sum(
+        -1
+    )  # [B, T]
     for logits, name in ((background, "background"), (relation, "relation")):
-        errors = errors + F.cross_entropy(logits.transpose(1, 2), asked[name].unsqueeze(1).expand(-1, IMAGE_TOKENS), reduction="none")
+        errors = errors + F.cross_entropy(
+            logits.transpose(1, 2), asked[name].unsqueeze(1).expand(-1, IMAGE_TOKENS), reduction="none"
+        )
     told = asked["told"].to(left.dtype).unsqueeze(1)
     right = ((left - remaining).abs() < 0.5).all(-1).to(left.dtype)
     total = (told.sum() * IMAGE_TOKENS).clamp(min=1)
@@ -88,14 +103,19 @@ def meant_tensor(asked: list[Edit]) -> Tensor:
 
 def meant_by(edit: Edit) -> list[int]:
     """An edit as in MEANT."""
-    old, new = ([None] * 3 if thing is None else [thing.look.shape, thing.look.color, thing.look.size] for thing in (edit.meant, edit.made))
+    old, new = (
+        [None] * 3 if thing is None else [thing.look.shape, thing.look.color, thing.look.size]
+        for thing in (edit.meant, edit.made)
+    )
     if edit.kind == "add":
         new[2] = edit.size
     elif edit.kind == "background":
         new[1] = edit.after.background
     looks = [SHAPES, list(COLORS), list(RADII)]
-    said = [found.index(value) if value is not None else len(found)
-            for found, value in zip((*looks, *looks, PLACES), (*old, *new, edit.place), strict=True)]
+    said = [
+        found.index(value) if value is not None else len(found)
+        for found, value in zip((*looks, *looks, PLACES), (*old, *new, edit.place), strict=True)
+    ]
     return [EDIT_KINDS.index(edit.kind), *said]
 
 
@@ -103,8 +123,12 @@ def meant_loss(meant: Tensor, asked: dict[str, Tensor]) -> Tensor:
     """Cross entropies of what edits mean, a mean over the tokens of rows that are told. meant [B, T, MEANT_OUTPUTS]; asked: `meant` [B, 8] and
     `told` [B]."""
     told = asked["told"].to(meant.dtype).unsqueeze(1)
-    errors = sum(F.cross_entropy(logits.transpose(1, 2), wanted.unsqueeze(1).expand(-1, IMAGE_TOKENS), reduction="none")
-                 for logits, wanted in zip(meant.split(MEANT, dim=-1), asked["meant"].unbind(1), strict=True))  # [B, T]
+    errors = sum(
+        F.cross_entropy(
+            logits.transpose(1, 2), wanted.unsqueeze(1).expand(-1, IMAGE_TOKENS), reduction="none"
+        )
+        for logits, wanted in zip(meant.split(MEANT, dim=-1), asked["meant"].unbind(1), strict=True)
+    )  # [B, T]
     return (errors * told).sum() / (told.sum() * IMAGE_TOKENS).clamp(min=1)
 
 

@@ -3,6 +3,7 @@
 Every shape is a signed distance: what lies within half a pixel of its outline is blended, so edges are smooth. Light noise is
 added, so that no two images are equal.
 """
+
 from __future__ import annotations
 
 import math
@@ -16,6 +17,7 @@ from .world import COLORS, MAX_THINGS, SHAPES, SIDE_PIXELS, Scene, Thing
 
 if TYPE_CHECKING:
     import torch
+
     Array = np.ndarray | torch.Tensor
 
 NOISE = 2.0  # standard deviation in levels of 255
@@ -25,7 +27,11 @@ CROSS_LENGTH, CROSS_WIDTH = 1.08, 0.40  # half of each, of the radius
 REACH = {"circle": 0.95, "square": 1.2, "triangle": 1.25, "star": 1.25}  # of the points, of the radius
 # Points, the angle of one when the shape is not turned (0 is up), and how far the notches between them reach, of the points: a polygon's
 # lie on its edges.
-POINTED = {"square": (4, -math.pi / 4, math.cos(math.pi / 4)), "triangle": (3, 0.0, math.cos(math.pi / 3)), "star": (5, 0.0, STAR_INNER)}
+POINTED = {
+    "square": (4, -math.pi / 4, math.cos(math.pi / 4)),
+    "triangle": (3, 0.0, math.cos(math.pi / 3)),
+    "star": (5, 0.0, STAR_INNER),
+}
 
 
 def arrays_from_scenes(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +42,15 @@ def arrays_from_scenes(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]
         backgrounds[n] = [c * scene.gain for c in COLORS[scene.background]]
         for m, thing in enumerate(scene.things):
             color = [c * scene.gain for c in COLORS[thing.look.color]]
-            things[n, m] = [1, SHAPES.index(thing.look.shape), thing.x, thing.y, thing.radius, thing.angle, *color]
+            things[n, m] = [
+                1,
+                SHAPES.index(thing.look.shape),
+                thing.x,
+                thing.y,
+                thing.radius,
+                thing.angle,
+                *color,
+            ]
     return things, backgrounds
 
 
@@ -45,6 +59,7 @@ def namespace(array: Array):
     if isinstance(array, np.ndarray):
         return np
     import torch
+
     return torch
 
 
@@ -62,7 +77,9 @@ def draw(things: Array, backgrounds: Array, *, noise: Array | None) -> Array:
     return xp.asarray(xp.clip(xp.round(image), 0, 255), dtype=xp.uint8)
 
 
-def coverage(shape: Array, x: Array, y: Array, radius: Array, angle: Array, *, shapes: Sequence[str] = SHAPES) -> Array:
+def coverage(
+    shape: Array, x: Array, y: Array, radius: Array, angle: Array, *, shapes: Sequence[str] = SHAPES
+) -> Array:
     """How much of each pixel a shape covers. All [N, 1, 1]; shape holds indices of SHAPES, of those in `shapes` -> [N, 64, 64] in 0 to 1."""
     xp = namespace(x)
     places = xp.arange(SIDE_PIXELS, device=x.device, dtype=xp.float32) + 0.5
@@ -70,7 +87,10 @@ def coverage(shape: Array, x: Array, y: Array, radius: Array, angle: Array, *, s
     cos, sin = xp.cos(angle), xp.sin(angle)
     u, v = across * cos + down * sin, down * cos - across * sin  # turned back: v < 0 is up
     distance, theta = xp.hypot(u, v), xp.atan2(v, u) + math.pi / 2  # theta 0 is up
-    distances = {"circle": lambda: distance - REACH["circle"] * radius, "cross": lambda: to_cross(u, v, radius)}
+    distances = {
+        "circle": lambda: distance - REACH["circle"] * radius,
+        "cross": lambda: to_cross(u, v, radius),
+    }
     for name, (points, tip, inner) in POINTED.items():
         distances[name] = partial(to_points, distance, theta - tip, points, REACH[name] * radius, inner)
     signed = sum(distances[name]() * (shape == SHAPES.index(name)) for name in shapes)

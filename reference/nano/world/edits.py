@@ -1,4 +1,5 @@
 """Editing: an instruction, the scene before and after it, and whether an image shows what was asked and left the rest alone."""
+
 from __future__ import annotations
 
 import math
@@ -9,9 +10,27 @@ from . import words
 from .questions import reference_to
 from .scorer import Found, Reading
 from .words import described
-from .world import COLORS, MAX_THINGS, PLACES, SHAPES, Look, Scene, Thing, place_of, placed, random_look, random_scene
+from .world import (
+    COLORS,
+    MAX_THINGS,
+    PLACES,
+    SHAPES,
+    Look,
+    Scene,
+    Thing,
+    place_of,
+    placed,
+    random_look,
+    random_scene,
+)
 
-SHARES = {"recolor": 5, "replace": 6, "add": 7, "remove": 3, "background": 3}  # of training: more of what is learnt late
+SHARES = {
+    "recolor": 5,
+    "replace": 6,
+    "add": 7,
+    "remove": 3,
+    "background": 3,
+}  # of training: more of what is learnt late
 KINDS = tuple(SHARES)
 MOVED_PIXELS = 4.0  # how far a thing that stays may be from where it was
 SEEN_CENTER_PIXELS = 2.0  # of the middle lines, of a thing that is in a corner
@@ -75,8 +94,15 @@ def recolor(random: Random, scene: Scene) -> Edit | None:
     look = scene.things[index].look
     color = random.choice([c for c in COLORS if c not in (look.color, scene.background)])
     word = words.choose(random, words.COLOR_WORDS.get(color, (color,)))
-    text = random.choice((f"change the color of the {name} to {word}", f"make the {name} {word}", f"paint the {name} {word}",
-                          f"turn the {name} {word}", f"the {name} should be {word}"))
+    text = random.choice(
+        (
+            f"change the color of the {name} to {word}",
+            f"make the {name} {word}",
+            f"paint the {name} {word}",
+            f"turn the {name} {word}",
+            f"the {name} should be {word}",
+        )
+    )
     return Edit("recolor", text, scene, with_look(scene, index, replace(look, color=color)))
 
 
@@ -90,8 +116,14 @@ def replace_shape(random: Random, scene: Scene) -> Edit | None:
     if random.random() < 0.5:
         color = said = random.choice([c for c in COLORS if c != scene.background])
     new = words.counted(None, 1, described(random, shape=shape, color=said))
-    text = random.choice((f"replace the {name} with {new}", f"turn the {name} into {new}", f"swap the {name} for {new}",
-                          f"change the {name} to {new}"))
+    text = random.choice(
+        (
+            f"replace the {name} with {new}",
+            f"turn the {name} into {new}",
+            f"swap the {name} for {new}",
+            f"change the {name} to {new}",
+        )
+    )
     return Edit("replace", text, scene, with_look(scene, index, replace(look, shape=shape, color=color)))
 
 
@@ -99,14 +131,24 @@ def add(random: Random, scene: Scene) -> Edit | None:
     if len(scene.things) == MAX_THINGS:
         return None
     large = sum(thing.look.size == "large" for thing in scene.things)
-    look = random_look(random, background=scene.background, size="small" if len(scene.things) > 1 and large > 1 else None)
+    look = random_look(
+        random, background=scene.background, size="small" if len(scene.things) > 1 and large > 1 else None
+    )
     place, said_size = random.choice((None, *PLACES)), random.choice((None, look.size))
     if not (things := placed(random, [look], places=[place], beside=scene.things)):
         return None
     new = words.counted(None, 1, described(random, shape=look.shape, color=look.color, size=said_size))
-    where = "" if place is None else random.choice((f" in the {place}", f" at the {place}", f" to the {place}"))
-    text = random.choice((f"add {new}{where}", f"put {new}{where or ' in the picture'}", f"draw {new}{where} too",
-                          f"place {new}{where or ' somewhere'}"))
+    where = (
+        "" if place is None else random.choice((f" in the {place}", f" at the {place}", f" to the {place}"))
+    )
+    text = random.choice(
+        (
+            f"add {new}{where}",
+            f"put {new}{where or ' in the picture'}",
+            f"draw {new}{where} too",
+            f"place {new}{where or ' somewhere'}",
+        )
+    )
     after = replace(scene, things=(*scene.things, *things))
     return Edit("add", text, scene, after, place=place, size=said_size)
 
@@ -115,8 +157,12 @@ def remove(random: Random, scene: Scene) -> Edit | None:
     index, name = referred(random, scene)
     if name is None or len(scene.things) < 2:
         return None
-    text = random.choice(("remove the {}", "delete the {}", "take away the {}", "erase the {}", "get rid of the {}")).format(name)
-    return Edit("remove", text, scene, replace(scene, things=scene.things[:index] + scene.things[index + 1:]))
+    text = random.choice(
+        ("remove the {}", "delete the {}", "take away the {}", "erase the {}", "get rid of the {}")
+    ).format(name)
+    return Edit(
+        "remove", text, scene, replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
+    )
 
 
 def background(random: Random, scene: Scene) -> Edit | None:
@@ -125,12 +171,25 @@ def background(random: Random, scene: Scene) -> Edit | None:
         return None
     color = random.choice([c for c in COLORS if c not in used])
     word = words.choose(random, words.COLOR_WORDS.get(color, (color,)))
-    text = random.choice((f"change the background to {word}", f"make the background {word}", f"paint the background {word}",
-                          f"use {words.article(word)} {word} background", f"the background should be {word}"))
+    text = random.choice(
+        (
+            f"change the background to {word}",
+            f"make the background {word}",
+            f"paint the background {word}",
+            f"use {words.article(word)} {word} background",
+            f"the background should be {word}",
+        )
+    )
     return Edit("background", text, scene, replace(scene, background=color))
 
 
-MAKERS = {"recolor": recolor, "replace": replace_shape, "add": add, "remove": remove, "background": background}
+MAKERS = {
+    "recolor": recolor,
+    "replace": replace_shape,
+    "add": add,
+    "remove": remove,
+    "background": background,
+}
 
 
 def referred(random: Random, scene: Scene) -> tuple[int, str | None]:
@@ -149,29 +208,44 @@ def check(edit: Edit, reading: Reading) -> dict[str, bool]:
     """Demand -> whether an image meets it: `done` is the instruction, `rest unchanged` everything else."""
     free = list(reading.things)
     kept = [index for index in range(len(edit.after.things)) if index != edit.added]
-    changed = {i for i in kept if edit.kind in ("recolor", "replace") and edit.after.things[i].look != edit.before.things[i].look}
+    changed = {
+        i
+        for i in kept
+        if edit.kind in ("recolor", "replace") and edit.after.things[i].look != edit.before.things[i].look
+    }
     met = {index: taken(free, edit.after.things[index]) for index in kept}
     done = all(met[index] for index in changed)
     if edit.added is not None:
         new = [thing for thing in free if is_added(edit, thing)][:1]
         done, free = bool(new), [thing for thing in free if thing not in new]
     done = done and (edit.kind != "background" or reading.background == edit.after.background)
-    rest = all(met[i] for i in kept if i not in changed) and reading.background == edit.after.background and not free
+    rest = (
+        all(met[i] for i in kept if i not in changed)
+        and reading.background == edit.after.background
+        and not free
+    )
     return {"done": done and (edit.kind != "remove" or not free), "rest unchanged": rest}
 
 
 def is_added(edit: Edit, thing: Found) -> bool:
     """Whether a found thing is what was to be added: nothing tells where in a corner, so that is anywhere in it."""
     look = edit.after.things[edit.added].look
-    return ((thing.shape, thing.color) == (look.shape, look.color) and edit.size in (None, thing.size)
-            and edit.place in (None, place_of(thing, SEEN_CENTER_PIXELS)))
+    return (
+        (thing.shape, thing.color) == (look.shape, look.color)
+        and edit.size in (None, thing.size)
+        and edit.place in (None, place_of(thing, SEEN_CENTER_PIXELS))
+    )
 
 
 def taken(free: list[Found], thing: Thing) -> bool:
     """Whether a found thing is `thing` at its place; it is then taken out of `free`."""
     for found in free:
         near = math.hypot(found.x - thing.x, found.y - thing.y) <= MOVED_PIXELS
-        if near and (found.shape, found.color, found.size) == (thing.look.shape, thing.look.color, thing.look.size):
+        if near and (found.shape, found.color, found.size) == (
+            thing.look.shape,
+            thing.look.color,
+            thing.look.size,
+        ):
             free.remove(found)
             return True
     return False

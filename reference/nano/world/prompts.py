@@ -2,6 +2,7 @@
 
 The six categories are those of GenEval (Ghosh et al. 2023): single, two, counting, colors, position, attributes.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -10,7 +11,19 @@ from random import Random
 
 from . import words
 from .scorer import Found, Reading
-from .world import COLORS, MAX_THINGS, RELATIONS, SHAPES, Look, Scene, placed, random_gain, random_look, related, sized_looks
+from .world import (
+    COLORS,
+    MAX_THINGS,
+    RELATIONS,
+    SHAPES,
+    Look,
+    Scene,
+    placed,
+    random_gain,
+    random_look,
+    related,
+    sized_looks,
+)
 
 CATEGORIES = ("single", "two", "counting", "colors", "position", "attributes")
 SEEN_APART_PIXELS = 4.0  # how clearly a relation must hold in an image
@@ -69,13 +82,22 @@ def mixed_groups(random: Random) -> tuple[Group, ...]:
     while len(groups) < number:
         left = MAX_THINGS - sum(g.count for g in groups) - (number - len(groups) - 1)
         count = random.choice([c for c in (1, 1, 1, 2, 3) if c <= left])
-        group = Group(count, random.choice(SHAPES), random.choice((None, *COLORS)), random.choice((None, None, "small", "large")))
+        group = Group(
+            count,
+            random.choice(SHAPES),
+            random.choice((None, *COLORS)),
+            random.choice((None, None, "small", "large")),
+        )
         group = replace(group, size=None if count > 2 else group.size)
         if all((group.shape, group.color) != (g.shape, g.color) for g in groups):
             groups.append(group)
-    crowded = sum(group.count for group in groups) > 2  # then one large thing may be asked for, as more may not fit
+    crowded = (
+        sum(group.count for group in groups) > 2
+    )  # then one large thing may be asked for, as more may not fit
     large = next((group for group in groups if group.size == "large" and group.count == 1), None)
-    return tuple(replace(g, size=None) if crowded and g.size == "large" and g is not large else g for g in groups)
+    return tuple(
+        replace(g, size=None) if crowded and g.size == "large" and g is not large else g for g in groups
+    )
 
 
 def caption(request: Request) -> str:
@@ -85,7 +107,10 @@ def caption(request: Request) -> str:
 
 def worded(random: Random | None, request: Request) -> str:
     """One of many ways to say a request."""
-    looks = [words.described(random, shape=g.shape, color=g.color, size=g.size, plural=g.count > 1) for g in request.groups]
+    looks = [
+        words.described(random, shape=g.shape, color=g.color, size=g.size, plural=g.count > 1)
+        for g in request.groups
+    ]
     parts = [words.counted(random, group.count, look) for group, look in zip(request.groups, looks)]
     if request.relation:
         phrase = f"{parts[0]} {words.choose(random, words.RELATION_WORDS[request.relation])} {parts[1]}"
@@ -108,7 +133,9 @@ def random_prompt(random: Random, category: str, *, test: bool) -> tuple[str, Re
         request = random_request(random, category)
         text = worded(random, request)
         kinds = len(request.groups) > 1
-        held = words.held_out(text) and (not kinds or words.held_out(caption(replace(request, background=None))))
+        held = words.held_out(text) and (
+            not kinds or words.held_out(caption(replace(request, background=None)))
+        )
         if held if test else not is_held_out(text, request):
             return text, request
 
@@ -122,7 +149,9 @@ def scene_of(random: Random, request: Request) -> Scene:
         for group in request.groups:
             same = group.color or random.choice((None, random_look(random, background=background).color))
             for _ in range(group.count):
-                looks.append(random_look(random, background=background, shape=group.shape, color=same, size=group.size))
+                looks.append(
+                    random_look(random, background=background, shape=group.shape, color=same, size=group.size)
+                )
                 free.append(group.size is None)
         relations = [(0, request.relation, 1)] if request.relation else []
         if things := placed(random, sized_looks(looks, free), relations=relations):
@@ -131,15 +160,24 @@ def scene_of(random: Random, request: Request) -> Scene:
 
 def check(request: Request, reading: Reading) -> dict[str, bool]:
     """Demand -> whether an image meets it. All must hold; `things` and `relation` of one and the same assignment."""
-    demands = {"all known": reading.background is not None and all(t.shape and t.color and t.size for t in reading.things),
-               "count": len(reading.things) == request.count}
+    demands = {
+        "all known": reading.background is not None
+        and all(t.shape and t.color and t.size for t in reading.things),
+        "count": len(reading.things) == request.count,
+    }
     if request.background:
         demands["background"] = reading.background == request.background
     wanted = [group for group in request.groups for _ in range(group.count)]
-    fitting = [order for order in orders(reading.things, len(wanted)) if all(fits(t, g) for t, g in zip(order, wanted))]
+    fitting = [
+        order
+        for order in orders(reading.things, len(wanted))
+        if all(fits(t, g) for t, g in zip(order, wanted))
+    ]
     demands["things"] = bool(fitting)
     if request.relation:
-        demands["relation"] = any(related(order[0], request.relation, order[1], SEEN_APART_PIXELS) for order in fitting)
+        demands["relation"] = any(
+            related(order[0], request.relation, order[1], SEEN_APART_PIXELS) for order in fitting
+        )
     return demands
 
 
@@ -150,7 +188,9 @@ def orders(things: tuple[Found, ...], count: int) -> list[tuple[Found, ...]]:
 
 def fits(thing: Found, group: Group) -> bool:
     """Whether a thing that was read is what a group asks for."""
-    return (thing.shape == group.shape and group.color in (None, thing.color) and group.size in (None, thing.size))
+    return (
+        thing.shape == group.shape and group.color in (None, thing.color) and group.size in (None, thing.size)
+    )
 
 
 def request_of_looks(looks: list[Look], *, background: str) -> Request:

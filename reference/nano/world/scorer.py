@@ -4,6 +4,7 @@ Colours are segmented against the background, connected pixels make a thing, its
 of the five shapes drawn so the one that overlaps best is read. A thing that overlaps with none, or of no colour of the
 palette, is read as unknown, so that near misses do not count.
 """
+
 from __future__ import annotations
 
 import cmath
@@ -16,8 +17,13 @@ from .draw import POINTED, thing_coverage, unit_area
 from .world import COLORS, RADII, SHAPES, SIDE_PIXELS, Look, Thing
 
 CONTRAST = 36.0  # levels (distance in RGB) from which a pixel is not background
-COLOR_LIMIT = 55.0  # levels between a reading and a palette colour; the nearest two of the palette are 100 apart
-AREA_LIMIT, SPECK = 60.0, 14.0  # pixels: less than AREA_LIMIT is no shape, less than SPECK is dirt and ignored
+COLOR_LIMIT = (
+    55.0  # levels between a reading and a palette colour; the nearest two of the palette are 100 apart
+)
+AREA_LIMIT, SPECK = (
+    60.0,
+    14.0,
+)  # pixels: less than AREA_LIMIT is no shape, less than SPECK is dirt and ignored
 OVERLAP_LIMIT = 0.80  # intersection over union of a thing and the shape it is read as
 EVEN = 0.8  # share of a thing's inside that must have its colour
 CORE = 8  # pixels that are enough to tell a colour; edges are blends
@@ -68,8 +74,12 @@ def connected(mask: np.ndarray) -> list[np.ndarray]:
         while stack:
             part.append(at := stack.pop())
             row, column = divmod(at, width)
-            for near in ((at - 1) if column else -1, (at + 1) if column < width - 1 else -1, at - width,
-                         at + width if row < height - 1 else -1):
+            for near in (
+                (at - 1) if column else -1,
+                (at + 1) if column < width - 1 else -1,
+                at - width,
+                at + width if row < height - 1 else -1,
+            ):
                 if near in left:
                     left.remove(near)
                     stack.append(near)
@@ -85,7 +95,9 @@ def found_from_pixels(pixels: np.ndarray, background: np.ndarray, part: np.ndarr
     color = np.median(pixels[inside], axis=0)
     toward = color - background
     around = grown(part)
-    alpha = np.clip(((pixels - background) @ toward) / max(float(toward @ toward), 1.0), 0, 1) * around  # [64, 64]
+    alpha = (
+        np.clip(((pixels - background) @ toward) / max(float(toward @ toward), 1.0), 0, 1) * around
+    )  # [64, 64]
     area = float(alpha.sum())
     if area < SPECK:
         return None
@@ -94,9 +106,21 @@ def found_from_pixels(pixels: np.ndarray, background: np.ndarray, part: np.ndarr
     even = np.mean(np.linalg.norm(pixels[inside] - color, axis=-1) < COLOR_LIMIT) >= EVEN
     shape, overlap, radius = best_shape(alpha, x, y, area)
     cut = part[[0, -1]].any() or part[:, [0, -1]].any()  # by the border
-    passed = not cut and overlap >= OVERLAP_LIMIT and area >= AREA_LIMIT and RADIUS_RANGE[0] <= radius <= RADIUS_RANGE[1]
-    return Found(shape=shape if passed else None, color=nearest_color(color) if even else None,
-                 size=("small" if radius < SIZE_LIMIT else "large") if passed else None, x=x, y=y, area=area, overlap=overlap)
+    passed = (
+        not cut
+        and overlap >= OVERLAP_LIMIT
+        and area >= AREA_LIMIT
+        and RADIUS_RANGE[0] <= radius <= RADIUS_RANGE[1]
+    )
+    return Found(
+        shape=shape if passed else None,
+        color=nearest_color(color) if even else None,
+        size=("small" if radius < SIZE_LIMIT else "large") if passed else None,
+        x=x,
+        y=y,
+        area=area,
+        overlap=overlap,
+    )
 
 
 def best_shape(alpha: np.ndarray, x: float, y: float, area: float) -> tuple[str, float, float]:
@@ -104,7 +128,9 @@ def best_shape(alpha: np.ndarray, x: float, y: float, area: float) -> tuple[str,
     best = ("", -1.0, 0.0)
     for shape in SHAPES:
         radius = math.sqrt(area / unit_area(shape))
-        drawn = thing_coverage(Thing(Look(shape, "", ""), x, y, radius, rotation(alpha, x, y, FOLDS[shape], shape)))
+        drawn = thing_coverage(
+            Thing(Look(shape, "", ""), x, y, radius, rotation(alpha, x, y, FOLDS[shape], shape))
+        )
         overlap = float(np.minimum(alpha, drawn).sum() / np.maximum(alpha, drawn).sum())
         best = max(best, (shape, overlap, radius), key=lambda reading: reading[1])
     return best
@@ -117,7 +143,9 @@ def rotation(alpha: np.ndarray, x: float, y: float, fold: int, shape: str) -> fl
     rows, columns = np.indices(alpha.shape) + 0.5
     places = (columns - x) + 1j * (rows - y)
     moment = complex((alpha * places**fold).sum())
-    tip = -math.pi / 2 + (POINTED[shape][1] if shape in POINTED else 0.0)  # where a tip is when the angle is 0
+    tip = -math.pi / 2 + (
+        POINTED[shape][1] if shape in POINTED else 0.0
+    )  # where a tip is when the angle is 0
     return (cmath.phase(moment) / fold - tip + math.pi / fold) % (2 * math.pi / fold) - math.pi / fold
 
 

@@ -3,24 +3,52 @@
 Every function takes a `Random` and chooses among ways to say it; with None it says it the one plain way, which is how answers and
 captions are worded. `held_out` keeps a share of all texts away from training.
 """
+
 from __future__ import annotations
 
 import zlib
 from random import Random
 
-NOUNS = {"circle": ("circle", "disc"), "square": ("square", "box"), "triangle": ("triangle",), "star": ("star",),
-         "cross": ("cross", "plus sign"), None: ("shape", "thing", "object")}
+NOUNS = {
+    "circle": ("circle", "disc"),
+    "square": ("square", "box"),
+    "triangle": ("triangle",),
+    "star": ("star",),
+    "cross": ("cross", "plus sign"),
+    None: ("shape", "thing", "object"),
+}
 PLURALS = {"box": "boxes", "cross": "crosses"}
 COLOR_WORDS = {"purple": ("purple", "violet"), "black": ("black",), "red": ("red",), "yellow": ("yellow",)}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 NUMBERS = ("zero", "one", "two", "three", "four")
 COUNT_WORDS = {1: ("a", "one", "a single"), 2: ("two", "a pair of", "2"), 3: ("three", "3"), 4: ("four", "4")}
-RELATION_WORDS = {"left of": ("left of", "to the left of", "on the left of"),
-                  "right of": ("right of", "to the right of", "on the right of"),
-                  "above": ("above", "over"), "below": ("below", "under")}
-BACKGROUND_WORDS = ("on a {} background", "on {}", "with a {} background", "against a {} backdrop", "in front of a {} background")
-FRAMES = ("{}", "a picture of {}", "an image of {}", "a photo of {}", "draw {}", "paint {}", "please draw {}", "show me {}",
-          "I want to see {}", "create an image with {}", "a drawing of {}", "make a picture of {}")
+RELATION_WORDS = {
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+BACKGROUND_WORDS = (
+    "on a {} background",
+    "on {}",
+    "with a {} background",
+    "against a {} backdrop",
+    "in front of a {} background",
+)
+FRAMES = (
+    "{}",
+    "a picture of {}",
+    "an image of {}",
+    "a photo of {}",
+    "draw {}",
+    "paint {}",
+    "please draw {}",
+    "show me {}",
+    "I want to see {}",
+    "create an image with {}",
+    "a drawing of {}",
+    "make a picture of {}",
+)
 PLAIN_SHARE = 0.6  # of choices that take the plain word
 HELD_OUT_ONE_IN = 8
 
@@ -42,8 +70,14 @@ def noun(random: Random | None, shape: str | None, *, plural: bool = False) -> s
     return PLURALS.get(word, word + "s") if plural else word
 
 
-def described(random: Random | None, *, shape: str | None, color: str | None = None, size: str | None = None,
-              plural: bool = False) -> str:
+def described(
+    random: Random | None,
+    *,
+    shape: str | None,
+    color: str | None = None,
+    size: str | None = None,
+    plural: bool = False,
+) -> str:
     """Size, colour and noun: "small red circle"."""
     words = [choose(random, SIZE_WORDS[size])] if size else []
     words += [choose(random, COLOR_WORDS.get(color, (color,)))] if color else []

@@ -3,6 +3,7 @@
 What an image shows is a `Scene`; `draw.py` draws it and `scorer.py` reads it back. Positions and radii are in pixels, x to the
 right and y down, angles in radians. Nothing here knows of text, tensors or files.
 """
+
 from __future__ import annotations
 
 import math
@@ -13,8 +14,16 @@ from random import Random
 SIDE_PIXELS = 64
 MAX_THINGS = 4
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (250, 225, 50),
-          "purple": (140, 50, 170), "orange": (245, 125, 20), "white": (245, 245, 245), "black": (25, 25, 25)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (250, 225, 50),
+    "purple": (140, 50, 170),
+    "orange": (245, 125, 20),
+    "white": (245, 245, 245),
+    "black": (25, 25, 25),
+}
 RADII = {"small": (7.2, 7.8), "large": (10.6, 11.4)}  # ranges; a shape's points reach EXTENT times further
 RELATIONS = ("left of", "right of", "above", "below")
 PLACES = tuple(f"{v} {h}" for v in ("top", "bottom") for h in ("left", "right"))
@@ -56,11 +65,20 @@ class Scene:
     gain: float = 1.0
 
 
-def random_look(random: Random, *, background: str, shape: str | None = None, color: str | None = None,
-                size: str | None = None) -> Look:
+def random_look(
+    random: Random,
+    *,
+    background: str,
+    shape: str | None = None,
+    color: str | None = None,
+    size: str | None = None,
+) -> Look:
     """A look with what is not given chosen freely; the colour is never the background's."""
-    return Look(shape or random.choice(SHAPES), color or random.choice([c for c in COLORS if c != background]),
-                size or random.choice(list(RADII)))
+    return Look(
+        shape or random.choice(SHAPES),
+        color or random.choice([c for c in COLORS if c != background]),
+        size or random.choice(list(RADII)),
+    )
 
 
 def sized_looks(looks: Sequence[Look], free: Sequence[bool]) -> list[Look]:
@@ -72,20 +90,30 @@ def sized_looks(looks: Sequence[Look], free: Sequence[bool]) -> list[Look]:
     return fitted
 
 
-def placed(random: Random, looks: Sequence[Look], *, relations: Sequence[tuple[int, str, int]] = (),
-           places: Sequence[str | None] = (), beside: Sequence[Thing] = ()) -> tuple[Thing, ...] | None:
+def placed(
+    random: Random,
+    looks: Sequence[Look],
+    *,
+    relations: Sequence[tuple[int, str, int]] = (),
+    places: Sequence[str | None] = (),
+    beside: Sequence[Thing] = (),
+) -> tuple[Thing, ...] | None:
     """Free positions for `looks`, none touching another or one of `beside`; None when luck or room runs out.
 
     `relations` are (index, one of RELATIONS, index) that must clearly hold; `places` a corner for each look, or None.
     """
     for _ in range(TRIES):
         things = try_place(random, looks, list(places) or [None] * len(looks), list(beside))
-        if things is not None and all(related(things[i], name, things[j], APART_PIXELS) for i, name, j in relations):
+        if things is not None and all(
+            related(things[i], name, things[j], APART_PIXELS) for i, name, j in relations
+        ):
             return tuple(things)
     return None
 
 
-def try_place(random: Random, looks: Sequence[Look], places: list[str | None], beside: list[Thing]) -> list[Thing] | None:
+def try_place(
+    random: Random, looks: Sequence[Look], places: list[str | None], beside: list[Thing]
+) -> list[Thing] | None:
     """One attempt: large things first, each at the first of some random points that is free."""
     found: dict[int, Thing] = {}
     for index in sorted(range(len(looks)), key=lambda i: looks[i].size != "large"):
@@ -94,7 +122,9 @@ def try_place(random: Random, looks: Sequence[Look], places: list[str | None], b
         for _ in range(12):
             x, y = (random.uniform(reach, SIDE_PIXELS - reach) for _ in range(2))
             thing = Thing(looks[index], x, y, radius, random.uniform(-TILT, TILT))
-            if places[index] in (None, place_of(thing)) and all(clear(thing, other) for other in [*beside, *found.values()]):
+            if places[index] in (None, place_of(thing)) and all(
+                clear(thing, other) for other in [*beside, *found.values()]
+            ):
                 found[index] = thing
                 break
         else:
@@ -104,13 +134,20 @@ def try_place(random: Random, looks: Sequence[Look], places: list[str | None], b
 
 def clear(thing: Thing, other: Thing) -> bool:
     """Whether two things keep their distance."""
-    return math.hypot(thing.x - other.x, thing.y - other.y) >= EXTENT * (thing.radius + other.radius) + GAP_PIXELS
+    return (
+        math.hypot(thing.x - other.x, thing.y - other.y)
+        >= EXTENT * (thing.radius + other.radius) + GAP_PIXELS
+    )
 
 
 def related(thing: Thing, relation: str, other: Thing, apart: float) -> bool:
     """Whether `thing` is `relation` `other` by at least `apart` pixels. Works on anything with x and y."""
-    difference = {"left of": other.x - thing.x, "right of": thing.x - other.x,
-                  "above": other.y - thing.y, "below": thing.y - other.y}[relation]
+    difference = {
+        "left of": other.x - thing.x,
+        "right of": thing.x - other.x,
+        "above": other.y - thing.y,
+        "below": thing.y - other.y,
+    }[relation]
     return difference >= apart
 
 
