@@ -1,6 +1,6 @@
 """STAR on a device: bundles, plans, and a runtime that needs neither torch nor transformers.
 
-The public names are imported when they are first used, so that importing the package costs nothing.
+The public names are imported on first use, so `import engines` loads neither numpy nor an executor.
 """
 
 from __future__ import annotations

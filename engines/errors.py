@@ -1,13 +1,15 @@
-"""Errors for people: what happened; where, with expected and got; what to do.
+"""Errors that the user can fix. Each states what is wrong, where (with expected and got), and what to do.
 
-Each class carries the exit code of the command line. Anything else that reaches the top is a bug of ours (exit code 1).
+Each class carries the exit code of the command line. Any other exception is a bug of ours (exit code 1).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class StarError(Exception):
-    """A mistake that its reader can mend. `str()` is the three-line message."""
+    """The base class. `str()` is the three-line message: `what`, `where`, `fix`."""
 
     exit_code = 1
 
@@ -20,24 +22,30 @@ class StarError(Exception):
 
 
 class UsageError(StarError):
-    """A wrong word or number on the command line or in a call."""
+    """An option or argument has an invalid value."""
 
     exit_code = 2
 
 
 class InputError(StarError):
-    """A file, array or artifact that is not what it must be."""
+    """A file, array or artifact is invalid."""
 
     exit_code = 3
 
 
 class ParityError(StarError):
-    """What runs is not what the reference computes."""
+    """The device does not compute what the reference computes."""
 
     exit_code = 4
 
 
 class MissingError(StarError):
-    """A dependency or device that this machine lacks."""
+    """A dependency or device is missing on this machine."""
 
     exit_code = 5
+
+
+def listed(items: Sequence[str], *, limit: int = 10, separator: str = "; ") -> str:
+    """The first `limit` of `items` on one line, and how many more there are. Empty when there are none."""
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])

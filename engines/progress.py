@@ -1,10 +1,10 @@
-"""How long work tells how far it is: a callback that every long function takes as `progress`."""
+"""The progress callback that every long-running function takes as `progress`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+Progress = Callable[[str, int, int], None]  # current task, steps done, steps in total
 
 
 def silent(what: str, done: int, total: int) -> None:

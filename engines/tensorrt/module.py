@@ -10,7 +10,7 @@ import functools
 import importlib
 from collections.abc import Iterator
 
-from ..errors import MissingError, UsageError
+from ..errors import MissingError, UsageError, listed
 from ..targets import Target, host_platform
 from . import device
 
@@ -19,7 +19,6 @@ JETPACK = (
     "in an environment that sees JetPack's own TensorRT (apt install python3-libnvinfer; python3 -m venv --system-site-packages "
     ".venv): pip install 'star-export[jetpack]'"
 )
-_LISTED = 5
 
 
 def tensorrt_of(target: Target):
@@ -110,5 +109,4 @@ def log_of(module):
 
 def words(messages: list[str]) -> str:
     """The first messages on one line."""
-    more = f"; and {len(messages) - _LISTED} more" if len(messages) > _LISTED else ""
-    return "; ".join(message[:300] for message in messages[:_LISTED]) + more if messages else "no message"
+    return listed([message[:300] for message in messages], limit=5) or "no message"

@@ -11,14 +11,13 @@ from pathlib import Path
 from ..bundle.files import read_regular
 from ..bundle.manifest import ComponentSpec, TensorSpec
 from ..bundle.tensors import present_name
-from ..errors import InputError
+from ..errors import InputError, listed
 from .module import log_of, words
 from .onnx_axes import onnx_with_axis
 
 GRAPH_LIMIT_BYTES = 1 << 30  # a graph without its weights; 36 layers take 0.3 MB
 CAPACITY = "C"
 PLUGIN_SIDES = (7, 3)  # inputs and outputs of KVCacheAttention
-_LISTED = 10
 _DTYPES = {
     "float32": "FLOAT",
     "float16": "HALF",
@@ -81,11 +80,10 @@ def check_network(trt, network, spec: ComponentSpec, *, capacity_tokens: int | N
     if len(pairs) != caches:
         wrong.append(f"cache updates: expected {caches} (a key and a value per layer), got {len(pairs)}")
     if wrong:
-        more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise InputError(
             "TensorRT reads this graph otherwise than the manifest says",
             fix="export the bundle again",
-            where=f"{spec.graph}: " + "; ".join(wrong[:_LISTED]) + more,
+            where=f"{spec.graph}: {listed(wrong)}",
         )
     return len(pairs)
 

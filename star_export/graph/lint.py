@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from engines import plugins
-from engines.errors import InputError
+from engines.errors import InputError, listed
 from engines.targets import TARGETS
 
 from . import classic
@@ -23,7 +23,6 @@ Finding = tuple[str, str, str]  # rule, node, detail
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)  # what TensorRT for RTX fuses
 TOP_K_MAX = 3840
 DATA_FILE = "model.onnx.data"
-LISTED = 10
 
 
 def check_graph(source: ir.Model | Path, *, target: str | None = None, dialect: str | None = None) -> None:
@@ -37,11 +36,10 @@ def check_graph(source: ir.Model | Path, *, target: str | None = None, dialect: 
     if target is not None:
         findings += _target_findings(model, target)
     if findings:
-        shown = "; ".join(f"[{rule}] {node}: {detail}" for rule, node, detail in findings[:LISTED])
-        more = f"; and {len(findings) - LISTED} more" if len(findings) > LISTED else ""
+        shown = listed([f"[{rule}] {node}: {detail}" for rule, node, detail in findings])
         raise InputError(
             f"This graph breaks {len(findings)} rule(s) of the parsers it is meant for",
-            where=f"{source if isinstance(source, Path) else model.graph.name}: {shown}{more}",
+            where=f"{source if isinstance(source, Path) else model.graph.name}: {shown}",
             fix="export the component again; a graph made elsewhere must follow the named rules",
         )
 
