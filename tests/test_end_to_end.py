@@ -189,7 +189,7 @@ def test_no_cache_is_copied(
 ) -> None:
     monkeypatch.setattr(
         onnxruntime, "LOG_SEVERITY", 2
-    )  # tests/engines/test_onnxruntime.py shows that the warning is seen there
+    )  # tests/engines/sessions/test_onnxruntime.py shows that the warning is seen there
     write_png(tmp_path / "in.png", official["edit0.image"])
     drawn(tmp_path, "edit", str(mini_bundle), str(tmp_path / "in.png"), "the red dog")
     assert (

@@ -80,7 +80,12 @@ def test_no_import_runs_upward() -> None:
 
 
 def test_a_planted_import_is_seen(tmp_path: Path) -> None:
-    for name in ("engines/bundle/__init__.py", "engines/bundle/reader.py", "engines/runtime/star.py", "engines/errors.py"):
+    for name in (
+        "engines/bundle/__init__.py",
+        "engines/bundle/reader.py",
+        "engines/runtime/star.py",
+        "engines/errors.py",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     (tmp_path / "engines/bundle/reader.py").write_text(
@@ -88,9 +93,9 @@ def test_a_planted_import_is_seen(tmp_path: Path) -> None:
     )
     graph = import_graph(tmp_path)
     assert graph["engines/bundle"] == {"engines/errors", "engines/runtime"}
-    assert upward({"engines/errors": set(), **{r: graph[r] for r in ("engines/bundle", "engines/runtime")}}) == [
-        ("engines/bundle", "engines/runtime")
-    ]
+    assert upward(
+        {"engines/errors": set(), **{r: graph[r] for r in ("engines/bundle", "engines/runtime")}}
+    ) == [("engines/bundle", "engines/runtime")]
 
 
 WITHOUT_NANO = """

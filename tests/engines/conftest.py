@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_bundle import MODEL
+
+from tests.helpers.tiny_bundle import MODEL
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -1,5 +1,5 @@
 """Time and share of memory bandwidth of the kernels beside torch's attention, on a GPU:
-`python tests/plugins/bench_kv_attention.py [--profile | --configurations]`.
+`python -m tests.plugins.bench_kv_attention [--profile | --configurations]`.
 
 Peers: `index_copy_` into the cache and `scaled_dot_product_attention` over the used slots, with the backend that torch chooses
 ("sdpa") and with each one that takes the shape; FlashAttention with its KV cache where the package is installed. A line of JSON for
@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch_kernels import Attention, library
+
+from tests.helpers.torch_kernels import Attention, library
 
 DIM, ROUNDS = 128, 40
 COLD_BYTES = (

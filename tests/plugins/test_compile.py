@@ -7,7 +7,8 @@ import shutil
 import subprocess
 
 import pytest
-from emulated import HERE, SOURCES
+
+from tests.helpers.emulated import HERE, SOURCES
 
 ARCHITECTURES = ("sm_87", "sm_89", "sm_110", "sm_120")  # Orin, RTX 40, Thor, RTX 50
 SPILL_LIMIT_BYTES = 64  # in the one kernel with 255 registers; nothing that a loop over keys would notice

@@ -16,10 +16,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from emulated import ELEMENTS, UNIT, Case, expected, inputs_of
-from test_kv_attention import RANDOM_SHAPES, random_case
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from tests.helpers.emulated import (
+    ELEMENTS,
+    RANDOM_SHAPES,
+    ROOT,
+    UNIT,
+    Case,
+    expected,
+    inputs_of,
+    random_case,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 PARTS = 16  # of the random shapes, for as many processes
@@ -77,7 +86,7 @@ def share_of_limit(
     Allowed are two units in the last place beyond torch's largest error; for int8, which torch does not have, or without torch
     (`torch_too`) what the emulated blocks are allowed.
     """
-    from torch_kernels import Attention
+    from tests.helpers.torch_kernels import Attention
 
     inputs = inputs_of(case, rng)
     (wanted, *caches), limit = expected(case, inputs)
@@ -126,14 +135,13 @@ def sanitized(tool: str, code: str) -> subprocess.CompletedProcess:
         "-c",
         code,
     ]
-    here = Path(__file__).parent
     # without torch's cache of memory every tensor is an allocation of its own, whose ends are watched
     environment = os.environ | {
-        "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}",
+        "PYTHONPATH": str(ROOT),
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
     }
     return subprocess.run(
-        command, cwd=here, env=environment, capture_output=True, text=True, timeout=SANITIZER_SECONDS
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SANITIZER_SECONDS
     )
 
 
@@ -168,7 +176,7 @@ def test_the_models_shapes_are_as_defined(case: Case) -> None:
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_every_configuration_is_as_defined(splits: int) -> None:
-    from torch_kernels import library
+    from tests.helpers.torch_kernels import library
 
     for configuration in range(library().star_configurations()):
         check_all([(case, np.random.default_rng(1)) for case in CONFIGURED], plan=(configuration, splits))
@@ -181,7 +189,7 @@ def test_the_random_shapes_are_as_defined(part: int) -> None:
 
 
 def test_a_row_that_does_not_fit_writes_nothing_raises_the_flag_and_gives_nan() -> None:
-    from torch_kernels import Attention
+    from tests.helpers.torch_kernels import Attention
 
     case = Case(2, 8, 2, 4, 64, 128, (3, 10))
     tensors = [on_gpu(x) for x in inputs_of(case, np.random.default_rng(2))]
@@ -194,7 +202,7 @@ def test_a_row_that_does_not_fit_writes_nothing_raises_the_flag_and_gives_nan() 
 
 @pytest.mark.parametrize("case", MODELS[:4], ids=str)
 def test_a_thousand_calls_give_the_same_bits(case: Case) -> None:
-    from torch_kernels import Attention
+    from tests.helpers.torch_kernels import Attention
 
     tensors = [on_gpu(x) for x in inputs_of(case, np.random.default_rng(3))]
     call = Attention(*tensors, torch.tensor(case.first, device="cuda"))

@@ -10,40 +10,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from emulated import SOURCES, Case, built, check, emulate, inputs_of, library
 
-RANDOM_SHAPES = 2000
-
-
-def random_case(rng: np.random.Generator) -> Case:
-    """Few query rows, tiles of many, capacities that are no multiple of a tile, ragged write indices, both edges of the cache."""
-    rows, kv_heads, group = (
-        int(rng.integers(1, 3 if rng.random() < 0.9 else 9)),
-        int(rng.integers(1, 3)),
-        int(rng.integers(1, 9)),
-    )
-    capacity = int(rng.choice([rng.integers(1, 70), rng.integers(60, 140), rng.integers(120, 300)]))
-    new = int(
-        min(capacity, rng.choice([1, 1, rng.integers(1, 9), rng.integers(1, 160 // (rows * group) + 2)]))
-    )
-    int8 = bool(rng.random() < 0.3)
-    capacity += -capacity % 4 if int8 else 0
-    edges = [0, capacity - new, int(rng.integers(0, capacity - new + 1))]
-    first = tuple(int(rng.choice(edges)) for _ in range(rows))
-    dim, element = int(rng.choice([64, 128])), int(rng.integers(2))
-    return Case(
-        rows,
-        kv_heads * group,
-        kv_heads,
-        new,
-        capacity,
-        dim,
-        first,
-        element=element,
-        int8=int8,
-        processors=int(rng.choice([1, 4, 16, 132])),
-        seed=int(rng.integers(1 << 30)),
-    )
+from tests.helpers.emulated import (
+    RANDOM_SHAPES,
+    SOURCES,
+    Case,
+    built,
+    check,
+    emulate,
+    inputs_of,
+    library,
+    random_case,
+)
 
 
 def test_two_thousand_random_shapes_are_as_defined() -> None:

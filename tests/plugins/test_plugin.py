@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated import FLAGS, HERE, SOURCES, Case, compiler, expected, inputs_of
 
 from engines import plugins
 from engines.errors import InputError
+from tests.helpers.emulated import FLAGS, HERE, SOURCES, Case, compiler, expected, inputs_of
 
 HALF, BFLOAT16 = 1, 7  # nvinfer1::DataType
 HEADERS = [

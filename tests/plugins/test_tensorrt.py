@@ -13,12 +13,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from emulated import FLAGS, HERE, SOURCES, compiler
-from tensorrt_driver import COMPONENT
 
 from engines import plugins
 from star_export.exporter.export import export
 from star_export.graph.classic import classic_from_graph
+from tests.helpers.emulated import FLAGS, HERE, ROOT, SOURCES, compiler
+from tests.helpers.plugin_in_tensorrt import COMPONENT
 
 libraries = pytest.importorskip("tensorrt_rtx_libs")
 FOLDER, FILE = Path(libraries.__file__).parent, "libtensorrt_rtx.so.1"
@@ -75,19 +75,22 @@ def emulated(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_process(tmp_path_factory):
-    """A function that calls one of tensorrt_driver's in a process of its own, and gives its answer and what went to stderr."""
+    """A function that calls one of plugin_in_tensorrt's in a process of its own, and gives its answer and what went to stderr."""
     names = tmp_path_factory.mktemp("names")
     (names / "libtensorrt_rtx.so").symlink_to(FOLDER / FILE)  # the parser opens it by this name for plugins
 
     def call(library: Path, name: str, *arguments):
-        code = f"import json, tensorrt_driver\nprint(json.dumps(tensorrt_driver.{name}(*{[str(a) for a in arguments]!r})))"
+        code = (
+            "import json\nfrom tests.helpers import plugin_in_tensorrt\n"
+            f"print(json.dumps(plugin_in_tensorrt.{name}(*{[str(a) for a in arguments]!r})))"
+        )
         environment = os.environ | {
-            "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}",
+            "PYTHONPATH": str(ROOT),
             "LD_LIBRARY_PATH": str(names),
             plugins.VARIABLE: str(library),
         }
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=HERE, env=environment, capture_output=True, text=True
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout.splitlines()[-1]), done.stderr

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from refusals import refused
-from released import qwen_json, star_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +17,8 @@ from reference.containers import LazyTensor
 from reference.errors import CheckpointError
 from reference.model import Star
 from reference.weights import CheckpointFiles, load_star, named_tensors, resolve_checkpoint
+from tests.helpers.refusals import refused
+from tests.helpers.released import qwen_json, star_json
 
 QWEN = "Qwen2.5-VL-mini"
 SHARDS = [f"{QWEN}/model-{i:05d}-of-00002.safetensors" for i in (1, 2)]

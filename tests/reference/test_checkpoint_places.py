@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from refusals import refused
 
 from reference.weights import CheckpointFiles, resolve_checkpoint
+from tests.helpers.refusals import refused
 
 
 def test_a_folder_and_its_json_mean_the_same(mini_checkpoint: Path) -> None:

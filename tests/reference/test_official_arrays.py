@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import CASES, SPECIAL, TEMPLATE, error, golden, names
 from torch import Tensor
 
 from reference import tasks, vision
 from reference.model import Star
+from tests.helpers.official import CASES, SPECIAL, TEMPLATE, error, golden, names
 
 LIMIT = 1e-3  # of the standard deviation; measured: 1.1e-5 on hidden states and logits, 2.2e-5 on images
 BOTH = pytest.mark.parametrize("rope_bf16", [False, True], ids=["exact_rope", "bf16_rope"])

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import error
 
 from reference import tasks, vision
 from reference.model import Star
 from reference.weights import CheckpointFiles, load_star
+from tests.helpers.official import error
 
 LIMIT = 1e-4  # of the standard deviation; measured: 1.3e-5
 GRIDS = [(2, 2), (4, 6), (10, 6), (14, 18), (2, 26)]  # patches; the window is 4, so some windows are cut

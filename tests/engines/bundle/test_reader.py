@@ -1,0 +1,208 @@
+"""Bundle: nothing in it is used before it is what the manifest says (BAD_INPUTS rows 19 to 22)."""
+
+import json
+import os
+
+import pytest
+
+from engines.bundle.reader import Bundle
+from engines.errors import InputError, UsageError
+from tests.helpers.tiny_bundle import write_tiny_bundle
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_tiny_bundle(tmp_path / "b")
+
+
+def edit_manifest(root, change):
+    value = json.loads((root / "manifest.json").read_text())
+    change(value)
+    (root / "manifest.json").write_text(json.dumps(value))
+
+
+def refused(root, match):
+    with pytest.raises(InputError, match=match) as caught:
+        Bundle.open(root)
+    assert len(str(caught.value).splitlines()) == 3
+    return str(caught.value)
+
+
+def test_a_good_bundle_opens_and_gives_verified_paths(root):
+    bundle = Bundle.open(root)
+    assert bundle.manifest.model.name == "tiny"
+    assert bundle.file("tokenizer.json") == root / "tokenizer.json"
+    assert bundle.graph("token_embedding") == root / "token_embedding/model.onnx"
+    assert bundle.weights("token_embedding") == ["token_embedding/model.onnx.data"]
+    bundle.verify()
+
+
+def test_a_file_is_hashed_once_and_again_only_when_it_changed(root, monkeypatch):
+    import engines.bundle.reader as module
+
+    bundle, hashed = Bundle.open(root), []
+    real = module.sha256_of
+    monkeypatch.setattr(
+        module, "sha256_of", lambda path, where: hashed.append(path.name) or real(path, where=where)
+    )
+    for _ in range(3):
+        bundle.file("tokenizer.json")
+    assert hashed == ["tokenizer.json"]
+    (root / "tokenizer.json").write_text("[]")
+    with pytest.raises(InputError, match="sha256"):
+        bundle.file("tokenizer.json")
+
+
+# Row 19
+def test_manifest_missing(root):
+    (root / "manifest.json").unlink()
+    refused(root, "manifest.json")
+
+
+def test_not_a_folder(root, tmp_path):
+    refused(tmp_path / "nowhere", "got nothing")
+    refused(root / "manifest.json", "got a file")
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda t: t[: len(t) // 2], "strict JSON"),
+        (lambda t: t.replace('"schema": 2', '"schema": 1'), "schema: expected 2, got 1"),
+        (lambda t: t.replace('"schema": 2', '"schema": true'), "expected int"),
+        (lambda t: t.replace('"schema": 2', '"schema": 2, "extra": 0'), "no such key"),
+        (lambda t: t.replace('"schema": 2', '"schema": 2, "schema": 2'), "duplicate key"),
+        (lambda t: t.replace("1.05", "NaN"), "NaN is not a number"),
+        (lambda t: t.replace("1.05", "1e999"), "a finite number"),
+        (lambda t: "[]", "expected an object"),
+        (lambda t: "[" * 200_000, "strict JSON"),
+        (lambda t: "", "strict JSON"),
+        (lambda t: "\ufeff" + t, "strict JSON"),
+    ],
+)
+def test_a_bad_manifest_is_refused(root, change, match):
+    text = (root / "manifest.json").read_text()
+    (root / "manifest.json").write_text(change(text))
+    refused(root, match)
+
+
+def test_a_manifest_that_is_not_utf8_or_huge_is_refused(root, monkeypatch):
+    (root / "manifest.json").write_bytes(b"\xff\xfe{}")
+    refused(root, "UTF-8")
+    monkeypatch.setattr("engines.bundle.reader.MANIFEST_LIMIT_BYTES", 3)
+    refused(root, "at most 3 bytes")
+
+
+@pytest.mark.parametrize("field", ["graph", "golden"])
+def test_a_component_whose_file_is_not_listed_is_refused(root, field):
+    edit_manifest(root, lambda v: v["components"]["token_embedding"].__setitem__(field, "../model.onnx"))
+    refused(root, f"token_embedding: {field}: expected a key of files")
+
+
+# Row 20
+@pytest.mark.parametrize(
+    "relative", ["../x", "/dev/zero", "a/../../b", "C:\\x", "x\0y", "", ".", "manifest.json", "plans/x"]
+)
+def test_a_listed_path_that_is_not_plain_is_refused_unopened(root, relative, monkeypatch):
+    edit_manifest(root, lambda v: v["files"].__setitem__(relative, v["files"]["tokenizer.json"]))
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: opened.append(str(path)) or real(path, *a, **k))
+    refused(root, "may not be (used|listed)")
+    assert opened == [str(root / "manifest.json")]
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hardlink", "fifo", "folder", "zero"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "manifest.json", "token_embedding/model.onnx.data"])
+def test_a_listed_file_that_is_not_regular_is_refused_unopened(root, tmp_path, kind, name, monkeypatch):
+    path, outside = root / name, tmp_path / "outside"
+    path.rename(outside)
+    {
+        "symlink": lambda: path.symlink_to(outside),
+        "hardlink": lambda: os.link(outside, path),
+        "fifo": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "zero": lambda: path.symlink_to("/dev/zero"),
+    }[kind]()
+    real = os.open
+    monkeypatch.setattr(
+        os, "open", lambda p, *a, **k: pytest.fail("opened") if str(p) == str(path) else real(p, *a, **k)
+    )
+    refused(root, "regular file with one name, got a ")
+
+
+def test_a_parent_folder_that_is_a_link_is_refused(root, tmp_path):
+    (root / "token_embedding").rename(tmp_path / "elsewhere")
+    (root / "token_embedding").symlink_to(tmp_path / "elsewhere")
+    refused(root, "symbolic link")
+
+
+def test_a_file_that_becomes_a_link_after_open_is_refused(root, tmp_path):
+    bundle = Bundle.open(root)
+    bundle.file("tokenizer.json")
+    (root / "tokenizer.json").rename(tmp_path / "outside")
+    (root / "tokenizer.json").symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="symbolic link"):
+        bundle.file("tokenizer.json")
+
+
+# Row 21
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token_embedding/model.onnx",
+        "token_embedding/model.onnx.data",
+        "token_embedding/golden.safetensors",
+        "tokenizer.json",
+    ],
+)
+def test_one_flipped_bit_anywhere_is_refused_with_both_hashes(root, name):
+    data = bytearray((root / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (root / name).write_bytes(data)
+    bundle = Bundle.open(root)
+    expected = bundle.manifest.files[name].sha256[:16]
+    with pytest.raises(InputError, match=f"expected sha256 {expected}..., got [0-9a-f]{{16}}"):
+        bundle.file(name)
+    with pytest.raises(InputError, match="sha256"):
+        bundle.verify()
+
+
+def test_flipped_weights_stop_the_graph(root):
+    data = root / "token_embedding/model.onnx.data"
+    data.write_bytes(b"\1" + data.read_bytes()[1:])
+    with pytest.raises(InputError, match="model.onnx.data: expected sha256"):
+        Bundle.open(root).graph("token_embedding")
+
+
+# Row 22
+def test_absent_and_unlisted_files_are_both_named(root):
+    (root / "tokenizer.json").unlink()
+    (root / "token_embedding/stray.bin").write_bytes(b"x")
+    refused(root, "absent: tokenizer.json; not listed: token_embedding/stray.bin")
+
+
+def test_an_unlisted_link_or_fifo_is_named(root):
+    os.mkfifo(root / "pipe")
+    (root / "link").symlink_to("/etc")
+    refused(root, "absent: none; not listed: link, pipe")
+
+
+def test_plans_and_certificates_need_not_be_listed(root):
+    for name in ("plans/sm_86", "certificates"):
+        (root / name).mkdir(parents=True)
+        (root / name / "x").write_bytes(b"x")
+    Bundle.open(root)
+
+
+def test_a_truncated_file_is_refused_by_size_at_open(root):
+    data = root / "token_embedding/model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1])
+    refused(root, "expected 128 bytes, got 127")
+
+
+def test_unknown_names_are_answered_with_the_valid_ones(root):
+    bundle = Bundle.open(root)
+    with pytest.raises(UsageError, match="one of token_embedding, got 'token_embeding'"):
+        bundle.component("token_embeding")
+    with pytest.raises(InputError, match="no such file"):
+        bundle.file("../x")

@@ -1,0 +1,423 @@
+"""TensorRT sessions: what can be proven without a device, on memory and an engine made of numpy; the rest runs where a GPU is."""
+
+import ctypes
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engines.bundle.manifest import ComponentSpec
+from engines.bundle.reader import Bundle
+from engines.errors import InputError, MissingError, UsageError
+from engines.sessions import open_session, tensorrt
+from engines.targets import TARGETS
+from engines.tensorrt import build, device
+from engines.tensorrt.profiles import Limits, recipe_from_limits
+from tests.helpers.decoder_bundle import DIM, HIDDEN, KV, decoder_io, write_decoder_bundle
+from tests.helpers.tiny_bundle import MODEL
+
+SPEC = ComponentSpec("base_ar/model.onnx", None, "base_ar/golden.safetensors", *map(tuple, decoder_io()))
+PROFILES = recipe_from_limits(SPEC, MODEL, Limits(capacity_tokens=16, prefill_tokens=8, rows=4))
+STREAM = 7
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Device memory on the host: address -> array that holds it."""
+    blocks = {}
+
+    def allocate(size_bytes):
+        block = np.zeros(size_bytes, np.uint8)
+        blocks[block.ctypes.data] = block
+        return block.ctypes.data
+
+    monkeypatch.setattr(device, "allocate", allocate)
+    monkeypatch.setattr(device, "release", lambda address: blocks.pop(address))
+    monkeypatch.setattr(device, "stream", lambda: STREAM)
+    monkeypatch.setattr(device, "synchronize", lambda: None)
+    monkeypatch.setattr(
+        device, "copy_to_device", lambda address, a: ctypes.memmove(address, a.ctypes.data, a.nbytes)
+    )
+    monkeypatch.setattr(
+        device, "copy_to_host", lambda a, address: ctypes.memmove(a.ctypes.data, address, a.nbytes)
+    )
+    return blocks
+
+
+class Context:
+    """Writes `hidden_states = 2 inputs_embeds`, and adds one to each cache slot that is written."""
+
+    def __init__(self, memory):
+        self.memory, self.shapes, self.addresses, self.calls = memory, {}, {}, []
+
+    def set_device_memory(self, address, size):
+        assert self.memory[address].size >= size
+
+    def set_optimization_profile_async(self, index, stream):
+        self.profile = index
+        return stream == STREAM
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return True
+
+    def get_tensor_shape(self, name):
+        if name == "hidden_states":
+            return self.shapes["inputs_embeds"]
+        return self.shapes[name.replace("present", "past_key_values")]
+
+    def array(self, name, shape, dtype):
+        return np.frombuffer(
+            (ctypes.c_char * (int(np.prod(shape)) * np.dtype(dtype).itemsize)).from_address(
+                self.addresses[name]
+            ),
+            dtype,
+        ).reshape(shape)
+
+    def execute_async_v3(self, stream):
+        self.calls.append(self.profile)
+        shape = self.shapes["inputs_embeds"]
+        self.array("hidden_states", shape, "f4")[...] = 2 * self.array("inputs_embeds", shape, "f4")
+        for part in ("key", "value"):
+            assert self.addresses[f"present.0.{part}"] == self.addresses[f"past_key_values.0.{part}"], (
+                "a cache was moved"
+            )
+            cache = self.array(f"present.0.{part}", self.shapes[f"past_key_values.0.{part}"], "u2")
+            for row, index in enumerate(self.array("write_indices", shape[:1], "i8")):
+                cache[row, :, index : index + shape[1]] = 0x3F80  # 1.0 in bfloat16
+        return stream == STREAM
+
+
+class Engine:
+    num_optimization_profiles, device_memory_size_v2 = 2, 1024
+
+    def __init__(self, memory, names=None):
+        self.memory, self.contexts = memory, []
+        self.names = names or [t.name for t in SPEC.inputs + SPEC.outputs]
+        self.num_io_tensors = len(self.names)
+
+    def get_tensor_name(self, i):
+        return self.names[i]
+
+    def create_execution_context(self, strategy):
+        assert strategy == "by the user"
+        self.contexts.append(Context(self.memory))
+        return self.contexts[-1]
+
+
+TRT = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="by the user"))
+
+
+@pytest.fixture
+def session(memory):
+    return tensorrt.TensorRTSession(TRT, Engine(memory), SPEC, PROFILES)
+
+
+def buffers_of(session, *, rows=2, tokens=1, capacity=16):
+    return {
+        "inputs_embeds": session.buffer((rows, tokens, HIDDEN), "float32"),
+        "position_ids": session.buffer((3, rows, tokens), "int64"),
+        "write_indices": session.buffer((rows,), "int64"),
+        "hidden_states": session.buffer((rows, tokens, HIDDEN), "float32"),
+    } | {
+        f"past_key_values.0.{p}": session.buffer((rows, KV, capacity, DIM), "bfloat16")
+        for p in ("key", "value")
+    }
+
+
+def test_a_step_computes_in_place_and_in_the_narrowest_profile(session):
+    assert (session.capacity_tokens, session.prefill_tokens) == (16, 8)
+    prefill, decode = buffers_of(session, tokens=4), buffers_of(session)
+    caches = {name: buffer for name, buffer in prefill.items() if name.startswith("past")}
+    decode |= caches
+    embeds = np.arange(2 * HIDDEN, dtype=np.float32).reshape(2, 1, HIDDEN)
+    decode["inputs_embeds"].write(embeds)
+    decode["write_indices"].write(np.array([4, 5]))
+    first, second = session.bind(prefill), session.bind(decode)
+    first(), second(), second()
+    assert [context.calls for context in session._engine.contexts] == [[0], [1, 1]]
+    np.testing.assert_array_equal(decode["hidden_states"].read(), 2 * embeds)
+    written = caches["past_key_values.0.key"].read()  # [B, KV, C, D] float32
+    assert written.dtype == np.float32 and written[0, :, :5].all() and not written[0, :, 5:].any()
+    assert written[1, :, :4].all() and not written[1, :, 4].any() and (written[1, :, 5] == 1).all()
+
+
+def test_two_bindings_of_one_profile_take_turns(session):
+    one, two = buffers_of(session), buffers_of(session, rows=3)
+    one["inputs_embeds"].write(np.full((2, 1, HIDDEN), 1, np.float32))
+    two["inputs_embeds"].write(np.full((3, 1, HIDDEN), 2, np.float32))
+    first, second = session.bind(one), session.bind(two)
+    first(), second(), first()
+    assert len(session._engine.contexts) == 1
+    assert (one["hidden_states"].read() == 2).all() and (two["hidden_states"].read() == 4).all()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s, t: t.pop("write_indices"), "write_indices: missing"),
+        (lambda s, t: t.update(more=t["write_indices"]), "more: extra"),
+        (lambda s, t: t.update({"present.0.key": t["past_key_values.0.key"]}), "present.0.key: extra"),
+        (lambda s, t: t.update(write_indices=s.buffer((3,), "int64")), "write_indices: expected B=2"),
+        (lambda s, t: t.update(inputs_embeds=s.buffer((2, 1, HIDDEN), "float16")), "got float16[2,1,64]"),
+        (lambda s, t: t.update(write_indices=np.zeros(2, np.int64)), "expected device memory, got ndarray"),
+        (
+            lambda s, t: t.update(buffers_of(s, capacity=15)),
+            "past_key_values.0.key: expected (1, 2, 16, 16) to (4, 2, 16, 16)",
+        ),
+        (
+            lambda s, t: t.update(buffers_of(s, tokens=9)),
+            "inputs_embeds: expected (1, 1, 64) to (4, 8, 64) (prefill)",
+        ),
+        (lambda s, t: t.update(buffers_of(s, rows=5)), "got (5, 1, 64)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_when_it_is_bound(session, change, words):
+    tensors = buffers_of(session)
+    change(session, tensors)
+    with pytest.raises(InputError) as error:
+        session.bind(tensors)
+    assert words in error.value.where, error.value.where
+
+
+def test_a_buffer_takes_only_what_it_is(session):
+    buffer = session.buffer((2, 3), "int64")
+    for wrong in (
+        np.zeros((2, 3), np.int32),
+        np.zeros((3, 2), np.int64),
+        np.zeros((3, 2), np.int64).T,
+        [[0]],
+        np.zeros((2, 3), ">i8"),
+    ):
+        with pytest.raises(InputError):
+            buffer.write(wrong)
+    assert not buffer.read().any()
+
+
+def test_memory_goes_back_with_what_held_it(session, memory):
+    held = len(memory)
+    buffer = session.buffer((4,), "float32")
+    step = session.bind(buffers_of(session))
+    step()
+    assert len(memory) == held + 1 + 6
+    buffer.close(), buffer.close()
+    del buffer, step
+    session.close(), session.close()
+    assert len(memory) == 0
+
+
+def test_a_closed_session_says_so(session):
+    tensors = buffers_of(session)
+    step = session.bind(tensors)
+    session.close()
+    for action in (step, lambda: session.bind(tensors)):
+        with pytest.raises(InputError, match="closed"):
+            action()
+
+
+def test_two_threads_on_one_session_are_refused(session):
+    step, inside, go_on = session.bind(buffers_of(session)), threading.Event(), threading.Event()
+    context = session._engine.contexts[0]
+    real = context.execute_async_v3
+
+    def slow(stream):
+        inside.set()
+        go_on.wait(10)
+        return real(stream)
+
+    context.execute_async_v3 = slow
+    other = threading.Thread(target=step)
+    other.start()
+    inside.wait(10)
+    with pytest.raises(InputError, match="in use by another thread"):
+        step()
+    go_on.set()
+    other.join()
+    step()
+
+
+def test_an_engine_that_is_not_the_manifests_is_refused(memory):
+    with pytest.raises(InputError, match="not what its record says") as error:
+        tensorrt.TensorRTSession(TRT, Engine(memory, ["inputs_embeds", "surprise"]), SPEC, PROFILES)
+    assert "surprise" in error.value.where
+    with pytest.raises(InputError, match="got differences in: none; 2 profiles|not what"):
+        tensorrt.TensorRTSession(TRT, Engine(memory), SPEC, PROFILES[:1])
+
+
+def test_a_step_that_cannot_be_enqueued_is_an_error(session):
+    step = session.bind(buffers_of(session))
+    session._engine.contexts[0].execute_async_v3 = lambda stream: False
+    with pytest.raises(RuntimeError, match="could not enqueue"):
+        step()
+
+
+class Runtime:
+    """A CUDA runtime that fails."""
+
+    def __init__(self, code, driver=0):
+        self.code, self.driver = code, driver
+
+    def cudaDriverGetVersion(self):
+        return 0, self.driver
+
+    def cudaRuntimeGetVersion(self):
+        return 0, 13040
+
+    def cudaMemGetInfo(self):
+        return 0, 5, 9
+
+    def __getattr__(self, name):
+        return lambda *arguments: (self.code, None)
+
+
+@pytest.mark.parametrize(
+    "code, driver, words",
+    [
+        (35, 0, "expected a driver for CUDA 13.4, got none"),
+        (35, 12020, "expected a driver for CUDA 13.4, got one for CUDA 12.2"),
+        (34, 0, "got none"),
+        (100, 13040, "There is no NVIDIA GPU"),
+    ],
+)
+def test_without_driver_or_gpu_the_message_names_what_is_missing(monkeypatch, code, driver, words):
+    monkeypatch.setattr(device, "cudart", lambda: Runtime(code, driver))
+    for action in (device.gpus, lambda: device.allocate(1)):
+        with pytest.raises(MissingError) as error:
+            action()
+        assert words in str(error.value) and "onnxruntime" in error.value.fix
+
+
+def test_a_cuda_python_that_finds_no_driver_itself_is_answered_alike(monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    monkeypatch.setattr(
+        device, "cudart", lambda: type("Runtime", (), {"__getattr__": lambda self, name: fails})()
+    )
+    for action in (device.gpus, device.driver_version, lambda: device.allocate(1)):
+        with pytest.raises(MissingError, match="no NVIDIA driver") as error:
+            action()
+        assert "libcuda.so.1" in error.value.where and "onnxruntime" in error.value.fix
+
+
+def test_too_little_memory_names_bytes_asked_and_free(monkeypatch):
+    monkeypatch.setattr(device, "cudart", lambda: Runtime(2))
+    with pytest.raises(MissingError, match="asked 1000 bytes, free 5 of 9"):
+        device.allocate(1000)
+
+
+def test_another_cuda_error_is_a_bug(monkeypatch):
+    monkeypatch.setattr(device, "cudart", lambda: Runtime(700))
+    with pytest.raises(RuntimeError, match="700"):
+        device.gpus()
+
+
+def test_without_cuda_python_the_extra_is_named(monkeypatch):
+    device.cudart.cache_clear()
+    for name in ("cuda.bindings", "cuda.bindings.runtime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingError, match="cuda-python is not installed") as error:
+        device.cudart()
+    assert "star-export[rtx]" in error.value.fix
+    device.cudart.cache_clear()
+
+
+def test_open_session_refuses_before_it_needs_a_device(tmp_path):
+    bundle = Bundle.open(write_decoder_bundle(tmp_path / "bundle"))
+    with pytest.raises(UsageError, match="rtx-3090"):
+        open_session(bundle, "base_ar", backend="tensorrt:rtx3090")
+    with pytest.raises(InputError, match="There are no plans for rtx-3090"):
+        open_session(bundle, "base_ar", backend="tensorrt:rtx-3090")
+
+
+def test_the_module_imports_where_nothing_of_nvidia_is_installed():
+    code = (
+        "import sys\nfor name in ('tensorrt', 'tensorrt_rtx', 'cuda'): sys.modules[name] = None\n"
+        "import engines.sessions.tensorrt, engines.tensorrt.build, engines.doctor\nengines.doctor.facts()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def device_count():
+    try:
+        return len(device.gpus())
+    except MissingError:
+        return 0
+
+
+@pytest.fixture
+def gpu():
+    """The GPU. Tests that ask for it are skipped only where there is none."""
+    if not device_count():
+        pytest.skip("no CUDA device")
+    return device.gpus()[0]
+
+
+@pytest.mark.gpu
+def test_buffers_keep_their_bits_on_a_real_device(gpu):
+    rng = np.random.default_rng(0)
+    for dtype in ("float32", "float16", "int64", "int32", "bool"):
+        buffer, array = tensorrt.DeviceBuffer((3, 5), dtype), rng.integers(0, 2, (3, 5)).astype(dtype)
+        assert not buffer.read().any()
+        buffer.write(array)
+        np.testing.assert_array_equal(buffer.read(), array)
+    assert not tensorrt.DeviceBuffer((3, 5), "bfloat16").read().any()
+
+
+@pytest.mark.gpu
+def test_ten_thousand_buffers_leave_the_memory_as_it_was(gpu):
+    free = device.call("cudaMemGetInfo")[0]
+    for _ in range(10_000):
+        tensorrt.DeviceBuffer((1 << 20,), "float32")
+    device.synchronize()
+    assert abs(device.call("cudaMemGetInfo")[0] - free) < 64 << 20
+
+
+@pytest.mark.gpu
+def test_a_decoder_on_a_real_device_decodes_as_it_prefills(gpu, tmp_path):
+    name = next(
+        (
+            t.name
+            for t in TARGETS.values()
+            if t.compute_capability == gpu.compute_capability and t.dialect == "modern"
+        ),
+        None,
+    )
+    assert name, f"no target for {gpu.sm} ({gpu.name}): add it to the device table"
+    bundle = Bundle.open(write_decoder_bundle(tmp_path / "bundle"))
+    build.build_plans(bundle, [name], components=["base_ar"], capacity_tokens=16)
+    session = open_session(bundle, "base_ar", backend=f"tensorrt:{name}")
+    embeds = np.random.default_rng(0).standard_normal((2, 6, HIDDEN)).astype(np.float32)
+    whole, stepped = buffers_of(session, tokens=6), buffers_of(session)
+    whole["inputs_embeds"].write(embeds)
+    session.bind(whole)()
+    expected, step = whole["hidden_states"].read(), session.bind(stepped)
+    for i in range(6):
+        stepped["inputs_embeds"].write(np.ascontiguousarray(embeds[:, i : i + 1]))
+        stepped["write_indices"].write(np.full(2, i, np.int64))
+        step()
+        assert (
+            np.abs(stepped["hidden_states"].read() - expected[:, i : i + 1]).max()
+            <= 0.05 * np.abs(expected).max()
+        )
+    np.testing.assert_allclose(
+        stepped["past_key_values.0.key"].read()[:, :, :6],
+        whole["past_key_values.0.key"].read()[:, :, :6],
+        rtol=0.02,
+        atol=0.02,
+    )
+    assert not stepped["past_key_values.0.key"].read()[:, :, 6:].any(), (
+        "a slot beyond the written ones was touched"
+    )
+    session.close()

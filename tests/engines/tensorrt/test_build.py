@@ -1,0 +1,325 @@
+"""ONNX becomes plans on a CPU: as the manifest says, whole or not at all, and never again for nothing."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
+import signal
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from onnx import helper
+
+from engines.bundle.manifest import CacheSpec, TensorSpec
+from engines.bundle.reader import Bundle
+from engines.errors import InputError, MissingError, UsageError
+from engines.targets import TARGETS
+from engines.tensorrt import build, plan
+from tests.helpers.decoder_bundle import DIM, HIDDEN, KV, decoder_io, decoder_model, write_decoder_bundle
+from tests.helpers.tiny_bundle import write_component, write_manifest
+
+trt = pytest.importorskip("tensorrt_rtx")
+TARGET, CAPACITY = "rtx-3090", 32
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return Bundle.open(write_decoder_bundle(tmp_path / "bundle"))
+
+
+def built(bundle, **options):
+    return build.build_plans(
+        bundle, [TARGET], **{"components": ["base_ar"], "capacity_tokens": CAPACITY} | options
+    )[0]
+
+
+def refused(error, bundle, *words, **options):
+    with pytest.raises(error) as caught:
+        built(bundle, **options)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def plan_files(bundle):
+    return sorted(p.name for p in bundle.path.glob("plans/*/*"))
+
+
+def test_a_plan_is_recorded_with_all_that_it_was_built_from(bundle):
+    steps = []
+    result = built(bundle, components=None, progress=lambda *step: steps.append(step))
+    assert steps == [
+        (f"build base_ar for {TARGET}", 0, 2),
+        (f"build token_embedding for {TARGET}", 1, 2),
+        ("plans built", 2, 2),
+    ]
+    record = plan.read_build(bundle, TARGET)
+    assert (record.compute_capability, record.builder, record.tensorrt) == (
+        (8, 6),
+        "tensorrt_rtx",
+        trt.__version__,
+    )
+    assert (
+        list(record.components) == ["base_ar", "token_embedding"]
+        and record.components["base_ar"] == result.spec
+    )
+    assert result.spec.kv_cache_updates == 2 and not result.skipped and result.component == "base_ar"
+    assert [p.name for p in result.spec.profiles] == ["prefill", "decode"]
+    assert result.spec.onnx == {
+        name: bundle.manifest.files[name].sha256 for name in ("base_ar/model.onnx", "base_ar/model.onnx.data")
+    }
+    data = result.path.read_bytes()
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (result.spec.plan.size, result.spec.plan.sha256)
+    assert plan_files(bundle) == ["base_ar.plan", "build.json", "token_embedding.plan"]
+
+
+def test_nothing_is_built_twice_until_something_differs(bundle):
+    first = built(bundle)
+    stamp = first.path.stat().st_mtime_ns
+    again = built(bundle)
+    assert again.skipped and again.spec == first.spec and first.path.stat().st_mtime_ns == stamp
+    assert not built(bundle, capacity_tokens=CAPACITY // 2).skipped
+    assert not built(bundle).skipped and built(bundle).skipped
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "plan flipped",
+        "plan truncated",
+        "plan absent",
+        "record absent",
+        "record garbage",
+        "another TensorRT",
+        "ONNX changed",
+    ],
+)
+def test_a_plan_that_is_not_proven_is_built_again(bundle, spoil):
+    path, record = built(bundle).path, bundle.path / f"plans/{TARGET}/build.json"
+    data = path.read_bytes()
+    if spoil == "plan flipped":
+        path.write_bytes(data[:99] + bytes([data[99] ^ 1]) + data[100:])
+    elif spoil == "plan truncated":
+        path.write_bytes(data[:-1])
+    elif spoil == "another TensorRT":
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"tensorrt": "1.6.0.1"}))
+    elif spoil == "record garbage":
+        record.write_text("{")
+    elif spoil == "ONNX changed":
+        bundle = rewritten(bundle, decoder_model(), doc="changed")
+    else:
+        (path if spoil == "plan absent" else record).unlink()
+    assert not built(bundle).skipped
+    assert built(bundle).skipped
+
+
+def rewritten(bundle, model, *, doc="", io=None, caches=1):
+    """The bundle with another `base_ar`; its plans stay."""
+    model.doc_string = doc
+    plans, aside = bundle.path / "plans", bundle.path.parent / "aside"
+    plans.mkdir(exist_ok=True)
+    plans.rename(aside)
+    components = bundle.manifest.components | {
+        "base_ar": write_component(bundle.path, "base_ar", model, *(io or decoder_io()))
+    }
+    model_spec = replace(bundle.manifest.model, cache={"base_ar": CacheSpec(caches, KV, DIM)})
+    write_manifest(bundle.path, components, precision="bf16", model=model_spec)
+    aside.rename(plans)
+    return Bundle.open(bundle.path)
+
+
+def test_a_failed_build_leaves_the_old_plan_and_record(bundle, monkeypatch):
+    path = built(bundle).path
+    before = {p: p.read_bytes() for p in path.parent.iterdir()}
+    real = build.atomic_file
+
+    @contextlib.contextmanager
+    def full_disk(path):
+        with real(path) as file:
+
+            def write(data):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            yield type("File", (), {"write": staticmethod(write), "flush": file.flush, "fileno": file.fileno})
+
+    monkeypatch.setattr(build, "atomic_file", full_disk)
+    refused(InputError, bundle, "cannot be written", "No space left", capacity_tokens=16)
+    assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_ctrl_c_stops_a_build_and_leaves_nothing(bundle, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    real, started = build._stream_writer, time.monotonic()
+
+    def and_interrupt(trt, file):
+        handlers.append(real(trt, file))
+        return handlers[0]
+
+    handlers = []
+    monkeypatch.setattr(build, "_stream_writer", and_interrupt)
+    install = signal.signal
+
+    def install_and_press(number, handler):
+        old = install(number, handler)
+        if handler is not before:
+            signal.raise_signal(signal.SIGINT)
+        return old
+
+    monkeypatch.setattr(signal, "signal", install_and_press)
+    with pytest.raises(KeyboardInterrupt):
+        built(bundle)
+    assert handlers[0].size == 0 and plan_files(bundle) == [], "the build went on to its end"
+    assert signal.getsignal(signal.SIGINT) is before and time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("caches swapped", "expected from past_key_values.0.value to present.0.value, got to present.0.key"),
+        ("positions unused", "input position_ids: no layer reads it"),
+        ("two layers promised", "expected 4 (a key and a value per layer), got 2"),
+        ("another output name", "output hidden_states: missing; output states: extra"),
+        ("another dtype", "input past_key_values.0.key: expected bfloat16, got HALF"),
+        ("another size", "output hidden_states: expected shape (-1, -1, 65), got (-1, -1, 64)"),
+        (
+            "a dynamic axis came back static",
+            "input inputs_embeds: expected shape (-1, -1, 64), got (2, -1, 64)",
+        ),
+        ("an operator that no one knows", "Nope"),
+    ],
+)
+def test_what_tensorrt_parsed_must_be_what_the_manifest_says(bundle, fault, words):
+    model, (inputs, outputs), caches = decoder_model(swap=fault == "caches swapped"), decoder_io(), 1
+    hidden = next(v for v in model.graph.output if v.name == "hidden_states")
+    if fault == "positions unused":
+        model = decoder_model(use_positions=False)
+    elif fault == "two layers promised":
+        caches = 2
+    elif fault == "another output name":
+        next(n for n in model.graph.node if "hidden_states" in n.output).output[0] = hidden.name = "states"
+    elif fault == "another dtype":
+        model = decoder_model("float16")
+    elif fault == "another size":
+        outputs[0] = TensorSpec("hidden_states", "float32", ("B", "S", HIDDEN + 1))
+    elif fault == "a dynamic axis came back static":
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    elif fault == "an operator that no one knows":
+        model.graph.node.insert(
+            0, helper.make_node("Nope", ["inputs_embeds"], ["nothing"], name="strange_node")
+        )
+    refused(
+        InputError, rewritten(bundle, model, io=(inputs, outputs), caches=caches), words, "base_ar/model.onnx"
+    )
+    assert plan_files(bundle) == []
+
+
+def test_all_errors_of_the_parser_are_told_with_their_nodes(bundle):
+    model = decoder_model()
+    function = model.functions[0]
+    function.node[0].attribute[1].CopyFrom(helper.make_attribute("mode", "circular"))
+    refused(
+        InputError,
+        rewritten(bundle, model),
+        "TensorRT cannot read this graph",
+        "TensorScatter",
+        "KVCacheAttention",
+    )
+
+
+def test_the_precision_must_suit_the_target(bundle, tmp_path):
+    plain = Bundle.open(write_decoder_bundle(tmp_path / "fp32", precision="fp32"))
+    refused(InputError, plain, "rtx-3090 does not run fp32 engines", "export with --precision bf16")
+    with pytest.raises(InputError) as error:
+        build.build_plans(bundle, ["rtx-2080-ti"])
+    assert "export with --precision fp16" in str(error.value)
+
+
+def test_bf16_really_cannot_be_built_for_what_the_table_says_has_none(bundle, monkeypatch):
+    monkeypatch.setattr(build, "check_precision", lambda bundle, target: None)
+    with pytest.raises(InputError) as error:
+        build.build_plans(bundle, ["rtx-2080-ti"], capacity_tokens=CAPACITY)
+    assert "cannot build this graph for rtx-2080-ti" in str(error.value) and "b16" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"targets": ["rtx4090"]}, UsageError, "rtx-4090"),
+        ({"targets": []}, UsageError, "at least one"),
+        ({"components": ["nope"]}, UsageError, "base_ar"),
+        ({"recipes": {"nope": ()}}, UsageError, "nope"),
+        ({"recipes": {"base_ar": ()}}, InputError, "at least one profile"),
+        ({"capacity_tokens": 10**6}, UsageError, "capacity_tokens"),
+        ({"rows": 0}, UsageError, "rows"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_built(bundle, arguments, error, words):
+    with pytest.raises(error) as caught:
+        build.build_plans(bundle, **{"targets": [TARGET, "rtx-5090"]} | arguments)
+    assert words in str(caught.value) and not (bundle.path / "plans").exists()
+
+
+def test_a_missing_or_old_builder_names_version_and_extra(bundle, monkeypatch):
+    monkeypatch.setattr(trt, "__version__", "1.6.9")
+    refused(MissingError, bundle, "tensorrt_rtx 1.7 or newer, got 1.6.9", "pip install 'star-export[rtx]'")
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(MissingError) as error:
+        build.check_buildable(TARGETS["h200"])
+    assert "tensorrt 10.15 or newer" in str(error.value) and "star-export[tensorrt]" in str(error.value)
+
+
+def test_another_system_is_refused_and_a_classic_target_needs_its_tensorrt(monkeypatch):
+    monkeypatch.setattr("engines.tensorrt.module.host_platform", lambda: "linux-x86_64")
+    with pytest.raises(UsageError, match="expected linux-aarch64, got linux-x86_64"):
+        build.check_buildable(TARGETS["dgx-spark"])
+    monkeypatch.setattr("engines.tensorrt.module.host_platform", lambda: "linux-aarch64")
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(MissingError, match="orin-agx-jp62: expected tensorrt 10.3 or newer") as error:
+        build.check_buildable(TARGETS["orin-agx-jp62"])
+    assert "--system-site-packages" in error.value.fix and "star-export[jetpack]" in error.value.fix
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", SimpleNamespace(__version__="8.6.2"))
+    with pytest.raises(MissingError, match="too old") as error:
+        build.check_buildable(TARGETS["orin-agx-jp62"])
+    assert error.value.fix == "upgrade to JetPack 6.2"
+
+
+def test_the_network_of_a_tensorrt_that_is_not_known_is_not_read(monkeypatch):
+    """Before 10.16, TensorRT gives wrong arrays of its constants to numpy 2."""
+    other = SimpleNamespace(__name__="tensorrt", __version__="10.3.0")
+    assert build._read_back(other, object(), "base_ar", None, owner=None) is None
+    with pytest.raises(MissingError, match="expected one of tensorrt_rtx, got tensorrt 10.3.0"):
+        build._read_back(other, object(), "base_ar", lambda component, parsed: None, owner=None)
+
+
+def test_a_missing_plugin_is_named_before_anything_is_built(bundle, monkeypatch, tmp_path):
+    classic = replace(TARGETS[TARGET], name="classic", dialect="classic")
+    monkeypatch.setitem(TARGETS, "classic", classic)
+    monkeypatch.setenv("STAR_PLUGIN", str(tmp_path / "absent.so"))
+    spec = bundle.component("base_ar")
+    bundle.manifest.components["base_ar"] = replace(spec, classic="base_ar/model.onnx", plugin_abi=1)
+    bundle.manifest.model.cache["base_ar"] = replace(bundle.manifest.model.cache["base_ar"], head_dim=64)
+    with pytest.raises(MissingError, match="plugin is not built"):
+        build.build_plans(
+            bundle, ["classic"], components=["token_embedding", "base_ar"], capacity_tokens=CAPACITY
+        )
+    assert not (bundle.path / "plans").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+def test_all_components_are_built_for_three_targets_as_the_manifest_says(bundle_of, tmp_path, precision):
+    shutil.copytree(bundle_of(precision), tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    for target in ("rtx-3090", "rtx-4090", "rtx-5090"):
+        started = time.monotonic()
+        results = build.build_plans(bundle, [target])
+        seconds = time.monotonic() - started
+        assert seconds < 30, f"{target}: {seconds:.1f} s"
+        assert [r.component for r in results] == list(bundle.manifest.components)
+        for r in results:
+            spec, cache = bundle.component(r.component), bundle.manifest.model.cache.get(r.component)
+            assert (r.spec.inputs, r.spec.outputs) == (spec.inputs, spec.outputs)
+            assert r.spec.kv_cache_updates == (2 * cache.layers if cache else 0), r.component
+            assert [p.name for p in r.spec.profiles] == (["prefill", "decode"] if cache else ["all"])
+            assert r.path.stat().st_size == r.spec.plan.size > 10_000
+        assert all(r.skipped for r in build.build_plans(bundle, [target]))
