@@ -1,1 +1,1 @@
-"""The bundle on a device: its manifest, its files and their hashes, and the names, axes and types of tensors."""
+"""Reading a bundle: its manifest, files and hashes, and the names, axes and dtypes of its tensors."""

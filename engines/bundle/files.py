@@ -1,7 +1,7 @@
-"""Files on disk: safe paths, hashes of what was opened, and writes that are whole or absent.
+"""Files on disk: safe paths, hashes of opened files, and atomic writes.
 
-Knows nothing of what is in a file. A file under its final name is complete: temporary file in the same folder, fsync, rename,
-fsync of the folder.
+This module does not interpret contents. A file under its final name is always complete: it is written to a
+temporary file in the same folder, synced, renamed, and then the folder is synced.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ _KINDS = {
 
 
 def check_relative(relative: str, *, where: str) -> None:
-    """Refuse a name that is not a plain relative path with `/`: InputError."""
+    """Raise InputError unless `relative` is a plain relative path with `/` as its separator."""
     parts = relative.split("/")
     plain = all(part not in ("", ".", "..") for part in parts)
     if not plain or any(c in "\\:" or ord(c) < 32 for c in relative):
         raise InputError(
-            "This path may not be used",
-            fix="restore the file that names it; it is not edited by hand",
+            "This path is not allowed",
+            fix="restore the file that lists this path; it must not be edited by hand",
             where=f"{where}: expected a relative path of plain names inside the folder, got {relative!r:.80}",
         )
 
 
 def resolve_inside(root: Path, relative: str, *, where: str) -> Path:
-    """`root/relative`, which is a regular file with one name, reached through no symbolic link. Opens nothing.
+    """Return `root/relative` if it is a regular file with one hard link, reached through no symbolic link.
 
-    Raises InputError for anything else (`..`, absolute, link, hard link, FIFO, folder, device, absent).
+    Opens nothing. Raises InputError for anything else: `..`, an absolute path, a symbolic or hard link, a
+    FIFO, a folder, a device, or a missing file.
     """
     check_relative(relative, where=where)
     path = Path(root)
@@ -59,14 +60,17 @@ def resolve_inside(root: Path, relative: str, *, where: str) -> Path:
 
 
 def check_regular(path: Path, *, where: str) -> os.stat_result:
-    """lstat of `path`, which must be a regular file with one hard link. Opens nothing. Raises InputError."""
+    """Return the `lstat` of a regular file with one hard link; raises InputError for any other path.
+
+    Opens nothing.
+    """
     try:
         status = os.lstat(path)
     except (OSError, ValueError) as error:
         raise InputError(
             "This file cannot be read",
             where=f"{where}: {path}: expected a file, got {reason(error)}",
-            fix="restore it, or check the path",
+            fix="check the path, or restore the file",
         ) from None
     _check_kind(status, path, where)
     return status
@@ -74,7 +78,7 @@ def check_regular(path: Path, *, where: str) -> os.stat_result:
 
 @contextlib.contextmanager
 def open_regular(path: Path, *, where: str) -> Iterator[BinaryIO]:
-    """`path` opened for reading, with the same conditions checked on what was opened. Never blocks on a FIFO."""
+    """Open `path` for reading, and apply `check_regular` to the opened file too. Never blocks on a FIFO."""
     check_regular(path, where=where)
     try:
         file = os.fdopen(os.open(path, _OPEN_FLAGS), "rb")
@@ -90,27 +94,27 @@ def open_regular(path: Path, *, where: str) -> Iterator[BinaryIO]:
 
 
 def read_regular(path: Path, *, limit_bytes: int, where: str) -> bytes:
-    """The bytes of a regular file of at most `limit_bytes`. Raises InputError."""
+    """Read a regular file of at most `limit_bytes`. Raises InputError."""
     with open_regular(path, where=where) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit_bytes:
             raise InputError(
                 "This file is too large",
                 where=f"{where}: {path}: expected at most {limit_bytes} bytes, got {size}",
-                fix="give the right file",
+                fix="check that this is the right file",
             )
         return file.read(limit_bytes)
 
 
 def sha256_of(path: Path, *, where: str = "hash") -> str:
-    """SHA-256 (hex) of a regular file."""
+    """Return the SHA-256 (hex) of a regular file. Raises InputError."""
     with open_regular(path, where=where) as file:
         return sha256_from_file(file)
 
 
 def sha256_from_file(file: BinaryIO) -> str:
-    """SHA-256 (hex) of what is left of an open file; hashlib.file_digest is not in Python 3.10, which JetPack 6 has."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 (hex) of the rest of an open file."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11, and JetPack 6 has 3.10
     while piece := file.read(_PIECE_BYTES):
         digest.update(piece)
     return digest.hexdigest()
@@ -118,9 +122,10 @@ def sha256_from_file(file: BinaryIO) -> str:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the name `path` when the block ends without an error; until then the old file stays.
+    """Yield a binary file that replaces `path` when the block ends without an error.
 
-    Raises InputError when the folder cannot be written. What the block raises is passed on and leaves nothing behind.
+    Until then the old file stays. An exception in the block is passed on and leaves no temporary file behind.
+    Raises InputError when the folder cannot be written.
     """
     path = Path(path)
     try:
@@ -133,7 +138,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp gives 0600
+        temporary.chmod(0o644)  # mkstemp creates files with 0600
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -143,14 +148,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` under `path`, whole or not at all. Raises InputError."""
+    """Write `data` to `path` atomically. Raises InputError."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last through a power cut (a no-op where folders cannot be opened)."""
-    with contextlib.suppress(PermissionError):  # Windows
+    """Make renames in `folder` survive a power cut. Does nothing on Windows."""
+    with contextlib.suppress(PermissionError):  # Windows cannot open folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -159,7 +164,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The operating system's words for `error`, without its path."""
+    """The operating system's message for `error`, without the path."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -172,9 +177,9 @@ def _check_kind(status: os.stat_result, path: Path, where: str) -> None:
 
 def _refusal(path: Path, got: str, where: str) -> InputError:
     return InputError(
-        "This file may not be read",
-        where=f"{where}: {path}: expected a regular file with one name, got {got}",
-        fix="put a plain copy of the file there",
+        "This is not a plain regular file",
+        where=f"{where}: {path}: expected a regular file with one hard link, got {got}",
+        fix="replace it with a copy of the file",
     )
 
 
@@ -182,5 +187,5 @@ def _not_written(path: Path, error: Exception) -> InputError:
     return InputError(
         "This file cannot be written",
         where=f"{path}: {reason(error)}",
-        fix="check the folder, its permissions and the free space, or give another path",
+        fix="check the folder, its permissions and the free space, or choose another path",
     )

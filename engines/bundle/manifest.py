@@ -1,7 +1,7 @@
-"""The manifest: what a bundle says of itself, as frozen dataclasses with strict parsing.
+"""The manifest of a bundle, as frozen dataclasses with strict parsing.
 
-Knows nothing of files: `bundle.py` reads and checks those. Unknown, missing, mistyped, duplicated and non-finite values are
-refused by the path of their key.
+This module reads no files; `reader.py` does. Unknown, missing, mistyped, duplicated and non-finite values
+raise InputError with the path of their key.
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ import math
 import types
 import typing
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output of a component. `shape` holds sizes, or the names of dynamic axes (`B`, `S`, `C`, `N`, `P`)."""
+    """An input or output of a component.
+
+    `shape` holds sizes, or names of dynamic axes (`B`, `S`, `C`, `N`, `P`).
+    """
 
     name: str
     dtype: str  # float32 float16 bfloat16 int64 int32 bool
@@ -29,8 +36,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ComponentSpec:
-    """Files and boundary of one component. `twin` is the fp32 twin of a 16-bit graph, for executors without bf16; `classic` the
-    same graph for TensorRT before 10.15, and `plugin_abi` the ABI of the KV-cache plugin that it calls (None: it calls none)."""
+    """Files, inputs and outputs of one component.
+
+    `twin` is the fp32 twin of a 16-bit graph, for executors without bf16. `classic` is the same graph for
+    TensorRT before 10.15, and `plugin_abi` the ABI of the KV-cache plugin that it calls (None when it calls
+    no plugin).
+    """
 
     graph: str
     twin: str | None
@@ -43,7 +54,10 @@ class ComponentSpec:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """KV geometry of one decoder: per layer a key and a value of [rows, kv_heads, capacity, head_dim]."""
+    """KV geometry of one decoder.
+
+    Each layer has a key and a value of shape [rows, kv_heads, capacity, head_dim].
+    """
 
     layers: int
     kv_heads: int
@@ -79,7 +93,7 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """How a task draws when nothing else is asked for; the defaults are the release's (STAR.md 3.1)."""
+    """Default sampling settings of one task. The field defaults are the release's (STAR.md 3.1)."""
 
     guidance: float = 1.1
     top_k: int = 1000
@@ -88,7 +102,10 @@ class SamplingSpec:
 
 @dataclass(frozen=True)
 class SamplingSpecs:
-    """How each task draws: an image of a prompt may be one of many, an edited one is mostly given."""
+    """Default sampling settings of each task.
+
+    A prompt allows many images, but an edit leaves most of its image as given, so the two may differ.
+    """
 
     generate: SamplingSpec = SamplingSpec()
     edit: SamplingSpec = SamplingSpec()
@@ -124,7 +141,10 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of `manifest.json`. `files` lists every file but the manifest itself, plans and certificates."""
+    """The contents of `manifest.json`.
+
+    `files` lists all files but the manifest itself, plans and certificates.
+    """
 
     schema: int
     precision: str
@@ -133,26 +153,26 @@ class Manifest:
     files: dict[str, FileSpec]
 
 
-def json_from_manifest(manifest: object) -> str:
-    """Any dataclass of this module as JSON text."""
+def json_from_manifest(manifest: DataclassInstance) -> str:
+    """Serialise any dataclass of this module as JSON text."""
     return json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False) + "\n"
 
 
 def manifest_from_json(text: str, *, where: str) -> Manifest:
-    """Parse and check `manifest.json`. Raises InputError naming the key path."""
+    """Parse and check `manifest.json`. Raises InputError with the key path."""
     value = value_from_json(text, where=where)
     schema = value.get("schema") if isinstance(value, dict) else None
     if type(schema) is int and schema != SCHEMA:
         raise InputError(
-            "This bundle has another schema version",
+            "The bundle has an unsupported schema version",
             where=f"{where}: schema: expected {SCHEMA}, got {schema}",
-            fix="export it again with this version of star-export",
+            fix="export the bundle again with this version of star-export",
         )
     return strict(Manifest, value, where)
 
 
 def value_from_json(text: str, *, where: str) -> object:
-    """JSON with duplicate keys, NaN and infinities refused."""
+    """Parse strict JSON. Raises InputError for duplicate keys, NaN and infinities."""
 
     def pairs(items):
         seen = {}
@@ -175,22 +195,14 @@ def value_from_json(text: str, *, where: str) -> object:
         ) from None
 
 
-def strict(kind, value, path: str):
-    """`value` as `kind` (dataclass, dict, tuple, union or scalar), or InputError naming `path`."""
+def strict(kind: Any, value: Any, path: str) -> Any:
+    """Convert parsed JSON to `kind` (dataclass, dict, tuple, union or scalar).
+
+    Raises InputError with `path`.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        hints, value = typing.get_type_hints(kind), _expect(dict, value, path)
-        names = {f.name for f in dataclasses.fields(kind)}
-        required = {
-            f.name
-            for f in dataclasses.fields(kind)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        }
-        if wrong := sorted(set(value) - names):
-            raise _refusal(f"{path}: {wrong[0]}", "no such key", repr(wrong[0]))
-        if absent := sorted(required - set(value)):
-            raise _refusal(f"{path}: {absent[0]}", "this key", "nothing")
-        return kind(**{k: strict(hints[k], v, f"{path}: {k}") for k, v in value.items()})
+        return _strict_dataclass(kind, _expect(dict, value, path), path)
     if origin is dict:
         return {k: strict(args[1], v, f"{path}: {k}") for k, v in _expect(dict, value, path).items()}
     if origin is tuple:
@@ -211,19 +223,28 @@ def strict(kind, value, path: str):
     return _expect(kind, value, path)
 
 
-def _expect(kind, value, path):
+def _strict_dataclass(kind: Any, value: dict[str, Any], path: str) -> Any:
+    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
+    missing = dataclasses.MISSING
+    required = {f.name for f in fields if f.default is missing and f.default_factory is missing}
+    if wrong := sorted(set(value) - {f.name for f in fields}):
+        raise _refusal(f"{path}: {wrong[0]}", "no such key", repr(wrong[0]))
+    if absent := sorted(required - set(value)):
+        raise _refusal(f"{path}: {absent[0]}", "this key", "nothing")
+    return kind(**{k: strict(hints[k], v, f"{path}: {k}") for k, v in value.items()})
+
+
+def _expect(kind: type, value: Any, path: str) -> Any:
     if type(value) is not kind:
-        raise _refusal(
-            path,
-            {dict: "an object", list: "a list"}.get(kind, kind.__name__),
-            f"{type(value).__name__} {value!r:.40}",
-        )
+        names: dict[type, str] = {dict: "an object", list: "a list"}
+        expected = names.get(kind, kind.__name__)
+        raise _refusal(path, expected, f"{type(value).__name__} {value!r:.40}")
     return value
 
 
 def _refusal(where: str, expected: str, got: str) -> InputError:
     return InputError(
-        "This file does not say what it must",
+        "This file has an invalid entry",
         where=f"{where}: expected {expected}, got {got}",
-        fix="restore the file or make it again; it is not edited by hand",
+        fix="restore the file or create it again; it must not be edited by hand",
     )

@@ -1,6 +1,6 @@
-"""What may be bound to a component: names, dtypes, ranks and sizes against its spec. Shared by all sessions.
+"""Checks of the tensors bound to a component: names, dtypes, ranks and sizes. Shared by all sessions.
 
-Knows nothing of where tensors live: anything with `.shape` and `.dtype` can be checked.
+The checks read only `.shape` and `.dtype`, so they work wherever a tensor lives.
 """
 
 from __future__ import annotations
@@ -8,28 +8,38 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, listed
 from .manifest import ComponentSpec, TensorSpec
 
 PAST, PRESENT = "past_key_values.", "present."
 _AXIS = re.compile(r"(\d*)([A-Z])(?:/(\d+))?")  # `B`, `2N`, `P/4`
-_LISTED = 10
+
+
+class Shaped(Protocol):
+    """Anything with a shape and a dtype: a numpy array, or a buffer of a session."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
 
 
 def present_name(past_name: str) -> str | None:
-    """Name of the output that lies at the same address as the cache input `past_name`; None for what is no cache input."""
+    """Name of the output that shares memory with the cache input `past_name`; None for any other input."""
     return PRESENT + past_name.removeprefix(PAST) if past_name.startswith(PAST) else None
 
 
-def check_binding(spec: ComponentSpec, tensors: Mapping[str, object]) -> dict[str, int]:
-    """Check `tensors` (name -> anything with `.shape` and `.dtype`) as all inputs and outputs of `spec`, and return its axes' sizes.
+def check_binding(spec: ComponentSpec, tensors: Mapping[str, Shaped]) -> dict[str, int]:
+    """Check that `tensors` are all inputs and outputs of `spec`, and return the size of each axis symbol.
 
-    A cache is given once, under its `past_key_values.` name; its `present.` output is implied and may not be given. A symbol
-    (`B`) has one size everywhere; `2N` is twice `N` and `P/4` a quarter of `P`. Raises InputError listing what is missing, what
-    is extra, and every wrong dtype, rank and size.
+    A cache is given once, under its `past_key_values.` name, which implies its `present.` output. A symbol
+    (`B`) has one size everywhere; `2N` is twice `N` and `P/4` a quarter of `P`. Raises InputError that lists
+    missing and extra tensors and every wrong dtype, rank and size.
     """
     expected = {t.name: t for t in bound_tensors(spec)}
     wrong = [
@@ -41,22 +51,22 @@ def check_binding(spec: ComponentSpec, tensors: Mapping[str, object]) -> dict[st
         if name in tensors:
             wrong += disagreements(tensor, tensors[name], symbols)
     if wrong:
-        more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise InputError(
-            "These tensors do not fit this component",
-            where=f"{spec.graph}: " + "; ".join(wrong[:_LISTED]) + more,
-            fix="give each input and output once, with these dtypes and shapes (a cache under its past name only)",
+            "The tensors do not match the component's inputs and outputs",
+            where=f"{spec.graph}: {listed(wrong)}",
+            fix="pass each input and output once with these dtypes and shapes; a cache only by its past name",
         )
     return {symbol: size for symbol, (size, _) in symbols.items()}
 
 
-def disagreements(expected: TensorSpec, got: object, symbols: dict[str, tuple[int, str]]) -> list[str]:
-    """What is wrong with one tensor. Enters the symbols' sizes, with the tensor that said so, into `symbols`."""
-    name, shape = expected.name, tuple(got.shape)
-    if dtype_name(got.dtype) != expected.dtype or len(shape) != len(expected.shape):
-        return [
-            f"{name}: expected {_signature(expected)}, got {dtype_name(got.dtype)}[{','.join(map(str, shape))}]"
-        ]
+def disagreements(expected: TensorSpec, got: Shaped, symbols: dict[str, tuple[int, str]]) -> list[str]:
+    """List what is wrong with one tensor.
+
+    `symbols` maps each symbol to its size and the tensor that fixed it; new symbols are added to it.
+    """
+    name, shape, dtype = expected.name, tuple(got.shape), dtype_name(got.dtype)
+    if dtype != expected.dtype or len(shape) != len(expected.shape):
+        return [f"{name}: expected {_signature(expected)}, got {dtype}[{','.join(map(str, shape))}]"]
     wrong = []
     for axis, size in zip(expected.shape, shape):
         if isinstance(axis, int):
@@ -75,13 +85,13 @@ def disagreements(expected: TensorSpec, got: object, symbols: dict[str, tuple[in
 
 
 def bound_tensors(spec: ComponentSpec) -> list[TensorSpec]:
-    """The inputs and outputs that a caller binds: all but the `present.` outputs of caches."""
+    """The inputs and outputs that a caller binds: all except the `present.` outputs of caches."""
     implied = {present_name(t.name) for t in spec.inputs}
     return [t for t in spec.inputs + spec.outputs if t.name not in implied]
 
 
 def shape_from_symbols(shape: tuple[int | str, ...], symbols: Mapping[str, int]) -> tuple[int, ...]:
-    """Sizes of `shape`, its dynamic axes computed from `symbols`: `2N` at N=3 is 6."""
+    """Replace the dynamic axes of `shape` by their sizes: `2N` at N=3 is 6."""
     return tuple(axis if isinstance(axis, int) else _size(axis, symbols) for axis in shape)
 
 
@@ -91,11 +101,11 @@ def symbols_of(shape: tuple[int | str, ...]) -> set[str]:
 
 
 def axis_parts(axis: str) -> tuple[int, str, int]:
-    """(factor, symbol, divisor) of a dynamic axis: (2, `N`, 1) for `2N`. Raises InputError for another form."""
+    """Split a dynamic axis into (factor, symbol, divisor): `2N` is (2, `N`, 1). Else raises InputError."""
     match = _AXIS.fullmatch(axis)
     if match is None:
         raise InputError(
-            "This dynamic axis has no meaning",
+            "This dynamic axis is not valid",
             where=f"expected a form like B, 2N or P/4, got {axis!r}",
             fix="export the bundle again with this version of star-export",
         )
@@ -103,8 +113,8 @@ def axis_parts(axis: str) -> tuple[int, str, int]:
 
 
 @functools.cache
-def dtype_name(dtype: object) -> str:
-    """`float32` for the string, the numpy type or the numpy dtype. Foreign byte order is part of the name."""
+def dtype_name(dtype: Any) -> str:
+    """Name of a dtype given as a string, numpy type or numpy dtype, including a foreign byte order."""
     try:
         dtype = np.dtype(dtype)
     except TypeError:  # numpy has no bfloat16
@@ -113,20 +123,22 @@ def dtype_name(dtype: object) -> str:
 
 
 def check_array(array: object, *, shape: tuple[int, ...], dtype: str) -> None:
-    """Refuse an array that cannot be written into a buffer of `shape` and `dtype` as it stands: another type, shape, byte order or
-    layout is never converted silently. Raises InputError with expected and got."""
+    """Raise InputError unless `array` is a contiguous numpy array of exactly this shape and dtype.
+
+    A session never converts another type, shape, byte order or layout silently.
+    """
     if not isinstance(array, np.ndarray):
         got = type(array).__name__
     elif array.shape != tuple(shape) or dtype_name(array.dtype) != dtype:
         got = f"{dtype_name(array.dtype)}[{','.join(map(str, array.shape))}]"
     elif not array.flags.c_contiguous:
-        got = "one that is not contiguous"
+        got = "an array that is not contiguous"
     else:
         return
     raise InputError(
-        "This array does not fit its buffer",
-        fix="convert it with numpy: ascontiguousarray(array, dtype)",
+        "The array does not match the buffer",
         where=f"buffer: expected a contiguous {dtype}[{','.join(map(str, shape))}], got {got}",
+        fix="convert it with numpy: ascontiguousarray(array, dtype)",
     )
 
 
