@@ -141,3 +141,16 @@ def write_decoder_bundle(root: Path, *, precision: str = "bf16", model=None) -> 
         model=replace(MODEL, cache={"base_ar": CacheSpec(1, KV, DIM)}),
     )
     return root
+
+
+def buffers_of(session, *, rows=2, tokens=1, capacity=16):
+    """A buffer for every input of `session`, and one for `hidden_states`; the caches hold `capacity` slots."""
+    return {
+        "inputs_embeds": session.buffer((rows, tokens, HIDDEN), "float32"),
+        "position_ids": session.buffer((3, rows, tokens), "int64"),
+        "write_indices": session.buffer((rows,), "int64"),
+        "hidden_states": session.buffer((rows, tokens, HIDDEN), "float32"),
+    } | {
+        f"past_key_values.0.{p}": session.buffer((rows, KV, capacity, DIM), "bfloat16")
+        for p in ("key", "value")
+    }

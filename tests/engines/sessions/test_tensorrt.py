@@ -1,4 +1,4 @@
-"""TensorRT sessions: what can be proven without a device, on memory and an engine made of numpy; the rest runs where a GPU is."""
+"""TensorRT sessions without a device: memory and an engine made of numpy show what is bound, refused and released."""
 
 import ctypes
 import subprocess
@@ -12,12 +12,11 @@ import pytest
 
 from engines.bundle.manifest import ComponentSpec
 from engines.bundle.reader import Bundle
-from engines.errors import InputError, MissingError, UsageError
+from engines.errors import InputError, UsageError
 from engines.sessions import open_session, tensorrt
-from engines.targets import TARGETS
-from engines.tensorrt import build, device
+from engines.tensorrt import device
 from engines.tensorrt.profiles import Limits, recipe_from_limits
-from tests.helpers.decoder_bundle import DIM, HIDDEN, KV, decoder_io, write_decoder_bundle
+from tests.helpers.decoder_bundle import HIDDEN, buffers_of, decoder_io, write_decoder_bundle
 from tests.helpers.tiny_bundle import MODEL
 
 SPEC = ComponentSpec("base_ar/model.onnx", None, "base_ar/golden.safetensors", *map(tuple, decoder_io()))
@@ -119,18 +118,6 @@ TRT = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MA
 @pytest.fixture
 def session(memory):
     return tensorrt.TensorRTSession(TRT, Engine(memory), SPEC, PROFILES)
-
-
-def buffers_of(session, *, rows=2, tokens=1, capacity=16):
-    return {
-        "inputs_embeds": session.buffer((rows, tokens, HIDDEN), "float32"),
-        "position_ids": session.buffer((3, rows, tokens), "int64"),
-        "write_indices": session.buffer((rows,), "int64"),
-        "hidden_states": session.buffer((rows, tokens, HIDDEN), "float32"),
-    } | {
-        f"past_key_values.0.{p}": session.buffer((rows, KV, capacity, DIM), "bfloat16")
-        for p in ("key", "value")
-    }
 
 
 def test_a_step_computes_in_place_and_in_the_narrowest_profile(session):
@@ -259,77 +246,6 @@ def test_a_step_that_cannot_be_enqueued_is_an_error(session):
         step()
 
 
-class Runtime:
-    """A CUDA runtime that fails."""
-
-    def __init__(self, code, driver=0):
-        self.code, self.driver = code, driver
-
-    def cudaDriverGetVersion(self):
-        return 0, self.driver
-
-    def cudaRuntimeGetVersion(self):
-        return 0, 13040
-
-    def cudaMemGetInfo(self):
-        return 0, 5, 9
-
-    def __getattr__(self, name):
-        return lambda *arguments: (self.code, None)
-
-
-@pytest.mark.parametrize(
-    "code, driver, words",
-    [
-        (35, 0, "expected a driver for CUDA 13.4, got none"),
-        (35, 12020, "expected a driver for CUDA 13.4, got one for CUDA 12.2"),
-        (34, 0, "got none"),
-        (100, 13040, "There is no NVIDIA GPU"),
-    ],
-)
-def test_without_driver_or_gpu_the_message_names_what_is_missing(monkeypatch, code, driver, words):
-    monkeypatch.setattr(device, "cudart", lambda: Runtime(code, driver))
-    for action in (device.gpus, lambda: device.allocate(1)):
-        with pytest.raises(MissingError) as error:
-            action()
-        assert words in str(error.value) and "onnxruntime" in error.value.fix
-
-
-def test_a_cuda_python_that_finds_no_driver_itself_is_answered_alike(monkeypatch):
-    def fails(*arguments):
-        raise RuntimeError("Failed to dlopen libcuda.so.1")
-
-    monkeypatch.setattr(
-        device, "cudart", lambda: type("Runtime", (), {"__getattr__": lambda self, name: fails})()
-    )
-    for action in (device.gpus, device.driver_version, lambda: device.allocate(1)):
-        with pytest.raises(MissingError, match="no NVIDIA driver") as error:
-            action()
-        assert "libcuda.so.1" in error.value.where and "onnxruntime" in error.value.fix
-
-
-def test_too_little_memory_names_bytes_asked_and_free(monkeypatch):
-    monkeypatch.setattr(device, "cudart", lambda: Runtime(2))
-    with pytest.raises(MissingError, match="asked 1000 bytes, free 5 of 9"):
-        device.allocate(1000)
-
-
-def test_another_cuda_error_is_a_bug(monkeypatch):
-    monkeypatch.setattr(device, "cudart", lambda: Runtime(700))
-    with pytest.raises(RuntimeError, match="700"):
-        device.gpus()
-
-
-def test_without_cuda_python_the_extra_is_named(monkeypatch):
-    device.cudart.cache_clear()
-    for name in ("cuda.bindings", "cuda.bindings.runtime"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingError, match="cuda-python is not installed") as error:
-        device.cudart()
-    assert "star-export[rtx]" in error.value.fix
-    device.cudart.cache_clear()
-
-
 def test_open_session_refuses_before_it_needs_a_device(tmp_path):
     bundle = Bundle.open(write_decoder_bundle(tmp_path / "bundle"))
     with pytest.raises(UsageError, match="rtx-3090"):
@@ -347,77 +263,3 @@ def test_the_module_imports_where_nothing_of_nvidia_is_installed():
         [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-def device_count():
-    try:
-        return len(device.gpus())
-    except MissingError:
-        return 0
-
-
-@pytest.fixture
-def gpu():
-    """The GPU. Tests that ask for it are skipped only where there is none."""
-    if not device_count():
-        pytest.skip("no CUDA device")
-    return device.gpus()[0]
-
-
-@pytest.mark.gpu
-def test_buffers_keep_their_bits_on_a_real_device(gpu):
-    rng = np.random.default_rng(0)
-    for dtype in ("float32", "float16", "int64", "int32", "bool"):
-        buffer, array = tensorrt.DeviceBuffer((3, 5), dtype), rng.integers(0, 2, (3, 5)).astype(dtype)
-        assert not buffer.read().any()
-        buffer.write(array)
-        np.testing.assert_array_equal(buffer.read(), array)
-    assert not tensorrt.DeviceBuffer((3, 5), "bfloat16").read().any()
-
-
-@pytest.mark.gpu
-def test_ten_thousand_buffers_leave_the_memory_as_it_was(gpu):
-    free = device.call("cudaMemGetInfo")[0]
-    for _ in range(10_000):
-        tensorrt.DeviceBuffer((1 << 20,), "float32")
-    device.synchronize()
-    assert abs(device.call("cudaMemGetInfo")[0] - free) < 64 << 20
-
-
-@pytest.mark.gpu
-def test_a_decoder_on_a_real_device_decodes_as_it_prefills(gpu, tmp_path):
-    name = next(
-        (
-            t.name
-            for t in TARGETS.values()
-            if t.compute_capability == gpu.compute_capability and t.dialect == "modern"
-        ),
-        None,
-    )
-    assert name, f"no target for {gpu.sm} ({gpu.name}): add it to the device table"
-    bundle = Bundle.open(write_decoder_bundle(tmp_path / "bundle"))
-    build.build_plans(bundle, [name], components=["base_ar"], capacity_tokens=16)
-    session = open_session(bundle, "base_ar", backend=f"tensorrt:{name}")
-    embeds = np.random.default_rng(0).standard_normal((2, 6, HIDDEN)).astype(np.float32)
-    whole, stepped = buffers_of(session, tokens=6), buffers_of(session)
-    whole["inputs_embeds"].write(embeds)
-    session.bind(whole)()
-    expected, step = whole["hidden_states"].read(), session.bind(stepped)
-    for i in range(6):
-        stepped["inputs_embeds"].write(np.ascontiguousarray(embeds[:, i : i + 1]))
-        stepped["write_indices"].write(np.full(2, i, np.int64))
-        step()
-        assert (
-            np.abs(stepped["hidden_states"].read() - expected[:, i : i + 1]).max()
-            <= 0.05 * np.abs(expected).max()
-        )
-    np.testing.assert_allclose(
-        stepped["past_key_values.0.key"].read()[:, :, :6],
-        whole["past_key_values.0.key"].read()[:, :, :6],
-        rtol=0.02,
-        atol=0.02,
-    )
-    assert not stepped["past_key_values.0.key"].read()[:, :, 6:].any(), (
-        "a slot beyond the written ones was touched"
-    )
-    session.close()
