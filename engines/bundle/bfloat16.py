@@ -14,5 +14,5 @@ def float32_from_bits(bits: np.ndarray) -> np.ndarray:
 
 def bf16_rounded(x: np.ndarray) -> np.ndarray:
     """Round finite float32 values to the nearest bfloat16 (ties to even), returned as float32."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    bits = np.asarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)

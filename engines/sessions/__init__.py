@@ -1,68 +1,77 @@
-"""Sessions: components loaded into an executor. One protocol, whatever the executor.
+"""Sessions: components loaded into an executor, behind one protocol.
 
-A buffer may be bound to several sessions of one backend, as output of one and input of the next: nothing is copied. A cache is bound
-once, under its past name, and is updated in place.
+A buffer may be bound to several sessions of one backend, as the output of one and the input of the next, so
+nothing is copied. A cache is bound once, under its past name, and is updated in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from ..bundle.manifest import ComponentSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_binding, present_name, shape_from_symbols
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 
-BACKENDS = (
-    "onnxruntime",
-    "onnxruntime-cuda",
-    "tensorrt:TARGET",
-    "interpreter:TARGET",
-    "interpreter-fp32:TARGET",
-)
+UNTARGETED = ("onnxruntime", "onnxruntime-cuda")
 TARGETED = ("tensorrt:", "interpreter:", "interpreter-fp32:")
+BACKENDS = (*UNTARGETED, *(f"{prefix}TARGET" for prefix in TARGETED))
+B = TypeVar("B")
 
 
 class Buffer(Protocol):
-    """Memory where a session computes."""
+    """Memory that a session computes on."""
 
     shape: tuple[int, ...]
     dtype: str
 
     def write(self, array: np.ndarray) -> None:
-        """Copy `array` in. Raises InputError unless its shape, type and layout are the buffer's."""
+        """Copy `array` into the buffer. Raises InputError unless its shape, dtype and layout match."""
 
     def read(self) -> np.ndarray:
-        """The contents; bfloat16 comes as float32. A view where the memory is the host's, else a copy."""
+        """Return the contents: a view of host memory, or a copy of device memory.
+
+        numpy has no bfloat16, so such values are returned as float32.
+        """
 
 
 class Session(Protocol):
-    """One component. `capacity_tokens` (slots of its caches) and `prefill_tokens` (most new positions of a step) are what was fixed when it
-    was built; None where any number will do."""
+    """One loaded component.
+
+    `capacity_tokens` is the number of slots in its caches and `prefill_tokens` the most new positions of one
+    step, where a plan or network fixes them; None where any number is allowed.
+    """
 
     spec: ComponentSpec
     capacity_tokens: int | None
     prefill_tokens: int | None
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """Zeroed memory where this session computes."""
+        """Allocate a zeroed buffer for this session."""
 
     def bind(self, tensors: Mapping[str, Buffer]) -> Callable[[], None]:
-        """A step that runs once on the buffers in `tensors` (name -> buffer), reading and writing in place. Raises InputError."""
+        """Check `tensors` (name -> buffer) and return a step, which computes on them in place.
+
+        A cache is given once, under its past name. Raises InputError with expected and got.
+        """
 
     def close(self) -> None:
-        """Give the memory back. Steps that were bound can no longer run."""
+        """Release the component's memory. Bound steps can no longer run; buffers remain valid."""
 
 
 def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime") -> Session:
-    """Load `component` of `bundle`. Backends: `onnxruntime` (CPU), `onnxruntime-cuda`, `tensorrt:<target>`, and `interpreter:<target>`: the
-    network that TensorRT parsed, evaluated on the CPU in its own types, or with `interpreter-fp32:` in float32 throughout.
+    """Load `component` of `bundle` on `backend`.
 
-    Raises UsageError for another name, MissingError where the executor or device is absent, InputError for a bad file.
+    `onnxruntime` runs on the CPU and `onnxruntime-cuda` on a GPU; `tensorrt:TARGET` runs the target's plan.
+    `interpreter:TARGET` evaluates on the CPU the network that TensorRT parsed, in the network's own dtypes,
+    and `interpreter-fp32:TARGET` evaluates it in float32 throughout.
+
+    Raises UsageError for an unknown backend, MissingError for a missing executor or device, and InputError
+    for an invalid file.
     """
     check_backend(backend)
     if backend.startswith("tensorrt:"):
@@ -80,10 +89,9 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
 
 
 def check_backend(backend: str) -> None:
-    """Refuse a name that is no backend. Raises UsageError listing them."""
-    if backend not in BACKENDS[:2] and not any(
-        backend.startswith(prefix) and backend != prefix for prefix in TARGETED
-    ):
+    """Raise UsageError with the valid names unless `backend` is one of them."""
+    targeted = any(backend.startswith(prefix) and backend != prefix for prefix in TARGETED)
+    if backend not in UNTARGETED and not targeted:
         raise UsageError(
             "No such backend",
             where=f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}",
@@ -92,7 +100,10 @@ def check_backend(backend: str) -> None:
 
 
 def run(session: Session, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One call of a component without caches: all inputs by name -> all outputs by name. Raises InputError for feeds that do not fit."""
+    """Run a component without caches once: all inputs by name -> all outputs by name.
+
+    Raises InputError when the feeds do not match its inputs.
+    """
     symbols = check_binding(replace(session.spec, outputs=()), feeds)
     buffers = {t.name: session.buffer(feeds[t.name].shape, t.dtype) for t in session.spec.inputs}
     for name, buffer in buffers.items():
@@ -104,3 +115,35 @@ def run(session: Session, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     }
     session.bind(buffers | outputs)()
     return {name: buffer.read() for name, buffer in outputs.items()}
+
+
+def own_buffers(tensors: Mapping[str, Buffer], kind: type[B], *, where: str) -> dict[str, B]:
+    """Return `tensors` as buffers of class `kind`. Raises InputError for another backend's buffer."""
+    own: dict[str, B] = {}
+    for name, buffer in tensors.items():
+        if not isinstance(buffer, kind):
+            raise InputError(
+                "This buffer belongs to another backend",
+                where=f"{where}: {name}: expected {kind.__name__}, got {type(buffer).__name__}",
+                fix="allocate it with this session's buffer()",
+            )
+        own[name] = buffer
+    return own
+
+
+def busy(where: str) -> InputError:
+    """The error for a step that is called while another step of its session runs."""
+    return InputError(
+        "This session is in use by another thread",
+        where=f"{where}: expected one thread at a time, got a second call while a step was running",
+        fix="open one session per thread",
+    )
+
+
+def closed(where: str) -> InputError:
+    """The error for using a session after `close`."""
+    return InputError(
+        "This session is closed",
+        where=f"{where}: expected an open session, got a closed one",
+        fix="open the session again",
+    )

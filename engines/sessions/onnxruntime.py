@@ -1,6 +1,7 @@
-"""Components on ONNX Runtime: on the CPU with memory that numpy shares, or on CUDA with memory of the device.
+"""Sessions on ONNX Runtime: on the CPU with memory shared with numpy, or on CUDA with device memory.
 
-The CPU has no bfloat16: there a component's fp32 twin runs instead of its graph, with caches in float32.
+ONNX Runtime's CPU backend does not support bfloat16, so there a component's fp32 twin runs instead of its
+graph, with caches in float32.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -18,76 +20,63 @@ from ..bundle.manifest import ComponentSpec, TensorSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array, check_binding, present_name
 from ..errors import InputError, MissingError
+from . import Buffer, busy, closed, own_buffers
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 LOG_SEVERITY = 3  # errors
-_ELEMENT_TYPES = {
-    "float32": 1,
-    "int32": 6,
-    "int64": 7,
-    "bool": 9,
-    "float16": 10,
-    "bfloat16": 16,
-}  # onnx.TensorProto
-_TYPE_NAMES = {
-    "tensor(float)": "float32",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-    "tensor(bool)": "bool",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-}
+# The numbers are those of onnx.TensorProto.DataType.
+_ELEMENT_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
+_TYPE_NAMES = {f"tensor({'float' if name == 'float32' else name})": name for name in _ELEMENT_TYPES}
 
 
 class HostBuffer:
-    """Zeroed memory of the host, seen by numpy as `array` and by ONNX Runtime as `value`. `read()` is a view, not a copy."""
+    """Zeroed host memory, shared by numpy (`array`) and ONNX Runtime (`value`). `read()` returns a view."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str):
         import onnxruntime
 
         if dtype == "bfloat16":
             raise InputError(
-                "The CPU has no bfloat16",
+                "The CPU backend does not support bfloat16",
                 where=f"buffer: expected float32, got bfloat16[{','.join(map(str, shape))}]",
-                fix="use the dtype that the session's spec states",
+                fix="use the dtype in the session's spec",
             )
         self.shape, self.dtype = tuple(shape), dtype
         self.array = np.zeros(self.shape, dtype)
         self.value = onnxruntime.OrtValue.ortvalue_from_numpy(self.array)
-        assert self.value.data_ptr() == self.array.ctypes.data, (
-            "ONNX Runtime copied the memory it was to share"
-        )
+        shared = self.value.data_ptr() == self.array.ctypes.data
+        assert shared, "ONNX Runtime copied the array instead of sharing its memory"
 
     def write(self, array: np.ndarray) -> None:
-        """Copy `array` in. Raises InputError unless shape, type and layout are the buffer's."""
+        """Copy `array` into the buffer. Raises InputError unless its shape, dtype and layout match."""
         check_array(array, shape=self.shape, dtype=self.dtype)
         self.array[...] = array
 
     def read(self) -> np.ndarray:
-        """The contents, as a view that the next step changes."""
+        """Return the contents as a view, which the next step changes."""
         return self.array
 
 
 class DeviceBuffer:
-    """Zeroed memory of a CUDA device. numpy has no bfloat16: such contents (caches) are read as the same numbers in float32."""
+    """Zeroed memory of a CUDA device."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str, *, device: str = "cuda"):
         import onnxruntime
 
         self.shape, self.dtype = tuple(shape), dtype
-        self._bits = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)  # what numpy holds in place of it
+        self._bits = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)  # the numpy dtype of its bits
         self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
             self.shape, _ELEMENT_TYPES[dtype], device, 0
         )
         self.value.update_inplace(np.zeros(self.shape, self._bits))
 
     def write(self, array: np.ndarray) -> None:
-        """Copy `array` to the device. Raises InputError unless shape, type and layout are the buffer's."""
+        """Copy `array` to the device. Raises InputError unless its shape, dtype and layout match."""
         check_array(array, shape=self.shape, dtype=self.dtype)
         self.value.update_inplace(array.view(self._bits))
 
     def read(self) -> np.ndarray:
-        """A copy of the contents on the host."""
+        """Copy the contents to the host. numpy has no bfloat16, so such values are returned as float32."""
         if self.dtype != "bfloat16":
             return self.value.numpy()
         import onnxruntime
@@ -100,26 +89,28 @@ class DeviceBuffer:
 
 
 def float32_from_bfloat16(address: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The bfloat16 numbers at `address` in the host's memory, as float32 of `shape`."""
+    """Read bfloat16 values at `address` in host memory, as float32 of `shape`."""
     bits = np.ctypeslib.as_array((ctypes.c_uint16 * math.prod(shape)).from_address(address))
     return float32_from_bits(bits).reshape(shape)
 
 
 class OnnxRuntimeSession:
-    """One component loaded into ONNX Runtime, on `device` `cpu` or `cuda`. See `engines.sessions` for the protocol.
+    """One component in ONNX Runtime, on `device` `cpu` or `cuda`. `engines.sessions.Session` is its protocol.
 
-    The files are verified before and after they are loaded, and the loaded graph's boundary against the manifest. Raises MissingError
-    where ONNX Runtime or the device is absent, InputError for files that are not what the manifest says.
+    The files are verified before and after loading, and the loaded graph's inputs and outputs are compared
+    with the manifest. Raises MissingError when ONNX Runtime or the device is missing, and InputError for
+    files that differ from the manifest.
     """
 
-    capacity_tokens = prefill_tokens = None
+    capacity_tokens: int | None = None
+    prefill_tokens: int | None = None
 
     def __init__(self, bundle: Bundle, component: str, *, device: str = "cpu"):
         runtime = _runtime(device)
         spec, on_cpu = bundle.component(component), device == "cpu"
         path = bundle.graph(component, twin=on_cpu)
         try:
-            self.inference_session = runtime.InferenceSession(
+            self.inference_session: Any = runtime.InferenceSession(
                 str(path),
                 _options(runtime, bundle.manifest.precision),
                 providers=[(PROVIDERS[device], _provider_options(device))],
@@ -130,44 +121,35 @@ class OnnxRuntimeSession:
                 where=f"{path}: {error}",
                 fix="export the bundle again with this version of star-export",
             ) from None
-        bundle.graph(component, twin=on_cpu)  # what was loaded is still what was verified
+        bundle.graph(component, twin=on_cpu)  # the files did not change while they were loaded
         if PROVIDERS[device] not in self.inference_session.get_providers():
-            raise _missing(device, "ONNX Runtime could not start it (driver, CUDA or cuDNN)")
-        self.component, self._buffer = component, HostBuffer if on_cpu else DeviceBuffer
+            raise _missing(device, "a provider that does not start (check driver, CUDA and cuDNN)")
+        self.component = component
+        self._buffer: type[HostBuffer | DeviceBuffer] = HostBuffer if on_cpu else DeviceBuffer
         self.spec = twin_spec(spec) if on_cpu and spec.twin else spec
         check_boundary(self.inference_session, self.spec, where=str(path))
         self._running = threading.Lock()
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> HostBuffer | DeviceBuffer:
-        """Zeroed memory where this session computes."""
+        """Allocate a zeroed buffer where this session computes."""
         return self._buffer(shape, dtype)
 
-    def bind(self, tensors: Mapping[str, HostBuffer | DeviceBuffer]) -> Callable[[], None]:
-        """A step on these buffers, caches under their past names only. Raises InputError for what does not fit."""
+    def bind(self, tensors: Mapping[str, Buffer]) -> Callable[[], None]:
+        """Check `tensors` and return a step, which computes on them in place. Raises InputError."""
         self._check_open()
         check_binding(self.spec, tensors)
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, self._buffer):
-                raise InputError(
-                    "This is no memory of this session",
-                    fix="make it with this session's buffer()",
-                    where=f"{name}: expected a {self._buffer.__name__}, got a {type(tensor).__name__}",
-                )
+        buffers = own_buffers(tensors, self._buffer, where=self.component)
         binding = self.inference_session.io_binding()
         for tensor in self.spec.inputs:
-            binding.bind_ortvalue_input(tensor.name, tensors[tensor.name].value)
-        caches = {present_name(t.name): t.name for t in self.spec.inputs if present_name(t.name)}
+            binding.bind_ortvalue_input(tensor.name, buffers[tensor.name].value)
+        caches = {present: t.name for t in self.spec.inputs if (present := present_name(t.name))}
         for tensor in self.spec.outputs:
-            binding.bind_ortvalue_output(tensor.name, tensors[caches.get(tensor.name, tensor.name)].value)
-        bound = binding, dict(tensors)  # ONNX Runtime holds addresses only: the step keeps the memory alive
+            binding.bind_ortvalue_output(tensor.name, buffers[caches.get(tensor.name, tensor.name)].value)
+        bound = binding, buffers  # ONNX Runtime holds only addresses, so the step keeps the buffers alive
 
         def step() -> None:
             if not self._running.acquire(blocking=False):
-                raise InputError(
-                    "This session is busy",
-                    where=f"{self.component}: expected one thread at a time, got a second call while running",
-                    fix="give each thread its own session",
-                )
+                raise busy(self.component)
             try:
                 self._check_open()
                 self.inference_session.run_with_iobinding(bound[0])
@@ -177,31 +159,29 @@ class OnnxRuntimeSession:
         return step
 
     def close(self) -> None:
-        """Give the memory back. Steps that were bound can no longer run."""
+        """Release the component's memory. Bound steps can no longer run."""
         self.inference_session = None
 
     def _check_open(self) -> None:
         if self.inference_session is None:
-            raise InputError(
-                "This session is closed",
-                where=f"{self.component}: expected an open session, got a closed one",
-                fix="open it again",
-            )
+            raise closed(self.component)
 
 
 def twin_spec(spec: ComponentSpec) -> ComponentSpec:
-    """The boundary of the fp32 twin: as `spec`, caches in float32."""
+    """The spec of the fp32 twin: `spec` with float32 in place of 16-bit dtypes."""
 
     def widened(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(
-            replace(t, dtype="float32") if t.dtype in ("bfloat16", "float16") else t for t in tensors
-        )
+        wide = ("bfloat16", "float16")
+        return tuple(replace(t, dtype="float32") if t.dtype in wide else t for t in tensors)
 
     return replace(spec, inputs=widened(spec.inputs), outputs=widened(spec.outputs))
 
 
 def check_boundary(session, spec: ComponentSpec, *, where: str) -> None:
-    """Compare the loaded graph's inputs and outputs with `spec`: names, order, dtypes, ranks, fixed sizes. Raises InputError."""
+    """Raise InputError unless the loaded graph's inputs and outputs match `spec`.
+
+    Names, order, dtypes, ranks and fixed sizes are compared.
+    """
     for side, expected, got in (
         ("inputs", spec.inputs, session.get_inputs()),
         ("outputs", spec.outputs, session.get_outputs()),
@@ -209,13 +189,13 @@ def check_boundary(session, spec: ComponentSpec, *, where: str) -> None:
         wanted = [f"{t.name}:{t.dtype}{_sizes(t.shape)}" for t in expected]
         found = [f"{t.name}:{_TYPE_NAMES.get(t.type, t.type)}{_sizes(t.shape)}" for t in got]
         if wanted != found:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(wanted, found)) if a != b), min(len(wanted), len(found))
-            )
+            shorter = min(len(wanted), len(found))
+            at = next((i for i, (a, b) in enumerate(zip(wanted, found)) if a != b), shorter)
             raise InputError(
-                "The graph is not what the manifest says",
+                "The graph differs from the manifest",
+                where=f"{where}: {side}[{at}]: expected {_at(wanted, at)}, got {_at(found, at)} "
+                f"({len(wanted)} and {len(found)} {side})",
                 fix="export the bundle again",
-                where=f"{where}: {side}[{at}]: expected {_at(wanted, at)}, got {_at(found, at)} ({len(wanted)} and {len(found)} {side})",
             )
 
 
@@ -231,19 +211,17 @@ def _runtime(device: str):
     try:
         import onnxruntime
     except ImportError as error:
-        raise _missing(device, f"onnxruntime cannot be imported ({error})") from None
+        raise _missing(device, f"no importable onnxruntime ({error})") from None
     if PROVIDERS[device] not in onnxruntime.get_available_providers():
-        raise _missing(
-            device,
-            f"onnxruntime {onnxruntime.__version__} has {', '.join(onnxruntime.get_available_providers())}",
-        )
+        available = ", ".join(onnxruntime.get_available_providers())
+        raise _missing(device, f"onnxruntime {onnxruntime.__version__} with {available}")
     return onnxruntime
 
 
 def _missing(device: str, got: str) -> MissingError:
     return MissingError(
-        "ONNX Runtime is not here" if device == "cpu" else "ONNX Runtime has no CUDA here",
-        where=f"expected onnxruntime with {PROVIDERS[device]}, got: {got}",
+        "ONNX Runtime is not installed" if device == "cpu" else "ONNX Runtime cannot use CUDA here",
+        where=f"expected onnxruntime with {PROVIDERS[device]}, got {got}",
         fix=f'pip install "star-export[{device}]"',
     )
 
@@ -251,12 +229,14 @@ def _missing(device: str, got: str) -> MissingError:
 def _options(runtime, precision: str):
     options = runtime.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
-    # Left alone, ONNX Runtime multiplies int4 and int8 weights in int8 arithmetic (level 4), 3 % off. Level 1 is float32 on the stored
-    # weights; with int8's scale per channel it is 25 times slower than weights widened when they are loaded.
+    # By default ONNX Runtime multiplies int4 and int8 weights in int8 arithmetic (level 4), with an error of
+    # 3 %. Level 1 computes in float32 on the stored weights, but with int8's scale per channel it is 25 times
+    # slower than weights that are widened on loading.
     if precision == "int8":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    # Sessions take turns in the decode loop: idle threads of one that spin would hold the cores of the next (2 to 3 times slower).
+    # Sessions take turns in the decode loop. Idle threads that spin would hold the cores that the next
+    # session needs, which makes a step 2 to 3 times slower.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 

@@ -1,8 +1,9 @@
 """Sessions on TensorRT engines: device memory, one stream, steps bound once and run many times.
 
-A step only enqueues; nothing waits for the host until a buffer is read. Each optimisation profile has one execution context, and
-the contexts of a session share one block of working memory, because the stream runs one of them at a time. A cache is updated in
-place: `past_key_values.*` and `present.*` are bound to one address.
+A step only enqueues work; the host waits only when it reads a buffer. Each optimisation profile has one
+execution context. The contexts of a session share one block of working memory, because the stream runs one of
+them at a time. A cache is updated in place: `past_key_values.*` and `present.*` are bound to the same
+address.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from ..tensorrt import device
 from ..tensorrt.module import log_of, tensorrt_of, words
 from ..tensorrt.plan import read_plan
 from ..tensorrt.profiles import CAPACITY, Profile, fits, largest
+from . import Buffer, busy, closed, own_buffers
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 
 class DeviceBuffer:
-    """A tensor in device memory, zero at first. Its memory goes back with the object."""
+    """A tensor in device memory, zeroed. The memory is released with the object."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str):
         self.shape, self.dtype = tuple(shape), dtype
@@ -40,12 +42,18 @@ class DeviceBuffer:
         self._free = weakref.finalize(self, device.release, self.address)
 
     def write(self, array: np.ndarray) -> None:
-        """Enqueue a copy of `array`, which has this shape and dtype and is contiguous. Raises InputError."""
+        """Enqueue a copy of `array` to the device.
+
+        Raises InputError unless its shape, dtype and layout match.
+        """
         check_array(array, shape=self.shape, dtype=self.dtype)
         device.copy_to_device(self.address, array)
 
     def read(self) -> np.ndarray:
-        """The contents after all work enqueued so far. bfloat16, which numpy has not, comes as the same numbers in float32."""
+        """Wait for all enqueued work and copy the contents to the host.
+
+        numpy has no bfloat16, so such values are returned as float32.
+        """
         if self.dtype != "bfloat16":
             array = np.empty(self.shape, self.dtype)
             device.copy_to_host(array, self.address)
@@ -57,13 +65,16 @@ class DeviceBuffer:
         return float32_from_bits(bits)
 
     def close(self) -> None:
-        """Give the memory back now."""
+        """Release the memory now."""
         self._free()
 
 
 def open_session(bundle: Bundle, component: str, *, target: str) -> TensorRTSession:
-    """The session of a component's plan for `target`. Raises UsageError, InputError for a plan that may not be used here, and
-    MissingError without TensorRT, driver or GPU."""
+    """Open the plan of a component for `target`.
+
+    Raises UsageError for an unknown target, InputError for a plan that cannot be used here, and MissingError
+    without TensorRT, driver or GPU.
+    """
     row = target_from_name(target)
     plan, data = read_plan(bundle, row, component)
     trt = tensorrt_of(row)
@@ -80,17 +91,19 @@ def open_session(bundle: Bundle, component: str, *, target: str) -> TensorRTSess
 
 
 class TensorRTSession:
-    """One engine. `capacity_tokens` is the size of its caches, fixed in the plan (None without caches), `prefill_tokens` the most
-    new positions of a step (None where that is no axis)."""
+    """One engine. `engines.sessions.Session` is its protocol.
+
+    `capacity_tokens` is the capacity of its caches, which the plan fixes (None without caches).
+    `prefill_tokens` is the most new positions of one step (None when the component has no such axis).
+    """
 
     def __init__(
         self, trt, engine, spec: ComponentSpec, profiles: tuple[Profile, ...], *, keep: object = None
     ):
         check_engine(engine, spec, profiles)
         self.spec = spec
-        self.capacity_tokens, self.prefill_tokens = (
-            largest(profiles, spec, axis=axis) for axis in (CAPACITY, "S")
-        )
+        self.capacity_tokens = largest(profiles, spec, axis=CAPACITY)
+        self.prefill_tokens = largest(profiles, spec, axis="S")
         self._trt, self._engine, self._profiles, self._keep = trt, engine, profiles, keep
         self._workspace = DeviceBuffer((max(engine.device_memory_size_v2, 256),), "bool")
         self._contexts: dict[int, _Context] = {}
@@ -98,43 +111,37 @@ class TensorRTSession:
         self.closed = False
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
-        """New device memory, zero at first."""
+        """Allocate zeroed device memory."""
         return DeviceBuffer(shape, dtype)
 
-    def bind(self, tensors: Mapping[str, DeviceBuffer]) -> Callable[[], None]:
-        """Check `tensors` against the spec and the plan's profiles, and return the step that computes on them.
+    def bind(self, tensors: Mapping[str, Buffer]) -> Callable[[], None]:
+        """Check `tensors` against the spec and the plan's profiles, and return the step that computes on
+        them.
 
-        A cache is given once, under its `past_key_values.` name. Raises InputError with expected and got.
+        Raises InputError with expected and got.
         """
         self._check_open()
         symbols = check_binding(self.spec, tensors)
-        foreign = [name for name, buffer in tensors.items() if not isinstance(buffer, DeviceBuffer)]
-        if foreign:
-            got = type(tensors[foreign[0]]).__name__
-            raise InputError(
-                "These buffers are another backend's",
-                fix="make them with this session's buffer()",
-                where=f"{self.spec.graph}: {foreign[0]}: expected device memory, got {got}",
-            )
-        shapes = {t.name: tensors[t.name].shape for t in self.spec.inputs}
+        buffers = own_buffers(tensors, DeviceBuffer, where=self.spec.graph)
+        shapes = {t.name: buffers[t.name].shape for t in self.spec.inputs}
         index = choose_profile(self._profiles, shapes, where=self.spec.graph)
         if index not in self._contexts:
             self._contexts[index] = _Context(self._trt, self._engine, index, self._workspace)
         context = self._contexts[index]
-        addresses = {name: buffer.address for name, buffer in tensors.items()}
-        addresses |= {present: addresses[name] for name in tensors if (present := present_name(name))}
+        addresses = {name: buffer.address for name, buffer in buffers.items()}
+        addresses |= {present: addresses[name] for name in buffers if (present := present_name(name))}
         outputs = {t.name: shape_from_symbols(t.shape, symbols) for t in self.spec.outputs}
-        binding = _Binding(shapes, addresses, outputs, tuple(tensors.values()))
+        binding = _Binding(shapes, addresses, outputs, tuple(buffers.values()))
         context.apply(binding, where=self.spec.graph)
         return self._step(context, binding)
 
     def close(self) -> None:
-        """Wait for the work under way, then give engine and working memory back. Buffers stay."""
+        """Wait for enqueued work, then release the engine and its working memory. Buffers remain valid."""
         if not self.closed:
             self.closed = True
             device.synchronize()
             for context in self._contexts.values():
-                context.trt_context = context.bound = None  # steps still refer to the context
+                context.trt_context = context.bound = None  # bound steps still refer to the context
             self._contexts.clear()
             self._engine = self._keep = None
             self._workspace.close()
@@ -144,11 +151,7 @@ class TensorRTSession:
 
         def step() -> None:
             if not lock.acquire(blocking=False):
-                raise InputError(
-                    "This session is in use by another thread",
-                    where=f"{where}: expected one thread at a time",
-                    fix="open one session per thread",
-                )
+                raise busy(where)
             try:
                 self._check_open()
                 if context.bound is not binding:
@@ -162,16 +165,15 @@ class TensorRTSession:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise InputError(
-                "This session is closed",
-                where=f"{self.spec.graph}: expected an open session",
-                fix="open it again",
-            )
+            raise closed(self.spec.graph)
 
 
 @dataclass(frozen=True, eq=False)
 class _Binding:
-    """Shapes of the inputs, addresses of all tensors, shapes that the outputs must get, and the buffers, which it keeps alive."""
+    """Shapes of the inputs, addresses of all tensors and expected shapes of the outputs.
+
+    Keeps `buffers` alive.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     addresses: Mapping[str, int]
@@ -180,7 +182,7 @@ class _Binding:
 
 
 class _Context:
-    """The execution context of one profile, and the binding that it has now."""
+    """The execution context of one profile, and its current binding."""
 
     def __init__(self, trt, engine, index: int, workspace: DeviceBuffer):
         self.trt_context = engine.create_execution_context(
@@ -204,7 +206,7 @@ class _Context:
         for name, shape in binding.outputs.items():
             if (got := tuple(context.get_tensor_shape(name))) != shape:
                 raise InputError(
-                    "This plan computes another shape",
+                    "The plan computes another output shape",
                     where=f"{where}: {name}: expected {shape}, got {got}",
                     fix="build the plan again",
                 )
@@ -214,7 +216,10 @@ class _Context:
 def choose_profile(
     profiles: tuple[Profile, ...], shapes: Mapping[str, tuple[int, ...]], *, where: str
 ) -> int:
-    """Index of the narrowest profile that `shapes` (of all inputs) fit. Raises InputError naming the input that fits none."""
+    """Index of the narrowest profile that fits `shapes` (of all inputs).
+
+    Raises InputError with the input that fits no profile.
+    """
     fitting = [i for i, profile in enumerate(profiles) if fits(profile, shapes)]
     if fitting:
         return min(fitting, key=lambda i: sum(math.prod(r.max) for r in profiles[i].inputs.values()))
@@ -224,23 +229,23 @@ def choose_profile(
     )
     ranges = " or ".join(f"{p.inputs[name].min} to {p.inputs[name].max} ({p.name})" for p in profiles)
     raise InputError(
-        "This plan was not built for such shapes",
+        "The plan was built for other shapes",
         where=f"{where}: {name}: expected {ranges}, got {shapes[name]}",
-        fix="use smaller inputs and the plan's capacity, or build with other --rows or capacity",
+        fix="use smaller inputs and the plan's capacity, or build with another --rows or capacity",
     )
 
 
 def check_engine(engine, spec: ComponentSpec, profiles: tuple[Profile, ...]) -> None:
-    """The deserialised engine must have the manifest's inputs and outputs and the recorded number of profiles, or InputError."""
+    """Raise InputError unless the engine has the manifest's inputs and outputs and the recorded profiles."""
     names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
     expected = {t.name for t in spec.inputs + spec.outputs}
     if names != expected or engine.num_optimization_profiles != len(profiles):
         differ = ", ".join(sorted(names ^ expected)) or "none"
         raise InputError(
-            "This plan is not what its record says",
+            "This plan differs from its record",
+            where=f"{spec.graph}: expected its inputs and outputs and {len(profiles)} profiles, "
+            f"got differences in: {differ}; {engine.num_optimization_profiles} profiles",
             fix="build the plan again",
-            where=f"{spec.graph}: expected its inputs and outputs and {len(profiles)} profiles, got differences in: "
-            f"{differ}; {engine.num_optimization_profiles} profiles",
         )
 
 

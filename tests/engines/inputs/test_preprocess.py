@@ -99,6 +99,7 @@ def test_bf16_rounding_is_torchs():
         [x[np.isfinite(x) & (abs(x) < 3e38)], np.float32([0, -0.0, 1.00390625, 1.01171875])]
     )  # two ties
     np.testing.assert_array_equal(bf16_rounded(x), torch.tensor(x).bfloat16().float().numpy())
+    assert bf16_rounded(x[0].reshape(())).shape == ()
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_wrong_shapes_foreign_buffers_and_closed_sessions_are_refused(bundle):
         session.bind(buffers | smaller)
     with pytest.raises(InputError, match="write_indices: missing"):
         session.bind({name: b for name, b in buffers.items() if name != "write_indices"})
-    with pytest.raises(InputError, match="expected an ArrayBuffer, got a? ?ndarray"):
+    with pytest.raises(InputError, match="expected ArrayBuffer, got ndarray"):
         session.bind(buffers | {"write_indices": np.zeros(2, np.int64)})
     with pytest.raises(InputError, match="expected a contiguous float32"):
         buffers["inputs_embeds"].write(np.zeros((2, 3, HIDDEN)))
@@ -117,7 +117,7 @@ def test_a_look_that_raises_stops_the_build_and_leaves_no_plan(bundle):
 def test_a_network_that_cannot_be_read_is_built_all_the_same(bundle, monkeypatch):
     monkeypatch.setattr("engines.interpreter.parsed.ATTRIBUTES", {})
     assert built(bundle).spec.network is None
-    with pytest.raises(InputError, match="cannot be read back"):
+    with pytest.raises(InputError, match="cannot be interpreted"):
         open_session(bundle, "base_ar", backend=f"interpreter:{TARGET}")
 
 
