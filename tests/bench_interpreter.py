@@ -1,10 +1,11 @@
-"""What reading a network back costs: one decoder layer of STAR-3B's size in bf16, 64 positions, evaluated on the CPU.
+"""What evaluating a parsed network costs: one decoder layer of STAR-3B's size in bf16, 64 positions, on the
+CPU.
 
 .venv/bin/python -m tests.bench_interpreter
 
-Not a test: nothing is asserted, times are of this machine and this run. The layer is measured in a process of its own, and the
-memory is what that process grew by at its peak, from before the parse to the end; weights that the parser maps from the file
-are part of it.
+This is a benchmark, not a test: it asserts nothing, and its times hold for this machine and this run. The
+layer is measured in a process of its own, and the memory is what that process grew by at its peak, from
+before the parse to the end; it includes the weights that the parser maps from the file.
 """
 
 from __future__ import annotations
@@ -104,14 +105,15 @@ def measure(graph: Path) -> None:
         f"{'parse and read':28} {read - start:8.2f} s\n{'first run':28} {first - read:8.2f} s\n"
         f"{'second run':28} {second - first:8.2f} s\n"
         f"{'parse, read and first run':28} {first - start:8.2f} s  limit {LIMIT_S} s\n"
-        f"{'peak growth of the process':28} {grown / 1e6:8.0f} MB, {grown / weights:.2f} x the {weights / 1e6:.0f} MB of "
-        f"weights in fp32  limit {LIMIT_RATIO}"
+        f"{'peak growth of the process':28} {grown / 1e6:8.0f} MB, {grown / weights:.2f} x "
+        f"the {weights / 1e6:.0f} MB of weights in fp32  limit {LIMIT_RATIO}"
     )
 
 
 def main() -> None:
     if len(sys.argv) == 2:
-        return measure(Path(sys.argv[1]))
+        measure(Path(sys.argv[1]))
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_layer(Path(folder))
         subprocess.run(

@@ -1,9 +1,10 @@
-"""How long the line takes on this machine: export, golden tensors and publish of the miniature checkpoint, then plans of each target.
+"""How long the whole line takes here: export of the miniature checkpoint, then the plans of each target.
 
-    .venv/bin/python -m tests.bench_line
+.venv/bin/python -m tests.bench_line
 
-Not a test: nothing is asserted, times are of this machine and this run. Each stage runs in a process of its own, so a cold start is
-part of the figure.
+This is a benchmark, not a test: it asserts nothing, and its times hold for this machine and this run. The
+export includes the golden tensors and the publishing. Each stage runs in a process of its own, so a cold
+start is part of the figure.
 """
 
 from __future__ import annotations

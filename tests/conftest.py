@@ -10,7 +10,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the miniature checkpoint in release layout. Shared by the session: read it, do not write into it."""
+    """Folder of the miniature checkpoint in release layout,
+    shared by the session: read it, never write into it."""
     from reference.mini import write_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoint") / "mini"
@@ -20,7 +21,8 @@ def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle_of(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """precision -> bundle of the miniature checkpoint, exported once per session and precision. Read it, do not write into it."""
+    """precision -> bundle of the miniature checkpoint,
+    exported once per session: read it, never write into it."""
     from star_export.exporter.export import export
 
     made: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""From text and image files through the command line to ids: what the official code computed, in float32 on ONNX Runtime."""
+"""From text and image files through the command line to ids: what the official code computed, in float32."""
 
 from __future__ import annotations
 

@@ -136,7 +136,8 @@ from star_export.cli.parser import main
 bundle, folder = {bundle!r}, {folder!r}
 assert main(["generate", bundle, "a red cat", "-o", folder + "/a.png", "--no-progress"]) == 0
 assert main(["edit", bundle, folder + "/a.png", "blue", "-o", folder + "/b.png", "--no-progress"]) == 0
-assert main(["ask", bundle, folder + "/a.png", "what is a dog?", "--max-new-tokens", "2", "--no-progress"]) == 0
+asked = [folder + "/a.png", "what is a dog?", "--max-new-tokens", "2", "--no-progress"]
+assert main(["ask", bundle, *asked]) == 0
 bad = set(sys.modules) & {blocked!r}
 assert not bad, bad
 """

@@ -1,7 +1,8 @@
 """The import graph of the sources is the table in docs/architecture.md, read from top to bottom.
 
-A room is a folder of a package, or a file beside the folders. The table lists, for each room, the rooms that it may
-import; a room may import only rooms above it, so there is neither a circle nor an import that runs upward.
+A room is a folder of a package, or a file beside the folders. The table lists, for each room, the rooms that
+it may import; a room may import only rooms above it, so there is neither a circle nor an import that runs
+upward.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    """`engines/bundle` for anything in that folder, `engines/errors` for a file, `engines` for the package itself."""
+    """`engines/bundle` for what is in that folder, `engines/errors` for a file, `engines` for the package."""
     return "/".join(module.split(".")[:2])
 
 
@@ -66,7 +67,7 @@ def allowed_imports() -> dict[str, set[str]]:
 
 
 def upward(allowed: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """Pairs of a room and one that it may import although the table lists that one at its own height or below."""
+    """Pairs of a room and one that it may import although the table lists that one no higher than it."""
     order = list(allowed)
     return [(a, b) for a, rooms in allowed.items() for b in rooms if b not in order[: order.index(a)]]
 

@@ -1,4 +1,5 @@
-"""A small bundle for TensorRT, made by hand in milliseconds: a one-layer decoder with caches and a token embedding, in bf16."""
+"""A small bundle for TensorRT, made by hand in milliseconds,
+in bf16: a one-layer decoder and a token embedding."""
 
 from __future__ import annotations
 
@@ -122,7 +123,8 @@ def random(shape, seed=0):
 
 
 def write_decoder_bundle(root: Path, *, precision: str = "bf16", model=None) -> Path:
-    """A bundle with `base_ar` (one layer) and `token_embedding` (eight tokens), which TensorRT builds in a second."""
+    """A bundle with `base_ar` (one layer) and `token_embedding` (eight tokens);
+    TensorRT builds it in a second."""
     decoder = write_component(root, "base_ar", model or decoder_model(), *decoder_io())
     io = (
         [TensorSpec("input_ids", "int64", ("B", "S"))],
@@ -144,7 +146,7 @@ def write_decoder_bundle(root: Path, *, precision: str = "bf16", model=None) -> 
 
 
 def buffers_of(session, *, rows=2, tokens=1, capacity=16):
-    """A buffer for every input of `session`, and one for `hidden_states`; the caches hold `capacity` slots."""
+    """A buffer for every input of `session`, and one for `hidden_states`; caches hold `capacity` slots."""
     return {
         "inputs_embeds": session.buffer((rows, tokens, HIDDEN), "float32"),
         "position_ids": session.buffer((3, rows, tokens), "int64"),

@@ -1,4 +1,4 @@
-"""The kernels on emulated GPU blocks: builds `host_driver.cpp` with the machine's C++ compiler and calls it on numpy arrays."""
+"""The kernels on emulated GPU blocks, built by the machine's C++ compiler, on numpy arrays."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def guarded(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def arrays(case: Case, rng: np.random.Generator) -> list[np.ndarray]:
-    """query, key, value, past key, past value. Slots that are not written before the call are NaN in the caches."""
+    """query, key, value, past key, past value; cache slots not written before the call are NaN."""
     kind, (b, h, kv, s, c, d) = (
         ELEMENTS[case.element],
         (case.rows, case.heads, case.kv_heads, case.new, case.capacity, case.dim),
@@ -138,7 +138,7 @@ def int8_cache(rows: np.ndarray, first: tuple[int, ...]) -> np.ndarray:
 def emulate(
     case: Case, inputs: list[np.ndarray], *, driver: ctypes.CDLL | None = None
 ) -> tuple[list[np.ndarray], tuple[int, int], bool]:
-    """(output, key cache, value cache), (configuration, splits) and whether the flag was raised, after a check of the guards."""
+    """(output, key cache, value cache), (configuration, splits), whether the flag was raised."""
     query, key, value, *caches = inputs
     whole = [
         guarded(x) for x in (query, key, value, *caches, np.array(case.first, np.int64), np.zeros_like(query))
@@ -166,7 +166,8 @@ def emulate(
 
 
 def expected(case: Case, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-    """What engines/runtime/kv_cache.py defines, in float64: (output, key cache, value cache) and how far the output may be off."""
+    """(output, key cache, value cache) as engines/runtime/kv_cache.py defines them,
+    in float64; the error allowed."""
     query, key, value, past_key, past_value = inputs
     kind, first = ELEMENTS[case.element], np.array(case.first)
     if case.int8:
@@ -181,7 +182,7 @@ def expected(case: Case, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], np
     caches = [present_key.astype(kind), present_value.astype(kind)]
     if case.int8:
         caches = [_written(past, kept, case) for past, kept in zip(pasts, (kept_key, kept_value))]
-    # the result is rounded once, and so is every weight of the sum; then float32 sums, and fp16's smallest steps
+    # the result and every weight of the sum are rounded once; then float32 sums, and fp16's smallest steps
     return [output, *caches], 1.1 * UNIT[kind] * (np.abs(output) + magnitude) + 2e-6 * magnitude + 2.0**-22
 
 
@@ -200,7 +201,7 @@ def _written(past, kept, case: Case) -> np.ndarray:
 
 
 def check(case: Case, rng: np.random.Generator, *, driver: ctypes.CDLL | None = None) -> tuple[int, int]:
-    """Compare one call with the definition: caches bit by bit, the output within its bound; the plan it ran with."""
+    """The plan of one call, whose caches must equal the definition bit by bit, its output within the bound."""
     inputs = inputs_of(case, rng)
     (output, *caches), plan, raised = emulate(case, inputs, driver=driver)
     (wanted, *wanted_caches), bound = expected(case, inputs)
@@ -212,7 +213,7 @@ def check(case: Case, rng: np.random.Generator, *, driver: ctypes.CDLL | None = 
 
 
 def random_case(rng: np.random.Generator) -> Case:
-    """Few query rows, tiles of many, capacities that are no multiple of a tile, ragged write indices, both edges of the cache."""
+    """A case of few or many query rows, ragged write indices, both edges of the cache, and any capacity."""
     rows, kv_heads, group = (
         int(rng.integers(1, 3 if rng.random() < 0.9 else 9)),
         int(rng.integers(1, 3)),

@@ -1,4 +1,4 @@
-"""A decoder session in twenty lines of numpy, with faults to plant: one layer, one head, cache [B,1,C,H] updated in place."""
+"""A decoder session in numpy, with faults to plant: one layer, one head, cache [B,1,C,H] updated in place."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ H = 8
 
 
 def spec(cache: str = "float32") -> ComponentSpec:
-    caches = lambda side: tuple(
-        TensorSpec(f"{side}.0.{part}", cache, ("B", 1, "C", H)) for part in ("key", "value")
-    )
+    def caches(side: str) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(f"{side}.0.{part}", cache, ("B", 1, "C", H)) for part in ("key", "value"))
+
     inputs = (
         TensorSpec("inputs_embeds", "float32", ("B", "S", H)),
         TensorSpec("position_ids", "int64", (3, "B", "S")),

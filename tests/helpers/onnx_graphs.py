@@ -18,8 +18,10 @@ DTYPES = {
 
 @dataclass
 class Graph:
-    """Nodes, inputs (name -> array) and constants; outputs `y`, and `z` where there are two. `fixed` inputs have no dynamic
-    axis, the first axis of those named in `dynamic` is."""
+    """Nodes, inputs (name -> array) and constants; the outputs are `y`, and `z` where there are two.
+
+    `fixed` inputs have no dynamic axis; of those named in `dynamic` the first axis is dynamic.
+    """
 
     nodes: list
     feeds: dict[str, np.ndarray]
@@ -30,7 +32,8 @@ class Graph:
     stored: tuple = ()  # constants as TensorProto, of types that numpy has not
 
     def model(self, rng):
-        """(the graph as ONNX, what ONNX's reference evaluator computes). Of each input that may, one axis or none is dynamic."""
+        """(the graph as ONNX, what ONNX's reference evaluator computes);
+        at most one axis of each input is dynamic."""
         values = []
         for name, array in self.feeds.items():
             shape: list = list(array.shape)

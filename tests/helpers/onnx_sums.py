@@ -1,4 +1,5 @@
-"""Random graphs of operators that sum: reductions, products, norms, attention, quantised weights. See onnx_graphs."""
+"""Random graphs of operators that sum: reductions, products,
+norms, attention, quantised weights. See onnx_graphs."""
 
 from __future__ import annotations
 
@@ -171,7 +172,8 @@ def rotary(rng):
 
 
 def attention(rng):
-    """Grouped heads, with a scale, without a mask, with a boolean or an added one, or causal from the upper left."""
+    """Grouped heads, with or without a scale; without a mask,
+    with a boolean or added one, or causal from the upper left."""
     kv, group, tokens, slots, size = (int(rng.integers(1, n)) for n in (3, 3, 5, 6, 3))
     feeds = {
         "q": normal(rng, 2, kv * group, tokens, 8 * size),

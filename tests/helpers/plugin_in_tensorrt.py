@@ -1,4 +1,7 @@
-"""What plugins/test_tensorrt.py does with TensorRT for RTX, each in a process of its own: the plugin, once registered, stays for its life."""
+"""What plugins/test_tensorrt.py does with TensorRT for RTX.
+
+Each function runs in a process of its own, because a plugin, once registered, stays until the process ends.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,18 @@ from engines import plugins
 from engines.bundle.reader import Bundle
 from engines.errors import InputError
 from engines.targets import TARGETS
-from engines.tensorrt import build
+from engines.tensorrt import build, compiler
 from engines.tensorrt.module import log_of
 from engines.tensorrt.network import network_from_onnx
-from engines.tensorrt.profiles import limits_from_options, recipe_from_limits
+from engines.tensorrt.profiles import limits_from_options, profiles_from_limits
 
 COMPONENT, CAPACITY = "stacked_ar", 512
 CLASSIC = replace(TARGETS["rtx-4090"], name="rtx-4090-classic", dialect="classic")
 
 
 def plan_of(bundle: str) -> dict:
-    """The plan as `star-export build` makes it, for a target that is made classic; its record and the names found in its bytes."""
+    """The plan that `star-export build` makes for a target turned classic:
+    its record, and the names in its bytes."""
     TARGETS[CLASSIC.name] = CLASSIC
     raised = [1]  # as if TensorRT had timed a layer on write indices of its own
     plugins._LOADED.append(SimpleNamespace(star_plugin_take_overflow=lambda: raised.pop() if raised else 0))
@@ -38,12 +42,12 @@ def plan_of(bundle: str) -> dict:
 
 
 def compiled(bundle: str, graph: str, rows: str, how: str) -> str:
-    """What comes of compiling a graph of the bundle's component: the plan's bytes, or the errors. The plugin is registered `how`."""
+    """The plan's bytes, or the errors, of compiling a graph with the plugin registered `how`."""
     import tensorrt_rtx as trt
 
     opened = Bundle.open(Path(bundle))
     spec, model = opened.component(COMPONENT), opened.manifest.model
-    recipe = recipe_from_limits(
+    derived = profiles_from_limits(
         spec, model, limits_from_options(model, capacity_tokens=CAPACITY, rows=int(rows))
     )
     builder = trt.Builder(log_of(trt))
@@ -67,9 +71,9 @@ def compiled(bundle: str, graph: str, rows: str, how: str) -> str:
                     for name, r in p.inputs.items()
                 },
             )
-            for p in recipe
+            for p in derived
         ]
-        plan = builder.build_serialized_network(network, build._config(trt, builder, CLASSIC, profiles))
+        plan = builder.build_serialized_network(network, compiler._config(trt, builder, CLASSIC, profiles))
     del parser
     return "; ".join(errors) if plan is None else f"{plan.nbytes} bytes"
 

@@ -1,4 +1,5 @@
-"""The configuration files of the released models: STAR-3B and STAR-7B on Qwen2.5-VL. Facts of their pages (STAR.md 1)."""
+"""Configuration files of the released models,
+STAR-3B and STAR-7B on Qwen2.5-VL: facts of their pages (STAR.md 1)."""
 
 from __future__ import annotations
 
@@ -170,7 +171,7 @@ def nested_qwen_json(flat: dict) -> dict:
 
 
 def write_configs(folder: Path, star: dict, qwen: dict, generation: dict = GENERATION) -> StarConfig:
-    """Write the JSON files, the tokenizer's in so far as it is read, and read them back as the loader does."""
+    """Write the JSON files, and as much of the tokenizer's as is read; read them back as the loader does."""
     (folder / "qwen").mkdir(parents=True, exist_ok=True)
     (folder / "STAR.json").write_text(json.dumps(star))
     (folder / "qwen" / "config.json").write_text(json.dumps(qwen))

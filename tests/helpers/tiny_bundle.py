@@ -78,7 +78,7 @@ def model_from_nodes(nodes, inputs, outputs, initializers=(), *, opset=24):
 
 
 def write_component(root: Path, name: str, model, inputs, outputs) -> ComponentSpec:
-    """Write `name/model.onnx` (weights in `model.onnx.data` where it has any) and a golden file; the component's spec."""
+    """Write `name/model.onnx` and a golden file, weights in `model.onnx.data`; the component's spec."""
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     weights = bool(model.graph.initializer)

@@ -1,4 +1,4 @@
-"""A decoder of one attention layer, made by hand: new keys and values are what comes in, so its cache can be read."""
+"""A decoder of one attention layer whose new keys and values are its inputs: its cache can be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels on torch tensors: compiled with nvcc for the GPU that is here, called with addresses of device memory."""
+"""The kernels on torch tensors: nvcc compiles them for the GPU that is here; they take device addresses."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ FLAGS = (
 
 
 def built(architecture: str) -> Path:
-    """The library for `architecture` (sm_90), in a folder of this user among the system's temporary files. Its name says what it was
-    made from, so it is compiled once, by whichever process comes first. Fails where there is no nvcc."""
+    """The library for `architecture` (such as sm_90), in a folder of this user among the system's temporary
+    files.
+
+    Its name says what it was made from, so it is compiled once, by whichever process comes first. Fails where
+    there is no nvcc.
+    """
     sources = [SOURCES / "kv_attention.cu", ROOT / "tests/plugins/torch_entry.cu"]
     digest = hashlib.sha256(repr((architecture, FLAGS)).encode())
     for path in sorted({*SOURCES.glob("*.cuh"), SOURCES / "kv_attention.h", *sources}):
@@ -72,9 +76,13 @@ def library() -> ctypes.CDLL:
 
 
 class Attention:
-    """One call bound to its tensors, all contiguous on the GPU: query [B,h,S,D], key and value [B,KV,S,D], caches [B,KV,C,D]
-    (int8: [B,KV,C,D+4]), first int64 [B]. `output` and `flag` (int32 [1]) are made here. It is laid out for a GPU of `processors`
-    multiprocessors (0: the one that is here), or by the configuration and splits of `plan`, which afterwards says what was taken."""
+    """One call bound to its tensors, all contiguous on the GPU.
+
+    Query is [B,h,S,D], key and value [B,KV,S,D], caches [B,KV,C,D] (int8: [B,KV,C,D+4]), first int64 [B];
+    `output` and `flag` (int32 [1]) are made here. The call is laid out for a GPU of `processors`
+    multiprocessors (0: the one that is here), or by the configuration and splits of `plan`, which afterwards
+    says what was taken.
+    """
 
     def __init__(
         self,

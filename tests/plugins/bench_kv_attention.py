@@ -1,12 +1,16 @@
-"""Time and share of memory bandwidth of the kernels beside torch's attention, on a GPU:
-`python -m tests.plugins.bench_kv_attention [--profile | --configurations]`.
+"""Time and share of memory bandwidth of the kernels beside torch's attention, on a GPU.
 
-Peers: `index_copy_` into the cache and `scaled_dot_product_attention` over the used slots, with the backend that torch chooses
-("sdpa") and with each one that takes the shape; FlashAttention with its KV cache where the package is installed. A line of JSON for
-the machine, for each measurement, and for each shape's goals. `us` is one call whose caches are not in the GPU's own; `graph_us` one
-of many in a CUDA graph, each with other caches, as layers of a decoder follow each other. `--profile` instead: the time of every
-kernel of a call and of the whole call from the first kernel's start to the last one's end. `--configurations` instead: the kernels in
-every configuration (kConfigs in kv_attention.h) and number of splits that might suit, to choose by for another GPU.
+`python -m tests.plugins.bench_kv_attention [--profile | --configurations]`
+
+Peers are `index_copy_` into the cache and `scaled_dot_product_attention` over the used slots, with the
+backend that torch chooses ("sdpa") and with each one that takes the shape, and FlashAttention with its KV
+cache where the package is installed. A line of JSON tells of the machine, of each measurement, and of each
+shape's goals. `us` is one call whose caches are not in the GPU's own; `graph_us` is one of many in a CUDA
+graph, each with other caches, as layers of a decoder follow each other.
+
+`--profile` times every kernel of a call instead, and the whole call from the first kernel's start to the last
+one's end. `--configurations` instead times the kernels in every configuration (kConfigs in kv_attention.h)
+and number of splits that might suit, to choose by for another GPU.
 """
 
 from __future__ import annotations
@@ -26,9 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.helpers.torch_kernels import Attention, library
 
 DIM, ROUNDS = 128, 40
-COLD_BYTES = (
-    1 << 30
-)  # read before each call: no cache keeps what the call needs, and the host is ahead of the GPU meanwhile
+# read before each call: no cache keeps what the call needs, and the host gets ahead of the GPU meanwhile
+COLD_BYTES = 1 << 30
 GRAPH_BYTES, GRAPH_CALLS = 256 << 20, 128  # caches of a graph's calls, together; calls at most
 
 
@@ -51,38 +54,24 @@ class Shape:
 
 
 MODELS = (("STAR-3B", 16, 2), ("STAR-7B", 28, 4))  # heads, key heads
+CALLS = ((1, 640), (1, 960), (1, 1280), (1, 1280, "int8"), (64, 64), (1250, 1250))  # new, used
+LARGE = ((4, 8), (8, 8), (8, 16), (8, 32), (8, 8, "int8"), (8, 32, "int8"))  # rows, key heads
 SHAPES = [
     Shape(
-        f"{model} {'prefill' if new > 1 else 'decode'}{', int8' * int8}",
+        ", ".join((f"{model} {'prefill' if new > 1 else 'decode'}", *int8)),
         2,
-        heads,
-        kv_heads,
+        h,
+        kv,
         new,
         used,
-        int8=int8,
+        int8=bool(int8),
     )
-    for model, heads, kv_heads in MODELS
-    for new, used, int8 in (
-        (1, 640, False),
-        (1, 960, False),
-        (1, 1280, False),
-        (1, 1280, True),
-        (64, 64, False),
-        (1250, 1250, False),
-    )
+    for model, h, kv in MODELS
+    for new, used, *int8 in CALLS
 ]
-SHAPES += [
-    Shape(
-        f"large cache{', int8' * int8}", rows, 4 * kv_heads, kv_heads, 1, 4096, 4096, int8
-    )  # bandwidth, not latency
-    for rows, kv_heads, int8 in (
-        (4, 8, False),
-        (8, 8, False),
-        (8, 16, False),
-        (8, 32, False),
-        (8, 8, True),
-        (8, 32, True),
-    )
+SHAPES += [  # bandwidth, not latency
+    Shape(", ".join(("large cache", *int8)), rows, 4 * kv, kv, 1, 4096, 4096, bool(int8))
+    for rows, kv, *int8 in LARGE
 ]
 
 
@@ -151,6 +140,10 @@ PEERS = {
 }
 
 
+def tell(line: dict) -> None:
+    print(json.dumps(line), flush=True)
+
+
 def timed(call, *, before) -> float:
     """Microseconds, the median over ROUNDS, with `before()` ahead of each and not counted."""
     times = []
@@ -190,22 +183,19 @@ def measure(shape: Shape, *, bandwidth: float, flush) -> None:
                 calls = [make(shape) for _ in range(min(GRAPH_CALLS, 1 + GRAPH_BYTES // moved))]
                 in_graph = timed(graph_of(calls).replay, before=flush) / len(calls)
         except (RuntimeError, ImportError) as error:
-            print(json.dumps(line | {"unavailable": str(error).splitlines()[0][:80]}), flush=True)
+            tell(line | {"unavailable": str(error).splitlines()[0][:80]})
             continue
         plan = {"configuration": call.plan[0], "splits": call.plan[1]} if peer == "star" else {}
-        print(
-            json.dumps(
-                line
-                | plan
-                | {
-                    "cache_bytes": moved,
-                    "us": round(found[peer], 2),
-                    "graph_us": round(in_graph, 2),
-                    "share_of_copy_bandwidth": round(moved / found[peer] * 1e6 / bandwidth, 3),
-                    "graph_share": round(moved / in_graph * 1e6 / bandwidth, 3),
-                }
-            ),
-            flush=True,
+        tell(
+            line
+            | plan
+            | {
+                "cache_bytes": moved,
+                "us": round(found[peer], 2),
+                "graph_us": round(in_graph, 2),
+                "share_of_copy_bandwidth": round(moved / found[peer] * 1e6 / bandwidth, 3),
+                "graph_share": round(moved / in_graph * 1e6 / bandwidth, 3),
+            }
         )
     ours = found.pop("star")
     best = min(found, key=found.get)
@@ -217,24 +207,21 @@ def measure(shape: Shape, *, bandwidth: float, flush) -> None:
     )
     if shape.new == 1 and shape.moved_bytes("star") > 64e6:
         goals["0.8 of copy bandwidth"] = share >= 0.8
-    print(
-        json.dumps(
-            {
-                "shape": shape.name,
-                "used": shape.used,
-                "best": best,
-                "best_over_star": round(speed, 3),
-                "sdpa_over_star": round(found["sdpa"] / ours, 3),
-                "share": round(share, 3),
-                "goals": goals,
-            }
-        ),
-        flush=True,
+    tell(
+        {
+            "shape": shape.name,
+            "used": shape.used,
+            "best": best,
+            "best_over_star": round(speed, 3),
+            "sdpa_over_star": round(found["sdpa"] / ours, 3),
+            "share": round(share, 3),
+            "goals": goals,
+        }
     )
 
 
 def try_configurations(shape: Shape, *, bandwidth: float, flush) -> None:
-    """A line for each layout of the call over the GPU: decode by blocks a multiprocessor, prefill by configuration."""
+    """A line for each layout of the call: decode by blocks per multiprocessor, prefill by configuration."""
     chosen = star(shape).plan
     per_split = shape.rows * shape.kv_heads
     processors = torch.cuda.get_device_properties().multi_processor_count
@@ -255,26 +242,24 @@ def try_configurations(shape: Shape, *, bandwidth: float, flush) -> None:
             continue
         seen.add(call.plan)
         us = timed(call, before=flush)
-        print(
-            json.dumps(
-                {
-                    "shape": shape.name,
-                    "new": shape.new,
-                    "used": shape.used,
-                    "cache_bytes": shape.moved_bytes("star"),
-                    "configuration": call.plan[0],
-                    "splits": call.plan[1],
-                    "chosen": call.plan == chosen,
-                    "us": round(us, 2),
-                    "share_of_copy_bandwidth": round(shape.moved_bytes("star") / us * 1e6 / bandwidth, 3),
-                }
-            ),
-            flush=True,
+        tell(
+            {
+                "shape": shape.name,
+                "new": shape.new,
+                "used": shape.used,
+                "cache_bytes": shape.moved_bytes("star"),
+                "configuration": call.plan[0],
+                "splits": call.plan[1],
+                "chosen": call.plan == chosen,
+                "us": round(us, 2),
+                "share_of_copy_bandwidth": round(shape.moved_bytes("star") / us * 1e6 / bandwidth, 3),
+            }
         )
 
 
 def profile(shape: Shape, *, flush) -> None:
-    """A line for the kernels and one for torch's choice: microseconds, medians over ROUNDS, by the driver's own records."""
+    """A line for the kernels and one for torch's choice:
+    microseconds by the driver's records, medians over ROUNDS."""
     for peer in ("star", "sdpa"):
         call = PEERS[peer][0](shape)
         call()
@@ -299,18 +284,15 @@ def profile(shape: Shape, *, flush) -> None:
             for event in round_:
                 total[short(event.name)] += event.time_range.elapsed_us()
         spans = [r[-1].time_range.end - r[0].time_range.start for r in rounds if r]
-        print(
-            json.dumps(
-                {
-                    "shape": shape.name,
-                    "peer": peer,
-                    "new": shape.new,
-                    "used": shape.used,
-                    "span_us": median(spans),
-                    "kernels": {name: median(total[name] for total in totals) for name in totals[-1]},
-                }
-            ),
-            flush=True,
+        tell(
+            {
+                "shape": shape.name,
+                "peer": peer,
+                "new": shape.new,
+                "used": shape.used,
+                "span_us": median(spans),
+                "kernels": {name: median(total[name] for total in totals) for name in totals[-1]},
+            }
         )
 
 
@@ -340,17 +322,14 @@ def main() -> None:
         cold.sum()
 
     bandwidth = 2 * COLD_BYTES / timed(lambda: target.copy_(cold), before=flush) * 1e6
-    print(
-        json.dumps(
-            {
-                "gpu": torch.cuda.get_device_name(),
-                "capability": torch.cuda.get_device_capability(),
-                "torch": torch.__version__,
-                "cuda": torch.version.cuda,
-                "copy_bytes_per_s": round(bandwidth),
-            }
-        ),
-        flush=True,
+    tell(
+        {
+            "gpu": torch.cuda.get_device_name(),
+            "capability": torch.cuda.get_device_capability(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "copy_bytes_per_s": round(bandwidth),
+        }
     )
     for shape in SHAPES:
         if chosen.profile:

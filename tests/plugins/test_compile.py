@@ -1,4 +1,4 @@
-"""The kernels compile with nvcc for every architecture that needs them, without keeping registers in memory."""
+"""The kernels compile with nvcc for every architecture that needs them, without spilling registers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""On a GPU: the kernels against numpy in float64 and torch's own attention, their memory accesses, and repeated calls.
+"""On a GPU: the kernels against numpy in float64 and torch's attention, their memory accesses, repeated
+calls.
 
-`python -m pytest -m gpu tests/plugins`; with pytest-xdist quicker: `-n 14 --maxschedchunk 1`. `-rP` shows how near the limits it was.
+`python -m pytest -m gpu tests/plugins -n 14 --maxschedchunk 1`; `-rP` shows how close to their limits the
+errors were.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,8 +64,11 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def torch_attention(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
-    """`index_copy` of the new rows and torch's SDPA over the used slots, row by row, in float64 numbers. Of its backends the one
-    that computes in float32: the most exact, and it compiles nothing for a new shape."""
+    """`index_copy` of the new rows and torch's SDPA over the used slots, row by row, as float64 numbers.
+
+    Of torch's backends this is the one that computes in float32: the most exact, and it compiles nothing for
+    a new shape.
+    """
     query, key, value, *caches = (on_gpu(x) for x in inputs)
     rows = []
     for row, first in enumerate(case.first):
@@ -81,10 +85,11 @@ def torch_attention(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
 def share_of_limit(
     case: Case, rng: np.random.Generator, *, torch_too: bool = True, plan: tuple[int, int] = (0, 0)
 ) -> tuple[float, tuple]:
-    """The largest error of one call over what is allowed, and the kind of kernel; infinite where a cache differs or the flag is up.
+    """The largest error of one call over what is allowed, and the kind of kernel.
 
-    Allowed are two units in the last place beyond torch's largest error; for int8, which torch does not have, or without torch
-    (`torch_too`) what the emulated blocks are allowed.
+    The error is infinite where a cache differs or the flag is up. Two units in the last place beyond torch's
+    largest error are allowed; for int8, which torch lacks, and without torch (`torch_too`), what is allowed
+    to the emulated blocks.
     """
     from tests.helpers.torch_kernels import Attention
 
@@ -121,7 +126,7 @@ def check_all(cases: Iterable[tuple[Case, np.random.Generator]], **options) -> N
 
 
 def sanitized(tool: str, code: str) -> subprocess.CompletedProcess:
-    """Python code under compute-sanitizer, which looks at this project's kernels alone; exit code 9 where it finds something."""
+    """Run Python code under compute-sanitizer, on this project's kernels only; a finding is exit code 9."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     command = [
         program,
@@ -149,8 +154,8 @@ def sanitized(tool: str, code: str) -> subprocess.CompletedProcess:
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     result = sanitized(
         tool,
-        "import numpy as np, test_gpu\ntest_gpu.check_all([(case, np.random.default_rng(1))"
-        " for case in test_gpu.SANITIZED], torch_too=False)\n",
+        "import numpy as np\nfrom tests.plugins.test_gpu import SANITIZED, check_all\n"
+        "check_all([(case, np.random.default_rng(1)) for case in SANITIZED], torch_too=False)\n",
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert f"{len(SANITIZED)} cases" in result.stdout
@@ -159,7 +164,7 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
 def test_compute_sanitizer_sees_a_cache_that_is_too_short() -> None:
     result = sanitized(
         "memcheck",
-        "import torch\nfrom torch_kernels import Attention\n"
+        "import torch\nfrom tests.helpers.torch_kernels import Attention\n"
         "shapes = [(1, 4, 1, 64), *[(1, 2, 1, 64)] * 2, (1, 2, 128, 64), (1, 2, 64, 64)]\n"
         "tensors = [torch.zeros(shape, dtype=torch.half, device='cuda') for shape in shapes]\n"
         "Attention(*tensors, torch.full((1,), 120, device='cuda'))().cpu()\n",

@@ -1,5 +1,8 @@
-"""The kernels' own source, run on emulated GPU blocks, computes what engines/runtime/kv_cache.py defines; slots that were not written,
-what lies around the arrays and rows that do not fit are left alone. No GPU: the emulator's promises are in emulator.h."""
+"""The kernels' own source, run on emulated GPU blocks, computes what engines/runtime/kv_cache.py defines.
+
+It leaves alone unwritten slots, the memory around the arrays, and rows that do not fit. No GPU is needed;
+emulator.h says what the emulator promises.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The plugin's library is looked at before it is loaded, and a plan is used only with the library that it was built with."""
+"""The plugin's library is inspected before it is loaded,
+and a plan is used only with the library it was built with."""
 
 import hashlib
 from dataclasses import replace
@@ -15,7 +16,7 @@ from engines.targets import TARGETS
 from engines.tensorrt import build, device, network
 from engines.tensorrt import plan as plans
 from engines.tensorrt.device import Gpu
-from engines.tensorrt.profiles import limits_from_options, recipe_from_limits
+from engines.tensorrt.profiles import limits_from_options, profiles_from_limits
 from tests.helpers.decoder_bundle import write_decoder_bundle
 
 TARGET, VERSION, PLAN = TARGETS["orin-agx-jp62"], "10.3.0.30", b"plan" * 99
@@ -29,7 +30,8 @@ def library(folder, *, abi=plugins.ABI, tensorrt="10.3", more=b""):
 
 @pytest.fixture
 def bundle(tmp_path, monkeypatch):
-    """A classic bundle with a plan, on what seems to be an AGX Orin with a built plugin; `loaded` collects its loads."""
+    """A classic bundle with a plan, on a seeming AGX Orin with a built plugin;
+    `loaded` collects what it loads."""
     monkeypatch.setattr(plans, "gpus", lambda: (Gpu("Orin", (8, 7), 64 * 10**9),))
     monkeypatch.setattr(plans, "tensorrt_of", lambda target: SimpleNamespace(__version__=VERSION))
     monkeypatch.setattr(plans, "host_platform", lambda: "linux-aarch64")
@@ -39,10 +41,10 @@ def bundle(tmp_path, monkeypatch):
     bundle = Bundle.open(write_decoder_bundle(tmp_path / "bundle"))
     spec = replace(bundle.component("base_ar"), classic="base_ar/model.onnx", plugin_abi=plugins.ABI)
     bundle.manifest.components["base_ar"], bundle.loaded = spec, loaded
-    recipe = recipe_from_limits(spec, bundle.manifest.model, limits_from_options(bundle.manifest.model))
+    profiles = profiles_from_limits(spec, bundle.manifest.model, limits_from_options(bundle.manifest.model))
     made = plans.PlanSpec(
         onnx=plans.onnx_hashes(bundle, "base_ar", dialect="classic"),
-        profiles=recipe,
+        profiles=profiles,
         inputs=spec.inputs,
         outputs=spec.outputs,
         plan=FileSpec(len(PLAN), hashlib.sha256(PLAN).hexdigest()),
@@ -123,10 +125,10 @@ def test_a_decoder_beyond_the_plugins_limits_is_refused_with_the_limit(
 
 def test_a_build_for_a_classic_target_takes_the_classic_graph_and_the_librarys_hash(bundle):
     bundle.manifest.model.cache["base_ar"] = CacheSpec(1, 2, 64)
-    recipe = plans.read_build(bundle, TARGET.name).components["base_ar"].profiles
-    assert build.plugin_of(bundle, TARGET, "base_ar", recipe, VERSION) == plugins.find_library().sha256
+    profiles = plans.read_build(bundle, TARGET.name).components["base_ar"].profiles
+    assert build.plugin_of(bundle, TARGET, "base_ar", profiles, VERSION) == plugins.find_library().sha256
     assert len(bundle.loaded) == 1
-    assert build.plugin_of(bundle, TARGETS["rtx-4090"], "base_ar", recipe, "1.7.1") is None
+    assert build.plugin_of(bundle, TARGETS["rtx-4090"], "base_ar", profiles, "1.7.1") is None
     assert bundle.graph("base_ar", dialect="classic").name == "model.onnx"
     with pytest.raises(InputError, match="no classic graphs"):
         bundle.graph("token_embedding", dialect="classic")

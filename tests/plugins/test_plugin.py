@@ -1,5 +1,9 @@
-"""The plugin between TensorRT's calls and the kernels: fields, formats, shapes, aliasing, the flag; on emulated blocks and our
-own declaration of TensorRT's interfaces, and compiled against TensorRT's own headers where the machine has them."""
+"""The plugin between TensorRT's calls and the kernels: fields, formats, shapes, aliasing and the overflow
+flag.
+
+It runs on emulated blocks and our own declaration of TensorRT's interfaces, and is compiled against
+TensorRT's own headers where the machine has them.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +58,11 @@ def native(library_file) -> ctypes.CDLL:
 def drive(
     native, case: Case, inputs, *, type_=None, rank=4, aliased=True, processors=(16, 16), **changes
 ) -> tuple[int, list[np.ndarray]]:
-    """The driver's answer, and (output, key cache, value cache). `processors` are the multiprocessors of the device that builds and of
-    the one that runs; `changes` replace fields."""
+    """The driver's answer, and (output, key cache, value cache).
+
+    `processors` are the multiprocessors of the device that builds and of the one that runs; `changes` replace
+    fields.
+    """
     fields = {
         "num_heads": case.heads,
         "num_kv_heads": case.kv_heads,

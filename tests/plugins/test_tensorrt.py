@@ -1,6 +1,9 @@
-"""A real TensorRT, the one for RTX, which builds on any CPU, loads the plugin, finds it from the classic graphs, and compiles plans
-with it; no plan is run. The library is compiled with our own declaration of TensorRT's interfaces: with the kernels on emulated blocks
-or, where there is nvcc, by the documented command."""
+"""A real TensorRT, the one for RTX, loads the plugin, finds it from the classic graphs and compiles plans
+with it.
+
+It builds on any CPU, and no plan is run. The library is compiled with our own declaration of TensorRT's
+interfaces: with the kernels on emulated blocks or, where there is nvcc, by the documented command.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ def bundle(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def graphs(bundle, tmp_path_factory) -> Path:
-    """A folder with its classic graph, the one with int8 caches, one with key heads that do not divide the heads, and their weights."""
+    """A folder with its classic graph, one with int8 caches,
+    one whose key heads do not divide the heads, and their weights."""
     folder = tmp_path_factory.mktemp("graphs")
     for file in ("classic.onnx", "model.onnx", "model.onnx.data"):
         shutil.copyfile(bundle / COMPONENT / file, folder / file)
@@ -75,7 +79,7 @@ def emulated(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_process(tmp_path_factory):
-    """A function that calls one of plugin_in_tensorrt's in a process of its own, and gives its answer and what went to stderr."""
+    """A function that runs one of plugin_in_tensorrt's in its own process: its answer, and stderr."""
     names = tmp_path_factory.mktemp("names")
     (names / "libtensorrt_rtx.so").symlink_to(FOLDER / FILE)  # the parser opens it by this name for plugins
 
@@ -122,7 +126,7 @@ def test_the_documented_command_builds_a_library_that_tensorrt_takes(bundle, in_
 
 
 def hidden_nvcc() -> str:
-    """What keeps CMake from finding nvcc beside other programs, where it is in CUDA's own folder too: as on a Jetson, only there."""
+    """Keeps CMake from finding nvcc beside other programs: as on a Jetson, it is only in CUDA's folder."""
     nvcc, cmake, compiles = (os.path.dirname(shutil.which(name)) for name in ("nvcc", "cmake", "c++"))
     twice = Path("/usr/local/cuda/bin/nvcc").exists() and nvcc not in ("/usr/local/cuda/bin", cmake, compiles)
     return f" -DCMAKE_IGNORE_PATH={nvcc}" if twice else ""

@@ -39,7 +39,8 @@ def star(stars: dict[bool, Star]) -> Star:
 
 @pytest.fixture
 def folder(mini_checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint folder of links to the miniature's files: replace a file by `put`, never write through a link."""
+    """A checkpoint folder of links to the miniature's files:
+    replace a file by `put`, never write through a link."""
     for path in mini_checkpoint.rglob("*"):
         if path.is_file():
             link = tmp_path / "checkpoint" / path.relative_to(mini_checkpoint)

@@ -1,4 +1,5 @@
-"""Weights and configuration must fit exactly; all differences are told at once, before anything is read (BAD_INPUTS 6, 10)."""
+"""Weights and configuration must fit exactly;
+all differences are reported at once, before any read (BAD_INPUTS 6, 10)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reference import mini
+from reference import mini_tensors
 from reference.config import config_from_files
 from reference.containers import LazyTensor
 from reference.errors import CheckpointError
@@ -191,8 +192,8 @@ def test_index_and_shards_must_agree(folder: Path, put: Put) -> None:
     for change, told in [
         ({"visual.merger.ln_q.weight": "model-00002-of-00002.safetensors"}, "visual.merger.ln_q.weight"),
         ({"visual.more": "model-00001-of-00002.safetensors"}, "visual.more"),
-        ({"lm_head.weight": "../../outside.safetensors"}, "bad shard name"),
-        ({"lm_head.weight": "/dev/zero"}, "bad shard name"),
+        ({"lm_head.weight": "../../outside.safetensors"}, "invalid shard name"),
+        ({"lm_head.weight": "/dev/zero"}, "invalid shard name"),
         ({"lm_head.weight": 3}, "weight_map.lm_head.weight"),
     ]:
         put(name, json.dumps(index | {"weight_map": index["weight_map"] | change}))
@@ -229,7 +230,7 @@ def test_names_shapes_and_dtypes_are_the_models(mini_files: CheckpointFiles, sta
     expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in star.state_dict().items()}
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in lazy.items()} == expected
     patch = lazy["vision_encoder.patch_embed.weight"].load()
-    stored = mini.tensor("llm.visual.patch_embed.proj.weight", (64, 3, 2, 14, 14))
+    stored = mini_tensors.tensor("llm.visual.patch_embed.proj.weight", (64, 3, 2, 14, 14))
     assert torch.equal(patch, torch.from_numpy(stored).float().reshape(64, 1176))
 
 

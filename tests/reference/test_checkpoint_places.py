@@ -1,4 +1,5 @@
-"""Where a checkpoint's files are looked for: a folder, its JSON, a clone of the release, the hub's cache, or as told."""
+"""Where a checkpoint's files are found: a folder, its JSON,
+a clone of the release, the hub's cache, or as told."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def test_what_is_absent_is_named(mini_checkpoint: Path, folder: Path, tmp_path: 
     with refused(f"{tmp_path}: expected one STAR*.json, got none", "--checkpoint"):
         resolve_checkpoint(tmp_path)
     (folder / "VQ-Model.pt").unlink()
-    with refused("pixel_encoder.model_path leads nowhere", str(folder / "VQ-Model.pt"), "--vq"):
+    with refused("pixel_encoder.model_path does not exist", str(folder / "VQ-Model.pt"), "--vq"):
         resolve_checkpoint(folder)
     (folder / "STAR-other.pt").symlink_to(mini_checkpoint / "STAR-mini.pt")
     with refused("expected one STAR*.pt, got STAR-mini.pt, STAR-other.pt", "--checkpoint"):
@@ -87,7 +88,7 @@ def test_stated_paths_do_not_leave_the_release(folder: Path, stated: str) -> Non
     (folder / "STAR-mini.json").write_text(json.dumps(document))
     (folder.parent / "outside").mkdir()
     (folder.parent / "outside" / "VQ-Model2.pt").touch()
-    with refused("pixel_encoder.model_path leads nowhere"):
+    with refused("pixel_encoder.model_path does not exist"):
         resolve_checkpoint(folder)
 
 
@@ -124,10 +125,10 @@ def test_hub_ids_are_read_from_the_cache(mini_checkpoint: Path, offline_hub: Pat
     vq = cached(offline_hub, "MM-MVR/STAR-VQ", [mini_checkpoint / "VQ-Model.pt"])
     files = resolve_checkpoint("MM-MVR/STAR-mini", base="Qwen/Qwen2.5-VL-mini", vq="MM-MVR/STAR-VQ")
     assert files == CheckpointFiles(star / "STAR-mini.json", star / "STAR-mini.pt", qwen, vq / "VQ-Model.pt")
-    with refused("language_model.model_path leads nowhere", "hub id with --base"):
+    with refused("language_model.model_path does not exist", "hub id with --base"):
         resolve_checkpoint("MM-MVR/STAR-mini")
 
 
 def test_an_unknown_hub_id_is_refused(offline_hub: Path) -> None:
-    with refused("neither a path here nor a repository that the hub gave", "MM-MVR/STAR-9B"):
+    with refused("neither a local path nor a repository that could be downloaded", "MM-MVR/STAR-9B"):
         resolve_checkpoint("MM-MVR/STAR-9B")

@@ -1,4 +1,5 @@
-"""Configuration files are read strictly: whatever is not understood is refused by file and key path (BAD_INPUTS 9)."""
+"""Configuration files are read strictly:
+what is not understood is refused by file and key path (BAD_INPUTS 9)."""
 
 from __future__ import annotations
 
@@ -181,13 +182,13 @@ def test_the_nested_layout_is_as_strict(tmp_path: Path, path: str, value: Any) -
         (b'"text"', "got"),
         (b"null", "null"),
         (b"\xef\xbb\xbf{}", "byte order mark"),
-        (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
+        (b'{"a": "\xff"}', "byte 7 is not valid UTF-8"),
         (b'{"a": NaN}', "NaN"),
         (b'{"a": -Infinity}', "-Infinity"),
         (b'{"a": 1e999}', "1e999"),
         (b'{"a": ' + b"9" * 5000 + b"}", "5000 digits"),
-        (b'{"a": 1, "a": 1}', "'a' is given twice"),
-        (b'{"x": {"a": 1, "a": 2}}', "'a' is given twice"),
+        (b'{"a": 1, "a": 1}', "'a' appears twice"),
+        (b'{"x": {"a": 1, "a": 2}}', "'a' appears twice"),
         (b'{"a": ' * 200_000 + b"1" + b"}" * 200_000, "nested too deeply"),
         (b"[" * 200_000, "nested too deeply"),
         (b"{} {}", "Extra data"),
@@ -212,7 +213,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     with refused("STAR.json", "check the path"):
         config_from_files(tmp_path / "STAR.json", tmp_path / "qwen")
     os.mkfifo(tmp_path / "STAR.json")
-    with refused("STAR.json", "not a file"):  # and does not hang
+    with refused("STAR.json does not exist", "expected a file"):  # and does not hang
         config_from_files(tmp_path / "STAR.json", tmp_path / "qwen")
 
 

@@ -1,4 +1,5 @@
-"""Files that are not what they seem are refused at once, by name, and no pickle ever runs (BAD_INPUTS 1 to 5, 7, 8)."""
+"""Files that are not what they seem are refused at once,
+by name, and no pickle runs (BAD_INPUTS 1 to 5, 7, 8)."""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ def test_good_files_are_read(read: Callable, name: str, content: bytes) -> None:
 @pytest.mark.parametrize("name", [SHARD, "STAR-mini.pt", "VQ-Model.pt"])
 def test_a_git_lfs_pointer(folder: Path, put: Put, name: str) -> None:
     put(name, POINTER)
-    with refused("this is a Git LFS pointer, not weights", Path(name).name, "run `git lfs pull`"):
+    with refused("the file is a Git LFS pointer, not weights", Path(name).name, "run `git lfs pull`"):
         load_star(resolve_checkpoint(folder))
 
 
@@ -93,7 +94,8 @@ def test_files_that_are_not_whole(folder: Path, put: Put, name: str, change: str
     }[change]
     put(name, content)
     expected = ["expected", "got"] if change == "one byte more" or name == SHARD and len(content) > 16 else []
-    with refused(Path(name).name, "not a whole", "download the file again", *expected):
+    told = "data follows the end" if change == "one byte more" and name != SHARD else "incomplete"
+    with refused(Path(name).name, told, "download the file again", *expected):
         load_star(resolve_checkpoint(folder))
 
 
@@ -107,7 +109,7 @@ def test_sizes_of_a_longer_file_are_told(folder: Path, put: Put) -> None:
 @pytest.mark.parametrize("claimed", [2**63, 2**64 - 1, 200 << 20, 4096])
 def test_a_header_longer_than_the_file(read: Callable, claimed: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with refused(f"the header claims {claimed} bytes"):
+    with refused(f"expected a header of {claimed} bytes"):
         read("t.safetensors", struct.pack("<Q", claimed) + b"{}" + bytes(64))
     assert (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
@@ -151,7 +153,7 @@ def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8))
         (
             b'{"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
             b' "t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
-            "key 't' is given twice",
+            "key 't' appears twice",
         ),
     ],
     ids=lambda v: str(v)[:40],
@@ -174,9 +176,11 @@ def test_a_pickle_never_runs(folder: Path, put: Put, tmp_path: Path, name: str, 
     )
     if name.endswith("/model.safetensors"):
         (folder / "Qwen2.5-VL-mini/model.safetensors.index.json").unlink()
-    told = {".pt": "was not run" if container == "torch" else "another pickle is not read"}.get(
+    told = {".pt": "was not executed" if container == "torch" else "other pickles are not supported"}.get(
         Path(name).suffix,
-        "not a whole safetensors file" if container == "old pickle" else "pickle is not read",
+        "the safetensors file is incomplete"
+        if container == "old pickle"
+        else "pickle files are not supported",
     )
     with refused(Path(name).name, told):
         load_star(resolve_checkpoint(folder))
@@ -192,7 +196,7 @@ def test_a_base_model_of_pickles_is_refused(folder: Path, put: Put, tmp_path: Pa
         "Qwen2.5-VL-mini/pytorch_model.bin",
         torch_bytes({"lm_head.weight": Canary(tmp_path / "canary-fired")}),
     )
-    with refused("pickle is not read", "pytorch_model.bin", "convert with safetensors"):
+    with refused("pickle files are not supported", "pytorch_model.bin", "convert it with safetensors"):
         load_star(resolve_checkpoint(folder))
     assert not (tmp_path / "canary-fired").exists()
 
@@ -222,7 +226,7 @@ def test_a_compressed_pt_is_refused(read: Callable) -> None:
     with zipfile.ZipFile(stored) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
         for info in source.infolist():
             target.writestr(info.filename, source.read(info))
-    with refused("t.pt", "is compressed"):
+    with refused("t.pt", "expected no compressed entry"):
         read("t.pt", packed.getvalue())
 
 
@@ -258,5 +262,5 @@ def test_a_folder_or_pipe_in_the_place_of_weights(tmp_path: Path) -> None:
         ("", tensors_from_safetensors),
         ("absent.pt", tensors_from_pt),
     ):
-        with refused("not a file"):
+        with refused("the weights file does not exist"):
             reader(tmp_path / name)

@@ -1,4 +1,5 @@
-"""The static cache: whatever the order of writing, the numbers are those of one prefill, and unused slots never matter."""
+"""The static cache gives the numbers of one prefill,
+whatever the order of writing; unused slots never matter."""
 
 from __future__ import annotations
 

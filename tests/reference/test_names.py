@@ -1,4 +1,4 @@
-"""The loader expects exactly the tensors that the released files hold, by name and shape. No weights: the meta device."""
+"""The loader expects exactly the tensors of the released files, by name and shape, on the meta device."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ NEWER = {
     "model.language_model.embed_tokens.weight": "model.embed_tokens.weight",
     "model.language_model.norm.weight": "model.norm.weight",
     "model.visual.merger.mlp.0.bias": "visual.merger.mlp.0.bias",
-    "stacked_ar.model.language_model.layers.0.mlp.up_proj.weight": "stacked_ar.model.layers.0.mlp.up_proj.weight",
+    "stacked_ar.model.language_model.layers.0.mlp.up_proj.weight": (
+        "stacked_ar.model.layers.0.mlp.up_proj.weight"
+    ),
     "stacked_ar.model.norm.weight": "stacked_ar.model.norm.weight",
     "model.layers.3.mlp.up_proj.weight": "model.layers.3.mlp.up_proj.weight",
     "visual.blocks.0.norm1.weight": "visual.blocks.0.norm1.weight",

@@ -161,7 +161,8 @@ def test_filters_probabilities(case: str) -> None:
 def test_the_vision_encoder_must_round_cosines_too(
     stars: dict[bool, Star], angles_bf16: bool, case: str
 ) -> None:
-    """Neither exact angles nor rounded angles with exact cosines reproduce the released numbers: the switch is proved."""
+    """Exact angles fail, and so do rounded angles with exact cosines,
+    on the released numbers: the switch is needed."""
     exact, expected = stars[False], golden(True, f"{case}.image_embeds")
     _, grid_h, grid_w = golden(True, f"{case}.grid_thw")[0].tolist()
     angles = vision.rotary_angles(exact.config.vision, grid_h=grid_h, grid_w=grid_w, rope_bf16=angles_bf16)

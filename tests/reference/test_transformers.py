@@ -1,4 +1,5 @@
-"""A second oracle: transformers' own Qwen2.5-VL on the same base weights computes the same logits and image embeddings."""
+"""A second oracle: transformers' own Qwen2.5-VL computes the same logits
+and image embeddings from the base weights."""
 
 from __future__ import annotations
 

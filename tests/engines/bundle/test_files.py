@@ -33,7 +33,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 
 def test_a_full_disk_is_an_input_error_and_keeps_the_old_file(tmp_path):
     write_atomic(tmp_path / "a.bin", b"old")
-    with pytest.raises(InputError, match="No space left"), atomic_file(tmp_path / "a.bin") as file:
+    with pytest.raises(InputError, match="No space left"), atomic_file(tmp_path / "a.bin"):
         raise OSError(28, "No space left on device")
     assert (tmp_path / "a.bin").read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
 
@@ -124,7 +124,8 @@ def test_a_parent_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "real/f").write_bytes(b"x")
     (tmp_path / "link").symlink_to("real")
     assert resolve_inside(tmp_path, "real/f", where="here") == tmp_path / "real/f"
-    with pytest.raises(InputError, match="link: expected a regular file with one hard link, got a symbolic link"):
+    expected = "link: expected a regular file with one hard link, got a symbolic link"
+    with pytest.raises(InputError, match=expected):
         resolve_inside(tmp_path, "link/f", where="here")
 
 

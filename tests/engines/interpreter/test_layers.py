@@ -1,5 +1,8 @@
-"""Layers and settings that the ONNX parser makes no use of, put together with TensorRT's own API: the examples of its documentation, and each
-causal kind, lengths, out-of-bounds indices."""
+"""Layers and settings that the ONNX parser never makes, built with TensorRT's own API.
+
+They are the examples of TensorRT's documentation, and each kind of causal mask, of lengths and of
+out-of-bounds indices.
+"""
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ KINDS = {"float32": trt.float32, "int64": trt.int64, "int32": trt.int32, "bool":
 
 
 def evaluated(make, *arrays):
-    """The output of the layer that `make(network, *tensors)` returns, for inputs `arrays` of dynamic first axes."""
+    """The output of the layer that `make(network, *tensors)` returns; first axes of `arrays` are dynamic."""
     with log_of(trt).collect() as errors:
         builder = trt.Builder(log_of(trt))
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

@@ -1,5 +1,8 @@
-"""TensorRT's reading of each operator is ONNX's, on random small graphs, against onnx's own reference evaluator; where it is
-not, the difference is pinned here and listed in the README."""
+"""On random small graphs, TensorRT reads each operator as ONNX defines it.
+
+onnx's own reference evaluator is the judge. Where TensorRT differs, the difference is pinned here and listed
+among the findings.
+"""
 
 import zlib
 
@@ -21,7 +24,8 @@ DIFFERENT = {  # what TensorRT reads otherwise than ONNX says, without a word: f
     "Resize by a scale that gives no whole size": (resize_by_fraction, 0.1),
     "Selu": (unary("Selu", low=1.0), 2e-6),
 }
-REFUSED = {  # what TensorRT's documentation does not define, or this interpreter does not know: family, words of the refusal
+# what TensorRT's documentation does not define, or this interpreter does not know, and words of the refusal
+REFUSED = {
     "quotient of integers": (integer_quotient, "which way it rounds"),
     "mean of integers": (integer_mean, "how it rounds"),
     "negative index along a dynamic axis": (negative_index, "undefined"),
@@ -81,6 +85,6 @@ def test_what_tensorrt_reads_otherwise_is_known(name):
 def test_what_is_not_defined_is_refused_by_name(name):
     make, words = REFUSED[name]
     graph, model, _ = case(name, make, 0)
-    with pytest.raises(InputError, match="cannot be read back") as error:
+    with pytest.raises(InputError, match="cannot be interpreted") as error:
         evaluated(trt, model, graph.feeds)
     assert words in str(error.value)

@@ -1,4 +1,4 @@
-"""Types of the network: fp8 and nvfp4 weights out of TensorRT's own bytes, and rounding after every layer of a 16-bit network."""
+"""Types of a network: fp8 and nvfp4 weights from TensorRT's own bytes, and rounding after 16-bit layers."""
 
 import ml_dtypes
 import numpy as np
@@ -70,8 +70,8 @@ def fp8_model(codes, constant, scale):
 
 
 def test_the_parser_misreads_fp8_that_is_not_in_raw_bytes():
-    """ONNX may keep fp8 in `int32_data`, a number in each; TensorRT takes the bytes as they lie, so three of four weights are
-    zero."""
+    """ONNX may store fp8 in `int32_data`, one number in each.
+    TensorRT takes the bytes as they lie, so three of four weights are zero."""
     codes, scale = (random(32, 16) * 100).clip(-448, 448).astype(E4M3), np.array(1, ml_dtypes.bfloat16)
     spread = helper.make_tensor(
         "c", TensorProto.FLOAT8E4M3FN, codes.shape, codes.astype(np.float32).reshape(-1)
@@ -115,8 +115,11 @@ def test_fp8_activations_saturate_and_round_to_even():
 
 
 def nvfp4_model(axis, seed=0):
-    """(model of x [n,64] -> x @ dequantised weight, the weight [64,32] in float32), in bf16: blocks of 16 numbers of E2M1
-    along `axis`, a scale of E4M3 for each, one float32 scale for all."""
+    """(model, weight) in bf16: the model maps x [n,64] to x @ dequantised weight; the weight is [64,32] in
+    float32.
+
+    Blocks of 16 E2M1 numbers lie along `axis`; each has an E4M3 scale, and one float32 scale holds for all.
+    """
     codes = (random(64, 32, seed=seed) * 2).clip(-6, 6).astype(E2M1)
     size = [64, 32]
     size[axis] //= 16
@@ -149,7 +152,8 @@ def nvfp4_model(axis, seed=0):
     [("fp8", "SM89", True), ("fp8", "SM120", True), ("nvfp4", "SM120", True), ("nvfp4", "SM89", False)],
 )
 def test_the_network_that_is_read_back_is_compiled_where_the_device_has_its_type(kind, sm, builds):
-    """fp8 from SM 8.9 on, nvfp4 on SM 12.0: what is evaluated here is the network object that the builder then takes."""
+    """fp8 runs from SM 8.9 on, nvfp4 on SM 12.0:
+    the network evaluated here is the object that the builder takes."""
     if kind == "fp8":
         model, x = (
             fp8_model(
@@ -158,7 +162,7 @@ def test_the_network_that_is_read_back_is_compiled_where_the_device_has_its_type
             random(3, 32, seed=1),
         )
     else:
-        (model, weight), x = nvfp4_model(0), random(3, 64, seed=1)
+        (model, _), x = nvfp4_model(0), random(3, 64, seed=1)
     read = parsed(trt, model)
     network, (builder, _) = read.owner
     assert Network(read).run({"x": x})["y"].any()
@@ -227,8 +231,12 @@ def test_a_16_bit_network_is_rounded_after_every_layer(kind):
     [(128, "BF16", 2.8e-3), (80, "BF16", 2.3e-3), (64, "BF16", 2e-4), (128, "HALF", 4e-4)],
 )
 def test_the_parser_computes_the_scale_of_attention_in_the_networks_type(head_dim, kind, least):
-    """ONNX multiplies scores by 1/sqrt(d). TensorRT's parser multiplies query and key by sqrt(1/sqrt(d)) each, rounded to the
-    network's type at every step: in bf16 and d = 128, as in STAR-3B and 7B, the scores are 0.29 % smaller."""
+    """ONNX multiplies scores by 1/sqrt(d); TensorRT's parser multiplies query and key by sqrt(1/sqrt(d))
+    each.
+
+    Each is rounded to the network's type at every step: in bf16 with d = 128, as in STAR-3B and 7B, the
+    scores are 0.29 % smaller.
+    """
     shape = ["B", 2, "S", head_dim]
     nodes = [node("Attention", ["q", "k", "v"], "y")]
     inputs = dict.fromkeys("qkv", (KINDS[kind][0], shape))

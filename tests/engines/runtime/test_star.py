@@ -1,4 +1,7 @@
-"""The runtime: settings and lengths are checked, state is named, the loops are the reference's (ids: tests/test_end_to_end.py)."""
+"""The runtime checks settings and lengths, names its state, and runs the reference's loops.
+
+tests/test_end_to_end.py compares the ids themselves.
+"""
 
 from __future__ import annotations
 

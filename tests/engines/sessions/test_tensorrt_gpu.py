@@ -1,4 +1,4 @@
-"""TensorRT sessions on a real GPU: buffers keep their bits, memory is returned, decoding agrees with prefill."""
+"""TensorRT sessions on a real GPU: buffers keep their bits, and decoding agrees with prefill."""
 
 import numpy as np
 import pytest

@@ -17,7 +17,7 @@ from engines.bundle.manifest import CacheSpec, TensorSpec
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
 from engines.targets import TARGETS
-from engines.tensorrt import build, plan
+from engines.tensorrt import build, compiler, plan
 from tests.helpers.decoder_bundle import DIM, HIDDEN, KV, decoder_io, decoder_model, write_decoder_bundle
 from tests.helpers.tiny_bundle import write_component, write_manifest
 
@@ -150,14 +150,14 @@ def test_a_failed_build_leaves_the_old_plan_and_record(bundle, monkeypatch):
 
 def test_ctrl_c_stops_a_build_and_leaves_nothing(bundle, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
-    real, started = build._stream_writer, time.monotonic()
+    real, started = compiler._stream_writer, time.monotonic()
 
     def and_interrupt(trt, file):
         handlers.append(real(trt, file))
         return handlers[0]
 
     handlers = []
-    monkeypatch.setattr(build, "_stream_writer", and_interrupt)
+    monkeypatch.setattr(compiler, "_stream_writer", and_interrupt)
     install = signal.signal
 
     def install_and_press(number, handler):
@@ -248,8 +248,8 @@ def test_bf16_really_cannot_be_built_for_what_the_table_says_has_none(bundle, mo
         ({"targets": ["rtx4090"]}, UsageError, "rtx-4090"),
         ({"targets": []}, UsageError, "at least one"),
         ({"components": ["nope"]}, UsageError, "base_ar"),
-        ({"recipes": {"nope": ()}}, UsageError, "nope"),
-        ({"recipes": {"base_ar": ()}}, InputError, "at least one profile"),
+        ({"profiles": {"nope": ()}}, UsageError, "nope"),
+        ({"profiles": {"base_ar": ()}}, InputError, "at least one profile"),
         ({"capacity_tokens": 10**6}, UsageError, "capacity_tokens"),
         ({"rows": 0}, UsageError, "rows"),
     ],
@@ -287,9 +287,9 @@ def test_another_system_is_refused_and_a_classic_target_needs_its_tensorrt(monke
 def test_the_network_of_a_tensorrt_that_is_not_known_is_not_read(monkeypatch):
     """Before 10.16, TensorRT gives wrong arrays of its constants to numpy 2."""
     other = SimpleNamespace(__name__="tensorrt", __version__="10.3.0")
-    assert build._read_back(other, object(), "base_ar", None, owner=None) is None
+    assert compiler._inspected(other, object(), "base_ar", None, owner=None) is None
     with pytest.raises(MissingError, match="expected one of tensorrt_rtx, got tensorrt 10.3.0"):
-        build._read_back(other, object(), "base_ar", lambda component, parsed: None, owner=None)
+        compiler._inspected(other, object(), "base_ar", lambda component, parsed: None, owner=None)
 
 
 def test_a_missing_plugin_is_named_before_anything_is_built(bundle, monkeypatch, tmp_path):

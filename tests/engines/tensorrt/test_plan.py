@@ -1,4 +1,7 @@
-"""A plan is used only where it was built for, from the ONNX that is there, with the bytes that were built. TensorRT is never asked."""
+"""A plan is used only where it was built for, from the ONNX that is there, with the bytes that were built.
+
+TensorRT is never asked.
+"""
 
 import hashlib
 import json
@@ -14,7 +17,7 @@ from engines.errors import InputError, MissingError, UsageError
 from engines.targets import TARGETS
 from engines.tensorrt import plan as plans
 from engines.tensorrt.device import Gpu
-from engines.tensorrt.profiles import limits_from_options, recipe_from_limits
+from engines.tensorrt.profiles import limits_from_options, profiles_from_limits
 from tests.helpers.decoder_bundle import write_decoder_bundle
 
 TARGET, DATA = TARGETS["rtx-3090"], random.Random(0).randbytes(4096)
@@ -23,16 +26,16 @@ VERSION = "1.7.1.116"
 
 @pytest.fixture
 def bundle(tmp_path, monkeypatch):
-    """A bundle with a plan of random bytes for `base_ar`, on a machine that seems to have TensorRT for RTX and an RTX 3090."""
+    """A bundle with a plan of random bytes for `base_ar`; TensorRT for RTX and an RTX 3090 seem to be here."""
     monkeypatch.setattr(plans, "gpus", lambda: (Gpu("RTX 3090", (8, 6), 24 * 10**9),))
     monkeypatch.setattr(plans, "tensorrt_of", lambda target: SimpleNamespace(__version__=VERSION))
     monkeypatch.setattr(plans, "host_platform", lambda: "linux-x86_64")
     bundle = Bundle.open(write_decoder_bundle(tmp_path / "bundle"))
     spec = bundle.component("base_ar")
-    recipe = recipe_from_limits(spec, bundle.manifest.model, limits_from_options(bundle.manifest.model))
+    profiles = profiles_from_limits(spec, bundle.manifest.model, limits_from_options(bundle.manifest.model))
     made = plans.PlanSpec(
         onnx=plans.onnx_hashes(bundle, "base_ar"),
-        profiles=recipe,
+        profiles=profiles,
         inputs=spec.inputs,
         outputs=spec.outputs,
         plan=FileSpec(len(DATA), hashlib.sha256(DATA).hexdigest()),

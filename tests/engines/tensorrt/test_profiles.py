@@ -1,4 +1,4 @@
-"""Recipes follow from the axes and the limits; a wrong one is refused by the name of its input."""
+"""Profiles follow from the axes and the limits; a wrong one is refused by the name of its input."""
 
 from dataclasses import replace
 
@@ -10,11 +10,11 @@ from engines.tensorrt.profiles import (
     Limits,
     Profile,
     Range,
-    check_recipe,
+    check_profiles,
     fits,
     largest,
     limits_from_options,
-    recipe_from_limits,
+    profiles_from_limits,
 )
 from tests.helpers.decoder_bundle import decoder_io
 from tests.helpers.tiny_bundle import MODEL
@@ -35,39 +35,39 @@ LIMITS = Limits(capacity_tokens=256, prefill_tokens=200, rows=4)
 
 
 def test_a_decoder_has_prefill_and_decode_and_one_capacity():
-    recipe = recipe_from_limits(DECODER, MODEL, LIMITS)
-    check_recipe(recipe, DECODER, MODEL)
-    assert [p.name for p in recipe] == ["prefill", "decode"]
-    assert recipe[0].inputs["inputs_embeds"] == Range((1, 1, 64), (2, 64, 64), (4, 200, 64))
-    assert recipe[1].inputs["position_ids"] == Range((3, 1, 1), (3, 2, 1), (3, 4, 1))
-    assert recipe[1].inputs["past_key_values.0.key"] == Range(
+    profiles = profiles_from_limits(DECODER, MODEL, LIMITS)
+    check_profiles(profiles, DECODER, MODEL)
+    assert [p.name for p in profiles] == ["prefill", "decode"]
+    assert profiles[0].inputs["inputs_embeds"] == Range((1, 1, 64), (2, 64, 64), (4, 200, 64))
+    assert profiles[1].inputs["position_ids"] == Range((3, 1, 1), (3, 2, 1), (3, 4, 1))
+    assert profiles[1].inputs["past_key_values.0.key"] == Range(
         (1, 2, 256, 16), (2, 2, 256, 16), (4, 2, 256, 16)
     )
-    assert largest(recipe, DECODER, axis="C") == 256 and largest(recipe, DECODER, axis="S") == 200
+    assert largest(profiles, DECODER, axis="C") == 256 and largest(profiles, DECODER, axis="S") == 200
 
 
 def test_other_components_have_one_profile_from_their_axes():
     head = component(
         [TensorSpec("hidden_states", "float32", ("2N", 1, 8)), TensorSpec("uniform", "float32", ("N",))]
     )
-    (profile,) = recipe_from_limits(head, MODEL, LIMITS)
+    (profile,) = profiles_from_limits(head, MODEL, LIMITS)
     assert profile.inputs == {
         "hidden_states": Range((2, 1, 8), (2, 1, 8), (4, 1, 8)),
         "uniform": Range((1,), (1,), (2,)),
     }
     vision = component([TensorSpec("pixel_values", "float32", ("P", 6))])
-    (profile,) = recipe_from_limits(vision, MODEL, LIMITS)
+    (profile,) = profiles_from_limits(vision, MODEL, LIMITS)
     assert profile.inputs["pixel_values"] == Range((4, 6), (800, 6), (800, 6))  # four patches a token
     assert largest((profile,), vision, axis="C") is None
 
 
 def test_an_axis_without_a_meaning_is_refused():
     with pytest.raises(InputError, match="Q"):
-        recipe_from_limits(component([TensorSpec("x", "float32", ("Q",))]), MODEL, LIMITS)
+        profiles_from_limits(component([TensorSpec("x", "float32", ("Q",))]), MODEL, LIMITS)
 
 
 def test_shapes_fit_a_profile_within_its_ranges():
-    decode = recipe_from_limits(DECODER, MODEL, LIMITS)[1]
+    decode = profiles_from_limits(DECODER, MODEL, LIMITS)[1]
     shapes = {name: r.opt for name, r in decode.inputs.items()}
     assert fits(decode, shapes) and not fits(decode, shapes | {"inputs_embeds": (2, 2, 64)})
 
@@ -99,8 +99,8 @@ def test_limits_have_defaults_from_the_model():
 
 
 def decode(**changes):
-    recipe = recipe_from_limits(DECODER, MODEL, LIMITS)[1]
-    inputs = recipe.inputs | {k.replace("__", "."): v for k, v in changes.items()}
+    profile = profiles_from_limits(DECODER, MODEL, LIMITS)[1]
+    inputs = profile.inputs | {k.replace("__", "."): v for k, v in changes.items()}
     return (Profile("decode", {k: v for k, v in inputs.items() if v is not None}),)
 
 
@@ -112,7 +112,7 @@ def cache(*capacities, rows=(1, 2, 4)):
 
 
 @pytest.mark.parametrize(
-    "recipe, words",
+    "profiles, words",
     [
         ((), "at least one profile"),
         (decode(surprise=Range((1,), (1,), (1,))), "surprise"),
@@ -146,7 +146,7 @@ def cache(*capacities, rows=(1, 2, 4)):
         ((*decode(), *decode(**{KEY: cache(64, 64, 64), VALUE: cache(64, 64, 64)})), "one cache capacity"),
     ],
 )
-def test_a_wrong_recipe_is_refused_by_the_name_of_its_input(recipe, words):
+def test_a_wrong_profile_is_refused_by_the_name_of_its_input(profiles, words):
     with pytest.raises(InputError) as error:
-        check_recipe(recipe, DECODER, MODEL)
+        check_profiles(profiles, DECODER, MODEL)
     assert words in error.value.where and "x/model.onnx" in error.value.where

@@ -61,7 +61,8 @@ def nano_rows(nano_root: Path) -> Rows:
 
 @pytest.fixture
 def small_root(nano_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folder that holds only Nano's tokenizer; the recipe is that of a small model and short stages while the test runs."""
+    """Folder that holds only Nano's tokenizer;
+    during the test the recipe is that of a small model and short stages."""
     for name, value in SMALL.items():
         monkeypatch.setattr(recipe, name, value)
     for name, stage in STAGES.items():

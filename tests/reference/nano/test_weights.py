@@ -1,4 +1,4 @@
-"""The weights that are shipped: complete for the stages that are marked done, small enough, and as good as the card says."""
+"""The shipped weights are complete for the stages marked done, small enough, and as good as the card says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The command line: flags are the verbs' keywords, errors are three lines with an exit code, nothing is half written."""
+"""The command line: flags are the verbs' keywords,
+errors are three lines and an exit code, nothing is half written."""
 
 from __future__ import annotations
 
@@ -124,7 +125,10 @@ def test_each_kind_of_error_has_its_exit_code(
 
 
 def test_a_bug_of_ours_is_a_traceback_and_exit_code_1() -> None:
-    code = "import sys; from star_export.cli import parser as cli, verbs; verbs.doctor = lambda: 1 / 0; sys.exit(cli.main(['doctor']))"
+    code = (
+        "import sys; from star_export.cli import parser as cli, verbs\n"
+        "verbs.doctor = lambda: 1 / 0; sys.exit(cli.main(['doctor']))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(cli.__file__).parents[2], capture_output=True, text=True
     )

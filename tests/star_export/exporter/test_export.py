@@ -1,4 +1,5 @@
-"""Export of the miniature checkpoint: boundaries as the table says, the same bytes again, nothing of this machine, and errors."""
+"""Export of the miniature checkpoint: the table's boundaries,
+the same bytes again, nothing of this machine, errors."""
 
 from __future__ import annotations
 
@@ -99,7 +100,7 @@ def test_rounded_weights_are_rounded_and_float32_ones_are_not(mini_checkpoint: P
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
 def test_golden_tensors_can_prove_something(bundle_of, precision: str) -> None:
-    for name, row in COMPONENTS.items():
+    for name in COMPONENTS:
         golden = load_file(bundle_of(precision) / name / "golden.safetensors")
         assert len({key.partition("/")[0] for key in golden}) >= 3
         for key, value in golden.items():

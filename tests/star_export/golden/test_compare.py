@@ -25,9 +25,12 @@ def bf16(array):
 
 
 def decoder(seed, *, fault=None, dtype=np.float32, order=slice(None)):
-    """A small attention decoder in numpy whose faults are planted by name; `order` permutes sums, as another executor would."""
+    """A small numpy decoder with faults planted by name; `order` permutes sums, as another executor would."""
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32).astype(dtype)
+
+    def draw(*shape):
+        return (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32).astype(dtype)
+
     x, weights = draw(S, H) * 4, [[draw(H, H) for _ in range(4)] for _ in range(LAYERS)]
     outputs = {}
     mask = np.tril(np.ones((S, S), bool)) if fault != "mask dropped" else np.ones((S, S), bool)
@@ -39,17 +42,19 @@ def decoder(seed, *, fault=None, dtype=np.float32, order=slice(None)):
                 bf16(bf16(w.astype(np.float32)) * np.float32(1.1)).astype(dtype) / dtype(1.1)
                 for w in (q, k, v)
             )
-        heads = lambda w: (x[:, order] @ w[order]).reshape(S, HEADS, D).transpose(1, 0, 2)  # [h,S,D]
+        projected = [
+            (x[:, order] @ w[order]).reshape(S, HEADS, D).transpose(1, 0, 2) for w in (q, k, v)
+        ]  # [h,S,D]
         angles = (np.arange(S) + (fault == "rope off by one" and i == 1) * np.eye(1, S, 2)[0])[
             :, None
         ] / np.array([1, 30.0])
 
-        def rotate(t):
+        def rotate(t, angles=angles):
             a, b = t[..., :2], t[..., 2:]
             cos, sin = np.cos(angles), np.sin(angles)
             return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(dtype)
 
-        query, key, value = rotate(heads(q)), rotate(heads(k)), heads(v)
+        query, key, value = rotate(projected[0]), rotate(projected[1]), projected[2]
         for name, new in (("key", key), ("value", value)):
             cache = np.zeros((HEADS, C, D), dtype)
             cache[:, :S] = new

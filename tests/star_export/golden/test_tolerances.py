@@ -1,4 +1,7 @@
-"""Limits in 16 bits: three times what the reference itself is off in that type, recorded at export; drawn ids against own logits."""
+"""Tolerances in 16 bits are three times the reference's own error in that type, recorded at export.
+
+Drawn ids are held to the logits of the same run.
+"""
 
 import numpy as np
 import pytest
@@ -103,7 +106,8 @@ class Head:
 
 
 def test_a_head_in_16_bits_is_judged_by_its_own_logits(bundle_of) -> None:
-    """Logits that differ a little may draw another id; ids that these logits do not draw fail, whether recorded or not."""
+    """Logits that differ a little may draw another id;
+    ids that these logits do not draw fail, recorded or not."""
     bundle = Bundle.open(bundle_of("bf16"))
     spec = bundle.component("image_head")
     case = component_cases(bundle.file(spec.golden), spec)["open"]

@@ -1,4 +1,5 @@
-"""The classic graphs compute what the modern ones do, with only what TensorRT 10.0's parser knows; the lint sees the rest."""
+"""Classic graphs compute what the modern ones do,
+with only what TensorRT 10.0's parser knows; the lint sees the rest."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def cases(folder: Path) -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture
 def linked(tmp_path):
-    """A function: a component's folder of a bundle -> a folder with the same weights to write another graph into."""
+    """A function: a component's folder in a bundle -> a folder with the same weights,
+    to write another graph into."""
 
     def link(folder: Path) -> Path:
         for file in folder.glob("*.data"):
@@ -103,7 +105,8 @@ def test_a_classic_graph_with_its_body_restored_is_the_modern_one(
 def test_a_classic_graph_as_a_tensorrt_parser_reads_it_is_the_modern_one(
     mini_bundle: Path, linked, name: str
 ) -> None:
-    """By the parser of TensorRT for RTX, which is newer than the targets' own; the plugin's function with its body."""
+    """By the parser of TensorRT for RTX,
+    which is newer than the targets' own; the plugin's function has its body."""
     trt = pytest.importorskip("tensorrt_rtx")
     folder = mini_bundle / name
     here = linked(folder)

@@ -1,4 +1,4 @@
-"""The lint: each trap of a target's parser, planted, is refused by rule and node name; a right graph passes."""
+"""The lint refuses each planted trap of a target's parser by rule and node name, and passes a right graph."""
 
 from __future__ import annotations
 

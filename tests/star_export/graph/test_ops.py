@@ -1,4 +1,4 @@
-"""`star::KVCacheAttention` is one operation: the torch op, the ONNX function and the numpy definition agree."""
+"""`star::KVCacheAttention` is one operation: torch's op, the ONNX function and the numpy definition agree."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The miniature checkpoint, read back from TensorRT's networks, computes what the reference computes; the rung says so, and
-can fail."""
+"""The miniature checkpoint, evaluated from TensorRT's networks, computes what the reference computes.
+
+The rung says so, and can fail.
+"""
 
 import json
 import shutil
@@ -33,7 +35,8 @@ def small_caches(monkeypatch):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", ["interpreter-fp32", "interpreter"])
 def test_every_component_is_read_back_within_its_limits(bundle_of, precision, kind):
-    """In float32 within the component table's limits, at rounding level; in the network's own types within those of 16 bits."""
+    """Float32 stays within the table's tolerances, at rounding level;
+    the network's own types within those of 16 bits."""
     bundle = Bundle.open(bundle_of(precision))
     compute = "fp32" if kind == "interpreter-fp32" else compute_type(precision, twin=False)
     compared = 0
@@ -84,8 +87,8 @@ def test_ids_of_a_generation_an_answer_and_an_edit_are_onnx_runtimes(bundle_of, 
 
 @pytest.fixture(scope="module")
 def built(bundle_of, tmp_path_factory):
-    """A bf16 bundle with plans for a GPU that is not here, every network held to its golden tensors just before it was
-    compiled."""
+    """A bf16 bundle with plans for a GPU that is not here;
+    golden tensors were checked just before each was compiled."""
     path = tmp_path_factory.mktemp("plans") / "bundle"
     shutil.copytree(bundle_of("bf16"), path)
     bundle = Bundle.open(path)
@@ -210,7 +213,8 @@ def test_with_the_device_both_run(monkeypatch):
 
 
 def test_a_forced_run_goes_on_along_the_recorded_ids(mini_bundle):
-    """With recorded ids that are not the arg-max, each step still answers for itself: only the steps that see them differ."""
+    """Where recorded ids are not the arg-max,
+    each step still answers for itself: only steps that see them differ."""
     bundle = Bundle.open(mini_bundle)
     case = cases_from_file(bundle.file(validate.RUNS))["generate"]
     other = case.outputs["image_ids"].copy()

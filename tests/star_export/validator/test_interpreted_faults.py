@@ -1,5 +1,8 @@
-"""Planted faults: each is seen in the network that TensorRT parsed. What ONNX Runtime says of the same graph is stated beside
-it: where it passes there, nothing but reading the network back shows the fault on a machine without a GPU."""
+"""Each planted fault is seen in the network that TensorRT parsed.
+
+Beside it stands what ONNX Runtime says of the same graph: where it passes there, only the interpreter shows
+the fault on a machine without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -220,7 +223,7 @@ def block_size_doubled(model):
                 attribute.i *= 2
 
 
-QUANTISED = {  # TensorRT takes the block from the scales' shape and does not look at block_size: that fault it does not have
+QUANTISED = {  # TensorRT takes the block from the scales' shape and ignores block_size: it lacks that fault
     "int4 nibbles swapped": Fault(nibbles_swapped, "fails", "fails"),
     "block size wrong": Fault(scales_of_longer_blocks, "fails", "fails"),
     "block size wrong, scales right": Fault(block_size_doubled, "passes", "refuses"),
@@ -247,8 +250,11 @@ def test_a_fault_in_quantised_weights_is_seen_in_the_network(bundle_of, tmp_path
 
 
 def test_an_answer_that_hangs_on_the_order_of_equals_is_seen(mini_bundle, tmp_path):
-    """Two ids with the same weights tie for the first place. ONNX gives the lower one, and so does the golden case; TensorRT
-    says nothing of the order of equals, so the other order is computed too, and differs."""
+    """Two ids with the same weights tie for first place: ONNX gives the lower one, and so does the golden
+    case.
+
+    TensorRT promises nothing about the order of equals, so the other order is computed too, and differs.
+    """
     bundle = Bundle.open(mini_bundle)
     spec = bundle.component("image_head")
     case = component_cases(bundle.file(spec.golden), spec)["greedy"]

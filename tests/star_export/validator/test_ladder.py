@@ -1,4 +1,5 @@
-"""The ladder passes what is right in every precision, and fails what is wrong with component, tensor, limit and value."""
+"""The ladder passes what is right in every precision,
+and names component, tensor, limit and value of what is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The whole line on weights that mean something: STAR-Nano as shipped, exported in 16 bits, climbs every rung to its score."""
+"""The whole line on weights that mean something:
+STAR-Nano as shipped, exported in 16 bits, passes every rung."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps against prefill: a decoder that is right passes, and each planted fault is caught and named by its step."""
+"""Steps against prefill: a right decoder passes, and each planted fault is caught and named by its step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def test_a_fault_is_named_by_step_and_layer():
 def recorded(session, *, capacity_tokens=10):
     """A case as golden.py records one: S=3 at slots 4 and 2, poison from slot 6 on."""
     rng = np.random.default_rng(1)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     caches = {f"past_key_values.0.{part}": normal(2, 1, capacity_tokens, H) for part in ("key", "value")}
     for cache in caches.values():
         cache[:, :, 6:] = POISON

@@ -1,4 +1,5 @@
-"""The benchmark on a bundle: the runtime's images are the reference's, the table tells both, and faults cost points."""
+"""The benchmark on a bundle: the runtime's images are the reference's,
+both are in the table, and faults cost points."""
 
 from __future__ import annotations
 

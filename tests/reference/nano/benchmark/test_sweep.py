@@ -1,4 +1,5 @@
-"""The sweep ships the setting that measured best, on other items than the score's, and records scores and honest failures."""
+"""The sweep ships the setting that measured best,
+on other items than the score's, and records honest failures."""
 
 from __future__ import annotations
 

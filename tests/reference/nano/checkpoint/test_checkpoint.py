@@ -1,4 +1,4 @@
-"""STAR-Nano is a STAR: the release's layout and loader, the release's rows and image preparation, small enough to ship."""
+"""STAR-Nano is a STAR, small enough to ship: the release's layout, loader, rows and image preparation."""
 
 from __future__ import annotations
 
@@ -113,8 +113,7 @@ def test_rows_are_the_runtimes(nano_rows: Rows, chat: Chat, text: str) -> None:
     ].tolist() == nano_rows.draw(text, magic=True)
     asked = chat.ask_prompt(text, grid_h=MERGED_SIDE, grid_w=MERGED_SIDE)
     assert asked.input_ids[0].tolist() == nano_rows.ask(text, merged_patches=16)
-    positions, patches_at = asked.position_ids, asked.vision_tokens
-    assert patches_at.stop - patches_at.start == 16
+    assert asked.vision_tokens.stop - asked.vision_tokens.start == 16
     edited = chat.edit_prompt(text, grid_h=MERGED_SIDE, grid_w=MERGED_SIDE)
     row = nano_rows.edit(text, image_tokens=recipe.IMAGE_TOKENS, merged_patches=16)
     assert edited.input_ids.tolist() == [row, nano_rows.unconditional(row)]
@@ -122,7 +121,7 @@ def test_rows_are_the_runtimes(nano_rows: Rows, chat: Chat, text: str) -> None:
 
 @pytest.mark.parametrize("sharp", [False, True], ids=["ask", "edit"])
 def test_images_are_prepared_as_the_runtime_does(chat: Chat, images: np.ndarray, sharp: bool) -> None:
-    """Exactly by Pillow; in torch up to the rounding to bytes between two resizes, which is two levels of 255 at most."""
+    """Exactly by Pillow; in torch up to the rounding to bytes between two resizes: two levels of 255 at most."""
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     config = vision_config(recipe.VISION)
     exact = patches(prepared(images, sharp=sharp), config).numpy()

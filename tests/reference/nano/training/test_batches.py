@@ -34,7 +34,8 @@ def test_cells_tell_what_has_its_centre_there() -> None:
 
 
 def test_tokens_tell_which_thing_reaches_them() -> None:
-    """A large star over columns 2 to 5 and a small circle in the corner below; where both reach, the nearer."""
+    """A large star covers columns 2 to 5,
+    a small circle the corner below; where both reach, the nearer counts."""
     scene = Scene(
         "blue",
         (

@@ -15,7 +15,8 @@ from reference.nano.world.world import Look, Scene, Thing
 
 
 def test_one_scene_of_a_batch_is_bare() -> None:
-    """One that the decoder stage reads with one background, or it would never learn to paint what an edit empties."""
+    """The decoder stage reads it with one background; without it,
+    it would never learn to paint what an edit empties."""
     present = [scenes_of(step, batch=16)["things"][..., 0].any(1) for step in range(4)]
     assert all((~row).nonzero().tolist() == [[14]] for row in present)
 

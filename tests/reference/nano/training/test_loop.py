@@ -151,7 +151,7 @@ def test_a_stage_takes_its_distinct_batches_in_turn() -> None:
 
 
 def test_heads_may_learn_alone_first(tmp_path: Path) -> None:
-    """What waits is where it was after two steps, and moves in the third; the rest moves from the first on."""
+    """What waits moves in the third step, not before; the rest moves from the first step on."""
     found = {}
     for steps in (2, 3):
         head, waiting, folder = toy(), toy(), tmp_path / str(steps)
@@ -162,8 +162,8 @@ def test_heads_may_learn_alone_first(tmp_path: Path) -> None:
             job.trained | {"late": waiting},
             [*waiting.parameters()],
         )
-        job.losses = lambda batch, step: {
-            "loss": (waiting(batch["x"]) + head(batch["x"]) - 1).square().mean()
+        job.losses = lambda batch, step, first=head, second=waiting: {
+            "loss": (second(batch["x"]) + first(batch["x"]) - 1).square().mean()
         }
         assert loop.run(job, folder=folder, device=torch.device("cpu"), workers=0, tell=lambda line: None)
         found[steps] = [not torch.equal(module.weight, toy().weight) for module in (head, waiting)]

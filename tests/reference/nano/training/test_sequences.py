@@ -47,7 +47,11 @@ def test_padding_changes_nothing_before_it(small_root: Path) -> None:
 
 
 def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
-    """Teacher forcing on the drawn tokens gives the logits that drawing them gave, for a prompt and (positions!) for an edit."""
+    """Teacher forcing on the drawn tokens gives the logits that drawing them gave, for a prompt and for an
+    edit.
+
+    The edit also shows that positions are right.
+    """
     star, rows = small_star(small_root)
     cached = Star(star.config)
     cached.load_state_dict(star.state_dict())

@@ -1,4 +1,5 @@
-"""Stage `reward`: what it draws is what the model draws, its losses are those of the whole sequences, and what is better becomes more probable."""
+"""Stage `reward` draws as the model draws,
+its losses are those of whole sequences, and what is better gains probability."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ CIRCLE, STAR = (
 
 @pytest.mark.parametrize("step", [1, 0], ids=["drawings", "edits"])
 def test_losses_are_those_of_whole_sequences(small_root: Path, step: int) -> None:
-    """Attempts share their prompt's keys and values, are drawn token by token, and their prompts end at different columns."""
+    """Attempts share their prompt's keys and values,
+    are drawn by token, and their prompts end at different columns."""
     star, rows = small_star(small_root)
     batch, generator = reward_batch(step, rows=rows, count=3), torch.Generator().manual_seed(1)
     first, positions, embeds = batch["first"], batch["position_ids"], star.token_embedding(batch["input_ids"])
@@ -96,7 +98,8 @@ def test_ids_are_drawn_by_the_filters_of_the_reference() -> None:
 
 
 def test_rewards_tell_what_of_a_image_is_good() -> None:
-    """A prompt's four kinds of images: right, one thing of the wrong colour, one missing, and nothing at all."""
+    """Four kinds of images for a prompt: right,
+    one thing of the wrong colour, one thing missing, and nothing at all."""
     request = Request((Group(1, "circle", "red"), Group(1, "star")))
     green = Thing(Look("circle", "green", "large"), 16.0, 16.0, 10.0, 0.0)
     scenes = [Scene("white", things) for things in ((CIRCLE, STAR), (green, STAR), (STAR,), ())]
@@ -122,7 +125,8 @@ def test_rewards_are_evened_within_their_group() -> None:
 
 
 def test_what_is_better_becomes_more_probable(small_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A judge who likes ids below 32, of 64: nearly all are, soon, and nothing but stack and head has moved."""
+    """A judge likes ids below 32, of 64: soon nearly all are,
+    and nothing but the stack and the head has moved."""
     star, rows = small_star(small_root)
     before = {name: tensor.clone() for name, tensor in star.state_dict().items()}
     seen = []
@@ -160,7 +164,7 @@ def test_a_batch_that_breaks_groups_is_refused(small_root: Path) -> None:
 
 
 def test_an_added_thing_may_be_anywhere_in_its_corner() -> None:
-    """And of any size that was not said; but in that corner, of that size if one was, and nothing else new."""
+    """It may have any size that was not asked for, but lies in that corner, and nothing else is new."""
 
     def adding(**said) -> edits.Edit:
         return edits.Edit("add", "", Scene("white", (CIRCLE,)), Scene("white", (CIRCLE, STAR)), **said)

@@ -1,4 +1,5 @@
-"""The stages of the VQ model learn images by heart; latents keep their scale, and empty background counts for little."""
+"""The stages of the VQ model learn images by heart,
+keep the latents' scale, and count empty background little."""
 
 from __future__ import annotations
 

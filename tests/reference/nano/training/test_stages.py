@@ -81,7 +81,7 @@ def test_heads_are_asked_of_the_given_image(small_root: Path) -> None:
 
 
 def test_instructions_share_their_image(small_root: Path) -> None:
-    """What is computed of four instructions behind one image is what is computed of each in a row of its own."""
+    """Four instructions behind one image give what each gives in a row of its own."""
     star, rows = small_star(small_root)
     job, batch = stages.edit_job(star, rows, STAGES["edit"]), edit_batch(1, rows=rows, batch=8)
     own = dict(batch)
@@ -114,7 +114,7 @@ def test_ids_of_batches_that_come_again_are_found_once(
 
 
 def test_empty_background_is_painted_with_one_id_of_each_colour(nano_rows: Rows) -> None:
-    """With the weights that are shipped: whatever the encoder says of an empty token; everything else as it says."""
+    """With the shipped weights: whatever the encoder says of an empty token; everything else as it says."""
     star = load_star(resolve_checkpoint("nano"))
     backgrounds = background_ids(star)
     with torch.no_grad():
@@ -134,7 +134,8 @@ def test_empty_background_is_painted_with_one_id_of_each_colour(nano_rows: Rows)
 def test_generation_and_editing_learn_a_batch_by_heart(
     small_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two batches in turn, one drawn and one edited, with the base frozen; without noise, so that images repeat."""
+    """Two batches in turn, one drawn and one edited,
+    with the base frozen and without noise, so that images repeat."""
     star, rows = small_star(small_root)
     before = {name: tensor.clone() for name, tensor in star.state_dict().items()}
     batches = [edit_batch(0, rows=rows, batch=4), generate_batch(1, rows=rows, batch=2, stage="edit")]
@@ -165,7 +166,8 @@ def test_generation_and_editing_learn_a_batch_by_heart(
 
 
 def test_a_new_image_head_points_at_entries(small_root: Path) -> None:
-    """Whatever the stack says, entries that are alike are about as probable; and embeddings of image tokens are large."""
+    """Whatever the stack says, similar entries are about equally probable,
+    and embeddings of image tokens are large."""
     star, _ = small_star(small_root)
     stages.start_from_codebook(star)
     entries = star.codebook.weight

@@ -1,4 +1,5 @@
-"""A whole training: stages run in turn, what is frozen stays bit for bit, and a published copy can be trained on."""
+"""A whole training: stages run in turn, frozen parts stay bit for bit,
+and training goes on from a published copy."""
 
 from __future__ import annotations
 

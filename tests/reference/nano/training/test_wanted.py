@@ -1,4 +1,7 @@
-"""What a prompt wants is told right by a head that knows it, and only of rows that say it; what is left shrinks as things begin."""
+"""A head that knows what a prompt wants is scored right, and only on rows that say it.
+
+What is left to draw shrinks as things begin.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every prompt, question, edit and riddle is fulfilled by its own scene, and by no other; training never sees a held-out text."""
+"""Every prompt, question, edit and riddle is fulfilled by its own scene and by no other.
+
+Training never sees a held-out text.
+"""
 
 from __future__ import annotations
 
