@@ -1,6 +1,7 @@
-"""STAR from a released PyTorch checkpoint to ONNX components, TensorRT engines and a light runtime, with proof that nothing changed.
+"""STAR from a released PyTorch checkpoint to ONNX, TensorRT engines and a light runtime, with proof.
 
-The public names are imported when they are first used: a device without torch and onnx has all but `export` and `validate`.
+The public names are imported on first use, so a device without torch and onnx has all of them but `export` and
+`validate`.
 """
 
 from __future__ import annotations

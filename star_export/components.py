@@ -1,7 +1,8 @@
-"""THE TABLE: each component's boundary, dynamic axes, wrapper and tolerances. Everything that differs between components is here.
+"""THE TABLE: each component's boundary, dynamic axes, wrapper and tolerances; all that differs between components.
 
-Axes: `N` images, `B` rows (2N under guidance), `S` new positions, `C` cache capacity, `P` vision patches. Sizes that the model fixes
-come from its configuration. Float tensors cross a boundary in float32 in every precision; only the caches have the compute type.
+Axes: `N` images, `B` rows (2N under guidance), `S` new positions, `C` cache capacity, `P` vision patches. Sizes
+that the model fixes come from its configuration. Float tensors cross a boundary in float32 in every precision;
+only the caches have the compute type.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ from dataclasses import dataclass, field
 from engines.bundle.manifest import TensorSpec
 from reference.config import DecoderConfig, StarConfig
 
-TOP_K_LIMIT = 2048  # candidates that `image_head` ranks; TensorRT's TopK takes at most 3840
-FLIPPED_IDS = 0.25  # largest share of an image's ids, or of a teacher-forced run's, that may differ; measured: 0.0625 in bf16
+TOP_K_LIMIT = 2048  # the candidates that `image_head` ranks; TensorRT's TopK accepts at most 3840
+# Largest share of an image's ids, or of a teacher-forced run's ids, that may differ; measured: 0.0625 in bf16.
+FLIPPED_IDS = 0.25
 
 
 @dataclass(frozen=True)
 class Component:
-    """One row. `boundary(config, compute_type)` gives (inputs, outputs); `tolerances` are the largest allowed differences per output
-    after scaling by the reference's standard deviation (for ids: the largest share that may differ). `quantized`: its linear
-    weights take the int8 and int4 formats. `tolerances_16bit` stand in place of `tolerances` where an executor computes in 16 bits."""
+    """One row of the table.
+
+    `boundary(config, compute_type)` returns (inputs, outputs). `tolerances` bound each output's difference in units
+    of the reference's standard deviation, or for ids the share that differs; `tolerances_16bit` replace them for an
+    executor that computes in 16 bits. `quantized` says whether the linear weights take the int8 and int4 formats.
+    """
 
     wrapper: str
     boundary: Callable[[StarConfig, str], tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]

@@ -1,9 +1,11 @@
-"""The file of a recorded score: how many tasks the reference did right, by kind of set. It travels in a bundle.
+"""The file of a recorded score, which travels in a bundle: how many tasks the reference got right, by kind of set.
 
-Only a model whose tasks can be judged has one. What the tasks are is known to whoever measures, not here.
+Only a model whose tasks can be judged has one. This module does not know what the tasks are.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from engines.bundle.manifest import value_from_json
 from engines.errors import InputError
@@ -20,16 +22,18 @@ _FIX = "record it again: python -m reference.nano.benchmark.sweep CHECKPOINT --r
 
 
 def score_of_kind(data: bytes, kind: str, *, where: str) -> dict:
-    """The entry `kind` of a score file's bytes, checked: `right` (task -> category -> [right, asked]) and `psnr` in dB.
+    """Read the entry `kind` of a score file: `right` (task -> category -> [right, asked]) and `psnr` in dB.
 
-    Raises InputError for anything else.
+    Raises InputError for a file that does not have this form.
     """
+    file: Any = value_from_json(data.decode(), where=where)
     try:
-        found = value_from_json(data.decode(), where=where)[kind]
+        found = file[kind]
         pairs = [tuple(map(sum, zip(*found["right"][task].values()))) for task in TASKS]
         if not all(0 <= right <= asked and asked for right, asked in pairs) or not found["psnr"] > 0:
             raise ValueError(
-                f"expected 0 <= right <= asked of each task and a PSNR above 0, got {pairs} and {found['psnr']}"
+                "expected 0 <= right <= asked and asked > 0 for each task, and a PSNR above 0; "
+                f"got {pairs} and {found['psnr']}"
             )
         return found
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What is in a bundle, an ONNX file or a plan, and the layers that TensorRT sees, as data and as text."""
+"""What a bundle, an ONNX file or a plan contains, and the layers that TensorRT parses, as data and text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from engines.tensorrt.plan import BUILD, describe_plans
 
 
 def describe(path: Path) -> dict:
-    """Of a bundle (every file hashed), a `.onnx`, a `.plan` or a folder of plans. Raises InputError for anything else."""
+    """Describe a bundle (every file is hashed), a `.onnx`, a `.plan` or a folder of plans.
+
+    Raises InputError for anything else.
+    """
     if path.is_dir() and (path / MANIFEST).exists():
         return describe_bundle(path)
     if path.is_dir() and (path / BUILD).exists():
@@ -22,35 +25,38 @@ def describe(path: Path) -> dict:
         plans = describe_plans(path.parent)
         if path.stem not in plans["components"]:
             raise InputError(
-                "This plan is not in its record",
+                "This plan is not listed in its folder's record",
                 where=f"{path.parent / BUILD}: expected one of "
                 f"{', '.join(plans['components']) or 'none'}, got {path.stem!r}",
-                fix="build it again",
+                fix="build the plan again",
             )
         return plans | {"components": {path.stem: plans["components"][path.stem]}} | _network_of_plan(path)
     if path.suffix == ".onnx" and path.is_file():
         return describe_graph(path)
     raise InputError(
-        "There is nothing to inspect",
-        fix="name a bundle, a .onnx or a .plan",
+        "This path cannot be inspected",
         where=f"{path}: expected a folder with {MANIFEST} or {BUILD}, a .onnx or a .plan, got "
         + ("a folder" if path.is_dir() else "a file" if path.exists() else "nothing"),
+        fix="name a bundle, a .onnx or a .plan",
     )
 
 
 def _network_of_plan(path: Path) -> dict:
-    """The network that a plan inside its bundle was compiled from; why not, where that cannot be read."""
+    """The network that a plan in its bundle was compiled from, or the reason why it is not available."""
     bundle, target = path.parent.parent.parent, path.parent.name
     if not (bundle / MANIFEST).is_file():
-        return {"network": "not read: the plan is outside its bundle"}
+        return {"network": "not available: the plan is outside its bundle"}
     try:
         return {"network": describe_networks(bundle, target, path.stem)["networks"][path.stem]}
     except (InputError, MissingError, UsageError) as error:
-        return {"network": f"not read: {error.what}; {error.where}"}
+        return {"network": f"not available: {error.what}; {error.where}"}
 
 
 def describe_bundle(path: Path) -> dict:
-    """Model, precision, components, files, plans and certificates. Raises InputError for a file that is not the listed one."""
+    """Describe a bundle: model, precision, components, files, plans and certificates.
+
+    Raises InputError for a file that differs from its entry in the manifest.
+    """
     bundle = Bundle.open(path)
     bundle.verify()
     manifest = bundle.manifest
@@ -83,21 +89,25 @@ def describe_bundle(path: Path) -> dict:
 
 
 def describe_graph(path: Path) -> dict:
-    """Opsets, boundary, operators and functions of an ONNX file. Raises InputError for a damaged one, MissingError without onnx."""
+    """Describe an ONNX file: opsets, inputs and outputs, operators and functions.
+
+    Raises InputError for a damaged file, MissingError where onnx is not installed.
+    """
     try:
         import onnx
     except ImportError as error:
         raise MissingError(
-            "onnx is not installed here", where=f"{path}: {error}", fix='pip install "star-export[export]"'
+            "onnx is not installed", where=f"{path}: {error}", fix='pip install "star-export[export]"'
         ) from None
     try:
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(str(path))
-    except Exception as error:  # protobuf raises many kinds for a damaged file
+    except Exception as error:  # protobuf raises many types for a damaged file
+        reason = " ".join(str(error).split())
         raise InputError(
             "This is not an ONNX file",
+            where=f"{path}: expected a model, got {type(error).__name__}: {reason:.200}",
             fix="export the component again",
-            where=f"{path}: expected a model, got {type(error).__name__}: {' '.join(str(error).split())[:200]}",
         ) from None
     operators = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in model.graph.node)
     return {
@@ -115,16 +125,17 @@ def describe_graph(path: Path) -> dict:
 
 
 def describe_networks(path: Path, target: str, component: str | None = None) -> dict:
-    """The components of a bundle, or one, as TensorRT reads them for `target`: `engines.sessions.interpreter.describe_component`.
+    """Describe a bundle's components, or one of them, as the TensorRT of `target` parses them.
 
-    Needs the target's TensorRT, and no device. Raises UsageError for another path, MissingError without that TensorRT, InputError
-    for a network that cannot be read or is not its plan's.
+    See `engines.sessions.interpreter.describe_component`. It needs the target's TensorRT, but no device.
+    Raises UsageError for a path that is not a bundle, MissingError without that TensorRT, and InputError for
+    a network that cannot be interpreted or is not the one that its plan was compiled from.
     """
     from engines.sessions.interpreter import describe_component
 
     if not (path / MANIFEST).is_file():
         raise UsageError(
-            "Layers are read from a bundle",
+            "Only a bundle's layers can be shown for a target",
             where=f"{path}: expected a folder with {MANIFEST}",
             fix="star-export inspect BUNDLE --target T",
         )
@@ -137,12 +148,13 @@ def describe_networks(path: Path, target: str, component: str | None = None) -> 
 
 
 def text_from_description(data: dict) -> str:
-    """Nested data as indented lines; caches of all layers but the first are counted."""
+    """Format nested data as indented lines; the caches of all layers but the first are only counted."""
     return "\n".join(_lines(data, 0))
 
 
 def _lines(data: dict, depth: int) -> list[str]:
-    lines, shown = [], {k: v for k, v in data.items() if not _later_cache(k)}
+    lines: list[str] = []
+    shown = {k: v for k, v in data.items() if not _later_cache(k)}
     for key, value in shown.items():
         if isinstance(value, dict) and value:
             lines += [f"{'  ' * depth}{key}:", *_lines(value, depth + 1)]
@@ -158,7 +170,7 @@ def _lines(data: dict, depth: int) -> list[str]:
 
 
 def _row(data: dict) -> str:
-    """One layer or fusion on one line."""
+    """Format one layer or fusion on one line."""
     words = [str(data["kind"])]
     for key, value in data.items():
         if isinstance(value, dict):

@@ -1,20 +1,28 @@
-"""Progress on stderr: a bar for people, sparse lines for logs, nothing for what is short."""
+"""Progress on stderr: a bar for people, sparse lines for logs, nothing for short work."""
 
 from __future__ import annotations
 
 import sys
 import time
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
-SILENT_S = 2.0  # in a log, nothing shorter than this is mentioned
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+SILENT_S = 2.0  # a log mentions nothing that takes less
 LINE_EVERY_S = 10.0
 
 
 class ProgressBar(AbstractContextManager):
-    """Called as a `Progress`; on leaving, the bar is wiped. Draws a tqdm bar on a terminal, and writes lines elsewhere."""
+    """A `Progress` callback that draws a tqdm bar on a terminal and writes lines elsewhere.
+
+    As a context manager it wipes the bar when it exits.
+    """
 
     def __init__(self, title: str, *, shown: bool = True):
-        self.title, self.shown, self.bar = title, shown, None
+        self.title, self.shown = title, shown
+        self.bar: tqdm | None = None
         self.started = self.told = time.monotonic()
         self.what = ""
 

@@ -1,34 +1,37 @@
-"""The verbs of the command line as functions of the same keyword names. Each returns an Outcome: data for machines, text for people.
+"""The verbs of the command line, as functions with the same keyword names; each returns an Outcome.
 
-What a verb needs is imported when it runs, so that a device without torch, onnx or TensorRT has all the others.
+A verb imports what it needs when it runs, so a device without torch, onnx or TensorRT still has all the other
+verbs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from engines.bundle.files import write_atomic
 from engines.bundle.reader import Bundle
-from engines.errors import InputError, MissingError, UsageError
+from engines.errors import MissingError, UsageError
 
+from .drawing import ask, edit, generate, open_star
+from .outputs import Outcome, check_files, check_folder, table, text_from_bytes
 from .progress_bar import ProgressBar
 
+__all__ = [
+    "ask",
+    "bench",
+    "build",
+    "doctor",
+    "edit",
+    "export",
+    "generate",
+    "inspect",
+    "score",
+    "targets",
+    "validate",
+]
 EXPORT_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a verb did: `data` as JSON would hold it, `text` as it is printed."""
-
-    data: dict
-    text: str
 
 
 def export(
@@ -43,13 +46,16 @@ def export(
     rope: str = "bf16",
     progress: bool = True,
 ) -> Outcome:
-    """A checkpoint to a bundle: `star_export.exporter.export.export`. Raises MissingError without the host's packages."""
+    """Export a checkpoint to a bundle with `star_export.exporter.export.export`.
+
+    Raises MissingError where the packages of the extra `[export]` are not installed.
+    """
     missing = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingError(
-            "Exporting is not installed here",
-            fix='pip install "star-export[export]"',
+            "The packages that export needs are not installed",
             where=f"expected {', '.join(EXPORT_PACKAGES)}; missing: {', '.join(missing)}",
+            fix='pip install "star-export[export]"',
         )
     from ..exporter.export import export as export_bundle
 
@@ -69,7 +75,7 @@ def export(
     size = sum(file.size for file in files.values())
     return Outcome(
         {"bundle": str(path), "precision": precision, "files": len(files), "bytes": size},
-        f"{path}: {precision}, {len(files)} files, {_bytes(size)}",
+        f"{path}: {precision}, {len(files)} files, {text_from_bytes(size)}",
     )
 
 
@@ -83,13 +89,13 @@ def build(
     rows: int | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """A bundle's ONNX to plans: `engines.tensorrt.build.build_plans`."""
+    """Build TensorRT plans from a bundle's ONNX with `engines.tensorrt.build.build_plans`."""
     from engines.tensorrt.build import build_plans
     from engines.tensorrt.profiles import ROWS
 
     opened = Bundle.open(bundle)
     with ProgressBar("build", shown=progress) as bar:
-        results = build_plans(
+        plans = build_plans(
             opened,
             target,
             components=components,
@@ -100,27 +106,27 @@ def build(
         )
     data = [
         {
-            "target": r.target,
-            "component": r.component,
-            "plan": str(r.path),
-            "bytes": r.spec.plan.size,
-            "seconds": r.spec.seconds,
-            "kv_cache_updates": r.spec.kv_cache_updates,
-            "skipped": r.skipped,
+            "target": plan.target,
+            "component": plan.component,
+            "plan": str(plan.path),
+            "bytes": plan.spec.plan.size,
+            "seconds": plan.spec.seconds,
+            "kv_cache_updates": plan.spec.kv_cache_updates,
+            "skipped": plan.skipped,
         }
-        for r in results
+        for plan in plans
     ]
-    rows_ = [
+    lines = [
         (
-            d["target"],
-            d["component"],
-            _bytes(d["bytes"]),
-            f"{d['seconds']:.1f} s",
-            "unchanged" if d["skipped"] else "built",
+            plan.target,
+            plan.component,
+            text_from_bytes(plan.spec.plan.size),
+            f"{plan.spec.seconds:.1f} s",
+            "unchanged" if plan.skipped else "built",
         )
-        for d in data
+        for plan in plans
     ]
-    return Outcome({"plans": data}, table(("target", "component", "plan", "took", ""), rows_))
+    return Outcome({"plans": data}, table(("target", "component", "plan", "took", ""), lines))
 
 
 def validate(
@@ -131,15 +137,15 @@ def validate(
     report: str | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """The parity ladder: `star_export.validator.ladder.validate`. Raises ParityError when it fails."""
+    """Run the parity ladder, `star_export.validator.ladder.validate`. Raises ParityError when it fails."""
     from ..validator.certificate import certificate_path, json_from_certificate
-    from ..validator.ladder import validate as climb
+    from ..validator.ladder import validate as validate_bundle
 
-    _check_parent(report)
+    check_files(report)
     with ProgressBar("validate", shown=progress) as bar:
-        certificate = climb(bundle, backend=backend, target=target, report=report, progress=bar)
+        certificate = validate_bundle(bundle, backend=backend, target=target, report=report, progress=bar)
     path = certificate_path(Path(bundle), certificate.backend, certificate.device)
-    rows = [
+    lines = [
         (
             rung.name,
             "passed",
@@ -149,130 +155,37 @@ def validate(
         )
         for rung in certificate.rungs
     ]
+    head = ("rung", "", "compared", "took", "nearest to its tolerance")
     gaps = "\n".join(f"  not proven: {gap}" for gap in certificate.not_proven)
     return Outcome(
         json.loads(json_from_certificate(certificate)) | {"certificate": str(path)},
-        f"{table(('rung', '', 'compared', 'took', 'nearest to its tolerance'), rows)}\n{gaps}\ncertificate: {path}",
+        f"{table(head, lines)}\n{gaps}\ncertificate: {path}",
     )
-
-
-def generate(
-    bundle: str,
-    prompt: str,
-    *,
-    output: str,
-    cfg: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 100,
-    num_images: int = 1,
-    greedy: bool = False,
-    reason: bool = False,
-    max_new_tokens: int = 256,
-    save_ids: str | None = None,
-    backend: str = "onnxruntime",
-    progress: bool = True,
-) -> Outcome:
-    """Draw a prompt: `engines.runtime.star.Star.generate`; N images are F.png, F-1.png, F-2.png, ..."""
-    names = [Path(output)] + [
-        Path(output).with_name(f"{Path(output).stem}-{i}{Path(output).suffix}") for i in range(1, num_images)
-    ]
-    _check_parent(output, save_ids)
-    with _star(bundle, backend) as star, ProgressBar("generate", shown=progress) as bar:
-        drawn = star.generate(
-            prompt,
-            cfg=cfg,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            num_images=num_images,
-            greedy=greedy,
-            reason=reason,
-            max_new_tokens=max_new_tokens,
-            progress=bar,
-        )
-    return _written(names, drawn, save_ids)
-
-
-def edit(
-    bundle: str,
-    image: str,
-    instruction: str,
-    *,
-    output: str,
-    cfg: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 100,
-    greedy: bool = False,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    save_ids: str | None = None,
-    backend: str = "onnxruntime",
-    progress: bool = True,
-) -> Outcome:
-    """Change an image: `engines.runtime.star.Star.edit`."""
-    _check_parent(output, save_ids)
-    with _star(bundle, backend) as star, ProgressBar("edit", shown=progress) as bar:
-        drawn = star.edit(
-            image,
-            instruction,
-            cfg=cfg,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            greedy=greedy,
-            progress=bar,
-            **_pixels(min_pixels, max_pixels),
-        )
-    return _written([Path(output)], drawn, save_ids)
-
-
-def ask(
-    bundle: str,
-    image: str,
-    question: str,
-    *,
-    max_new_tokens: int = 256,
-    greedy: bool = True,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    save_ids: str | None = None,
-    backend: str = "onnxruntime",
-    progress: bool = True,
-) -> Outcome:
-    """Answer a question about an image: `engines.runtime.star.Star.ask`. It is always greedy; the flag says so."""
-    _check_parent(save_ids)
-    with _star(bundle, backend) as star, ProgressBar("ask", shown=progress) as bar:
-        answer = star.ask(
-            image, question, max_new_tokens=max_new_tokens, progress=bar, **_pixels(min_pixels, max_pixels)
-        )
-    _save(save_ids, answer.ids)
-    return Outcome({"answer": answer.text, "ids": answer.ids.tolist()}, answer.text)
 
 
 def bench(bundle: str, *, backend: str = "onnxruntime", progress: bool = True) -> Outcome:
-    """Milliseconds per step and its share of the memory bandwidth: `engines.bench.bench`."""
+    """Measure milliseconds per step and the share of the memory bandwidth with `engines.bench.bench`."""
     from engines.bench import bench as measure
 
-    with _star(bundle, backend) as star, ProgressBar("bench", shown=progress) as bar:
+    with open_star(bundle, backend) as star, ProgressBar("bench", shown=progress) as bar:
         measured = measure(star, progress=bar)
-    rows = [
+    lines = [
         (
-            s.name,
-            f"{s.ms:.3f}",
-            _bytes(s.read_bytes) if s.read_bytes else "",
-            f"{s.share:.0%}" if s.share else "",
+            timing.name,
+            f"{timing.ms:.3f}",
+            text_from_bytes(timing.read_bytes) if timing.read_bytes else "",
+            f"{timing.share:.0%}" if timing.share else "",
         )
-        for s in measured.timings
+        for timing in measured.timings
     ]
-    head = f"{measured.model}, {measured.precision}, {backend} on {measured.device}; measured read bandwidth {measured.bandwidth / 1e9:.1f} GB/s"
-    return Outcome(
-        dataclasses.asdict(measured),
-        f"{head}\n{table(('stage', 'ms', 'must read', 'of the limit'), rows)}\n"
-        f"one image of {measured.tokens} tokens: {measured.seconds_per_image:.3f} s\n"
-        + "\n".join(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()),
-    )
+    text = [
+        f"{measured.model}, {measured.precision}, {backend} on {measured.device}; "
+        f"measured read bandwidth {measured.bandwidth / 1e9:.1f} GB/s",
+        table(("stage", "ms", "must read", "of the limit"), lines),
+        f"one image of {measured.tokens} tokens: {measured.seconds_per_image:.3f} s",
+        *(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()),
+    ]
+    return Outcome(dataclasses.asdict(measured), "\n".join(text))
 
 
 def score(
@@ -283,31 +196,32 @@ def score(
     backend: str = "onnxruntime",
     progress: bool = True,
 ) -> Outcome:
-    """The task benchmark of STAR-Nano: `star_export.validator.score.score`."""
+    """Run the task benchmark of STAR-Nano with `star_export.validator.score.score`."""
     from reference.nano.benchmark.score import json_from_score
 
     from ..validator.score import score as measure
 
-    _check_folder(pictures)
+    check_folder(pictures)
     with ProgressBar("score", shown=progress) as bar:
         measured = measure(bundle, backend=backend, full=full, images=pictures, progress=bar)
-    return Outcome(
-        {
-            "score": json_from_score(measured.score),
-            "reference": measured.reference and json_from_score(measured.reference),
-        },
-        measured.text,
-    )
+    data = {
+        "score": json_from_score(measured.score),
+        "reference": measured.reference and json_from_score(measured.reference),
+    }
+    return Outcome(data, measured.text)
 
 
 def inspect(path: str, *, target: str | None = None, component: str | None = None) -> Outcome:
-    """What is in a bundle, an ONNX file or a plan; with a target, a bundle's layers as TensorRT sees them: `star_export.cli.inspect`."""
+    """Describe a bundle, an ONNX file or a plan with `star_export.cli.inspect`.
+
+    With a target, describe instead a bundle's layers as that target's TensorRT parses them.
+    """
     from .inspect import describe, describe_networks, text_from_description
 
     if component and not target:
         raise UsageError(
-            "A component is shown as a target reads it",
-            where="--component: expected --target as well",
+            "--component needs a target",
+            where="--component: expected --target as well, got none",
             fix=f"star-export inspect {path} --target T --component {component}",
         )
     data = describe_networks(Path(path), target, component) if target else describe(Path(path))
@@ -315,127 +229,59 @@ def inspect(path: str, *, target: str | None = None, component: str | None = Non
 
 
 def targets() -> Outcome:
-    """The device table: `engines.targets.TARGETS`."""
+    """List the device table, `engines.targets.TARGETS`."""
     from engines.targets import TARGETS
 
-    rows = [
+    head = ("target", "device", "gpu", "memory", "bandwidth", "builder", "dialect", "precisions")
+    lines = [
         (
-            t.name,
-            t.device,
-            t.sm,
-            f"{t.memory_bytes // 10**9} GB",
-            f"{t.bandwidth_bytes_per_s / 1e9:.0f} GB/s",
-            f"{t.builder} >= {t.tensorrt}",
-            t.dialect,
-            " ".join(t.precisions),
+            target.name,
+            target.device,
+            target.sm,
+            f"{target.memory_bytes // 10**9} GB",
+            f"{target.bandwidth_bytes_per_s / 1e9:.0f} GB/s",
+            f"{target.builder} >= {target.tensorrt}",
+            target.dialect,
+            " ".join(target.precisions),
         )
-        for t in TARGETS.values()
+        for target in TARGETS.values()
     ]
-    return Outcome(
-        {name: dataclasses.asdict(target) for name, target in TARGETS.items()},
-        table(("target", "device", "gpu", "memory", "bandwidth", "builder", "dialect", "precisions"), rows),
-    )
+    data = {name: dataclasses.asdict(target) for name, target in TARGETS.items()}
+    return Outcome(data, table(head, lines))
 
 
 def doctor() -> Outcome:
-    """What this machine has, can build and can run: `engines.doctor.facts`."""
+    """Report what this machine has, can build and can run, with `engines.doctor.facts`."""
     from engines.doctor import facts
 
     found = facts()
-    lines = [f"python {found.python} on {found.system}", ""]
-    lines += [
-        table(
-            ("package", "version"),
-            [(name, version or "not installed") for name, version in found.packages.items()],
-        ),
+    packages = [(name, version or "not installed") for name, version in found.packages.items()]
+    places = [(t.name, _yes_or_no(t.no_build), _yes_or_no(t.no_run)) for t in found.targets]
+    lines = [
+        f"python {found.python} on {found.system}",
         "",
-    ]
-    lines += [f"driver for CUDA {found.driver}" if found.driver else f"no GPU: {found.no_gpu}"]
-    lines += [f"{gpu.name}: {gpu.sm}, {_bytes(gpu.memory_bytes)}" for gpu in found.gpus]
-    lines += [
+        table(("package", "version"), packages),
         "",
-        table(
-            ("target", "build here", "run here"),
-            [(t.name, _yes_or_no(t.no_build), _yes_or_no(t.no_run)) for t in found.targets],
-        ),
+        f"driver for CUDA {found.driver}" if found.driver else f"no GPU: {found.no_gpu}",
+        *(f"{gpu.name}: {gpu.sm}, {text_from_bytes(gpu.memory_bytes)}" for gpu in found.gpus),
+        "",
+        table(("target", "build here", "run here"), places),
+        "",
+        *(f"advice: {line}" for line in found.advice),
     ]
-    lines += ["", *(f"advice: {line}" for line in found.advice)]
     return Outcome(dataclasses.asdict(found), "\n".join(lines).rstrip())
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Rows as columns of equal width, two spaces apart."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]
-    )
-
-
-def _star(bundle: str, backend: str):
-    from engines.runtime.star import Star
-
-    return Star(bundle, backend=backend)
-
-
-def _pixels(min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
-    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    return {name: value for name, value in limits.items() if value is not None}
-
-
-def _written(names: list[Path], drawn, save_ids: str | None) -> Outcome:
-    from engines.inputs.image_io import write_png
-
-    for name, image in zip(names, drawn.images, strict=True):
-        write_png(name, image)
-    _save(save_ids, drawn.image_ids)
-    data = {"images": [str(name) for name in names], "image_ids": drawn.image_ids.tolist()}
-    text = "\n".join(str(name) for name in names)
-    if drawn.answer is not None:
-        data, text = data | {"answer": drawn.answer}, f"{drawn.answer}\n{text}"
-    return Outcome(data, text)
-
-
-def _save(path: str | None, ids: np.ndarray) -> None:
-    if path is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, ids)
-        write_atomic(Path(path), buffer.getvalue())
-
-
-def _check_parent(*paths: str | None) -> None:
-    """Refuse, before any work, to write where there is no folder. Raises InputError."""
-    for path in filter(None, paths):
-        if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
-            raise InputError(
-                "This file cannot be written",
-                fix="create the folder first, or give another name",
-                where=f"{path}: expected a file name in a folder that exists",
-            )
-
-
-def _check_folder(path: str | None) -> None:
-    """Refuse, before any work, to write into a folder that is not there. Raises InputError."""
-    if path is not None and not Path(path).is_dir():
-        raise InputError("There is no such folder", where=f"{path}: expected a folder", fix="create it first")
-
-
 def _yes_or_no(refusal: str | None) -> str:
-    """`yes`, or `no` and why in a few words; the whole reason is in the data."""
+    """`yes`, or `no` and a short reason; `--json` has the whole reason."""
     return "yes" if refusal is None else f"no: {refusal.partition(' (')[0]}"
 
 
 def _nearest(rung) -> str:
-    """The result of a rung that uses most of its tolerance."""
+    """The result of a rung that uses the largest share of its tolerance."""
     from ..golden.compare import excess
 
     if not rung.rows:
         return ""
     row = max(rung.rows, key=lambda row: excess(row.worst))
     return f"{row.component} {row.worst.tensor}: {row.worst.value:.3g} of {row.worst.tolerance:.3g}"
-
-
-def _bytes(size: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} B"

@@ -1,0 +1,126 @@
+"""Types of command-line arguments, and the groups of arguments that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+DEFAULT_BACKEND = "onnxruntime"
+
+
+def add_backend(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--backend",
+        default=DEFAULT_BACKEND,
+        metavar="NAME",
+        help="onnxruntime (default), onnxruntime-cuda, or tensorrt:TARGET",
+    )
+
+
+def add_drawing(c: argparse.ArgumentParser) -> None:
+    """How an image is drawn, and where it goes."""
+    c.add_argument(
+        "-o", "--output", required=True, type=named(".png"), metavar="F.png", help="the image to write"
+    )
+    c.add_argument(
+        "--cfg",
+        type=number(0, math.inf),
+        metavar="W",
+        help="guidance scale; 1 turns guidance off (default: the model's; STAR: 1.1)",
+    )
+    c.add_argument(
+        "--top-k",
+        type=count,
+        metavar="K",
+        help="draw from the K likeliest ids (default: the model's; STAR: 1000)",
+    )
+    c.add_argument(
+        "--top-p",
+        type=number(0, 1),
+        metavar="P",
+        help="draw from the likeliest ids that hold P of the probability; 1 turns this off "
+        "(default: the model's; STAR: 0.8)",
+    )
+    c.add_argument(
+        "--seed",
+        type=seed,
+        default=100,
+        metavar="S",
+        help="the same seed gives the same image (default: 100)",
+    )
+    c.add_argument("--greedy", action="store_true", help="take the arg-max after guidance instead of a draw")
+    add_running(c, "the image token ids, int64 [N,T]")
+
+
+def add_running(c: argparse.ArgumentParser, ids: str) -> None:
+    """What every verb that runs a model on a prompt has; `ids` says what `--save-ids` writes."""
+    c.add_argument("--save-ids", type=named(".npy"), metavar="F.npy", help=f"also write {ids}")
+    add_backend(c)
+    add_progress(c)
+
+
+def add_pixels(c: argparse.ArgumentParser) -> None:
+    for bound, word in (("min", "smallest"), ("max", "largest")):
+        c.add_argument(
+            f"--{bound}-pixels",
+            type=count,
+            metavar="N",
+            help=f"{word} input of the vision encoder, in pixels (default: the release's)",
+        )
+
+
+def add_progress(c: argparse.ArgumentParser) -> None:
+    c.add_argument("--no-progress", dest="progress", action="store_false", help="show no progress on stderr")
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    return _integer(text, 1, 10**9)
+
+
+def seed(text: str) -> int:
+    """A seed: 64 bits, unsigned."""
+    return _integer(text, 0, 2**64 - 1)
+
+
+def _integer(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r:.40}")
+    return value
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A type of finite numbers above `low` and at most `high`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high and math.isfinite(value)):
+            wanted = f"above {low} and at most {high}" if math.isfinite(high) else f"above {low}"
+            raise argparse.ArgumentTypeError(f"expected a number {wanted}, got {text!r:.40}")
+        return value
+
+    return number
+
+
+def named(suffix: str) -> Callable[[str], str]:
+    """A type of file names that end in `suffix`."""
+
+    def name(text: str) -> str:
+        if not text.lower().endswith(suffix):
+            raise argparse.ArgumentTypeError(f"expected a file name that ends in {suffix}, got {text!r:.200}")
+        return text
+
+    return name
+
+
+def words(text: str) -> list[str]:
+    """A comma-separated list of names."""
+    return [word.strip() for word in text.split(",") if word.strip()]
