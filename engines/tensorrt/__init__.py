@@ -1,1 +1,1 @@
-"""From a bundle's ONNX to TensorRT plans, and plans checked before they are used. Imports without TensorRT."""
+"""Compile a bundle's ONNX files to TensorRT plans, and check plans before use. Imports without TensorRT."""

@@ -1,7 +1,8 @@
-"""The CUDA device through cuda-python: which GPUs there are, one stream, memory.
+"""The CUDA device through cuda-python: its GPUs, one stream, memory.
 
-Knows nothing of TensorRT or of tensors. cuda-python is imported on first use. One non-blocking stream serves all sessions of the
-process, so work runs in the order in which it was asked for and nothing waits for the host between steps.
+This module knows neither TensorRT nor tensors. cuda-python is imported on first use. One non-blocking stream
+serves all sessions of the process, so work runs in the order in which it is enqueued, and nothing waits for
+the host between steps.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,51 +36,59 @@ class Gpu:
 
 
 @functools.cache
-def cudart():
-    """`cuda.bindings.runtime`. Raises MissingError when cuda-python is not installed."""
+def cudart() -> Any:
+    """The module `cuda.bindings.runtime`. Raises MissingError when cuda-python is not installed."""
     try:
         from cuda.bindings import runtime
     except ImportError as error:
         raise MissingError(
             "cuda-python is not installed",
             where=f"import cuda.bindings.runtime: {error}",
-            fix="pip install 'star-export[rtx]' (RTX PC), [jetpack] (Jetson before JetPack 7.2) or [tensorrt]",
+            fix="pip install 'star-export[rtx]' on an RTX PC, [jetpack] on a Jetson before JetPack 7.2, "
+            "or [tensorrt]",
         ) from None
     return runtime
 
 
-def call(name: str, *arguments):
-    """Call a function of the CUDA runtime by name; its value, or None. Raises MissingError without a driver or device."""
+def call(name: str, *arguments: Any) -> Any:
+    """Call a function of the CUDA runtime by name and return its value, its values or None.
+
+    Raises MissingError without a driver or device, RuntimeError for any other CUDA error.
+    """
     code, *values = _answer(name, *arguments)
     if int(code) == 0:
         return values[0] if len(values) == 1 else tuple(values) or None
     if int(code) in (INSUFFICIENT_DRIVER, NOT_FOUND):
         raise MissingError(
-            "There is no NVIDIA driver that this CUDA can use",
+            "There is no NVIDIA driver for this CUDA version",
             fix=_NO_DRIVER,
             where=f"{name}: expected a driver for CUDA {_version(runtime_version())}, got {_driver_words()}",
         )
     if int(code) == NO_DEVICE:
         raise MissingError(
-            "There is no NVIDIA GPU", where=f"{name}: expected a CUDA device, got none", fix=_NO_DRIVER
+            "This machine has no NVIDIA GPU",
+            where=f"{name}: expected a CUDA device, got none",
+            fix=_NO_DRIVER,
         )
     raise RuntimeError(f"{name} failed with CUDA error {int(code)} ({code})")
 
 
-def _answer(name: str, *arguments) -> tuple:
-    """What a function of the CUDA runtime gives: its code, then its values. Raises MissingError without a driver, as far as
-    cuda-python itself finds none."""
+def _answer(name: str, *arguments: Any) -> tuple:
+    """The error code and the values that a function of the CUDA runtime returns.
+
+    Raises MissingError where cuda-python itself finds no driver.
+    """
     function = getattr(cudart(), name)
     try:
         return function(*arguments)
     except RuntimeError as error:  # cuda-python 12.6
         raise MissingError(
-            "There is no NVIDIA driver that this CUDA can use", where=f"{name}: {error}", fix=_NO_DRIVER
+            "There is no NVIDIA driver for this CUDA version", where=f"{name}: {error}", fix=_NO_DRIVER
         ) from None
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The CUDA devices of this machine. Raises MissingError when there is no cuda-python, driver or device."""
+    """The CUDA devices of this machine. Raises MissingError without cuda-python, a driver or a device."""
     found = []
     for i in range(call("cudaGetDeviceCount")):
         properties = call("cudaGetDeviceProperties", i)
@@ -89,29 +99,32 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def driver_version() -> str | None:
-    """The newest CUDA that the driver supports (`13.0`); None without a driver."""
+    """The newest CUDA version that the driver supports (such as `13.0`); None without a driver."""
     version = call("cudaDriverGetVersion")
     return _version(version) if version else None
 
 
 def runtime_version() -> int:
-    """Version of the CUDA runtime that cuda-python brings, as CUDA counts: 13040 for 13.4."""
+    """The version of cuda-python's CUDA runtime, as CUDA counts: 13040 for 13.4."""
     return call("cudaRuntimeGetVersion")
 
 
 @functools.cache
 def stream() -> int:
-    """Handle of the process's stream."""
+    """The handle of the process's stream."""
     return int(call("cudaStreamCreateWithFlags", cudart().cudaStreamNonBlocking))
 
 
 def synchronize() -> None:
-    """Wait until all work of the stream is done."""
+    """Wait until all work on the stream is done."""
     call("cudaStreamSynchronize", stream())
 
 
 def allocate(size_bytes: int) -> int:
-    """Address of `size_bytes` of zeroed device memory. Raises MissingError with bytes asked and free."""
+    """Allocate `size_bytes` of zeroed device memory and return its address.
+
+    Raises MissingError, with the bytes asked for and free, when the memory is too small.
+    """
     code, address = _answer("cudaMalloc", size_bytes)
     if int(code) == OUT_OF_MEMORY:
         free, total = call("cudaMemGetInfo")
@@ -121,19 +134,22 @@ def allocate(size_bytes: int) -> int:
             fix="close other programs, use fewer rows or a smaller capacity, or a smaller precision",
         )
     if int(code):
-        call("cudaGetDeviceCount")  # says so when there is no driver or device
+        call("cudaGetDeviceCount")  # raises a better error when there is no driver or device
         raise RuntimeError(f"cudaMalloc failed with CUDA error {int(code)} ({code})")
     call("cudaMemsetAsync", address, 0, size_bytes, stream())
     return int(address)
 
 
 def release(address: int) -> None:
-    """Give memory back; waits for work that still uses it. Never raises: it runs at the end of a process too."""
+    """Free memory once no work uses it any more. Never raises, because it also runs when the process ends."""
     cudart().cudaFree(address)
 
 
 def copy_to_device(address: int, array: np.ndarray) -> None:
-    """Enqueue the copy of a contiguous array; it may be changed as soon as this returns (pageable memory is staged)."""
+    """Enqueue the copy of a contiguous array to the device.
+
+    The array may change as soon as this returns, because CUDA stages pageable memory.
+    """
     call(
         "cudaMemcpyAsync",
         address,
@@ -145,7 +161,7 @@ def copy_to_device(address: int, array: np.ndarray) -> None:
 
 
 def copy_to_host(array: np.ndarray, address: int) -> None:
-    """Fill a contiguous array from the device, after all work enqueued so far."""
+    """Fill a contiguous array from the device, after all work that is enqueued so far."""
     call(
         "cudaMemcpyAsync",
         array.ctypes.data,
@@ -158,7 +174,10 @@ def copy_to_host(array: np.ndarray, address: int) -> None:
 
 
 def read_bandwidth(*, size_bytes: int = 1 << 29, repeats: int = 10) -> float:
-    """Bytes per second of device memory, from copies within it: each byte copied is read once and written once."""
+    """Measure the bandwidth of device memory in bytes per second.
+
+    It comes from copies within the memory, which read and write every byte once.
+    """
     source, target = allocate(size_bytes), allocate(size_bytes)
     try:
         best = math.inf

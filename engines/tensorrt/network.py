@@ -1,12 +1,14 @@
-"""ONNX -> the network that TensorRT parsed, checked against the manifest before anything is built.
+"""The network that TensorRT parses from ONNX, checked against the manifest before anything is built.
 
-A plan cannot be opened on a machine without a GPU, so what it must have is checked here: names, types and shapes of inputs and
-outputs, no input without a use, and for every cache one update layer from `past_key_values.*` to `present.*`.
+A plan cannot be opened on a machine without a GPU, so the network is checked instead: the names, types and
+shapes of its inputs and outputs, that a layer reads every input, and that every cache has one update layer,
+from `past_key_values.*` to `present.*`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..bundle.files import read_regular
 from ..bundle.manifest import ComponentSpec, TensorSpec
@@ -15,9 +17,9 @@ from ..errors import InputError, listed
 from .module import log_of, words
 from .onnx_axes import onnx_with_axis
 
-GRAPH_LIMIT_BYTES = 1 << 30  # a graph without its weights; 36 layers take 0.3 MB
-CAPACITY = "C"
-PLUGIN_SIDES = (7, 3)  # inputs and outputs of KVCacheAttention
+GRAPH_LIMIT_BYTES = 1 << 30  # of a graph without its weights; 36 layers take 0.3 MB
+CAPACITY = "C"  # the axis of the cache's slots
+PLUGIN_SIDES = (7, 3)  # how many inputs and outputs KVCacheAttention has
 _DTYPES = {
     "float32": "FLOAT",
     "float16": "HALF",
@@ -28,11 +30,12 @@ _DTYPES = {
 }
 
 
-def network_from_onnx(trt, builder, graph: Path, *, capacity_tokens: int | None):
-    """Parse `graph` (its weights stay memory-mapped beside it) with cache capacity `capacity_tokens`; strongly typed.
+def network_from_onnx(trt: Any, builder: Any, graph: Path, *, capacity_tokens: int | None) -> tuple[Any, Any]:
+    """Parse `graph`, with caches of `capacity_tokens` slots, as a strongly typed network.
 
-    Returns (network, parser); the parser owns memory that the network refers to, so keep it while building.
-    Raises InputError with all of the parser's errors and the names of their nodes.
+    The weights stay memory-mapped in their file beside the graph. Returns (network, parser); the parser owns
+    memory that the network refers to, so keep it while building. Raises InputError with all of the parser's
+    errors and the names of their nodes.
     """
     model = read_regular(graph, limit_bytes=GRAPH_LIMIT_BYTES, where="build")
     if capacity_tokens is not None:
@@ -49,10 +52,12 @@ def network_from_onnx(trt, builder, graph: Path, *, capacity_tokens: int | None)
     return network, parser
 
 
-def check_network(trt, network, spec: ComponentSpec, *, capacity_tokens: int | None, caches: int) -> int:
-    """Check a parsed network against the manifest's `spec`, and that it updates `caches` caches in place; their number.
+def check_network(
+    trt: Any, network: Any, spec: ComponentSpec, *, capacity_tokens: int | None, caches: int
+) -> int:
+    """Check that a parsed network agrees with the manifest's `spec` and updates `caches` caches in place.
 
-    Raises InputError listing what disagrees.
+    Returns the number of cache updates. Raises InputError listing the disagreements.
     """
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
@@ -81,7 +86,7 @@ def check_network(trt, network, spec: ComponentSpec, *, capacity_tokens: int | N
         wrong.append(f"cache updates: expected {caches} (a key and a value per layer), got {len(pairs)}")
     if wrong:
         raise InputError(
-            "TensorRT reads this graph otherwise than the manifest says",
+            "TensorRT's network does not match the manifest",
             fix="export the bundle again",
             where=f"{spec.graph}: {listed(wrong)}",
         )
@@ -89,9 +94,9 @@ def check_network(trt, network, spec: ComponentSpec, *, capacity_tokens: int | N
 
 
 def _sides(
-    trt, kind: str, expected: tuple[TensorSpec, ...], got: list, capacity_tokens: int | None
+    trt: Any, kind: str, expected: tuple[TensorSpec, ...], got: list, capacity_tokens: int | None
 ) -> list[str]:
-    """Disagreements of all inputs, or all outputs. Dynamic axes are -1 in a network."""
+    """What disagrees among all inputs, or all outputs. A network gives dynamic axes as -1."""
     names, found = [t.name for t in expected], {tensor.name: tensor for tensor in got}
     wrong = [f"{kind} {name}: missing" for name in names if name not in found]
     wrong += [f"{kind} {name}: extra" for name in found if name not in names]
@@ -108,8 +113,11 @@ def _sides(
     return wrong
 
 
-def _updates(trt, layer) -> list[tuple]:
-    """(past, present) of every cache that `layer` updates: one in a native layer, a key and a value in the plugin."""
+def _updates(trt: Any, layer: Any) -> list[tuple]:
+    """The (past, present) tensors of every cache that `layer` updates.
+
+    A native layer updates one cache, the plugin a key cache and a value cache.
+    """
     if layer.type == getattr(trt.LayerType, "KV_CACHE_UPDATE", None):  # absent before TensorRT 10.15
         return [(layer.get_input(0), layer.get_output(0))]
     if (
@@ -120,8 +128,11 @@ def _updates(trt, layer) -> list[tuple]:
     return []
 
 
-def _update_fault(past, present) -> str | None:
-    """What keeps a cache update from working in place, from a network input to the output of the same cache."""
+def _update_fault(past: Any, present: Any) -> str | None:
+    """Why a cache cannot be updated in place, or None.
+
+    An update must lead from an input of the network to the output of the same cache.
+    """
     if not past.is_network_input or not present.is_network_output:
         return f"expected from an input to an output of the network, got from {past.name} to {present.name}"
     if present_name(past.name) != present.name:
@@ -129,6 +140,6 @@ def _update_fault(past, present) -> str | None:
     return None
 
 
-def _parser_error(error) -> str:
+def _parser_error(error: Any) -> str:
     inside = "".join(f", in {function}" for function in error.local_function_stack())
     return f"node {error.node_name()} ({error.node_operator()}{inside}): {' '.join(error.desc().split())}"

@@ -1,8 +1,9 @@
-"""Fix a symbolic axis of an ONNX file to a size, in the file's own bytes, because `onnx` is not on the device.
+"""Fix a symbolic axis of an ONNX file to a size by editing its bytes: the device has no `onnx` package.
 
-TensorRT reads a cache only where its capacity is static, and a bundle keeps the capacity symbolic. ONNX files are Protocol
-Buffers: a message is a row of (field number, wire type, payload). Only the path from the model to the dimensions of its graph's
-values is decoded; all else is copied as it stands. Field numbers are those of onnx.proto (IR version 3 and later).
+TensorRT needs a static cache capacity, and a bundle keeps the capacity symbolic. ONNX files are Protocol
+Buffers: a message is a sequence of (field number, wire type, payload). Only the path from the model to the
+dimensions of its graph's values is decoded; everything else is copied unchanged. Field numbers are those of
+onnx.proto (IR version 3 and later).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ DIM_VALUE, DIM_PARAM = 1, 2  # TensorShapeProto.Dimension
 
 
 def onnx_with_axis(model: bytes, *, symbol: str, size: int, where: str) -> bytes:
-    """`model` (the bytes of a .onnx file) with every axis named `symbol` of its graph's values set to `size`.
+    """Set every axis named `symbol` of the graph's values to `size`, in the bytes of a .onnx file.
 
-    Raises InputError when the bytes are no ONNX model.
+    Raises InputError when `model` is not an ONNX model.
     """
     try:
         return _edited(model, PATH, symbol.encode(), size)
@@ -51,7 +52,7 @@ def _dimension(message: bytes, symbol: bytes, size: int) -> bytes:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
-    """(number, wire type, the field's bytes, its payload) of each field."""
+    """Yield the number, the wire type, the bytes and the payload of each field."""
     at = 0
     while at < len(message):
         start = at
@@ -67,14 +68,13 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
         else:
             raise ValueError(f"wire type {wire} at byte {start}")
         if at > len(message):
-            raise ValueError(
-                f"a field of {at - begin} bytes at byte {start}, where {len(message) - begin} are left"
-            )
+            left = len(message) - begin
+            raise ValueError(f"a field of {at - begin} bytes at byte {start}, where {left} are left")
         yield key >> 3, wire, message[start:at], message[begin:at]
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """The number at `at`, seven bits a byte, lowest first, and where it ends."""
+    """The number at `at`, stored as seven bits per byte, lowest first, and the position after it."""
     value = shift = 0
     while True:
         byte = message[at]

@@ -1,7 +1,8 @@
-"""Plans on disk: what built each one, and the check that it may be used, before TensorRT sees a byte of it.
+"""Plans on disk: the record of how each one was built, and the checks before TensorRT sees a byte of it.
 
-A plan is executable code, tied to a GPU architecture, a TensorRT version and a system. `plans/<target>/build.json` says what each
-was built from and for; a plan is used only when all of that holds here and its SHA-256 is the recorded one.
+A plan is executable code, tied to a GPU architecture, a TensorRT version and a system.
+`plans/<target>/build.json` records what each plan was built from and for. A plan is used only when all of
+that holds on this machine and its SHA-256 is the recorded one.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ BUILD_LIMIT_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """One component's plan. `onnx` maps the files that it was built from to their SHA-256; `plugin` is that of the KV-cache
-    plugin's library, where the plan contains it, `network` that of the parsed network, where it could be read back."""
+    """One component's plan.
+
+    `onnx` maps the files that it was built from to their SHA-256. `plugin` is the SHA-256 of the KV-cache
+    plugin's library, if the plan contains the plugin. `network` is the SHA-256 of the parsed network, if it
+    could be interpreted.
+    """
 
     onnx: dict[str, str]
     profiles: tuple[Profile, ...]
@@ -44,7 +49,7 @@ class PlanSpec:
 
 @dataclass(frozen=True)
 class Build:
-    """All of `build.json`: for what the plans of one target were built, by what, and each of them."""
+    """The contents of `build.json`: the plans of one target, what built them, and for which machine."""
 
     schema: int
     target: str
@@ -56,7 +61,7 @@ class Build:
 
 
 def build_header(target: Target, version: str) -> Build:
-    """A build without plans: what holds for all plans that this machine builds for `target` with TensorRT `version`."""
+    """A build without plans: what all plans have in common that this machine builds for `target`."""
     return Build(
         schema=SCHEMA,
         target=target.name,
@@ -74,24 +79,24 @@ def plan_name(target: str, component: str) -> str:
 
 
 def onnx_hashes(bundle: Bundle, component: str, *, dialect: str = "modern") -> dict[str, str]:
-    """SHA-256 of the graph in `dialect` and the weights of a component, as the manifest lists them."""
+    """The SHA-256 of a component's graph in `dialect` and of its weights, from the manifest."""
     files, graph = bundle.manifest.files, bundle.graph_name(component, dialect=dialect)
     return {name: files[name].sha256 for name in (graph, *bundle.weights(component))}
 
 
 def read_build(bundle: Bundle, target: str) -> Build:
-    """`plans/<target>/build.json`, strictly parsed. Raises InputError when there is none or it is wrong."""
+    """Strictly parse `plans/<target>/build.json`. Raises InputError when it is absent or invalid."""
     relative = f"plans/{target}/{BUILD}"
     if not os.path.lexists(bundle.path / relative):
         raise InputError(
             f"There are no plans for {target}",
-            where=f"{bundle.path}: expected {relative}, got nothing",
+            where=f"{bundle.path}: expected {relative}, got no file",
             fix=rebuild_command(bundle, target),
         )
     build = build_from_file(resolve_inside(bundle.path, relative, where="plans"))
     if build.target != target:
         raise InputError(
-            "These plans are another target's",
+            "These plans were built for another target",
             fix=rebuild_command(bundle, target),
             where=f"{relative}: target: expected {target!r}, got {build.target!r}",
         )
@@ -104,7 +109,7 @@ def build_from_file(path: Path) -> Build:
         text = read_regular(path, limit_bytes=BUILD_LIMIT_BYTES, where="plans").decode()
     except UnicodeDecodeError as error:
         raise InputError(
-            "This file is not text",
+            "This record of plans is not a text file",
             where=f"{path}: expected UTF-8, got {error.reason} at byte {error.start}",
             fix="build the plans again",
         ) from None
@@ -120,10 +125,12 @@ def build_from_file(path: Path) -> Build:
 
 
 def read_plan(bundle: Bundle, target: Target, component: str) -> tuple[PlanSpec, bytes]:
-    """The plan of `component` and its bytes, after every check. Raises InputError, or MissingError where nothing can run it.
+    """The plan of `component` and its bytes, after every check.
 
-    Checked in this order: built for this machine's GPU architecture, TensorRT and system; built from the bundle's present ONNX
-    files; by the KV-cache plugin that is here, which is loaded; size and SHA-256. The bytes hashed are the bytes returned.
+    The plan must have been built for this machine's GPU architecture, TensorRT and system; then from the
+    bundle's present ONNX files; then with the KV-cache plugin found here, which is loaded; then it must have
+    the recorded size and SHA-256. The bytes returned are the bytes that were hashed. Raises InputError, or
+    MissingError where nothing can run the plan.
     """
     build, spec = plan_spec(bundle, target.name, component)
     fix = rebuild_command(bundle, target.name)
@@ -139,21 +146,29 @@ def read_plan(bundle: Bundle, target: Target, component: str) -> tuple[PlanSpec,
 
 
 def plan_spec(bundle: Bundle, target: str, component: str) -> tuple[Build, PlanSpec]:
-    """What `build.json` says of one plan. Raises UsageError for an unknown component, InputError when it was not built."""
+    """The build and the record of one plan, from `build.json`.
+
+    Raises UsageError for an unknown component, InputError when its plan was not built.
+    """
     bundle.component(component)
     build = read_build(bundle, target)
     if component not in build.components:
         raise InputError(
             f"{component} has no plan for {target}",
             fix=rebuild_command(bundle, target),
-            where=f"{bundle.path}: expected one of {', '.join(build.components) or 'none'}, got {component!r}",
+            where=f"{bundle.path}: expected one of {', '.join(build.components) or 'none'}, "
+            f"got {component!r}",
         )
     return build, build.components[component]
 
 
 def check_environment(build: Build, *, sm: str, builder: str, version: str, fix: str) -> None:
-    """The plans must have been built for the architecture `sm`, by `builder` of `version`, on such a system, or InputError."""
-    built = f"{sm_from_capability(build.compute_capability)} / {build.builder} {build.tensorrt} / {build.platform}"
+    """Check that the plans were built for architecture `sm` by `builder` `version` on a system like this one.
+
+    Raises InputError.
+    """
+    architecture = sm_from_capability(build.compute_capability)
+    built = f"{architecture} / {build.builder} {build.tensorrt} / {build.platform}"
     here = f"{sm} / {builder} {version} / {host_platform()}"
     if built != here:
         raise InputError(
@@ -164,29 +179,33 @@ def check_environment(build: Build, *, sm: str, builder: str, version: str, fix:
 
 
 def check_fresh(bundle: Bundle, component: str, spec: PlanSpec, *, fix: str, dialect: str = "modern") -> None:
-    """The plan must come from the bundle's present ONNX files. Raises InputError naming the file that changed."""
+    """Check that the plan was built from the bundle's present ONNX files.
+
+    Raises InputError naming the file that changed.
+    """
     now = onnx_hashes(bundle, component, dialect=dialect)
     for name in {**now, **spec.onnx}:
         if now.get(name) != spec.onnx.get(name):
             raise InputError(
-                "This plan is stale: its ONNX file has changed since",
+                "This plan is stale: its ONNX file has changed since it was built",
                 fix=fix,
-                where=f"{name}: built from sha256 {_prefix(spec.onnx.get(name))}, now {_prefix(now.get(name))}",
+                where=f"{name}: built from sha256 {_prefix(spec.onnx.get(name))}, "
+                f"now {_prefix(now.get(name))}",
             )
 
 
 def plan_bytes(bundle: Bundle, target: str, component: str, spec: PlanSpec) -> bytes:
-    """The plan's bytes, read once, of the recorded size and SHA-256. Raises InputError."""
+    """The plan's bytes, read once and checked against the recorded size and SHA-256. Raises InputError."""
     relative, fix = plan_name(target, component), rebuild_command(bundle, target)
     if not os.path.lexists(bundle.path / relative):
         raise InputError(
-            "This plan is missing", where=f"{bundle.path}: expected {relative}, got nothing", fix=fix
+            "This plan is missing", where=f"{bundle.path}: expected {relative}, got no file", fix=fix
         )
     with open_regular(resolve_inside(bundle.path, relative, where="plans"), where="plans") as file:
         size = os.fstat(file.fileno()).st_size
         if size != spec.plan.size:
             raise InputError(
-                "This plan has another size",
+                "This plan does not have its recorded size",
                 fix=fix,
                 where=f"{relative}: expected {spec.plan.size} bytes, got {size}",
             )
@@ -202,14 +221,14 @@ def plan_bytes(bundle: Bundle, target: str, component: str, spec: PlanSpec) -> b
 
 
 def rebuild_command(bundle: Bundle, target: str) -> str:
-    """What makes the plans of `target`."""
+    """The command that builds the plans of `target` again."""
     return f"rebuild: star-export build {bundle.path} --target {target}"
 
 
 def describe_plans(folder: Path) -> dict:
-    """What `inspect` shows of a folder with `build.json`: the build, and of each plan its state, I/O and profiles.
+    """What `inspect` shows of a folder with `build.json`: the build, and each plan's state, I/O and profiles.
 
-    A plan's state is that of `plan_state`. Raises InputError for a wrong build.json.
+    The state is `plan_state`'s. Raises InputError for an invalid build.json.
     """
     build = build_from_file(Path(folder) / BUILD)
     header = {
@@ -223,7 +242,10 @@ def describe_plans(folder: Path) -> dict:
 
 
 def plan_state(root: Path, relative: str, spec: FileSpec) -> str:
-    """`ok`, `missing`, `another size` or `another sha256`: `root/relative` against its record. Raises InputError for a link."""
+    """Compare `root/relative` with its record: `ok`, `missing`, `another size` or `another sha256`.
+
+    Raises InputError for a link.
+    """
     check_relative(relative, where="plans")
     if not os.path.lexists(root / relative):
         return "missing"

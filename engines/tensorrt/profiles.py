@@ -1,6 +1,7 @@
-"""Recipes: the ranges of shapes that a plan is built for, derived from a component's dynamic axes and checked.
+"""Optimisation profiles: the ranges of shapes that a plan is built for.
 
-A component with caches has two optimisation profiles of one engine: prefill (S up to a limit) and decode (S = 1).
+They are derived from a component's dynamic axes, or given by the caller, and checked. A component with caches
+has two profiles in one engine: prefill (S up to a limit) and decode (S = 1).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from .network import CAPACITY
 CAPACITY_TOKENS = (
     2048  # holds the longest prompt of the release's tasks (about 1,250 tokens) and 576 image tokens
 )
-ROWS, MAX_ROWS = 4, 256  # the default: two images under guidance
+ROWS, MAX_ROWS = 4, 256  # by default two images under guidance
 PREFILL_OPT, PATCHES_OPT = 64, 1024
 
 
 @dataclass(frozen=True)
 class Range:
-    """The smallest, the best served and the largest shape of one input."""
+    """The smallest shape of one input, the shape to optimise for, and the largest."""
 
     min: tuple[int, ...]
     opt: tuple[int, ...]
@@ -40,7 +41,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device is to hold: cache capacity and longest prefill in tokens, rows of a batch (two per image under guidance)."""
+    """The sizes that a device must hold.
+
+    The cache capacity and the longest prefill are in tokens; a batch has two rows per image under guidance.
+    """
 
     capacity_tokens: int
     prefill_tokens: int
@@ -54,7 +58,11 @@ def limits_from_options(
     prefill_tokens: int | None = None,
     rows: int = ROWS,
 ) -> Limits:
-    """Options as limits; the capacity defaults to the model's positions or 2048, the prefill to the capacity. Or UsageError."""
+    """Turn options into limits.
+
+    The capacity defaults to the model's positions, at most 2048, and the prefill to the capacity. Raises
+    UsageError for a size out of bounds.
+    """
     capacity = min(model.max_positions, CAPACITY_TOKENS) if capacity_tokens is None else capacity_tokens
     prefill = capacity if prefill_tokens is None else prefill_tokens
     bounds = {
@@ -65,15 +73,15 @@ def limits_from_options(
     for name, (value, low, high) in bounds.items():
         if type(value) is not int or not low <= value <= high:
             raise UsageError(
-                f"This {name} cannot be built",
+                f"{name} is not a valid size",
                 where=f"{name}: expected {low} to {high}, got {value!r}",
-                fix="capacity is bounded by the model's positions, prefill by the capacity, rows are two per image",
+                fix="stay within the model's positions; the prefill may not exceed the capacity",
             )
     return Limits(capacity, prefill, rows)
 
 
-def recipe_from_limits(spec: ComponentSpec, model: ModelSpec, limits: Limits) -> tuple[Profile, ...]:
-    """The profiles of one component: each of its axes from 1 (patches: one merged token) to what `limits` allow."""
+def profiles_from_limits(spec: ComponentSpec, model: ModelSpec, limits: Limits) -> tuple[Profile, ...]:
+    """The profiles of one component: each axis from 1 (patches: one merged token) to what `limits` allows."""
     merged = model.vision.spatial_merge_size**2  # patches per token
     tokens, images, patches = limits.prefill_tokens, limits.rows // 2, merged * limits.prefill_tokens
     axes = {
@@ -90,11 +98,14 @@ def recipe_from_limits(spec: ComponentSpec, model: ModelSpec, limits: Limits) ->
     return _profile("prefill", spec, axes), _profile("decode", spec, axes | {"S": (1, 1, 1)})
 
 
-def check_recipe(recipe: tuple[Profile, ...], spec: ComponentSpec, model: ModelSpec) -> None:
-    """Refuse profiles that do not fit the component or the model: InputError naming profile and input."""
-    if not recipe:
+def check_profiles(profiles: tuple[Profile, ...], spec: ComponentSpec, model: ModelSpec) -> None:
+    """Check that the profiles fit the component and the model.
+
+    Raises InputError naming the profile and the input.
+    """
+    if not profiles:
         raise _refusal(spec.graph, "at least one profile", "none")
-    for profile in recipe:
+    for profile in profiles:
         where = f"{spec.graph}: profile {profile.name}"
         expected = {t.name: t for t in spec.inputs}
         if unknown := sorted(set(profile.inputs) - set(expected)):
@@ -105,15 +116,18 @@ def check_recipe(recipe: tuple[Profile, ...], spec: ComponentSpec, model: ModelS
         _check_positions(
             [_symbols(expected, profile, end, where) for end in ("min", "opt", "max")], model, where
         )
-    if len({largest((profile,), spec, axis=CAPACITY) for profile in recipe}) > 1:
+    if len({largest((profile,), spec, axis=CAPACITY) for profile in profiles}) > 1:
         raise _refusal(spec.graph, "one cache capacity in all profiles", "several")
 
 
-def largest(recipe: tuple[Profile, ...], spec: ComponentSpec, *, axis: str) -> int | None:
-    """The largest size of `axis` in any profile: of `C` the fixed capacity, of `S` the longest prefill. None without it."""
+def largest(profiles: tuple[Profile, ...], spec: ComponentSpec, *, axis: str) -> int | None:
+    """The largest size of `axis` in any profile (the capacity for `C`, the longest prefill for `S`).
+
+    None for a component without this axis.
+    """
     sizes = [
         profile.inputs[tensor.name].max[tensor.shape.index(axis)]
-        for profile in recipe
+        for profile in profiles
         for tensor in spec.inputs
         if axis in tensor.shape
     ]
@@ -121,12 +135,12 @@ def largest(recipe: tuple[Profile, ...], spec: ComponentSpec, *, axis: str) -> i
 
 
 def axes_of(spec: ComponentSpec) -> set[str]:
-    """The symbols of the component's inputs."""
+    """The symbolic axes of the component's inputs."""
     return set().union(*(symbols_of(tensor.shape) for tensor in spec.inputs))
 
 
 def fits(profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether `shapes` (of all inputs, by name) lie within the profile."""
+    """Whether the shapes of all inputs, by name, lie within the profile."""
     return all(
         low <= size <= high
         for name, r in profile.inputs.items()
@@ -151,7 +165,10 @@ def _check_order(profile: Profile, where: str) -> None:
 
 
 def _symbols(expected: Mapping[str, TensorSpec], profile: Profile, end: str, where: str) -> dict[str, int]:
-    """Sizes of the axes at one end of a profile; InputError where two inputs disagree or a fixed size differs."""
+    """The sizes of the axes at one end of a profile.
+
+    Raises InputError where two inputs disagree or a fixed size differs.
+    """
     symbols: dict[str, tuple[int, str]] = {}
     for name, r in profile.inputs.items():
         got = SimpleNamespace(shape=getattr(r, end), dtype=expected[name].dtype)
@@ -162,25 +179,19 @@ def _symbols(expected: Mapping[str, TensorSpec], profile: Profile, end: str, whe
 
 def _check_positions(sizes: list[dict[str, int]], model: ModelSpec, where: str) -> None:
     low, _, high = sizes
-    if low.get(CAPACITY) != high.get(CAPACITY):
-        raise _refusal(
-            f"{where}: past_key_values", "a fixed capacity", f"{low[CAPACITY]} to {high[CAPACITY]}"
-        )
-    if high.get(CAPACITY, 0) > model.max_positions:
-        raise _refusal(
-            f"{where}: past_key_values",
-            f"at most the model's {model.max_positions} positions",
-            str(high[CAPACITY]),
-        )
-    if high.get("S", 0) > high.get(CAPACITY, model.max_positions):
-        raise _refusal(
-            f"{where}: S", f"at most {high.get(CAPACITY, model.max_positions)} new positions", str(high["S"])
-        )
+    capacity, longest = high.get(CAPACITY), high.get(CAPACITY, model.max_positions)
+    caches = f"{where}: past_key_values"
+    if low.get(CAPACITY) != capacity:
+        raise _refusal(caches, "a fixed capacity", f"{low[CAPACITY]} to {capacity}")
+    if capacity is not None and capacity > model.max_positions:
+        raise _refusal(caches, f"at most the model's {model.max_positions} positions", str(capacity))
+    if high.get("S", 0) > longest:
+        raise _refusal(f"{where}: S", f"at most {longest} new positions", str(high["S"]))
 
 
 def _refusal(where: str, expected: str, got: str) -> InputError:
     return InputError(
-        "This recipe cannot be built",
+        "These profiles cannot be built",
         where=f"{where}: expected {expected}, got {got}",
-        fix="correct the profile, or leave recipes out: they are derived from capacity, prefill and rows",
+        fix="correct the profile, or leave profiles out: the defaults follow from capacity, prefill and rows",
     )
