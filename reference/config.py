@@ -1,8 +1,9 @@
-"""What a checkpoint's two JSON files say of the model, as frozen dataclasses with strict parsing.
+"""The model's configuration, read strictly from a checkpoint's JSON files into frozen dataclasses.
 
-`STAR-*.json` describes the trained parts, Qwen's `config.json` the base model; transformers 4.51 wrote the latter flat, 5.x
-nests it under `text_config`. `generation_config.json` gives how answers are decoded. Unknown, missing, mistyped, duplicated
-and non-finite values are refused by the path of their key; sizes are bounded, so a wrong file cannot ask for all memory.
+`STAR-*.json` describes the trained parts and Qwen's `config.json` the base model; transformers 4.51 wrote the
+latter flat, 5.x nests it under `text_config`. `generation_config.json` states how answers are decoded.
+Unknown, missing, mistyped, duplicated and non-finite values are rejected with the path of their key. Sizes
+have bounds, so that a wrong file cannot demand all memory.
 
 Sources: STAR.md 1; MM-MVR/STAR, star/configs/; transformers, models/qwen2_5_vl/configuration_qwen2_5_vl.py.
 """
@@ -17,73 +18,45 @@ from pathlib import Path
 from .special import SpecialIds, special_ids_from_tokenizer
 from .strict_json import Section, read_object
 
-# Bounds of what multiplies memory; the largest release has 36, 18944 and 152064.
+# Bounds of the sizes that multiply memory; the largest release has 36, 18944 and 152064.
 MAX_LAYERS, MAX_SIZE, MAX_ROWS = 512, 1 << 17, 1 << 22
 
-# Known keys that change nothing in what is computed here.
+# Known keys that do not change what is computed here.
 STAR_UNUSED = frozenset({"model_type", "torch_dtype", "dtype", "pixel_decoder"})
 OUTPUT_HEAD_UNUSED = frozenset({"image_token_embed"})
 LIBRARY_UNUSED = frozenset(
-    {
-        "architectures",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "_name_or_path",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "_attn_implementation_autoset",
-    }
+    (
+        *("architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
+        *("output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward"),
+        *("is_encoder_decoder", "id2label", "label2id", "problem_type", "_attn_implementation_autoset"),
+    )
 )
-TEXT_UNUSED = LIBRARY_UNUSED | {
-    "model_type",
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "initializer_range",
-    "max_window_layers",
-    "sliding_window",
-    "layer_types",
-    "use_cache",
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "vision_token_id",
-}
-VISION_UNUSED = LIBRARY_UNUSED | {
-    "model_type",
-    "in_chans",
-    "in_channels",
-    "spatial_patch_size",
-    "tokens_per_second",
-    "initializer_range",
-    "rope_parameters",
-}
+TEXT_UNUSED = LIBRARY_UNUSED | frozenset(
+    (
+        *("model_type", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id"),
+        *("initializer_range", "max_window_layers", "sliding_window", "layer_types", "use_cache"),
+        *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+        *("vision_token_id",),
+    )
+)
+VISION_UNUSED = LIBRARY_UNUSED | frozenset(
+    (
+        *("model_type", "in_chans", "in_channels", "spatial_patch_size", "tokens_per_second"),
+        *("initializer_range", "rope_parameters"),
+    )
+)
 GENERATION_UNUSED = frozenset(
-    {
-        "bos_token_id",
-        "pad_token_id",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "transformers_version",
-        "_from_model_config",
-    }
+    (
+        *("bos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p"),
+        *("transformers_version", "_from_model_config"),
+    )
 )
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Geometry of one text decoder; `mrope_section` counts the half-dimensions turned by time, height and width."""
+    """Geometry of one text decoder; `mrope_section` counts the half-dimensions that turn with time, height
+    and width."""
 
     hidden_size: int
     num_layers: int
@@ -115,7 +88,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Geometry of the VQ model; its encoder has `res_blocks` blocks per level, its decoder one more."""
+    """Geometry of the VQ model; its encoder has `res_blocks` blocks per level and its decoder one more."""
 
     ch: int
     ch_mult: tuple[int, ...]
@@ -128,13 +101,14 @@ class VQConfig:
 
     @property
     def image_size(self) -> int:
-        """Height and width of an image, in pixels."""
+        """Height and width of an image in pixels."""
         return math.isqrt(self.image_tokens) * 2 ** (len(self.ch_mult) - 1)
 
 
 @dataclass(frozen=True)
 class StarConfig:
-    """The whole model. `eos_token_ids`, `repetition_penalty` and the `special` ids of prompts are the base model's."""
+    """The whole model. `eos_token_ids`, `repetition_penalty` and the `special` ids of prompts come from the
+    base model."""
 
     name: str
     base_ar: DecoderConfig
@@ -152,7 +126,8 @@ class StarConfig:
 def config_from_files(star_json: Path, qwen_folder: Path) -> StarConfig:
     """The model described by a release's JSON file and the folder of its base model.
 
-    Raises CheckpointError, naming the key, where either is not exactly what the loader understands or the two disagree.
+    Raises CheckpointError, naming the key, if the loader does not understand either file exactly or if the
+    two disagree.
     """
     base_ar, vision, vocab_size, tied = base_from_json(qwen_folder / "config.json")
     eos_token_ids, repetition_penalty = generation_from_json(
@@ -202,7 +177,7 @@ def section_from_file(path: Path) -> Section:
 
 
 def expect_equal(section: Section, key: str, expected: int, meaning: str) -> None:
-    """Two places that state one size must agree."""
+    """Check a size that is stated in two places."""
     if (value := section.integer(key, high=MAX_ROWS)) != expected:
         raise section.refuse(key, f"{expected} ({meaning})", str(value))
 
@@ -213,7 +188,8 @@ def expect_divides(section: Section, key: str, divisor: int, value: int, meaning
 
 
 def vq_from_section(section: Section) -> VQConfig:
-    """`pixel_encoder`. The release states only codebook and heads: the other sizes are constants of its code."""
+    """`pixel_encoder`. The release states only codebook and heads; the other sizes are constants in its
+    code."""
     section.text("model_name", choices=("VQ_Model",))
     vq = VQConfig(
         ch=section.integer("ch", high=4096, default=256),
@@ -239,7 +215,8 @@ def vq_from_section(section: Section) -> VQConfig:
 
 
 def base_from_json(path: Path) -> tuple[DecoderConfig, VisionConfig, int, bool]:
-    """Qwen's config.json, flat (4.51) or nested (5.x) -> decoder, vision encoder, vocabulary rows, tied embeddings."""
+    """Qwen's config.json, flat (4.51) or nested (5.x) -> decoder, vision encoder, vocabulary rows, tied
+    embeddings."""
     top = section_from_file(path)
     top.text("model_type", choices=("qwen2_5_vl",))
     text, tied = top, None
@@ -262,7 +239,8 @@ def base_from_json(path: Path) -> tuple[DecoderConfig, VisionConfig, int, bool]:
 
 
 def nested_text(top: Section) -> tuple[Section, bool]:
-    """`text_config`, and whether embeddings are tied. What a file states at both levels must agree; a library of 2025 did so."""
+    """`text_config`, and whether the embeddings are tied. Keys given at both levels, as one 2025 version
+    wrote them, must agree."""
     text = top.section("text_config")
     for key in sorted((text.values.keys() & top.values.keys()) - TEXT_UNUSED - {"tie_word_embeddings"}):
         top.taken.add(key)
@@ -299,7 +277,8 @@ def decoder_from_section(text: Section) -> DecoderConfig:
 
 
 def rope_from_section(text: Section, *, head_dim: int) -> tuple[float, tuple[int, int, int]]:
-    """Theta and the half-dimensions of each axis: `rope_theta` beside `rope_scaling` (4.51), or `rope_parameters` (5.x)."""
+    """Theta and the half-dimensions of each axis, from `rope_theta` and `rope_scaling` (4.51) or
+    `rope_parameters` (5.x)."""
     rope = text.section("rope_parameters" if "rope_parameters" in text else "rope_scaling")
     theta = (rope if "rope_theta" in rope else text).number("rope_theta", low=1.0, high=1e12)
     for key in ("type", "rope_type"):
@@ -352,7 +331,7 @@ def vision_from_section(section: Section) -> VisionConfig:
 
 
 def generation_from_json(path: Path, *, vocab_size: int) -> tuple[tuple[int, ...], float]:
-    """generation_config.json -> ids that end an answer, repetition penalty."""
+    """generation_config.json -> the ids that end an answer, the repetition penalty."""
     section = section_from_file(path)
     listed = type(section.values.get("eos_token_id")) is list
     eos = (

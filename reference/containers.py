@@ -1,8 +1,8 @@
-"""The two files that hold tensors: safetensors, and the release's `.pt`. Both become names -> tensors not yet read.
+"""The two file formats that hold tensors, safetensors and the release's `.pt`, read as names -> lazy tensors.
 
-Everything cheap is checked before a library sees the file: what kind of file it is, that it is whole, and for safetensors that
-the header describes each byte exactly once. A `.pt` is a pickle: torch reads it with `weights_only=True`, which builds tensors
-and nothing else, and there is no second attempt without.
+All cheap checks run before a library opens the file: its format, its completeness and, for safetensors, that
+the header describes each byte exactly once. A `.pt` is a pickle: torch reads it with `weights_only=True`,
+which builds only tensors, and there is no fallback without it.
 
 Sources: the safetensors format (github.com/huggingface/safetensors, "Format"); torch.serialization.
 """
@@ -42,7 +42,8 @@ ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: numbers are read by `load`, which gives them this shape and dtype. `name` is the file's."""
+    """A tensor in a file. `load` reads the numbers and converts them to this shape and dtype; `name` is the
+    file's own."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,59 +52,69 @@ class LazyTensor:
     read: Callable[[], Tensor]
 
     def load(self) -> Tensor:
-        """The tensor, memory-mapped unless the file has another dtype. Raises CheckpointError for a NaN or infinite number."""
+        """The tensor, memory-mapped unless the file stores another dtype. Raises CheckpointError for NaN or
+        infinity."""
         tensor = self.read().reshape(self.shape).to(self.dtype)
         low, high = tensor.aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
-                "weights that are not finite",
-                fix=AGAIN + "; if it stays so, the checkpoint is broken",
+                "the weights are not finite",
                 where=f"{self.source}: {self.name}: {count} of {tensor.numel()} numbers are NaN or infinite",
+                fix=AGAIN + "; if the error remains, the checkpoint is broken",
             )
         return tensor
 
 
 def check_weights_file(path: Path) -> int:
-    """Size in bytes of a file that could hold weights. Raises CheckpointError for what people find in its place."""
+    """The size of a weights file in bytes. Raises CheckpointError for a missing file, a Git LFS pointer or a
+    few bytes."""
     try:
         if not path.is_file():  # a pipe would never end
-            raise CheckpointError("no weights file", where=f"{path}: not a file", fix="check the path")
+            raise CheckpointError(
+                "the weights file does not exist",
+                where=f"{path}: expected a file, found none",
+                fix="check the path",
+            )
         with path.open("rb") as file:
             start = file.read(64)
         size = path.stat().st_size
     except OSError as error:
         raise CheckpointError(
-            "cannot read a weights file", where=f"{path}: {error.strerror}", fix="check the path"
+            "the weights file cannot be read", where=f"{path}: {error.strerror}", fix="check the path"
         ) from None
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(
-            "this is a Git LFS pointer, not weights",
-            where=f"{path}: {size} bytes of text",
+            "the file is a Git LFS pointer, not weights",
+            where=f"{path}: expected weights, got {size} bytes of text",
             fix="run `git lfs pull` in its folder",
         )
     if size < 16:
-        raise CheckpointError("not a whole weights file", where=f"{path}: got {size} bytes", fix=AGAIN)
+        raise CheckpointError(
+            "the weights file is incomplete",
+            where=f"{path}: expected at least 16 bytes, got {size}",
+            fix=AGAIN,
+        )
     return size
 
 
 def tensors_from_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Tensors of one safetensors file. Raises CheckpointError for any file that is not exactly one."""
+    """Tensors of one safetensors file. Raises CheckpointError for any other or damaged file."""
     size = check_weights_file(path)
     with path.open("rb") as file:
         start = file.read(8)
         if start[:4] == b"PK\x03\x04" or (start[0] == 0x80 and start[1] in range(2, 6)):
             raise CheckpointError(
-                "pickle is not read",
+                "pickle files are not supported here",
                 where=f"{path}: expected safetensors, got a pickle",
                 fix="convert it with safetensors.torch.save_file, or use the release's safetensors",
             )
         header_bytes = int.from_bytes(start, "little")
         if header_bytes > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
-                "not a whole safetensors file",
+                "the safetensors file is incomplete",
+                where=f"{path}: expected a header of {header_bytes} bytes, got a file of {size}",
                 fix=AGAIN,
-                where=f"{path}: the header claims {header_bytes} bytes, the file has {size}",
             )
         header = object_from_bytes(file.read(header_bytes), where=f"{path}, header")
     header.pop("__metadata__", None)
@@ -121,10 +132,12 @@ def tensors_from_safetensors(path: Path) -> dict[str, LazyTensor]:
 def safetensors_entry(
     path: Path, name: str, entry: object
 ) -> tuple[tuple[int, ...], torch.dtype, tuple[int, int]]:
-    """One header entry -> shape, dtype, byte span; checked in itself."""
+    """Shape, dtype and byte span of one header entry, checked for consistency. Raises CheckpointError."""
 
     def refuse(got: str) -> CheckpointError:
-        return CheckpointError("bad safetensors header", where=f"{path}: {name[:120]}: {got}", fix=AGAIN)
+        return CheckpointError(
+            "the safetensors header is invalid", where=f"{path}: {name[:120]}: {got}", fix=AGAIN
+        )
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("expected dtype, shape and data_offsets")
@@ -133,34 +146,36 @@ def safetensors_entry(
         raise refuse(f"unknown dtype {json.dumps(entry['dtype'])[:80]}")
     for numbers in (shape, span):
         if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
-            raise refuse("shape and data_offsets must be lists of natural numbers")
+            raise refuse("shape and data_offsets must be lists of non-negative integers")
     expected = math.prod(shape) * dtype.itemsize
     if len(span) != 2 or span[1] - span[0] != expected:
-        raise refuse(f"shape {shape} of {entry['dtype']} is {expected} bytes, data_offsets are {span}")
+        raise refuse(f"shape {shape} of {entry['dtype']} takes {expected} bytes, but data_offsets are {span}")
     return tuple(shape), dtype, (span[0], span[1])
 
 
 def check_layout(path: Path, spans: dict[str, tuple[int, int]], *, data_bytes: int) -> None:
-    """The tensors must cover the data one after the other: no overlap, no hole, nothing behind."""
+    """Check that the tensors cover the data one after the other, without overlap, gap or remainder. Raises
+    CheckpointError."""
     end = 0
     for name, (first, last) in sorted(spans.items(), key=lambda item: item[1]):
         if first != end:
             raise CheckpointError(
-                "bad safetensors header",
+                "the safetensors header is invalid",
+                where=f"{path}: {name[:120]}: expected it to start at byte {end}, "
+                f"where the previous tensor ends, got {first}",
                 fix=AGAIN,
-                where=f"{path}: {name[:120]}: starts at byte {first}, the one before ends at {end}",
             )
         end = last
     if end != data_bytes:
         raise CheckpointError(
-            "not a whole safetensors file",
-            fix=AGAIN,
+            "the safetensors file is incomplete or too long",
             where=f"{path}: expected {end} bytes of tensors, got {data_bytes}",
+            fix=AGAIN,
         )
 
 
 class SafetensorsReader:
-    """Opens the file when the first tensor is read, and keeps it open: each tensor maps only its own bytes."""
+    """Opens the file when the first tensor is read and keeps it open; each tensor maps only its own bytes."""
 
     def __init__(self, path: Path):
         self.path, self.file = path, None
@@ -173,30 +188,33 @@ class SafetensorsReader:
             return self.file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                "cannot read a tensor", where=f"{self.path}: {name}: {error}", fix=AGAIN
+                "a tensor cannot be read", where=f"{self.path}: {name}: {error}", fix=AGAIN
             ) from None
 
 
 def tensors_from_pt(path: Path) -> dict[str, LazyTensor]:
-    """Tensors of a release's `.pt`: under the key `state_dict`, or the dictionary itself.
+    """Tensors of a release's `.pt`, which is a dictionary of tensors or holds one under the key `state_dict`.
 
-    Raises CheckpointError when the file is damaged, holds anything but tensors, or is a pickle without torch's zip container.
+    Raises CheckpointError if the file is damaged, holds anything but tensors, or is a pickle outside torch's
+    zip container.
     """
     check_torch_zip(path, check_weights_file(path))
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            "the pickle holds more than tensors; it was not run",
-            fix="use the release's own file",
+            "the pickle holds more than tensors, so it was not executed",
             where=f"{path}: {first_line(error)}",
+            fix="use the release's own file",
         ) from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError("damaged .pt file", where=f"{path}: {first_line(error)}", fix=AGAIN) from None
+        raise CheckpointError(
+            "the .pt file is damaged", where=f"{path}: {first_line(error)}", fix=AGAIN
+        ) from None
     tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict):
         raise CheckpointError(
-            "no dictionary of tensors",
+            "the .pt file does not hold a dictionary of tensors",
             where=f"{path}: expected a dictionary, got {type(tensors).__name__}",
             fix="use the release's own file",
         )
@@ -208,49 +226,53 @@ def lazy_from_state_dict(path: Path, tensors: dict) -> Iterator[tuple[str, LazyT
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not isinstance(name, str) or not plain:
             raise CheckpointError(
-                "an entry that is not a plain tensor",
-                fix="use the release's own file",
+                "the .pt file has an entry that is not a plain tensor",
                 where=f"{path}: {str(name)[:120]}: expected a tensor, got {type(tensor).__name__}",
+                fix="use the release's own file",
             )
-        yield (
-            name,
-            LazyTensor(name, tuple(tensor.shape), tensor.dtype, path, lambda tensor=tensor: tensor.detach()),
-        )
+        shape = tuple(tensor.shape)
+        yield name, LazyTensor(name, shape, tensor.dtype, path, lambda tensor=tensor: tensor.detach())
 
 
 def check_torch_zip(path: Path, size: int) -> None:
-    """A `.pt` must be a whole zip, nothing compressed: then no byte of it can expand, and all of it can be mapped."""
+    """Check that a `.pt` is a complete zip archive with nothing compressed, so that no byte can expand and
+    every tensor can be memory-mapped. Raises CheckpointError."""
     with path.open("rb") as file:
         start = file.read(4)
         file.seek(max(0, size - (1 << 16)))
         tail = file.read()
     if start != b"PK\x03\x04":
         raise CheckpointError(
-            "not a .pt file of the release",
+            "the file is not a .pt of the release",
             where=f"{path}: expected torch's zip container, got {start!r}",
-            fix="use the release's own file; another pickle is not read",
+            fix="use the release's own file; other pickles are not supported",
         )
     found = tail.rfind(ZIP_END)
     expected = size - len(tail) + found + ZIP_END_BYTES
     if found < 0 or expected > size:
         raise CheckpointError(
-            "not a whole .pt file", where=f"{path}: it has no end within its {size} bytes", fix=AGAIN
+            "the .pt file is incomplete",
+            where=f"{path}: expected the end of a zip archive within its {size} bytes, found none",
+            fix=AGAIN,
         )
     if expected < size:
         raise CheckpointError(
-            "not a whole .pt file", where=f"{path}: expected {expected} bytes, got {size}", fix=AGAIN
+            "data follows the end of the .pt file",
+            where=f"{path}: expected {expected} bytes, got {size}",
+            fix=AGAIN,
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = [
-                entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED
-            ]
+            entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
-        raise CheckpointError("damaged .pt file", where=f"{path}: {first_line(error)}", fix=AGAIN) from None
+        raise CheckpointError(
+            "the .pt file is damaged", where=f"{path}: {first_line(error)}", fix=AGAIN
+        ) from None
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise CheckpointError(
-            "not a .pt file of the release",
-            where=f"{path}: {packed[0][:120]} is compressed",
+            "the file is not a .pt of the release",
+            where=f"{path}: expected no compressed entry, got {packed[0][:120]}",
             fix="use the release's own file",
         )
 

@@ -1,7 +1,9 @@
-"""Qwen2.5-VL's text decoder with a static KV cache, written in place: `base_ar` and `stacked_ar` are two of it.
+"""Qwen2.5-VL's text decoder with a static KV cache that is updated in place, used for `base_ar` and
+`stacked_ar`.
 
-One forward serves prefill, decode and a rewind: new tokens go to slots `write_indices ...` of a cache of fixed capacity, and
-the mask follows from that number alone. Slots never written may hold anything, NaN included.
+One forward serves prefill, decode and rewind: new tokens are written to the slots from `write_indices` on in
+a cache of fixed capacity, and the mask follows from that index alone. Slots that were never written may hold
+anything, even NaN.
 
 Source: STAR.md 1.1 and 1.2; transformers 4.51.0, models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 """
@@ -21,9 +23,10 @@ Cache = list[tuple[Tensor, Tensor]]  # per layer: key and value, each [B, KV, C,
 
 
 def rotary_frequencies(config: DecoderConfig, *, rope_bf16: bool) -> Tensor:
-    """theta^(-2i/D) for i < D/2, float32 on the CPU [D/2].
+    """theta^(-2i/D) for i < D/2, float32 [D/2] on the CPU.
 
-    `rope_bf16` rounds them through bfloat16, which is what the released scripts end up computing with (STAR.md 0.2).
+    `rope_bf16` rounds them through bfloat16, which is what the released scripts end up computing with
+    (STAR.md 0.2).
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
@@ -31,10 +34,12 @@ def rotary_frequencies(config: DecoderConfig, *, rope_bf16: bool) -> Tensor:
 
 
 class RotaryAngles(nn.Module):
-    """Positions on the three axes (time, height, width) -> cos and sin, [3, B, S] int64 -> two of [B, S, D/2].
+    """Positions on the three axes (time, height, width) -> cos and sin: [3, B, S] int64 -> two of [B, S,
+    D/2].
 
-    The first `mrope_section[0]` of the D/2 frequencies turn with time, the next with height, the rest with width.
-    Both buffers are constants of the configuration: not stored in checkpoints, and float32 whatever `.to(dtype)` says.
+    The first `mrope_section[0]` of the D/2 frequencies turn with time, the next section with height and the
+    last with width. Both buffers are constants of the configuration: checkpoints do not store them, and they
+    keep their dtypes whatever `.to(dtype)` asks for.
     """
 
     def __init__(self, config: DecoderConfig, *, rope_bf16: bool):
@@ -44,7 +49,7 @@ class RotaryAngles(nn.Module):
             self.register_buffer(name, value.to(torch.get_default_device()), persistent=False)
 
     def constants(self) -> dict[str, Tensor]:
-        """The buffers' values on the CPU, also when the module itself was built on the meta device."""
+        """The values of the buffers on the CPU, even if the module was built on the meta device."""
         axis_of_dim = [axis for axis, dims in enumerate(self.config.mrope_section) for _ in range(dims)]
         return {
             "inv_freq": rotary_frequencies(self.config, rope_bf16=self.rope_bf16),
@@ -53,7 +58,7 @@ class RotaryAngles(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> RotaryAngles:
         super()._apply(fn, recurse)
-        for name, value in self.constants().items():  # follow to another device, never to another dtype
+        for name, value in self.constants().items():  # move to another device but never change the dtype
             setattr(self, name, value.to(getattr(self, name).device))
         return self
 
@@ -72,11 +77,11 @@ def kv_cache_attention(
     write_indices: Tensor,
     mask: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write S new keys and values into the cache in place, then attend to what the mask shows of it.
+    """Write S new keys and values into the cache in place, then attend to the slots that the mask shows.
 
-    query [B, heads, S, D], key and value [B, KV, S, D], past_key and past_value [B, KV, C, D], write_indices [B] int64,
-    mask [B, 1, S, C] bool -> (output [B, heads, S, D], past_key, past_value). Raises IndexError when the new tokens
-    do not fit the capacity.
+    query [B, heads, S, D], key and value [B, KV, S, D], past_key and past_value [B, KV, C, D], write_indices
+    [B] int64, mask [B, 1, S, C] bool -> (output [B, heads, S, D], past_key, past_value). Raises IndexError if
+    the new tokens exceed the capacity.
     """
     rows = torch.arange(query.shape[0], device=query.device)[:, None]  # [B, 1]
     slots = write_indices[:, None] + torch.arange(query.shape[2], device=query.device)  # [B, S]
@@ -90,7 +95,7 @@ def kv_cache_attention(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the cache; bias on q, k and v, none on the output."""
+    """Grouped-query attention over the cache, with bias on q, k and v and none on the output."""
 
     def __init__(self, config: DecoderConfig, *, attention: Callable, rotate: Callable):
         super().__init__()
@@ -120,7 +125,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual block: attention, then SwiGLU."""
+    """A pre-norm residual block: attention, then SwiGLU."""
 
     def __init__(self, config: DecoderConfig, *, attention: Callable, rotate: Callable):
         super().__init__()
@@ -144,7 +149,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder layers and the final norm, without embedding and head."""
+    """Decoder layers and the final norm, without embedding or head."""
 
     def __init__(
         self,
@@ -167,15 +172,15 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Cache]:
         """One step of S tokens.
 
-        inputs_embeds [B, S, H], position_ids [3, B, S] int64, write_indices [B] int64 (the slot of each row's first new
-        token), past: per layer key and value [B, KV, C, D], updated in place -> (hidden_states [B, S, H] after the final
-        norm, present: the same tensors as past). Slots below the write index must have been written before.
+        inputs_embeds [B, S, H], position_ids [3, B, S] int64, write_indices [B] int64 (the slot of each row's
+        first new token), past: key and value [B, KV, C, D] per layer, updated in place -> (hidden_states [B,
+        S, H] after the final norm, present: the same tensors as past). All slots below the write index must
+        have been written before.
         """
         cos, sin = (t.to(inputs_embeds.dtype) for t in self.rotary(position_ids))
-        last_visible = write_indices[:, None] + torch.arange(
-            inputs_embeds.shape[1], device=inputs_embeds.device
-        )  # [B, S]
-        slots = torch.arange(past[0][0].shape[2], device=inputs_embeds.device)  # [C]
+        device = inputs_embeds.device
+        last_visible = write_indices[:, None] + torch.arange(inputs_embeds.shape[1], device=device)  # [B, S]
+        slots = torch.arange(past[0][0].shape[2], device=device)  # [C]
         mask = (slots <= last_visible[..., None]).unsqueeze(1)  # [B, 1, S, C]
         hidden_states, present = inputs_embeds, []
         for layer, layer_past in zip(self.layers, past, strict=True):
@@ -184,6 +189,6 @@ class Decoder(nn.Module):
         return self.norm(hidden_states), present
 
     def new_cache(self, rows: int, *, capacity_tokens: int) -> Cache:
-        """Zeros for every layer, in the dtype and on the device of the weights."""
+        """A zero cache for every layer, with the dtype and device of the weights."""
         shape = (rows, self.config.num_kv_heads, capacity_tokens, self.config.head_dim)
         return [(self.norm.weight.new_zeros(shape), self.norm.weight.new_zeros(shape)) for _ in self.layers]

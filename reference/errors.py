@@ -1,12 +1,13 @@
-"""The one error of the reference: a checkpoint that is not what it must be."""
+"""The reference's only error: a checkpoint that cannot be used."""
 
 from __future__ import annotations
 
 
 class CheckpointError(Exception):
-    """Files that cannot be read as a STAR checkpoint. `str()` is three lines: what; where, expected and got; what to do.
+    """The files cannot be read as a STAR checkpoint. `str()` gives three lines: what is wrong; where, with
+    expected and got; what to do.
 
-    `exit_code` is the command line's, so a caller can treat it as it treats its own errors.
+    `exit_code` is the command line's code for bad input, so that a caller can treat this error like its own.
     """
 
     exit_code = 3
@@ -20,5 +21,5 @@ class CheckpointError(Exception):
 
 
 def printable(text: str) -> str:
-    """Text from a file, safe to show on one line: control characters and line ends are escaped."""
+    """Text from a file made safe to show on one line: control characters and line ends are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""What the decoders and the vision encoder share: RMS norm, gated MLP, rotary embedding by halves."""
+"""Layers that the decoders and the vision encoder share: RMS norm, gated MLP, rotary embedding by halves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 whatever the activations are. [..., size] -> [..., size]."""
+    """x / rms(x) * weight, computed in float32 whatever the dtype of x: [..., size] -> [..., size]."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -20,7 +20,8 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)): SwiGLU, without bias in the decoders, with bias in the vision encoder."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), without bias in the decoders and with bias in the vision
+    encoder."""
 
     def __init__(self, size: int, hidden: int, *, bias: bool):
         super().__init__()
@@ -33,7 +34,7 @@ class GatedMLP(nn.Module):
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding where dimension d pairs with d + D/2 (not interleaved).
+    """Apply a rotary embedding in which dimension d pairs with d + D/2 (not interleaved).
 
     x [B, heads, S, D], cos and sin [B, S, D/2] -> [B, heads, S, D].
     """

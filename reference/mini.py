@@ -1,116 +1,72 @@
-"""A miniature STAR checkpoint in the release's layout, written rather than stored: for tests and for trying the program.
+"""A miniature STAR checkpoint in the release's layout, generated rather than stored, for tests and trials.
 
-Every tensor is a function of its name and shape alone. Written are STAR-mini.json, STAR-mini.pt (the trained parts),
-VQ-Model.pt and Qwen2.5-VL-mini/ (configuration, tokenizer, two safetensors shards with their index). The numbers are noise
-of a realistic scale: good for comparing implementations, not for images. `tests/golden/` holds what the official code
-computes on them, so the bytes must not change.
+It consists of STAR-mini.json, STAR-mini.pt (the trained parts), VQ-Model.pt and Qwen2.5-VL-mini/
+(configuration, tokenizer, two safetensors shards with their index). Its numbers are noise of a realistic
+scale, good for comparing implementations but not for images.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
-import numpy as np
-
-HIDDEN, LAYERS, STACKED_LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 64, 4, 2, 4, 2, 160
-HEAD_DIM = HIDDEN // HEADS
-VOCAB = 151_936
-VISION = {
-    "depth": 4,
-    "hidden_size": 64,
-    "num_heads": 4,
-    "intermediate_size": 112,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "window_size": 56,
-    "fullatt_block_indexes": [1, 3],
-    "out_hidden_size": HIDDEN,
-    "hidden_act": "silu",
-    "in_chans": 3,
-    "spatial_patch_size": 14,
-    "tokens_per_second": 2,
-}
-CODEBOOK_SIZE, CODEBOOK_DIM, Z_CHANNELS, VQ_CH, VQ_CH_MULT, VQ_HEADS, RES_BLOCKS = (
-    1024,
-    16,
-    32,
-    32,
-    [1, 2, 2, 4, 8],
-    8,
-    2,
+from .mini_tensors import (
+    CODEBOOK_DIM,
+    CODEBOOK_SIZE,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    IMAGE_TOKENS,
+    INTERMEDIATE,
+    KV_HEADS,
+    LAYERS,
+    STACKED_LAYERS,
+    VISION,
+    VOCAB,
+    VQ_CH,
+    VQ_CH_MULT,
+    VQ_HEADS,
+    Z_CHANNELS,
+    state_dicts,
 )
-IMAGE_TOKENS = 16
+
 FIRST_SPECIAL = 151_643
 SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+    *("<tool_call>", "</tool_call>"),
+    *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
 ]
 WORDS = [
-    "a",
-    "the",
-    "and",
-    "of",
-    "are",
-    "helpful",
-    "assistant",
-    "blue",
-    "red",
-    "green",
-    "cat",
-    "dog",
-    "star",
-    "image",
-    "what",
-    "is",
-    "color",
-    "change",
-    "to",
-    "photo",
+    *("a", "the", "and", "of", "are", "helpful", "assistant", "blue", "red", "green", "cat", "dog", "star"),
+    *("image", "what", "is", "color", "change", "to", "photo"),
 ]
 CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
     "{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if content['type'] == 'image' or 'image' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-Shapes = dict[str, tuple[int, ...]]
-
 
 def write_checkpoint(root: Path) -> None:
-    """Write the checkpoint into the folder `root` (made when absent): all files beside it first, then each moved to its name,
-    the configuration last. Files of an earlier call are replaced by the same bytes. Needs tokenizers."""
+    """Write the checkpoint into the folder `root`, which is created if necessary. Needs tokenizers.
+
+    All files are written to a temporary folder inside it and then moved to their names, the configuration
+    last. Files from an earlier call are replaced by the same bytes.
+    """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as staged:
@@ -132,10 +88,8 @@ def write_files(root: Path) -> None:
     write_tokenizer(qwen / "tokenizer.json")
     star, vq = ({name: torch.from_numpy(array) for name, array in arrays.items()} for arrays in state_dicts())
     write_shards({name.removeprefix("llm."): t for name, t in star.items() if name.startswith("llm.")}, qwen)
-    torch.save(
-        {"state_dict": {name: t for name, t in star.items() if not name.startswith("llm.")}},
-        root / "STAR-mini.pt",
-    )
+    trained = {name: t for name, t in star.items() if not name.startswith("llm.")}
+    torch.save({"state_dict": trained}, root / "STAR-mini.pt")
     torch.save(vq, root / "VQ-Model.pt")
     write_json(root / "STAR-mini.json", star_json())
 
@@ -145,7 +99,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_shards(tensors: dict, folder: Path) -> None:
-    """Two safetensors shards, as the base model of the release has, and their index."""
+    """Two safetensors shards, like those of the release's base model, and their index."""
     from safetensors.torch import save_file
 
     parts = [("visual.",), ("model.", "lm_head.")]
@@ -162,136 +116,13 @@ def write_shards(tensors: dict, folder: Path) -> None:
     )
 
 
-def state_dicts() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(STAR's state dict with the base model under `llm.`, the VQ model's), named as in the release."""
-    embedding = (VOCAB, HIDDEN)
-    star = (
-        {"llm.model." + name: shape for name, shape in decoder_shapes(LAYERS).items()}
-        | {"llm.model.embed_tokens.weight": embedding, "llm.lm_head.weight": embedding}
-        | {"llm.visual." + name: shape for name, shape in vision_shapes().items()}
-        | {"stacked_ar.model." + name: shape for name, shape in decoder_shapes(STACKED_LAYERS).items()}
-        | linear("pixel_adapter.layers.0", HIDDEN, CODEBOOK_DIM)
-        | linear("pixel_adapter.layers.2", HIDDEN, HIDDEN)
-        | linear("pixel_output_head", CODEBOOK_SIZE, HIDDEN)
-    )
-    vq = {name: tensor("pixel_encoder." + name, shape) for name, shape in vq_shapes().items()}
-    vq["quantize.codebook_used"] = np.zeros(65_536, np.float32)
-    return {name: tensor(name, shape) for name, shape in star.items()}, vq
-
-
-def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Noise determined by name and shape. Float32, but float64 where a fan-in scales it (the golden arrays were made so)."""
-    rng = np.random.Generator(np.random.Philox(zlib.crc32(name.encode())))
-    noise = rng.standard_normal(shape, dtype=np.float32)
-    if name.endswith("bias"):
-        return 0.05 * noise
-    if len(shape) == 1:  # gains of norms
-        return 1 + 0.1 * noise
-    if name.endswith(("quantize.embedding.weight", "embed_tokens.weight")):
-        return noise * (0.5 if "quantize" in name else 1.0)
-    if name.startswith("pixel_output_head") or name.endswith("lm_head.weight"):
-        noise = 3.0 * noise
-    return noise.astype(np.float64) / math.sqrt(math.prod(shape[1:]))
-
-
-def linear(prefix: str, outputs: int, inputs: int, *, bias: bool = True) -> Shapes:
-    return {prefix + ".weight": (outputs, inputs)} | ({prefix + ".bias": (outputs,)} if bias else {})
-
-
-def decoder_shapes(layers: int) -> Shapes:
-    shapes: Shapes = {"norm.weight": (HIDDEN,)}
-    for i in range(layers):
-        p, kv_size = f"layers.{i}.", KV_HEADS * HEAD_DIM
-        shapes |= {p + "input_layernorm.weight": (HIDDEN,), p + "post_attention_layernorm.weight": (HIDDEN,)}
-        shapes |= linear(p + "self_attn.q_proj", HIDDEN, HIDDEN) | linear(
-            p + "self_attn.o_proj", HIDDEN, HIDDEN, bias=False
-        )
-        shapes |= linear(p + "self_attn.k_proj", kv_size, HIDDEN) | linear(
-            p + "self_attn.v_proj", kv_size, HIDDEN
-        )
-        for name in ("gate_proj", "up_proj"):
-            shapes |= linear(p + "mlp." + name, INTERMEDIATE, HIDDEN, bias=False)
-        shapes |= linear(p + "mlp.down_proj", HIDDEN, INTERMEDIATE, bias=False)
-    return shapes
-
-
-def vision_shapes() -> Shapes:
-    size, hidden, merged = VISION["hidden_size"], VISION["intermediate_size"], VISION["hidden_size"] * 4
-    shapes: Shapes = {"patch_embed.proj.weight": (size, 3, 2, 14, 14), "merger.ln_q.weight": (size,)}
-    for i in range(VISION["depth"]):
-        p = f"blocks.{i}."
-        shapes |= {p + "norm1.weight": (size,), p + "norm2.weight": (size,)}
-        shapes |= linear(p + "attn.qkv", 3 * size, size) | linear(p + "attn.proj", size, size)
-        shapes |= linear(p + "mlp.gate_proj", hidden, size) | linear(p + "mlp.up_proj", hidden, size)
-        shapes |= linear(p + "mlp.down_proj", size, hidden)
-    return shapes | linear("merger.mlp.0", merged, merged) | linear("merger.mlp.2", HIDDEN, merged)
-
-
-def conv(prefix: str, outputs: int, inputs: int, kernel: int) -> Shapes:
-    return {prefix + ".weight": (outputs, inputs, kernel, kernel), prefix + ".bias": (outputs,)}
-
-
-def norm(prefix: str, channels: int) -> Shapes:
-    return {prefix + ".weight": (channels,), prefix + ".bias": (channels,)}
-
-
-def res_block(prefix: str, inputs: int, outputs: int) -> Shapes:
-    shapes = norm(prefix + ".norm1", inputs) | conv(prefix + ".conv1", outputs, inputs, 3)
-    shapes |= norm(prefix + ".norm2", outputs) | conv(prefix + ".conv2", outputs, outputs, 3)
-    return shapes | (conv(prefix + ".nin_shortcut", outputs, inputs, 1) if inputs != outputs else {})
-
-
-def attention_block(prefix: str, channels: int) -> Shapes:
-    shapes = norm(prefix + ".norm", channels)
-    for name in ("q", "k", "v", "proj_out"):
-        shapes |= conv(f"{prefix}.{name}", channels, channels, 1)
-    return shapes
-
-
-def vq_shapes() -> Shapes:
-    widths = [VQ_CH * m for m in VQ_CH_MULT]
-    shapes: Shapes = {"quantize.embedding.weight": (CODEBOOK_SIZE, CODEBOOK_DIM)}
-    shapes |= conv("quant_conv", CODEBOOK_DIM, Z_CHANNELS, 1) | conv(
-        "post_quant_conv", Z_CHANNELS, CODEBOOK_DIM, 1
-    )
-    shapes |= conv("encoder.conv_in", VQ_CH, 3, 3) | conv("encoder.conv_out", Z_CHANNELS, widths[-1], 3)
-    shapes |= conv("decoder.conv_in", widths[-1], Z_CHANNELS, 3) | conv("decoder.conv_out", 3, widths[0], 3)
-    shapes |= norm("encoder.norm_out", widths[-1]) | norm("decoder.norm_out", widths[0])
-    shapes |= levels(
-        "encoder", [VQ_CH, *widths], blocks=RES_BLOCKS, attended=len(widths) - 1, resample="downsample"
-    )
-    shapes |= levels(
-        "decoder", [widths[-1], *reversed(widths)], blocks=RES_BLOCKS + 1, attended=0, resample="upsample"
-    )
-    for half in ("encoder", "decoder"):
-        shapes |= res_block(half + ".mid.0", widths[-1], widths[-1]) | res_block(
-            half + ".mid.2", widths[-1], widths[-1]
-        )
-        shapes |= attention_block(half + ".mid.1", widths[-1])
-    return shapes
-
-
-def levels(half: str, widths: list[int], *, blocks: int, attended: int, resample: str) -> Shapes:
-    """The resolutions of one half; `widths` starts with the channels that come in, `attended` is the level with attention."""
-    shapes: Shapes = {}
-    for level, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
-        p = f"{half}.conv_blocks.{level}"
-        for block in range(blocks):
-            shapes |= res_block(f"{p}.res.{block}", outputs if block else inputs, outputs)
-            shapes |= attention_block(f"{p}.attn.{block}", outputs) if level == attended else {}
-        if level < len(widths) - 2:
-            shapes |= conv(f"{p}.{resample}.conv", outputs, outputs, 3)
-    return shapes
-
-
 def write_tokenizer(path: Path) -> None:
     """A byte-level BPE that knows a few words, with Qwen's special tokens under Qwen's ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     merges: list[tuple[str, str]] = []
-    for word in [["Ġ", *word] for word in WORDS] + [
-        list(word) for word in ("system", "You", "user", "assistant")
-    ]:
+    words = [["Ġ", *word] for word in WORDS] + [list(word) for word in ("system", "You", "user", "assistant")]
+    for word in words:
         while len(word) > 1:
             if (pair := (word[0], word[1])) not in merges:
                 merges.append(pair)
@@ -379,7 +210,7 @@ def base_json() -> dict[str, dict]:
 
 
 def star_json() -> dict:
-    """The release's configuration of the trained parts."""
+    """The configuration of the trained parts, as the release writes it."""
     return {
         "model_name": "STAR_Qwen2.5-mini_VQGAN",
         "model_type": "STARMultiModalityConfig",

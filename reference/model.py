@@ -1,4 +1,4 @@
-"""STAR: the components and how they hang together. What is done with them is `tasks.py`.
+"""STAR: its components and how they fit together. `tasks.py` holds what one does with them.
 
 Source: STAR.md 1; MM-MVR/STAR, star/models/model.py.
 """
@@ -17,11 +17,12 @@ from .vq import VQDecoder, VQEncoder
 
 
 class Star(nn.Module):
-    """One attribute per component, under the component's name.
+    """The model: one attribute per component, under the component's name.
 
-    `attention` and `rotate` are the two operations that a compiler may want as its own
-    (signatures: `decoder.kv_cache_attention`, `layers.rotate_half`). `rope_bf16` rounds the rotary frequencies as the
-    release does (STAR.md 0.2). Build it under `torch.device("meta")` and let `weights.load_star` bring the numbers.
+    `attention` and `rotate` are the two operations that a compiler may replace by its own (signatures:
+    `decoder.kv_cache_attention`, `layers.rotate_half`). `rope_bf16` rounds the rotary frequencies as the
+    release does (STAR.md 0.2). Build the model under `torch.device("meta")` and let `weights.load_star`
+    assign the weights.
     """
 
     def __init__(
@@ -48,16 +49,18 @@ class Star(nn.Module):
         self.tie_text_head()
 
     def tie_text_head(self) -> None:
-        """One parameter for token embedding and text head where the configuration says so (again after assigning weights)."""
+        """Share one parameter between token embedding and text head if the configuration ties them. Call it
+        again after assigning weights."""
         if self.config.tie_word_embeddings:
             self.text_head.weight = self.token_embedding.weight
 
     def image_embedding(self, image_ids: Tensor) -> Tensor:
-        """image_ids [...] -> what the decoders are fed for them, [..., H] (STAR.md 1.3)."""
+        """image_ids [...] -> the embeddings that the decoders are fed for them, [..., H] (STAR.md 1.3)."""
         return self.pixel_adapter(self.codebook(image_ids))
 
     def constants(self) -> dict[str, Tensor]:
-        """Values of the buffers that no checkpoint stores, by buffer name, on the CPU even for a model on the meta device."""
+        """The buffers that no checkpoint stores, by name. The values are on the CPU even if the model is on
+        the meta device."""
         return {
             f"{name}.rotary.{key}": value
             for name, decoder in (("base_ar", self.base_ar), ("stacked_ar", self.stacked_ar))
@@ -66,7 +69,7 @@ class Star(nn.Module):
 
 
 def pixel_adapter(codebook_dim: int, hidden_size: int, *, depth: int) -> nn.Sequential:
-    """`depth` linear layers with exact GELU between them. [..., codebook_dim] -> [..., H]."""
+    """`depth` linear layers with exact GELU between them: [..., codebook_dim] -> [..., H]."""
     layers: list[nn.Module] = [nn.Linear(codebook_dim, hidden_size)]
     for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]

@@ -1,7 +1,8 @@
-"""Names of tensors: the one place where the release's become ours.
+"""Tensor names: the one place that translates the release's names to ours.
 
-Our names are `Star.state_dict()`'s. The release names by transformers 4.51; files written by 5.x have two longer prefixes, which
-are shortened first. After that the translation is a table of prefixes, read in both directions.
+Our names are those of `Star.state_dict()`. The release uses the names of transformers 4.51; files written by
+5.x have two longer prefixes, which are shortened first. The rest is a table of prefixes that is read in both
+directions.
 
 Source: STAR.md 2.2 and 2.3.
 """
@@ -35,24 +36,25 @@ VQ_PREFIXES = {
 }
 PREFIXES = {"base": BASE_PREFIXES, "trained": TRAINED_PREFIXES, "vq": VQ_PREFIXES}
 
-NEWER_PREFIXES = {
+# part (base, trained, vq) -> release name -> (our name, stored shape, our shape)
+Expected = dict[str, dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]]
+
+NEWER_PREFIXES = {  # transformers 5.x -> 4.51
     "model.language_model.": "model.",
-    "model.visual.": "visual.",  # transformers 5.x -> 4.51
+    "model.visual.": "visual.",
     "stacked_ar.model.language_model.": "stacked_ar.model.",
 }
-SET_ASIDE = (
-    "diffusion_decoder.",
-    "quantize.codebook_used",
-)  # in release files, not part of what is computed here
+# The release's files hold these too, but the model does not use them.
+SET_ASIDE = ("diffusion_decoder.", "quantize.codebook_used")
 
 
 def release_name(stored: str) -> str:
-    """A stored name in either spelling -> transformers 4.51's."""
+    """The name that transformers 4.51 gives a stored tensor, from either spelling."""
     return replace_prefix(stored, NEWER_PREFIXES) or stored
 
 
 def replace_prefix(name: str, prefixes: dict[str, str]) -> str | None:
-    """The name with the first prefix that fits exchanged; None when none does."""
+    """The name with its first matching prefix replaced, or None if no prefix matches."""
     for old, new in prefixes.items():
         if name.startswith(old):
             return new + name[len(old) :]
@@ -60,7 +62,7 @@ def replace_prefix(name: str, prefixes: dict[str, str]) -> str | None:
 
 
 def aliases(config: StarConfig) -> dict[str, str]:
-    """Names of `Star.state_dict()` that are another's tensor -> that other name."""
+    """Names in `Star.state_dict()` that share another name's tensor -> that other name."""
     shared = {
         "vq_encoder.codebook.weight": "codebook.weight",
         "vq_decoder.codebook.weight": "codebook.weight",
@@ -68,20 +70,18 @@ def aliases(config: StarConfig) -> dict[str, str]:
     return shared | ({"text_head.weight": "token_embedding.weight"} if config.tie_word_embeddings else {})
 
 
-def expected_tensors(
-    config: StarConfig,
-) -> dict[str, dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]]:
-    """What the files must hold: part (base, trained, vq) -> release name -> (our name, stored shape, our shape)."""
+def expected_tensors(config: StarConfig) -> Expected:
+    """The tensors that the files must hold: part (base, trained, vq) -> release name -> (our name, stored
+    shape, our shape)."""
     with torch.device("meta"):
         ours = {name: tuple(tensor.shape) for name, tensor in Star(config).state_dict().items()}
     for name in aliases(config):
         del ours[name]
     vision = config.vision
     patch_shape = (vision.hidden_size, 3, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    stored_shapes = ours | {
-        "vision_encoder.patch_embed.weight": patch_shape
-    }  # a Conv3d there, flattened here
-    found: dict[str, dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
+    # The release stores a Conv3d, which is a linear layer on flattened patches here.
+    stored_shapes = ours | {"vision_encoder.patch_embed.weight": patch_shape}
+    found: Expected = {}
     for part, prefixes in PREFIXES.items():
         backwards = {ours_prefix: release_prefix for release_prefix, ours_prefix in prefixes.items()}
         named = {name: replace_prefix(name, backwards) for name in ours}

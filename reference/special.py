@@ -1,6 +1,7 @@
-"""Ids of the special tokens a prompt row is made of, read from the base model's tokenizer.
+"""Ids of the special tokens in a prompt row, read from the base model's tokenizer.
 
-Qwen's `config.json` states some of them, its `tokenizer.json` all: one place is read, so two cannot disagree.
+Qwen's `config.json` states some of them and its `tokenizer.json` all. Only the latter is read, so that the
+two cannot disagree.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ FIX = "use the base model's own tokenizer.json"
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Each field is the id of the token `<|field|>`."""
+    """Each field holds the id of the token `<|field|>`."""
 
     im_start: int
     im_end: int
@@ -28,7 +29,8 @@ class SpecialIds:
 
 
 def special_ids_from_tokenizer(path: Path, *, vocab_size: int) -> SpecialIds:
-    """The ids that `tokenizer.json` gives its added tokens. Raises CheckpointError where one is missing or too large."""
+    """The ids that `tokenizer.json` gives its added tokens. Raises CheckpointError if one is missing or out
+    of range."""
     added = read_object(path).get("added_tokens")
     entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
     ids = {entry.get("content"): entry.get("id") for entry in entries}
@@ -36,8 +38,9 @@ def special_ids_from_tokenizer(path: Path, *, vocab_size: int) -> SpecialIds:
     for name, value in found.items():
         if type(value) is not int or not 0 <= value < vocab_size:
             raise CheckpointError(
-                "the tokenizer is not the model's",
+                "the tokenizer does not belong to the model",
+                where=f"{path}: added_tokens: <|{name}|>: "
+                f"expected an id below {vocab_size}, got {value!r:.40}",
                 fix=FIX,
-                where=f"{path}: added_tokens: <|{name}|>: expected an id below {vocab_size}, got {value!r:.40}",
             )
     return SpecialIds(**found)

@@ -1,7 +1,8 @@
-"""JSON objects read strictly: what Python's parser lets pass (duplicate keys, NaN, infinities, `true` for 1) is refused.
+"""Strict reading of JSON objects: it rejects the duplicate keys, NaN, infinities and `true` for 1 that
+Python's parser accepts.
 
-Every refusal names the file and the path of the key. A `Section` hands out typed values and at the end refuses what nobody
-asked for, so an unknown key cannot be silently ignored.
+Every error names the file and the path of the key. A `Section` returns typed values and at the end rejects
+the keys that nobody read, so that an unknown key cannot be ignored silently.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from .errors import CheckpointError
 
-MAX_BYTES = 16 << 20  # a config is a few KiB, the index of a sharded model some hundred
+MAX_BYTES = 16 << 20  # a configuration has a few KiB, the index of a sharded model a few hundred
 FIX = "use the unmodified file of the release"
 
 
@@ -21,7 +22,11 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError for anything else."""
     try:
         if not path.is_file():  # a pipe would never end
-            raise CheckpointError(f"no {path.name}", where=f"{path}: not a file", fix="check the path")
+            raise CheckpointError(
+                f"{path.name} does not exist",
+                where=f"{path}: expected a file, found none",
+                fix="check the path",
+            )
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise CheckpointError(
@@ -38,16 +43,17 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def object_from_bytes(data: bytes, *, where: str) -> dict[str, Any]:
-    """The JSON object in UTF-8 bytes; `where` names them in errors."""
+    """The JSON object in UTF-8 bytes; `where` names their origin in errors. Raises CheckpointError for
+    anything else."""
 
     def refuse(got: str) -> CheckpointError:
-        return CheckpointError("not a strict JSON object", where=f"{where}: {got}", fix=FIX)
+        return CheckpointError("the file is not a strict JSON object", where=f"{where}: {got}", fix=FIX)
 
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise refuse(f"key {key[:80]!r} is given twice")
+                raise refuse(f"key {key[:80]!r} appears twice")
             found[key] = value
         return found
 
@@ -62,7 +68,7 @@ def object_from_bytes(data: bytes, *, where: str) -> dict[str, Any]:
         return int(text)
 
     if data.startswith(b"\xef\xbb\xbf"):
-        raise refuse("starts with a UTF-8 byte order mark")
+        raise refuse("it starts with a UTF-8 byte order mark")
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -72,18 +78,18 @@ def object_from_bytes(data: bytes, *, where: str) -> dict[str, Any]:
             parse_constant=number,
         )
     except UnicodeDecodeError as error:
-        raise refuse(f"not UTF-8 at byte {error.start}") from None
+        raise refuse(f"byte {error.start} is not valid UTF-8") from None
     except json.JSONDecodeError as error:
         raise refuse(f"line {error.lineno} column {error.colno}: {error.msg}") from None
     except RecursionError:
-        raise refuse("nested too deeply") from None
+        raise refuse("it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise refuse(f"expected an object at the top, got {kind(value)}")
+        raise refuse(f"expected an object at the top level, got {kind(value)}")
     return value
 
 
 def kind(value: Any) -> str:
-    """A JSON value as a reader would name it, short enough for a message."""
+    """A JSON value as a reader would name it, short enough for an error message."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value)
@@ -91,8 +97,11 @@ def kind(value: Any) -> str:
 
 
 class Section:
-    """One JSON object, read key by key. Values are taken with `integer`, `number`, `text`, `flag`, `integers`, `section`;
-    `finish` then refuses the keys that nobody took. All raise CheckpointError with the key's path."""
+    """One JSON object, read key by key.
+
+    `integer`, `number`, `text`, `flag`, `integers` and `section` read values, and `finish` rejects the keys
+    that were not read. All of them raise CheckpointError with the path of the key.
+    """
 
     def __init__(self, values: dict[str, Any], *, source: Path, path: str = ""):
         self.values, self.source, self.path = values, source, path
@@ -100,7 +109,7 @@ class Section:
 
     def refuse(self, key: str, expected: str, got: str) -> CheckpointError:
         return CheckpointError(
-            f"bad value in {self.source.name}",
+            f"{self.source.name} has an invalid value",
             where=f"{self.source}: {self.key_path(key)}: expected {expected}, got {got}",
             fix=FIX,
         )
@@ -118,7 +127,7 @@ class Section:
         return self.values[key]
 
     def integer(self, key: str, *, low: int = 1, high: int, default: int | None = None) -> int:
-        """An integer within [low, high]; `default` where the key may be absent."""
+        """An integer in [low, high]. The key may be absent only if there is a `default`."""
         if default is not None and key not in self.values:
             return default
         return self.check_integer(key, self.take(key, f"an integer from {low} to {high}"), low=low, high=high)
@@ -129,7 +138,7 @@ class Section:
         return value
 
     def number(self, key: str, *, low: float, high: float) -> float:
-        """A number within [low, high]."""
+        """A number in [low, high]."""
         expected = f"a number from {low:g} to {high:g}"
         value = self.take(key, expected)
         if type(value) not in (int, float) or not low <= value <= high:
@@ -137,7 +146,7 @@ class Section:
         return float(value)
 
     def text(self, key: str, *, choices: tuple[str, ...] = ()) -> str:
-        """A string, one of `choices` where given."""
+        """A string, one of `choices` if there are any."""
         expected = " or ".join(json.dumps(choice) for choice in choices) or "a string"
         value = self.take(key, expected)
         if type(value) is not str or (choices and value not in choices):
@@ -145,7 +154,7 @@ class Section:
         return value
 
     def flag(self, key: str, *, default: bool | None = None) -> bool:
-        """`true` or `false`; `default` where the key may be absent."""
+        """`true` or `false`. The key may be absent only if there is a `default`."""
         if default is not None and key not in self.values:
             return default
         value = self.take(key, "true or false")
@@ -154,7 +163,7 @@ class Section:
         return value
 
     def integers(self, key: str, *, low: int, high: int, length: int | None = None) -> tuple[int, ...]:
-        """A list of integers within [low, high], not empty, of `length` where given."""
+        """A non-empty list of integers in [low, high], of the given `length` if there is one."""
         expected = f"a list of {length or 'one or more'} integers from {low} to {high}"
         value = self.take(key, expected)
         if type(value) is not list or not value or len(value) > 1024 or (length and len(value) != length):
@@ -173,7 +182,7 @@ class Section:
         return Section(value, source=self.source, path=self.key_path(key))
 
     def finish(self, *, unused: frozenset[str] = frozenset()) -> None:
-        """Refuse every key that was neither taken nor is known and `unused` here."""
+        """Reject every key that was not read and is not listed as `unused`."""
         for key in sorted(self.values.keys() - self.taken - unused):
             known = ", ".join(sorted(self.taken))
             raise self.refuse(key[:80], f"no key of this name (known: {known})", "an unknown key")

@@ -1,7 +1,7 @@
-"""What is done with the model: answer, generate, edit. Slow, obvious loops: the oracle of every fast path.
+"""The model's tasks: answer, generate and edit. These are slow, obvious loops, the oracle of every fast path.
 
-All of it works on ids, positions and tensors. Prompts, tokenising and images from files belong to the caller; implicit
-reasoning is `answer`, then `generate` on the answer's ids in the prompt's place (STAR.md 3.5).
+They work on ids, positions and tensors. Prompts, tokenising and image files are up to the caller. Implicit
+reasoning is `answer` followed by `generate`, with the ids of the answer in place of the prompt (STAR.md 3.5).
 
 Source: STAR.md 3; MM-MVR/STAR, star/models/model.py; transformers 4.51.0, generation/logits_process.py.
 """
@@ -21,16 +21,18 @@ from .special import SpecialIds
 
 @dataclass(frozen=True)
 class Generated:
-    """N images, and what was computed on the way. Rows are conditional, unconditional, conditional, ..."""
+    """N images and the tensors computed on the way.
+
+    The rows of a batch alternate: conditional, unconditional, conditional, ...
+    `image` is about [-1, 1], not clipped, and None if `image_tokens` stopped the drawing early.
+    """
 
     image_ids: Tensor  # [N, T] int64
-    image: (
-        Tensor | None
-    )  # [N, 3, R, R], about [-1, 1] and not clipped; None when fewer ids than an image has were asked for
+    image: Tensor | None  # [N, 3, R, R]
     prefill_embeds: Tensor  # [2N, L, H]
-    base_hidden: Tensor  # [2N, L, H] base_ar after its final norm, prefill
-    head_in: Tensor  # [T, 2N, H] stacked_ar after its final norm, last position, per step
-    cfg_logits: Tensor  # [T, N, K] after guidance, per step
+    base_hidden: Tensor  # [2N, L, H] of the prefill: base_ar after its final norm
+    head_in: Tensor  # [T, 2N, H] of each step: the last position of stacked_ar after its final norm
+    cfg_logits: Tensor  # [T, N, K] of each step, after guidance
 
 
 @torch.no_grad()
@@ -48,9 +50,10 @@ def generate(
 ) -> Generated:
     """Draw N images from 2N prompt rows (`guidance_rows`).
 
-    input_ids [2N, L]; `inputs_embeds` [2N, L, H] replaces their embeddings (editing: `edit_embeds`). position_ids
-    [3, 1 or 2N, at least L + T - 1] replaces the slot numbers on all three axes. uniforms [T, N] in [0, 1) decide the draws;
-    without them the arg-max after guidance is taken. `image_tokens` stops early.
+    input_ids [2N, L]; `inputs_embeds` [2N, L, H] replaces their embeddings (for editing: `edit_embeds`).
+    position_ids [3, 1 or 2N, at least L + T - 1] replaces the slot numbers on all three axes. uniforms [T, N]
+    in [0, 1) decide the draws; without them each step takes the arg-max after guidance. `image_tokens` stops
+    early.
     """
     count = image_tokens or star.config.vq.image_tokens
     embeds = star.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
@@ -83,15 +86,15 @@ def generate(
 def answer(
     star: Star, input_ids: Tensor, position_ids: Tensor, image_embeds: Tensor | None, *, max_new_tokens: int
 ) -> Tensor:
-    """Answer in text by the base model alone, greedily, with the checkpoint's repetition penalty on prompt and answer.
+    """Answer in text with the base model alone, greedily; the checkpoint's repetition penalty covers prompt
+    and answer.
 
-    input_ids [1, L], position_ids [3, 1, L] (`mrope_position_ids`), image_embeds [P/4, H] for the `<|image_pad|>` places
-    -> new ids [n] int64, n <= max_new_tokens, the one that ended the answer included.
+    input_ids [1, L], position_ids [3, 1, L] (`mrope_position_ids`), image_embeds [P/4, H] for the
+    `<|image_pad|>` places -> new ids [n] int64, n <= max_new_tokens, including the id that ended the answer.
     """
     config = star.config
-    embeds = prompt_embeds(
-        star, input_ids, {} if image_embeds is None else {config.special.image_pad: image_embeds}
-    )
+    replaced = {} if image_embeds is None else {config.special.image_pad: image_embeds}
+    embeds = prompt_embeds(star, input_ids, replaced)
     cache = star.base_ar.new_cache(1, capacity_tokens=input_ids.shape[1] + max_new_tokens)
     seen, positions, first = input_ids[0], position_ids, 0
     for _ in range(max_new_tokens):
@@ -107,7 +110,7 @@ def answer(
 
 
 def new_caches(star: Star, rows: int, *, capacity_tokens: int) -> tuple[Cache, Cache]:
-    """Empty caches for the two decoders."""
+    """Empty caches for both decoders."""
     return (
         star.base_ar.new_cache(rows, capacity_tokens=capacity_tokens),
         star.stacked_ar.new_cache(rows, capacity_tokens=capacity_tokens),
@@ -117,7 +120,8 @@ def new_caches(star: Star, rows: int, *, capacity_tokens: int) -> tuple[Cache, C
 def both_decoders(
     star: Star, embeds: Tensor, positions: Tensor, first: int, caches: tuple[Cache, Cache]
 ) -> tuple[Tensor, Tensor]:
-    """One step through base and stack: embeds [B, S, H], positions [3, B, S] -> hidden states of each, [B, S, H]."""
+    """One step through base and stack: embeds [B, S, H], positions [3, B, S] -> hidden states of each, [B, S,
+    H]."""
     base_hidden = decode(star.base_ar, embeds, positions, first, caches[0])
     return base_hidden, decode(star.stacked_ar, base_hidden, positions, first, caches[1])
 
@@ -129,15 +133,17 @@ def decode(decoder: Decoder, embeds: Tensor, positions: Tensor, first: int, cach
 
 
 def guide(logits: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance u + w (c - u). logits [2N, V], rows c, u, c, u, ... -> [N, V]."""
+    """Classifier-free guidance u + w (c - u): logits [2N, V] with rows c, u, c, u, ... -> [N, V]."""
     conditional, unconditional = logits[0::2], logits[1::2]
     return unconditional + guidance * (conditional - unconditional)
 
 
 def sample(logits: Tensor, *, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
-    """Inverse-CDF draw from the filtered distribution, most probable first. logits [N, V], uniform [N] in [0, 1) -> ids [N].
+    """Inverse-CDF draw from the filtered distribution, the most probable id first: logits [N, V], uniform [N]
+    in [0, 1) -> ids [N].
 
-    The drawn rank is the number of cumulative sums not above uniform times their total, at most the last one kept.
+    The rank drawn is the number of cumulative sums that do not exceed `uniform` times their total, limited to
+    the last id kept.
     """
     probabilities, order = ranked_probabilities(logits, top_k=top_k, top_p=top_p)
     sums = probabilities.cumsum(-1)  # [N, V]
@@ -147,7 +153,7 @@ def sample(logits: Tensor, *, top_k: int, top_p: float, uniform: Tensor) -> Tens
 
 
 def filtered_probabilities(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Softmax after the release's top-k and top-p filters. [N, V] -> [N, V]."""
+    """Softmax after the release's top-k and top-p filters: [N, V] -> [N, V]."""
     probabilities, order = ranked_probabilities(logits, top_k=top_k, top_p=top_p)
     return torch.zeros_like(probabilities).scatter(-1, order, probabilities)
 
@@ -155,8 +161,8 @@ def filtered_probabilities(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 def ranked_probabilities(logits: Tensor, *, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Filtered probabilities in descending order, ties by lower id, and the ids in that order: two of [N, V].
 
-    top-k keeps what ties with the k-th (0: keeps all); then top-p, only below 1, keeps up to the first whose cumulative
-    probability exceeds it (STAR.md 3.4).
+    top-k keeps all ids that tie with the k-th (0 keeps every id). top-p, applied next if below 1, keeps the
+    ids up to and including the first whose cumulative probability exceeds it (STAR.md 3.4).
     """
     ranked, order = logits.float().sort(dim=-1, descending=True, stable=True)
     if top_k > 0:
@@ -164,21 +170,22 @@ def ranked_probabilities(logits: Tensor, *, top_k: int, top_p: float) -> tuple[T
         ranked = ranked.masked_fill(ranked < threshold, -torch.inf)
     if top_p < 1:
         beyond = ranked.softmax(-1).cumsum(-1) > top_p
-        beyond = torch.cat(
-            [torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], dim=-1
-        )  # the first beyond top_p stays
+        # The first id beyond top_p is kept as well.
+        beyond = torch.cat([torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], dim=-1)
         ranked = ranked.masked_fill(beyond, -torch.inf)
     return ranked.softmax(-1), order
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits of ids that occurred. logits [V], seen [n] -> [V]."""
+    """Divide the positive and multiply the negative logits of ids that occurred: logits [V], seen [n] ->
+    [V]."""
     old = logits[seen]
     return logits.scatter(0, seen, torch.where(old < 0, old * penalty, old / penalty))
 
 
 def prompt_embeds(star: Star, input_ids: Tensor, replaced: dict[int, Tensor]) -> Tensor:
-    """Token embeddings, those of the placeholder ids replaced in order. input_ids [B, L], id -> [n, H] -> [B, L, H]."""
+    """Token embeddings with those of the placeholder ids replaced in order: input_ids [B, L], id -> [n, H] ->
+    [B, L, H]."""
     embeds = star.token_embedding(input_ids)
     for placeholder, values in replaced.items():
         embeds[input_ids == placeholder] = values.to(embeds.dtype).repeat(input_ids.shape[0], 1)
@@ -186,16 +193,21 @@ def prompt_embeds(star: Star, input_ids: Tensor, replaced: dict[int, Tensor]) ->
 
 
 def edit_embeds(star: Star, input_ids: Tensor, *, image_ids: Tensor, image_embeds: Tensor) -> Tensor:
-    """Prompt of an edit. input_ids [2, L] (`edit_ids`), image_ids [T] of the image, image_embeds [P/4, H] -> [2, L, H]."""
+    """The embeddings of an edit's prompt.
+
+    input_ids [2, L] (`edit_ids`), image_ids [T] of the image, image_embeds [P/4, H] -> [2, L, H].
+    """
     special = star.config.special
     replaced = {special.vision_pad: star.image_embedding(image_ids), special.image_pad: image_embeds}
     return prompt_embeds(star, input_ids, replaced)
 
 
 def guidance_rows(input_ids: Tensor, special: SpecialIds) -> Tensor:
-    """Each prompt and its unconditional twin, whose ids between the first and the last four are `<|fim_pad|>`.
+    """Each prompt and its unconditional twin, in which `<|fim_pad|>` replaces the ids between the first and
+    the last four.
 
-    input_ids [N, L] ending in `<|vision_start|>` -> [2N, L] (STAR.md 3.3; editing masks before the image is put in).
+    input_ids [N, L] ending in `<|vision_start|>` -> [2N, L] (STAR.md 3.3; editing masks before it inserts the
+    image).
     """
     unconditional = input_ids.clone()
     unconditional[:, 1:-4] = special.fim_pad
@@ -205,7 +217,8 @@ def guidance_rows(input_ids: Tensor, special: SpecialIds) -> Tensor:
 def edit_ids(
     rows: Tensor, special: SpecialIds, *, insert_at: int, newline: int, image_tokens: int, merged_patches: int
 ) -> Tensor:
-    """Prompt rows with the image's places put in: its image ids as `<|vision_pad|>`, its patches as `<|image_pad|>`.
+    """Prompt rows with places for the image: `<|vision_pad|>` for its image ids, `<|image_pad|>` for its
+    merged patches.
 
     rows [2, L0], `insert_at` after "<|im_start|>user\\n" -> [2, L] (STAR.md 3.6).
     """
@@ -225,10 +238,12 @@ def edit_ids(
 def mrope_position_ids(
     input_ids: Tensor, grids: Sequence[tuple[int, int]], special: SpecialIds, *, trailing: int = 0
 ) -> Tensor:
-    """Positions on the three axes. input_ids [L], merged rows and columns of each image -> [3, 1, L + trailing] int64.
+    """Positions on the three axes: input_ids [L], merged rows and columns of each image -> [3, 1, L +
+    trailing] int64.
 
-    Text advances all axes by one. An image is what follows `<|vision_start|>` as `<|image_pad|>`: one place in time, its rows
-    and columns on the other axes; text goes on behind the larger of the two. `trailing` continues for ids yet to come.
+    Text advances all axes by one. An image is the run of `<|image_pad|>` after `<|vision_start|>`: it takes
+    one place in time, and its rows and columns on the other axes; text continues after the larger of the two.
+    `trailing` continues the positions for ids yet to come.
     """
     columns: list[Tensor] = []  # each [3, n]
     start, done, remaining = 0, 0, list(grids)
@@ -237,9 +252,8 @@ def mrope_position_ids(
         if ids[done] == special.image_pad and done and ids[done - 1] == special.vision_start:
             grid_h, grid_w = remaining.pop(0)
             rows = torch.arange(grid_h).repeat_interleave(grid_w)
-            columns.append(
-                start + torch.stack([torch.zeros_like(rows), rows, torch.arange(grid_w).repeat(grid_h)])
-            )
+            places = torch.stack([torch.zeros_like(rows), rows, torch.arange(grid_w).repeat(grid_h)])
+            columns.append(start + places)
             start, done = start + max(grid_h, grid_w), done + grid_h * grid_w
         else:
             columns.append(torch.full((3, 1), start))

@@ -1,7 +1,8 @@
-"""Qwen2.5-VL's vision encoder for one image, and what it needs to know of the image's grid.
+"""Qwen2.5-VL's vision encoder for one image, and what it derives from the image's patch grid.
 
-Patches stay in the image processor's order: 2x2 blocks of neighbours, so four consecutive rows become one merged token. The
-release permutes them into windows and back; here a windowed block masks by window number instead, which computes the same.
+Patches stay in the image processor's order: 2x2 blocks of neighbours, so that four consecutive rows become
+one merged token. The release permutes patches into windows and back; here a windowed block masks by window
+number, which computes the same.
 
 Source: STAR.md 1.1; transformers 4.51.0, models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 """
@@ -22,7 +23,8 @@ RMS_NORM_EPS = 1e-6
 
 
 def patch_coordinates(config: VisionConfig, *, grid_h: int, grid_w: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every patch in the image processor's order: two of [P] int64. Sizes are in patches."""
+    """Row and column of every patch in the image processor's order, two of [P] int64. The grid is given in
+    patches."""
     merge = config.spatial_merge_size
     rows = torch.arange(grid_h).view(grid_h // merge, 1, merge, 1).expand(-1, grid_w // merge, -1, merge)
     columns = torch.arange(grid_w).view(1, grid_w // merge, 1, merge).expand(grid_h // merge, -1, merge, -1)
@@ -30,9 +32,11 @@ def patch_coordinates(config: VisionConfig, *, grid_h: int, grid_w: int) -> tupl
 
 
 def rotary_angles(config: VisionConfig, *, grid_h: int, grid_w: int, rope_bf16: bool = True) -> Tensor:
-    """Rotary angles of every patch, float32 [P, head_dim/2]: head_dim/4 of its row, then head_dim/4 of its column.
+    """Rotary angles of every patch, float32 [P, head_dim/2]: head_dim/4 from its row, then head_dim/4 from
+    its column.
 
-    `rope_bf16` rounds frequencies, positions and their product through bfloat16, as the release does (STAR.md 1.1).
+    `rope_bf16` rounds frequencies, positions and their products through bfloat16, as the release does
+    (STAR.md 1.1).
     """
     dims = config.hidden_size // config.num_heads // 2
     dtype = torch.bfloat16 if rope_bf16 else torch.float32
@@ -46,7 +50,8 @@ def rotary_cos_sin(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of `rotary_angles`, two of float32 [P, head_dim/2].
 
-    `rope_bf16` rounds them through bfloat16 too: in the release they are bfloat16 before they are applied in float32.
+    `rope_bf16` also rounds these through bfloat16: the release stores them in bfloat16 before it applies them
+    in float32.
     """
     angles = rotary_angles(config, grid_h=grid_h, grid_w=grid_w, rope_bf16=rope_bf16)
     cos, sin = angles.cos(), angles.sin()
@@ -54,14 +59,15 @@ def rotary_cos_sin(
 
 
 def window_ids(config: VisionConfig, *, grid_h: int, grid_w: int) -> Tensor:
-    """Number of the attention window of every patch, [P] int64."""
+    """The number of the attention window of every patch, [P] int64."""
     side = config.window_size // config.patch_size  # in patches
     rows, columns = patch_coordinates(config, grid_h=grid_h, grid_w=grid_w)
     return rows // side * -(-grid_w // side) + columns // side
 
 
 class VisionAttention(nn.Module):
-    """Attention among the patches that the mask lets see each other; rotary in float32, as in the release."""
+    """Attention among the patches that the mask lets see each other; the rotary embedding is in float32, as
+    in the release."""
 
     def __init__(self, config: VisionConfig, *, rotate: Callable):
         super().__init__()
@@ -80,7 +86,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm residual block: attention, then a gated MLP with bias."""
+    """A pre-norm residual block: attention, then a gated MLP with bias."""
 
     def __init__(self, config: VisionConfig, *, rotate: Callable):
         super().__init__()
@@ -95,7 +101,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Norm, then an MLP over each group of merge x merge consecutive patches. [P, h] -> [P/4, H]."""
+    """A norm, then an MLP over each group of merge x merge consecutive patches: [P, h] -> [P/4, H]."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -118,16 +124,16 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         patch_values = 3 * config.temporal_patch_size * config.patch_size**2
-        self.patch_embed = nn.Linear(
-            patch_values, config.hidden_size, bias=False
-        )  # the release's Conv3d, flattened
+        # The release has a Conv3d here; on flattened patches it is a linear layer.
+        self.patch_embed = nn.Linear(patch_values, config.hidden_size, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(config, rotate=rotate) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
     def forward(
         self, pixel_values: Tensor, rotary_cos: Tensor, rotary_sin: Tensor, window_ids: Tensor
     ) -> Tensor:
-        """pixel_values [P, 1176], rotary_cos and rotary_sin [P, head_dim/2] float32, window_ids [P] int64 -> [P/4, H]."""
+        """pixel_values [P, 1176], rotary_cos and rotary_sin [P, head_dim/2] float32, window_ids [P] int64 ->
+        [P/4, H]."""
         cos, sin = rotary_cos.unsqueeze(0), rotary_sin.unsqueeze(0)  # [1, P, head_dim/2]
         windows = window_ids[:, None] == window_ids[None, :]  # [P, P]
         x = self.patch_embed(pixel_values)

@@ -1,4 +1,4 @@
-"""STAR-VQ: image <-> image ids. A convolutional encoder and decoder around a codebook that both read.
+"""STAR-VQ: image <-> image ids. A convolutional encoder and decoder share one codebook.
 
 Source: STAR.md 1.5; MM-MVR/STAR, star/models/pixel_encoder/vq_model.py.
 """
@@ -17,19 +17,19 @@ NORM_EPS = 1e-6
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm with 32 groups, in float32 whatever the activations are."""
+    """Group norm with 32 groups, computed in float32 whatever the dtype of x."""
 
     def __init__(self, channels: int):
         super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(
-            x.dtype
-        )
+        normed = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)
 
 
 class ResBlock(nn.Module):
-    """Norm, swish, 3x3 convolution, twice, and a shortcut (1x1 convolution where the channels change)."""
+    """Norm, swish and 3x3 convolution, twice, with a shortcut (a 1x1 convolution where the number of channels
+    changes)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -47,7 +47,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Multi-head attention among all places of the map, with a residual. [N, c, h, w] -> [N, c, h, w]."""
+    """Multi-head attention among all places of the map, with a residual: [N, c, h, w] -> [N, c, h, w]."""
 
     def __init__(self, channels: int, *, num_heads: int):
         super().__init__()
@@ -66,7 +66,8 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size: a stride of two after one row and column of zeros at the bottom and right."""
+    """Halves the size: a convolution of stride two after padding one row and column of zeros at the bottom
+    and right."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -77,7 +78,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: nearest neighbour, then a convolution."""
+    """Doubles the size: nearest-neighbour interpolation, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -88,7 +89,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: residual blocks, each followed by attention at the lowest one, then the resampling."""
+    """The blocks of one resolution: residual blocks, each followed by attention at the lowest one, then the
+    resampling."""
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ class Level(nn.Module):
 
 
 def middle(channels: int, num_heads: int) -> nn.Sequential:
-    """The blocks at the lowest resolution, between encoder or decoder levels and the latent."""
+    """The blocks at the lowest resolution, between the levels of an encoder or decoder and the latent."""
     return nn.Sequential(
         ResBlock(channels, channels),
         AttentionBlock(channels, num_heads=num_heads),
@@ -130,7 +132,7 @@ def middle(channels: int, num_heads: int) -> nn.Sequential:
 
 
 class VQEncoder(nn.Module):
-    """Image -> the nearest codebook entry of each place, row by row."""
+    """Image -> the id of the nearest codebook entry at each place, row by row."""
 
     def __init__(self, config: VQConfig, codebook: nn.Embedding):
         super().__init__()
@@ -155,7 +157,7 @@ class VQEncoder(nn.Module):
         self.codebook = codebook
 
     def latents(self, image: Tensor) -> Tensor:
-        """image [N, 3, R, R] in [-1, 1] -> what is quantised, [N, codebook_dim, h, w]."""
+        """image [N, 3, R, R] in [-1, 1] -> the values to be quantised, [N, codebook_dim, h, w]."""
         x = self.conv_in(image)
         for level in self.conv_blocks:
             x = level(x)
@@ -163,13 +165,15 @@ class VQEncoder(nn.Module):
         return self.quant_conv(x)
 
     def distances(self, latents: Tensor) -> Tensor:
-        """latents [N, codebook_dim, h, w] -> [N, T, K], |z - e|^2 to every entry e in float32, without |z|^2, which is the same for all."""
+        """latents [N, codebook_dim, h, w] -> [N, T, K] float32: |z - e|^2 to every entry e, less |z|^2, which
+        all share."""
         z = latents.flatten(2).transpose(1, 2).float()  # [N, T, codebook_dim]
         entries = self.codebook.weight.float()  # [K, codebook_dim]
         return entries.square().sum(-1) - 2 * (z @ entries.T)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image [N, 3, R, R] in [-1, 1] -> image_ids [N, T] int64: the nearest entries. On a tie the lowest index wins."""
+        """image [N, 3, R, R] in [-1, 1] -> image_ids [N, T] int64: the nearest entries. The lowest index wins
+        a tie."""
         return self.distances(self.latents(image)).argmin(-1)
 
 
@@ -201,9 +205,8 @@ class VQDecoder(nn.Module):
 
     def forward(self, image_ids: Tensor) -> Tensor:
         """image_ids [N, T] int64 -> image [N, 3, R, R], about [-1, 1] and not clipped."""
-        z = (
-            self.codebook(image_ids).unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
-        )  # [N, codebook_dim, h, w]
+        z = self.codebook(image_ids).unflatten(1, (self.side, self.side))  # [N, h, w, codebook_dim]
+        z = z.permute(0, 3, 1, 2)  # [N, codebook_dim, h, w]
         x = self.mid(self.conv_in(self.post_quant_conv(z)))
         for level in self.conv_blocks:
             x = level(x)

@@ -1,6 +1,8 @@
-"""Release files -> the model: find them, compare what they hold with what the configuration asks for, map them into memory.
+"""Release files -> the model: find the files, compare them with the configuration, map the weights into
+memory.
 
-Nothing is read before every name, shape and dtype of every file has been compared; all differences are told at once.
+No numbers are read before the name, shape and dtype of every tensor have been compared; one error lists all
+differences.
 """
 
 from __future__ import annotations
@@ -17,19 +19,20 @@ from .model import Star
 from .names import SET_ASIDE, aliases, expected_tensors, release_name
 from .strict_json import Section, read_object
 
-LOADED_DTYPES = {
+LOADED_DTYPES = {  # stored -> loaded
     torch.float64: torch.float32,
-    torch.float32: torch.float32,  # stored -> loaded
+    torch.float32: torch.float32,
     torch.bfloat16: torch.bfloat16,
     torch.float16: torch.float16,
 }
-TOLD = 10  # differences named in one error
-SHIPPED = {"nano": Path(__file__).parent / "nano" / "weights"}  # source -> a checkpoint of this package
+DOWNLOADED = ["*.json", "*.txt", "*.jinja", "*.pt", "*.safetensors"]
+TOLD = 10  # differences that one error names
+SHIPPED = {"nano": Path(__file__).parent / "nano" / "weights"}  # source -> a checkpoint in this package
 
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """Where the four parts of a checkpoint lie."""
+    """The paths of a checkpoint's four parts."""
 
     config_json: Path
     star_pt: Path
@@ -44,12 +47,13 @@ def resolve_checkpoint(
     base: str | Path | None = None,
     vq: str | Path | None = None,
 ) -> CheckpointFiles:
-    """The files of a checkpoint.
+    """Find the files of a checkpoint.
 
-    `source` is a folder in the release layout, the release's config JSON, `nano` (STAR-Nano, which lies in this package; a folder
-    of that name is `./nano`), or a hub id (`owner/name`, downloaded to the hub's cache). `checkpoint` (STAR-*.pt), `base` (Qwen's
-    folder) and `vq` (VQ-Model.pt), each a path or a hub id, replace what is found beside the JSON or under the paths it states.
-    Raises CheckpointError naming what was not found, and where.
+    `source` is a folder in the release layout, the release's config JSON, `nano` (STAR-Nano, which is part of
+    this package; a folder of that name is `./nano`), or a hub id (`owner/name`, downloaded to the hub's
+    cache). `checkpoint` (STAR-*.pt), `base` (Qwen's folder) and `vq` (VQ-Model.pt), each a path or a hub id,
+    replace what is found beside the JSON or under the paths that it states. Raises CheckpointError naming
+    what was not found, and where.
     """
     place = SHIPPED.get(str(source)) or local(source)
     config_json = file_in(
@@ -72,44 +76,49 @@ def resolve_checkpoint(
 
 
 def local(source: str | Path) -> Path:
-    """A path as it is; a hub id as the folder of its snapshot."""
+    """A path as it is, or the folder of a hub id's downloaded snapshot."""
     path, text = Path(source), str(source)
     if path.exists():
         return path
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError("no such file or folder", where=str(source), fix="check the path")
+        raise CheckpointError(
+            "no such file or folder",
+            where=f"{source}: expected a path or a hub id (owner/name)",
+            fix="check the path",
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(text, allow_patterns=["*.json", "*.txt", "*.jinja", "*.pt", "*.safetensors"])
-        )
-    except Exception as error:  # the hub's errors share no class with its HTTP library's
+        return Path(snapshot_download(text, allow_patterns=DOWNLOADED))
+    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
         raise CheckpointError(
-            "neither a path here nor a repository that the hub gave",
+            "the source is neither a local path nor a repository that could be downloaded",
             where=f"{source}: {first_line(error)}",
-            fix="check the spelling and the network, or download it and give the folder",
+            fix="check the spelling and the network, or download the repository and give its folder",
         ) from None
 
 
 def file_in(place: Path, pattern: str, *, fix: str) -> Path:
-    """The file itself, or the one file of a folder that matches."""
+    """The file itself, or the only file in a folder that matches the pattern."""
     if not place.is_dir():
         return place
     found = sorted(place.glob(pattern))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise CheckpointError(
-            "cannot tell which file of the folder is meant",
-            fix=fix,
+            f"the folder does not hold exactly one {pattern}",
             where=f"{place}: expected one {pattern}, got {names}",
+            fix=fix,
         )
     return found[0]
 
 
 def stated(section: Section, *, flag: str) -> Path:
-    """The file or folder that `model_path` means: beside the JSON under its last name, or under the stated path from there or
-    from up to two folders above, as in a clone of the release's repository."""
+    """The file or folder that `model_path` refers to.
+
+    It lies beside the JSON under its last name, or under the stated path relative to the JSON's folder or one
+    of the two folders above it, as in a clone of the release's repository.
+    """
     stated_path, folder = Path(section.text("model_path")), section.source.absolute().parent
     candidates = [folder / stated_path.name]
     if not stated_path.is_absolute() and ".." not in stated_path.parts:
@@ -118,9 +127,9 @@ def stated(section: Section, *, flag: str) -> Path:
         if candidate.exists():
             return candidate
     raise CheckpointError(
-        f"{section.key_path('model_path')} leads nowhere",
-        fix=f"put it there, or give a path or hub id with {flag}",
+        f"{section.key_path('model_path')} does not exist",
         where=f"{section.source}: looked for " + ", ".join(dict.fromkeys(map(str, candidates))),
+        fix=f"put it there, or give a path or hub id with {flag}",
     )
 
 
@@ -133,7 +142,8 @@ def load_star(
 ) -> Star:
     """The model with its weights, in evaluation mode and without gradients.
 
-    Weights already stored in `dtype` stay memory-mapped on the CPU. Raises CheckpointError, see `named_tensors`.
+    Weights that are stored in `dtype` already stay memory-mapped on the CPU. Raises CheckpointError as
+    `named_tensors` does.
     """
     config = config_from_files(files.config_json, files.qwen_folder)
     tensors = named_tensors(files, config)
@@ -150,10 +160,11 @@ def load_star(
 
 
 def named_tensors(files: CheckpointFiles, config: StarConfig) -> dict[str, LazyTensor]:
-    """Every name of `Star(config).state_dict()` -> its tensor, not read yet, in the model's shape and of 32 bits at most.
+    """Every name in `Star(config).state_dict()` -> its lazy tensor, in the model's shape and with at most 32
+    bits per number.
 
-    Names that share one tensor (the codebook, tied embeddings) all appear. Raises one CheckpointError that lists all tensors
-    that are missing, unexpected, of another shape or not floats.
+    Names that share one tensor (the codebook, tied embeddings) all appear. Raises one CheckpointError that
+    lists all tensors that are missing, unexpected, of another shape or not floats.
     """
     stored = {
         "base": tensors_from_folder(files.qwen_folder),
@@ -182,16 +193,16 @@ def named_tensors(files: CheckpointFiles, config: StarConfig) -> dict[str, LazyT
     if differences:
         more = f"; and {len(differences) - TOLD} more" if len(differences) > TOLD else ""
         raise CheckpointError(
-            f"the checkpoint does not fit its configuration: {len(differences)} tensors differ",
+            f"the checkpoint does not match its configuration: {len(differences)} tensors differ",
             where="; ".join(differences[:TOLD]) + more,
-            fix="use weights and configuration of one release: "
+            fix="use weights and configuration of the same release: "
             f"{files.config_json.name} describes {config.name}",
         )
     return found | {alias: found[name] for alias, name in aliases(config).items()}
 
 
 def compare(named: dict[str, LazyTensor], expected: dict) -> list[str]:
-    """Differences between what a part holds and what it must hold, by release name."""
+    """The differences between the tensors that a part holds and those that it must hold, by release name."""
     differences = [f"{name}: missing" for name in expected if name not in named]
     for name, lazy in named.items():
         if name not in expected:
@@ -199,21 +210,20 @@ def compare(named: dict[str, LazyTensor], expected: dict) -> list[str]:
         elif lazy.shape != expected[name][1]:
             differences.append(f"{name}: expected shape {list(expected[name][1])}, got {list(lazy.shape)}")
         elif lazy.dtype not in LOADED_DTYPES:
-            differences.append(
-                f"{name}: expected a float of 16, 32 or 64 bits, got {str(lazy.dtype).removeprefix('torch.')}"
-            )
+            dtype = str(lazy.dtype).removeprefix("torch.")
+            differences.append(f"{name}: expected a float of 16, 32 or 64 bits, got {dtype}")
     return differences
 
 
 def tensors_from_folder(folder: Path) -> dict[str, LazyTensor]:
-    """Tensors of a base model: its index's shards, or a single model.safetensors."""
+    """The tensors of a base model: the shards of its index, or a single model.safetensors."""
     index_json, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index_json.exists():
         if not single.exists() and (pickles := sorted(folder.glob("*.bin"))):
             raise CheckpointError(
-                "pickle is not read",
+                "pickle files are not supported here",
                 where=f"{pickles[0]}: expected model.safetensors or its index",
-                fix="use the safetensors of the release, or convert with safetensors.torch.save_file",
+                fix="use the safetensors of the release, or convert it with safetensors.torch.save_file",
             )
         return tensors_from_safetensors(single)
     index = Section(read_object(index_json), source=index_json)
@@ -224,23 +234,23 @@ def tensors_from_folder(folder: Path) -> dict[str, LazyTensor]:
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                "bad shard name",
-                fix="use the unmodified index of the release",
+                "the index has an invalid shard name",
                 where=f"{index_json}: expected a .safetensors beside the index, got {shard[:120]!r}",
+                fix="use the unmodified index of the release",
             )
         for name, lazy in tensors_from_safetensors(folder / shard).items():
             if shard_of.get(name) != shard:
                 raise CheckpointError(
-                    "index and shards disagree",
-                    fix="download index and shards of one revision",
+                    "the index and the shards disagree",
                     where=f"{folder / shard}: {name[:120]}: the index says {shard_of.get(name, 'nothing')}",
+                    fix="download the index and the shards of the same revision",
                 )
             tensors[name] = lazy
     for name, shard in shard_of.items():
         if name not in tensors:
             raise CheckpointError(
-                "index and shards disagree",
-                fix="download index and shards of one revision",
-                where=f"{index_json}: {name[:120]}: not in {shard}",
+                "the index and the shards disagree",
+                where=f"{index_json}: {name[:120]}: expected in {shard}, but it is not there",
+                fix="download the index and the shards of the same revision",
             )
     return tensors

@@ -1,1 +1,2 @@
-"""STAR-Nano: a small STAR that really paints, edits, answers and reasons; its world, tokenizer, training and scorer."""
+"""STAR-Nano: a small STAR that really draws, edits, answers and reasons, with its world, training and
+scorer."""

@@ -1,7 +1,7 @@
-"""What is trained for how long: the model's sizes, and one row per stage. Nothing else in the training is a free number.
+"""The training recipe: the model's sizes and one row per stage. Training has no other free numbers.
 
-Sizes follow the release where it decides (heads of 64, grouped queries, three-axis positions, windowed vision with some full blocks,
-VQ of the same blocks) and are small where it does not.
+The sizes follow the release where it decides (heads of 64, grouped queries, three-axis positions, windowed
+vision with some full blocks, a VQ model of the same blocks) and are small elsewhere.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ SEED = 1
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 256, 4, 2, 448
 BASE_LAYERS, STACKED_LAYERS = 4, 4
-# 16, 24, 24 of 64 in the release. The last section turns with the column of a merged patch, of which an image here has four: with
-# the release's proportion and theta of 1e6 neighbouring columns differ by a hundred thousandth of a radian, with (8, 12, 12) and theta
-# 50 by 0.02 to 0.09, and what is left of what was told by chance. Now they differ by up to 0.38; the slowest period is 280 tokens.
+# The release has (16, 24, 24). The last section turns with the column of a merged patch, and an image here
+# has four columns. With the release's proportions and theta of 1e6, neighbouring columns differ by a
+# hundred-thousandth of a radian; with (8, 12, 12) and theta 50 by 0.02 to 0.09, and which thing is left of
+# which was answered by chance. With these values they differ by up to 0.38; the slowest period is 280 tokens.
 MROPE_SECTION = (4, 4, 24)
 MAX_POSITIONS, ROPE_THETA = 512, 50.0
 VOCAB_ROWS = 640
@@ -35,21 +36,26 @@ VISION = {
     "spatial_patch_size": 14,
     "tokens_per_second": 2,
 }
-# 64 channels give the 32 norm groups two each. With 32 they would norm every channel by itself, which forgets colours: trained on
-# equally many images, that was 2 to 4 dB worse from the start.
+# 64 channels give each of the 32 norm groups two. With 32 channels each would be normalised by itself, which
+# forgets colours: trained on equally many images, that was 2 to 4 dB worse from the start.
 VQ = {"ch": 64, "ch_mult": [1, 1, 1, 2], "res_blocks": 1, "z_channels": 64, "num_heads": 2}
 CODEBOOK_SIZE, CODEBOOK_DIM, TOKENS_SIDE = 2048, 8, 8
 IMAGE_TOKENS = TOKENS_SIDE**2
 ADAPTER_DEPTH = 2
 
-# Sampling of the release's README until the sweep has chosen; `sampling.json` beside the weights holds what it chose.
+# The sampling of the release's README, until the sweep has written its choice to `sampling.json` beside the
+# weights.
 GUIDANCE, TOP_K, TOP_P = 1.1, 1000, 0.8
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: `steps` batches of `batch` samples, learning rate up over `warmup` steps and down by a cosine. After `distinct`
-    batches the same come again. For `alone` steps only heads that are not kept learn."""
+    """One stage of training: `steps` batches of `batch` samples.
+
+    The learning rate rises over `warmup` steps and falls at the end as a cosine. The batches repeat after
+    `distinct` of them. During the first `alone` steps only the auxiliary heads, which are discarded after
+    training, learn.
+    """
 
     name: str
     steps: int
@@ -62,20 +68,22 @@ class Stage:
     alone: int = 0
 
     def number(self, step: int) -> int:
-        """Which batch a step takes."""
+        """The number of the batch that a step takes."""
         return step % self.distinct if self.distinct else step
 
     def groups(self, size: int, of: str) -> int:
-        """How many groups of `size` samples a batch is, `of`: what a group is. Raises ValueError when they do not come out even."""
+        """How many groups of `size` samples a batch holds; `of` names a group in errors. Raises ValueError on
+        a remainder."""
         if self.batch % size:
             raise ValueError(
                 f"stage {self.name}: the {self.batch} samples of a process are not a multiple of {size} {of}; "
-                "train it in fewer processes"
+                "train in fewer processes"
             )
         return self.batch // size
 
 
-# Small batches: what is scarce is arithmetic, and on equally many images the VQ was far ahead in batches of 16.
+# Batches are small because arithmetic is scarce: on equally many images the VQ model learned far faster with
+# 16.
 STAGES = {
     stage.name: stage
     for stage in (
@@ -89,8 +97,8 @@ STAGES = {
         Stage("reward", steps=990, batch=128, learning_rate=1e-4, warmup=10),
     )
 }
-VQ_UNQUANTISED = 0.15  # share of the vq stage before the codebook exists
-DROPPED_PROMPTS = 0.1  # share of generation and editing samples whose prompt is the unconditional one
-ATTEMPTS = 8  # images of each prompt of the reward stage
-REWARD_TOP_K, REWARD_TOP_P = 20, 0.9  # how that stage samples, without guidance
-GIVEN_WEIGHT = 0.1  # of the images that fulfil those prompts
+VQ_UNQUANTISED = 0.15  # share of stage `vq` before the codebook exists
+DROPPED_PROMPTS = 0.1  # share of generation and editing samples with the unconditional prompt
+ATTEMPTS = 8  # images per prompt in stage `reward`
+REWARD_TOP_K, REWARD_TOP_P = 20, 0.9  # sampling in stage `reward`, without guidance
+GIVEN_WEIGHT = 0.1  # weight of the given images, which fulfil the prompts, in stage `reward`

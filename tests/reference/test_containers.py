@@ -120,7 +120,7 @@ def test_a_sparse_file_with_a_huge_header(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     path.write_bytes(struct.pack("<Q", 200 << 20) + b"{}")
     os.truncate(path, 1 << 30)
-    with refused("the header claims 209715200 bytes"):
+    with refused("expected a header of 209715200 bytes"):
         tensors_from_safetensors(path)
 
 
@@ -131,24 +131,33 @@ def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8))
 @pytest.mark.parametrize(
     "header, told",
     [
-        ({"t": entry(shape=[3])}, "t: shape [3] of F32 is 12 bytes"),
-        ({"t": entry(shape=[-2])}, "t: shape and data_offsets must be lists of natural numbers"),
+        ({"t": entry(shape=[3])}, "t: shape [3] of F32 takes 12 bytes"),
+        ({"t": entry(shape=[-2])}, "t: shape and data_offsets must be lists of non-negative integers"),
         ({"t": entry(shape=[True, 2])}, "t: shape and data_offsets"),
         ({"t": entry(shape=2)}, "t: shape and data_offsets"),
         ({"t": entry(shape=[2**40, 2**40])}, "t: shape"),
         ({"t": entry(dtype="F7")}, 't: unknown dtype "F7"'),
         ({"t": entry(dtype=None)}, "t: unknown dtype null"),
-        ({"t": entry(offsets=[8, 0])}, "t: shape [2] of F32 is 8 bytes"),
+        ({"t": entry(offsets=[8, 0])}, "t: shape [2] of F32 takes 8 bytes"),
         ({"t": entry(offsets=[0, 8, 8])}, "t: shape"),
-        ({"t": entry(offsets=[1, 9])}, "t: starts at byte 1"),
+        (
+            {"t": entry(offsets=[1, 9])},
+            "t: expected it to start at byte 0, where the previous tensor ends, got 1",
+        ),
         ({"t": {"dtype": "F32"}}, "t: expected dtype, shape and data_offsets"),
         ({"t": entry() | {"more": 1}}, "t: expected dtype"),
         ({"t": 3}, "t: expected dtype"),
         ([], "expected an object"),
         (b"not json", "line 1"),
         ({}, "expected 0 bytes of tensors, got 8"),
-        ({"t": entry(), "u": entry()}, "u: starts at byte 0, the one before ends at 8"),
-        ({"t": entry(), "u": entry(offsets=[12, 20])}, "u: starts at byte 12, the one before ends at 8"),
+        (
+            {"t": entry(), "u": entry()},
+            "u: expected it to start at byte 8, where the previous tensor ends, got 0",
+        ),
+        (
+            {"t": entry(), "u": entry(offsets=[12, 20])},
+            "u: expected it to start at byte 8, where the previous tensor ends, got 12",
+        ),
         ({"t": entry(shape=[1], offsets=[0, 4])}, "expected 4 bytes of tensors, got 8"),
         (
             b'{"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'

@@ -1,1 +1,2 @@
-"""How well STAR-Nano draws, edits, answers and reasons: the score, sweeps and charts."""
+"""How well STAR-Nano draws, edits, answers and reasons: the score, the sampling sweep, charts and image
+grids."""

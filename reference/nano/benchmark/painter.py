@@ -1,6 +1,6 @@
-"""The reference as the benchmark uses it: prompts, images and questions in lists, by `reference.tasks` on a loaded model.
+"""The reference as the benchmark uses it: lists of prompts, images and questions, run by `reference.tasks`.
 
-The same random numbers as the runtime's: image i of a list is drawn with the uniforms of seed + i.
+It uses the same random numbers as the runtime: image i of a list is drawn with the uniforms of seed + i.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..training.batches import MERGED_PATCHES
 from .score import ANSWER_TOKENS
 
 ROWS = 256  # images drawn together
-SAMPLED = ("generate", "edit")  # tasks with a sampling of their own; reasoning draws as `generate`
+SAMPLED = ("generate", "edit")  # tasks with their own sampling; `reason` draws like `generate`
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a task's images are drawn."""
+    """How a task draws its images."""
 
     guidance: float = recipe.GUIDANCE
     top_k: int = recipe.TOP_K
@@ -36,7 +36,8 @@ class Sampling:
 
 
 def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
-    """The uniform numbers of images with these seeds, float32 [tokens, N]: the runtime's Philox stream of each."""
+    """The uniform numbers of images with these seeds, float32 [tokens, N]: each seed's Philox stream, as in
+    the runtime."""
     streams = [
         np.random.Generator(np.random.Philox(key=seed)).random((tokens, 1), dtype=np.float32)
         for seed in seeds
@@ -45,7 +46,10 @@ def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
 
 
 class Painter:
-    """A STAR-Nano model that draws, edits, answers and reasons. Images are uint8 [64, 64, 3]; `sampling`: how, by task of SAMPLED."""
+    """A STAR-Nano model that draws, edits, answers and reasons.
+
+    Images are uint8 [64, 64, 3]. `sampling` holds one `Sampling` for each task of SAMPLED.
+    """
 
     batch = 300
 
@@ -65,11 +69,12 @@ class Painter:
         return cls(star, rows, sampling or stored_sampling(root))
 
     def draw(self, prompts: Sequence[str], *, seed: int) -> list[np.ndarray]:
-        """An image of each prompt."""
+        """An image for each prompt."""
         return self._drawn([self.rows.draw(prompt) for prompt in prompts], seed)
 
     def reason(self, prompts: Sequence[str], *, seed: int) -> tuple[list[str], list[np.ndarray]]:
-        """The base model's answer to each prompt, and an image of that answer (of the prompt where it is empty)."""
+        """The base model's answer to each prompt, and an image of that answer, or of the prompt if the answer
+        is empty."""
         answers = [self._answer(self.rows.question(prompt), None) for prompt in prompts]
         rows = [
             self.rows.draw(a, magic=True) if a else self.rows.draw(p)
@@ -78,7 +83,7 @@ class Painter:
         return answers, self._drawn(rows, seed)
 
     def edit(self, images: Sequence[np.ndarray], texts: Sequence[str], *, seed: int) -> list[np.ndarray]:
-        """Each image changed by its instruction."""
+        """Each image, changed by its instruction."""
         size = self.star.config.vq.image_tokens
         rows = [self.rows.edit(text, image_tokens=size, merged_patches=MERGED_PATCHES) for text in texts]
         return self._drawn(rows, seed, images=images)
@@ -94,7 +99,7 @@ class Painter:
 
     @torch.no_grad()
     def rebuild(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Images through the VQ model and back."""
+        """The images after the VQ model has encoded and decoded them."""
         parts = [self._image(images[i : i + ROWS]) for i in range(0, len(images), ROWS)]
         made = [self.star.vq_decoder(self.star.vq_encoder(part)) for part in parts]
         return images_of(torch.cat(made))
@@ -102,14 +107,13 @@ class Painter:
     def _answer(self, row: list[int], embeds: Tensor | None) -> str:
         ids = torch.tensor([row], device=self.device)
         positions = tasks.mrope_position_ids(ids[0], [(MERGED_SIDE, MERGED_SIDE)], self.star.config.special)
-        return self.rows.text(
-            tasks.answer(self.star, ids, positions, embeds, max_new_tokens=ANSWER_TOKENS).tolist()
-        )
+        answer = tasks.answer(self.star, ids, positions, embeds, max_new_tokens=ANSWER_TOKENS)
+        return self.rows.text(answer.tolist())
 
     def _drawn(
         self, rows: list[list[int]], seed: int, *, images: Sequence[np.ndarray] | None = None
     ) -> list[np.ndarray]:
-        """Images in the order of the rows, rows of one length together."""
+        """Images in the order of the rows; rows of equal length are drawn together."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, row in enumerate(rows):
             by_length[len(row)].append(index)
@@ -118,20 +122,15 @@ class Painter:
             for at in range(0, len(indices), ROWS):
                 part = indices[at : at + ROWS]
                 chosen = None if images is None else [images[i] for i in part]
-                made |= dict(
-                    zip(
-                        part,
-                        self._draw_equal([rows[i] for i in part], [seed + i for i in part], chosen),
-                        strict=True,
-                    )
-                )
+                drawn = self._draw_equal([rows[i] for i in part], [seed + i for i in part], chosen)
+                made |= zip(part, drawn, strict=True)
         return [made[index] for index in range(len(rows))]
 
     @torch.no_grad()
     def _draw_equal(
         self, rows: list[list[int]], seeds: list[int], images: Sequence[np.ndarray] | None
     ) -> list[np.ndarray]:
-        """Images of rows of one length."""
+        """Images of rows of equal length."""
         star, special = self.star, self.star.config.special
         pairs = [row for cond in rows for row in (cond, self.rows.unconditional(cond))]
         ids = torch.tensor(pairs, device=self.device)
@@ -142,9 +141,8 @@ class Painter:
             embeds = star.token_embedding(ids)
             for placeholder, values in ((special.vision_pad, tokens), (special.image_pad, seen)):
                 embeds[ids == placeholder] = values.repeat_interleave(2, dim=0).flatten(0, 1)
-            positions = tasks.mrope_position_ids(
-                ids[0], [(MERGED_SIDE, MERGED_SIDE)], special, trailing=count
-            )
+            grid = [(MERGED_SIDE, MERGED_SIDE)]
+            positions = tasks.mrope_position_ids(ids[0], grid, special, trailing=count)
         s = self.sampling["generate" if images is None else "edit"]
         made = tasks.generate(
             star,
@@ -164,21 +162,24 @@ class Painter:
 
 
 def images_of(image: Tensor) -> list[np.ndarray]:
-    """Decoded images [N, 3, 64, 64] as bytes, clipped and truncated as the release does (STAR.md 3.3)."""
-    return list(
-        ((image + 1) / 2 * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
-    )
+    """Decoded images [N, 3, 64, 64] as bytes, clipped and truncated as in the release (STAR.md 3.3)."""
+    levels = ((image + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
+    return list(levels.permute(0, 2, 3, 1).cpu().contiguous().numpy())
 
 
 def stored_sampling(root: Path) -> dict[str, Sampling]:
-    """What the sweep chose for each task, from `sampling.json` of a checkpoint; the release's defaults where it says nothing. Raises
-    ValueError where it speaks of anything else."""
+    """The sampling of each task from a checkpoint's `sampling.json`, with the release's defaults for what it
+    lacks.
+
+    Raises ValueError if the file names other tasks.
+    """
     import json
 
     path = root / "sampling.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     if strange := sorted(set(stored) - set(SAMPLED)):
         raise ValueError(
-            f"{path}: expected only {' and '.join(SAMPLED)}, got {', '.join(strange)}; remove the file and sweep again with --choose"
+            f"{path}: expected only {' and '.join(SAMPLED)}, got {', '.join(strange)}; "
+            "remove the file and run the sweep again with --choose"
         )
     return {task: Sampling(**stored.get(task, {})) for task in SAMPLED}

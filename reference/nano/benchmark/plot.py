@@ -11,21 +11,13 @@ from pathlib import Path
 import numpy as np
 
 WIDTH, HEIGHT, MARGIN = 460, 280, 46  # of a chart, in pixels
-LETTER, LINE, GAP = 6.5, 12, 8  # of a grid's captions: the width of a letter, the height of a line
-INKS = (
-    (31, 119, 180),
-    (214, 39, 40),
-    (44, 160, 44),
-    (148, 103, 189),
-    (255, 127, 14),
-    (23, 190, 207),
-    (140, 86, 75),
-)
+LETTER, LINE, GAP = 6.5, 12, 8  # of a grid's captions, in pixels: width of a letter, height of a line, space
+INKS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
 Series = dict[str, list[tuple[float, float]]]  # name -> points
 
 
 def chart(title: str, series: Series, *, x_label: str = "", logarithmic: bool = False):
-    """One line chart with its own scale, that of x `logarithmic` or not, as a Pillow image."""
+    """One line chart with its own scale as a Pillow image; `logarithmic` concerns the x axis."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
@@ -50,25 +42,20 @@ def chart(title: str, series: Series, *, x_label: str = "", logarithmic: bool = 
         pen.text((place(x, bottom)[0] - 14 * share * 2, HEIGHT - 26), label, fill="black")
     pen.text((MARGIN, 6), title, fill="black")
     pen.text((WIDTH // 2, HEIGHT - 14), x_label, fill="black")
-    for number, (name, line) in enumerate(series.items()):
+    for number, line in enumerate(series.values()):
         ink = INKS[number % len(INKS)]
         drawn = [place(along(x), y) for x, y in sorted(line)]
         pen.line(drawn, fill=ink, width=2)
         for x, y in drawn if len(drawn) < 20 else ():
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
-    for number, name in enumerate(series):  # over the lines
-        pen.text(
-            (WIDTH - 150, 8 + 13 * number),
-            name,
-            fill=INKS[number % len(INKS)],
-            stroke_width=2,
-            stroke_fill="white",
-        )
+    for number, name in enumerate(series):  # on top of the lines
+        place_of_name, ink = (WIDTH - 150, 8 + 13 * number), INKS[number % len(INKS)]
+        pen.text(place_of_name, name, fill=ink, stroke_width=2, stroke_fill="white")
     return image
 
 
 def write_charts(path: Path, charts: Sequence) -> None:
-    """Charts below each other, two abreast, as one PNG file."""
+    """Write charts as one PNG file, two side by side."""
     from PIL import Image
 
     rows = -(-len(charts) // 2)
@@ -79,25 +66,23 @@ def write_charts(path: Path, charts: Sequence) -> None:
 
 
 def write_curves(folder: Path, stages: Sequence[str]) -> None:
-    """Loss curves of the stages that have a log in `folder`, as `losses.png`: a chart of the loss, and charts of what else was recorded, as many
-    as there are inks on each, what is of a size together."""
+    """Write the loss curves of the stages that have a log in `folder` as `losses.png`.
+
+    Each stage gets a chart of its loss and charts of the other recorded values. Those hold one line per ink,
+    and values of similar size share a chart.
+    """
     charts = []
     for stage in stages:
         log = folder / f"{stage}.jsonl"
         if log.exists() and (lines := [json.loads(line) for line in log.read_text().splitlines()]):
             names = dict.fromkeys(name for line in lines for name in line if name != "step")
             series = {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
-            rest = sorted(
-                (name for name in names if name != "loss"), key=lambda name: max(y for _, y in series[name])
-            )
-            for kind in (["loss"], *(rest[at : at + len(INKS)] for at in range(0, len(rest), len(INKS)))):
-                charts.append(
-                    chart(
-                        f"{stage}{': loss' if kind == ['loss'] else ''}",
-                        {name: series[name] for name in kind},
-                        x_label="step",
-                    )
-                )
+            rest = [name for name in names if name != "loss"]
+            rest.sort(key=lambda name: max(y for _, y in series[name]))
+            charts.append(chart(f"{stage}: loss", {"loss": series["loss"]}, x_label="step"))
+            for at in range(0, len(rest), len(INKS)):
+                shown = {name: series[name] for name in rest[at : at + len(INKS)]}
+                charts.append(chart(stage, shown, x_label="step"))
     if charts:
         write_charts(folder / "losses.png", charts)
 
@@ -105,8 +90,10 @@ def write_curves(folder: Path, stages: Sequence[str]) -> None:
 def write_grid(
     path: Path, images: Sequence[np.ndarray], captions: Sequence[str], *, across: int = 6, scale: int = 3
 ) -> None:
-    """Images uint8 [H, W, 3] of one size, enlarged, each over its caption (lines split at "|" and where they are full), as one
-    PNG file."""
+    """Write images of one size, uint8 [H, W, 3], enlarged and with captions below, as one PNG file.
+
+    A caption breaks at "|" and where a line is full.
+    """
     from PIL import Image, ImageDraw
 
     high, wide = (side * scale for side in images[0].shape[:2])

@@ -1,7 +1,8 @@
-"""What STAR-Nano must reach, measured: generation, editing, questions, reasoning and reconstruction on what training never saw.
+"""STAR-Nano's benchmark: generation, editing, questions, reasoning and reconstruction on unseen items.
 
-The items are a function of a seed. Whoever is measured is a `Painter` or anything with its methods and its `batch`, how many
-items it takes at once (which changes no result); images are judged by the scorer, answers by equality.
+The items are a function of a seed. A `Painter` is measured, or anything with its methods and its `batch`, the
+number of items that it takes at once, which does not change any result. The scorer judges images; answers
+must be equal.
 """
 
 from __future__ import annotations
@@ -24,19 +25,32 @@ SEED = 2026
 ANSWER_TOKENS = 48  # at most
 SMALL = {"generate": 6, "edit": 5, "ask": 10, "reason": 4, "rebuild": 16}  # items per category
 FULL = {"generate": 150, "edit": 150, "ask": 200, "reason": 75, "rebuild": 500}
-GOALS = {
-    "generate": 0.91,
-    "edit": 0.90,
-    "ask": 0.95,
-    "reason": 0.85,
-}  # overall; each category of generate 0.80
-GOAL_CATEGORY, GOAL_PSNR = 0.80, 30.0
-Progress = Callable[[str, int, int], None]  # what is measured, items done, items in all
+GOALS = {"generate": 0.91, "edit": 0.90, "ask": 0.95, "reason": 0.85}  # overall
+GOAL_CATEGORY, GOAL_PSNR = 0.80, 30.0  # of each category of `generate`; in dB
+Progress = Callable[[str, int, int], None]  # task, items done, items in total
+CATEGORIES = {
+    "generate": prompts.CATEGORIES,
+    "edit": edits.KINDS,
+    "ask": questions.KINDS,
+    "reason": riddles.KINDS,
+}
+# Tasks in order, with the name under which they are scored: riddles are also drawn without reasoning.
+RUNS = (
+    ("generate", "generate"),
+    ("edit", "edit"),
+    ("ask", "ask"),
+    ("reason", "reason"),
+    ("reason", "reason off"),
+)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing asked for. `judge` tells of an image (or answer) which demands it meets; `scene` is the image it starts from."""
+    """One item of the benchmark.
+
+    `judge` maps an image or answer to the demands that it meets or not. `scene` is the image that the item
+    starts from.
+    """
 
     category: str
     text: str
@@ -46,8 +60,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Result:
-    """What was made of an item of `task` from the image `given`, where it starts from one: an image, an answer, or both when it
-    was reasoned; and the demands that were met or not."""
+    """What was made of an item of `task`: an image, an answer, or both after reasoning.
+
+    `given` is the image that the item starts from, if any. `demands` says which demands the result meets.
+    """
 
     task: str
     item: Item
@@ -63,11 +79,12 @@ class Result:
 
 @dataclass
 class Score:
-    """How many items of each category were right, by task; the mean PSNR of reconstruction in dB; and what was made."""
+    """How many items were right, the mean PSNR of reconstruction in dB, and the results themselves.
 
-    right: dict[str, dict[str, tuple[int, int]]] = field(
-        default_factory=dict
-    )  # task -> category -> (right, asked)
+    `right` maps task -> category -> (right, asked).
+    """
+
+    right: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     psnr: float = math.nan
     results: list[Result] = field(default_factory=list)
 
@@ -81,21 +98,17 @@ class Score:
 
 
 def items(task: str, count: int, *, seed: int = SEED) -> list[Item]:
-    """`count` items of each category of a task (generate, edit, ask, reason), none of whose texts training saw."""
+    """`count` items for each category of a task (generate, edit, ask, reason) with texts that training never
+    saw."""
     random = Random(f"benchmark {seed} {task}")
     made = []
-    for category in {
-        "generate": prompts.CATEGORIES,
-        "edit": edits.KINDS,
-        "ask": questions.KINDS,
-        "reason": riddles.KINDS,
-    }[task]:
+    for category in CATEGORIES[task]:
         made += [make_item(random, task, category) for _ in range(count)]
     return made
 
 
 def make_item(random: Random, task: str, category: str) -> Item:
-    """One item of a category, of held-out wording, with its judge."""
+    """One item of a category, with held-out wording and its judge."""
     if task == "generate":
         return request_item(category, *prompts.random_prompt(random, category, test=True))
     if task == "reason":
@@ -116,17 +129,13 @@ def request_item(category: str, text: str, request: Request) -> Item:
 def measure(
     painter, counts: dict[str, int], *, seed: int = SEED, progress: Progress = lambda what, done, total: None
 ) -> Score:
-    """Run the benchmark: `counts` items per category of each task, SMALL or FULL. The same items and random numbers for all."""
+    """Run the benchmark with `counts` items per category of each task, SMALL or FULL.
+
+    Everyone gets the same items and the same random numbers.
+    """
     score = Score()
     chosen = {task: items(task, count, seed=seed) for task, count in counts.items() if task != "rebuild"}
-    todo = [
-        ("generate", "generate"),
-        ("edit", "edit"),
-        ("ask", "ask"),
-        ("reason", "reason"),
-        ("reason", "reason off"),
-    ]
-    todo = [(task, name) for task, name in todo if task in chosen]
+    todo = [(task, name) for task, name in RUNS if task in chosen]
     total, done = sum(len(chosen[task]) for task, _ in todo) + counts.get("rebuild", 0), 0
     for task, name in todo:
         for at in range(0, len(chosen[task]), painter.batch):
@@ -136,9 +145,8 @@ def measure(
                 given = list(images_from_scenes([item.scene for item in part], seed=seed + at))
             made = made_of(painter, name, [item.text for item in part], given, seed=seed + at)
             for item, before, (image, answer) in zip(part, given, made, strict=True):
-                score.add(
-                    Result(name, item, before, image, answer, item.judge(answer if image is None else image))
-                )
+                demands = item.judge(answer if image is None else image)
+                score.add(Result(name, item, before, image, answer, demands))
             done += len(part)
             progress(name, done, total)
     if counts.get("rebuild"):
@@ -150,7 +158,8 @@ def measure(
 def made_of(
     painter, name: str, texts: Sequence[str], given: Sequence[np.ndarray | None], *, seed: int
 ) -> list[tuple[np.ndarray | None, str | None]]:
-    """What the painter makes of texts and the images given with them: an image and an answer each, or None for either."""
+    """What the painter makes of texts and the images given with them: an image and an answer each; either may
+    be None."""
     if name == "ask":
         return [(None, answer) for answer in painter.ask(given, texts)]
     if name == "reason":
@@ -161,7 +170,7 @@ def made_of(
 
 
 def reconstruction(painter, count: int, *, seed: int) -> float:
-    """Mean PSNR in dB of images through the VQ model and back."""
+    """Mean PSNR in dB of images that the VQ model has encoded and decoded."""
     random = Random(f"benchmark {seed} rebuild")
     images = list(images_from_scenes([random_scene(random) for _ in range(count)], seed=seed))
     errors = [
@@ -172,7 +181,7 @@ def reconstruction(painter, count: int, *, seed: int) -> float:
 
 
 def interval(right: int, asked: int) -> tuple[float, float]:
-    """95 % interval of a share, by Wilson's formula."""
+    """95 % confidence interval of a share, by Wilson's formula."""
     z, share = 1.959964, right / asked
     middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
     half = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked)) / (1 + z * z / asked)
@@ -180,7 +189,7 @@ def interval(right: int, asked: int) -> tuple[float, float]:
 
 
 def table(score: Score, reference: Score | None = None) -> str:
-    """The score as text, beside the reference's where there is one, with 95 % intervals."""
+    """The score as text with 95 % intervals, and next to the reference's if given."""
     beside = reference is not None
     head = f"{'task':<12}{'category':<12}{'right':>9}{'share':>8}  {'95 % interval':<16}"
     lines = [head + ("  reference" if beside else "") + "  goal"]
@@ -188,7 +197,8 @@ def table(score: Score, reference: Score | None = None) -> str:
         rows = {**categories, "overall": score.overall(task)} if len(categories) > 1 else categories
         for category, (right, asked) in rows.items():
             low, high = interval(right, asked)
-            line = f"{task:<12}{category:<12}{f'{right}/{asked}':>9}{right / asked:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}"
+            line = f"{task:<12}{category:<12}{f'{right}/{asked}':>9}{right / asked:>8.3f}"
+            line += f"  {f'{low:.3f} to {high:.3f}':<16}"
             if beside:
                 known = reference.right.get(task, {})
                 pair = reference.overall(task) if category == "overall" and known else known.get(category)

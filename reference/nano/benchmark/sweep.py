@@ -1,10 +1,10 @@
-"""Measure a trained checkpoint and choose how it draws:
+"""Measure a trained checkpoint and choose how it samples:
 
-    python -m reference.nano.benchmark.sweep CHECKPOINT --choose     guidance, top-k and top-p: sampling.json, sweep.json and sweep.png
-    python -m reference.nano.benchmark.sweep CHECKPOINT --record     the reference's score, small and full: score.json; images
-                                                           of the small set, and failures.png of the full one
+    python -m reference.nano.benchmark.sweep CHECKPOINT --choose --record
 
-The sweep draws from other items than the score is measured on, so the choice cannot flatter it.
+`--choose` sweeps guidance, top-k and top-p and writes sampling.json, sweep.json and sweep.png. `--record`
+writes the reference's score, small and full, to score.json, images of the small set, and failures.png from
+the full one. The sweep draws other items than those of the score, so that the choice cannot flatter it.
 """
 
 from __future__ import annotations
@@ -19,55 +19,56 @@ from ..recipe import REWARD_TOP_K, REWARD_TOP_P
 from . import score as benchmark
 from .gallery import SHOWN, spread, write_gallery, write_results
 from .painter import SAMPLED, Painter, Sampling
-from .plot import chart, write_charts
+from .plot import Series, chart, write_charts
 
 GUIDANCES, TOP_PS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0), (0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
-# A prompt has many images; the most probable ids alone are the same one for every seed.
+# A prompt has many images, so drawing does not try top-k 1, which gives the same image for every seed.
 TOP_KS = {"generate": (3, 5, 10, 20, 100, 1000), "edit": (1, 3, 5, 10, 20, 100, 1000)}
-# Where a sweep starts: as stage `reward` draws, with a little guidance. A strong one makes a small top-k look best, and where nothing but background
-# is probable the release's top-p of 0.8 leaves single things out, which may begin at any of forty tokens.
+# A sweep starts from the sampling of stage `reward` with a little guidance. Strong guidance makes a small
+# top-k look best. Where mostly background is probable, the release's top-p of 0.8 omits single things, which
+# may begin at any of forty tokens.
 START = Sampling(guidance=1.5, top_k=REWARD_TOP_K, top_p=REWARD_TOP_P)
 SWEEP_SEED = 7_000_000
 
 
 def share(painter: Painter, task: str, count: int) -> float:
-    """Share of a task's images that are right."""
+    """The share of a task's images that are right."""
     right, asked = benchmark.measure(painter, {task: count}, seed=SWEEP_SEED).overall(task)
     return right / asked
 
 
 def choose(painter: Painter, folder: Path, *, count: int) -> dict[str, Sampling]:
-    """For each task top-k, then guidance, then top-p, the others at the best so far, from START. Writes all that was measured."""
+    """For each task choose top-k, then guidance, then top-p, with the others at the best value so far, from
+    START.
+
+    Writes all that was measured into `folder`.
+    """
     best, measured, charts = dict.fromkeys(SAMPLED, START), [], []
-    for name, tried in (
-        ("top_k", TOP_KS),
-        ("guidance", dict.fromkeys(SAMPLED, GUIDANCES)),
-        ("top_p", dict.fromkeys(SAMPLED, TOP_PS)),
-    ):
-        found = {}
+    guidances, top_ps = dict.fromkeys(SAMPLED, GUIDANCES), dict.fromkeys(SAMPLED, TOP_PS)
+    for name, tried in (("top_k", TOP_KS), ("guidance", guidances), ("top_p", top_ps)):
+        found: Series = {}
         for task in SAMPLED:
             if name == "top_p" and best[task].top_k == 1:
-                continue  # nothing to choose among
+                continue  # top-p has no choice to restrict
             found[task] = []
             for value in tried[task]:
                 painter.sampling = best | {task: replace(best[task], **{name: value})}
-                found[task].append((value, share(painter, task, count)))
-                measured.append(
-                    {"task": task} | asdict(painter.sampling[task]) | {"right": found[task][-1][1]}
-                )
-                print(f"{task} {name} {value}: {found[task][-1][1]:.3f}", file=sys.stderr, flush=True)
+                right = share(painter, task, count)
+                found[task].append((value, right))
+                measured.append({"task": task} | asdict(painter.sampling[task]) | {"right": right})
+                print(f"{task} {name} {value}: {right:.3f}", file=sys.stderr, flush=True)
             best[task] = replace(best[task], **{name: max(found[task], key=lambda pair: pair[1])[0]})
         charts.append(chart(f"right images by {name}", found, x_label=name, logarithmic=name == "top_k"))
-    (folder / "sampling.json").write_text(
-        json.dumps({task: asdict(s) for task, s in best.items()}, indent=1) + "\n"
-    )
+    chosen = {task: asdict(sampling) for task, sampling in best.items()}
+    (folder / "sampling.json").write_text(json.dumps(chosen, indent=1) + "\n")
     (folder / "sweep.json").write_text(json.dumps(measured, indent=1) + "\n")
     write_charts(folder / "sweep.png", charts)
     return best
 
 
 def record(painter: Painter, folder: Path) -> dict[str, benchmark.Score]:
-    """Measure the small and the full set; write both scores, images of the small set, and honest failures of the full one."""
+    """Measure the small and the full set; write both scores, images of the small set and failures of the full
+    one."""
     scores = {
         "small": benchmark.measure(painter, benchmark.SMALL),
         "full": benchmark.measure(painter, benchmark.FULL),

@@ -1,1 +1,1 @@
-"""STAR-Nano in the release's layout: configuration, tokenizer, and image preparation in torch."""
+"""STAR-Nano's checkpoint in the release's layout: configuration, tokenizer and image preparation in torch."""

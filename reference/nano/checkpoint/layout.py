@@ -1,9 +1,10 @@
-"""STAR-Nano in the release's layout: the configuration files, a new model, and trained weights written and read.
+"""STAR-Nano in the release's layout: the configuration files, a new model, and saving trained weights.
 
-    STAR-Nano.json  STAR-Nano.pt  VQ-Model.pt  Qwen2.5-VL-nano/{config,generation_config,tokenizer,...}.json, model.safetensors
+    STAR-Nano.json  STAR-Nano.pt  VQ-Model.pt
+    Qwen2.5-VL-nano/{config,generation_config,tokenizer,...}.json  Qwen2.5-VL-nano/model.safetensors
 
-The loader is the release's (`weights.load_star`), without a special case. Weights are stored in float16: a quarter of a
-permille of rounding, and nothing here is large enough to overflow.
+The release's loader (`weights.load_star`) reads it without a special case. Weights are stored in float16,
+which rounds by a quarter of a permille; no weight here comes near its range.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ IMAGE_MEAN, IMAGE_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.2613
 
 
 def write_config(root: Path) -> StarConfig:
-    """Write every file of a checkpoint but the weights into the folder `root`; the configuration as the loader reads it."""
+    """Write all files of a checkpoint except the weights into the folder `root`; returns the configuration as
+    it is loaded."""
     base = root / recipe.BASE_FOLDER
     base.mkdir(parents=True, exist_ok=True)
     if not (base / "tokenizer.json").exists():
@@ -47,7 +49,7 @@ def read_config(root: Path) -> StarConfig:
 
 
 def base_json(token_id) -> dict[str, dict]:
-    """The base model's JSON files by name, `token_id` giving the id of a special token."""
+    """The base model's JSON files by name; `token_id` maps a special token to its id."""
     end, start = token_id("<|im_end|>"), token_id("<|endoftext|>")
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -80,7 +82,7 @@ def base_json(token_id) -> dict[str, dict]:
         "video_token_id": token_id("<|video_pad|>"),
         "vision_config": recipe.VISION,
     }
-    # No repetition penalty: answers here repeat words of the prompt by nature ("two red stars and a red cross").
+    # No repetition penalty: answers here naturally repeat words ("two red stars and a red cross").
     generation = {
         "bos_token_id": start,
         "pad_token_id": start,
@@ -143,22 +145,21 @@ def star_json() -> dict:
 
 
 def new_star(config: StarConfig, *, seed: int = recipe.SEED, **options) -> Star:
-    """An untrained model in float32, a function of the seed. The global generator is left as it was."""
+    """An untrained float32 model that is a function of the seed. The global random generator is left
+    unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         star = Star(config, **options)
         nn.init.normal_(star.token_embedding.weight, std=0.05)
-        for decoder in (star.base_ar, star.stacked_ar):
-            for layer in decoder.layers:
-                for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                    linear.weight.data.div_(
-                        math.sqrt(2 * (config.base_ar.num_layers + config.stacked_ar.num_layers))
-                    )
+        depth = config.base_ar.num_layers + config.stacked_ar.num_layers
+        for layer in (*star.base_ar.layers, *star.stacked_ar.layers):
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight.data.div_(math.sqrt(2 * depth))
     return star
 
 
 def weight_files(root: Path) -> dict[str, Path]:
-    """Where the weights of each part of a checkpoint lie."""
+    """The weights file of each part of a checkpoint."""
     return {
         "base": root / recipe.BASE_FOLDER / "model.safetensors",
         "trained": root / f"{recipe.NAME}.pt",
@@ -167,7 +168,8 @@ def weight_files(root: Path) -> dict[str, Path]:
 
 
 def save_star(star: Star, root: Path, *, parts: Iterable[str] = ("base", "trained", "vq")) -> None:
-    """Write weights in the release's layout, names and shapes into `root`, each file whole or not at all."""
+    """Write weights into `root` with the release's layout, names and shapes; each file is written completely
+    or not at all."""
     from safetensors.torch import save_file
 
     state, places = star.state_dict(), weight_files(root)
@@ -179,7 +181,7 @@ def save_star(star: Star, root: Path, *, parts: Iterable[str] = ("base", "traine
         partial = places[part].with_suffix(".partial")
         if part == "base":
             save_file(tensors, partial, metadata={"format": "pt"})
-            partial.chmod(0o644)  # the library makes it private
+            partial.chmod(0o644)  # safetensors makes the file private
         else:
             torch.save({"state_dict": tensors} if part == "trained" else tensors, partial)
         os.replace(partial, places[part])

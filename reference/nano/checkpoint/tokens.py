@@ -1,6 +1,6 @@
-"""Nano's tokenizer: a byte-level BPE learnt from the grammar, with the release's special tokens and chat template.
+"""Nano's tokenizer: a byte-level BPE trained on the grammar, with the release's special tokens and template.
 
-Ids are never written down in code: they are read from the tokenizer's file (`SpecialIds`).
+Code never states ids; it reads them from the tokenizer's file (`SpecialIds`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from ..world import edits, prompts, questions, riddles
 from ..world.world import random_scene
 
 SYSTEM = "You are a helpful assistant."
-MAGIC_SUFFIX = (
-    " Ultra HD, 4K, cinematic composition"  # what the release appends to a reasoned answer (STAR.md 3.5)
-)
+# The release appends this to a reasoned answer (STAR.md 3.5).
+MAGIC_SUFFIX = " Ultra HD, 4K, cinematic composition"
 CORPUS_ROUNDS = 3000
 
 
 def corpus() -> Iterator[str]:
-    """Texts of every kind of task, none held out, and the words of the chat template."""
+    """Texts of every kind of task, none of them held out, and the words of the chat template."""
     random = Random(f"{SEED} corpus")
     for turn in range(CORPUS_ROUNDS):
         scene = random_scene(random)
@@ -41,7 +40,7 @@ def corpus() -> Iterator[str]:
 
 
 def write_tokenizer(path: Path) -> None:
-    """Learn the tokenizer and write `tokenizer.json`: text is split as by GPT-2; VOCAB_ROWS ids at most."""
+    """Train the tokenizer and write `tokenizer.json`: at most VOCAB_ROWS ids, with text split as by GPT-2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -60,7 +59,8 @@ def write_tokenizer(path: Path) -> None:
 
 
 class Rows:
-    """Texts as rows of ids, as STAR.md 3.2 to 3.6 lays them out. The same rows as the runtime's, which a test proves."""
+    """Texts as rows of ids in the layout of STAR.md 3.2 to 3.6. A test proves that they equal the runtime's
+    rows."""
 
     def __init__(self, tokenizer, special: SpecialIds):
         self.tokenizer, self.special = tokenizer, special
@@ -78,18 +78,13 @@ class Rows:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def text(self, ids) -> str:
-        """Text of ids, special tokens left out."""
+        """The text of ids, without special tokens."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def draw(self, prompt: str, *, magic: bool = False) -> list[int]:
-        """A prompt to draw, up to `<|vision_start|>`; `magic` appends what follows a reasoned answer."""
-        return (
-            self.prefix
-            + self.ids(prompt)
-            + (self.magic if magic else [])
-            + self.suffix
-            + [self.special.vision_start]
-        )
+        """A prompt to draw, up to `<|vision_start|>`; `magic` appends the suffix of a reasoned answer."""
+        ending = self.magic if magic else []
+        return [*self.prefix, *self.ids(prompt), *ending, *self.suffix, self.special.vision_start]
 
     def question(self, text: str) -> list[int]:
         """A text for the base model to answer."""
@@ -104,28 +99,19 @@ class Rows:
         return self.newline + self.ids("<|im_start|>user\n") + self.ids(question) + self.suffix
 
     def edit(self, instruction: str, *, image_tokens: int, merged_patches: int) -> list[int]:
-        """An instruction with the image's places before it, up to `<|vision_start|>`."""
+        """An instruction preceded by the places of its image, up to `<|vision_start|>`."""
         special = self.special
         tokens = [special.vision_start, *[special.vision_pad] * image_tokens, special.vision_end]
-        return (
-            self.prefix
-            + tokens
-            + self.image(merged_patches)
-            + self.newline
-            + self.ids(instruction)
-            + self.suffix
-            + [special.vision_start]
-        )
+        images = tokens + self.image(merged_patches) + self.newline
+        return [*self.prefix, *images, *self.ids(instruction), *self.suffix, special.vision_start]
 
     def image(self, merged_patches: int) -> list[int]:
-        return [
-            self.special.vision_start,
-            *[self.special.image_pad] * merged_patches,
-            self.special.vision_end,
-        ]
+        special = self.special
+        return [special.vision_start, *[special.image_pad] * merged_patches, special.vision_end]
 
     def unconditional(self, row: list[int]) -> list[int]:
-        """The row without its text: `<|fim_pad|>` but for the first id, the last four and the places of an image."""
+        """The row without its text: `<|fim_pad|>` replaces all ids but the first, the last four and the
+        places of an image."""
         special, newline = self.special, self.newline[0]
         kept = range(len(row) - 4, len(row))
         if special.vision_end in row:

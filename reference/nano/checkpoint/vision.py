@@ -1,7 +1,8 @@
-"""Images of this world as the vision encoder takes them, many at once.
+"""Images of this world in the form that the vision encoder takes, many at once.
 
-The runtime prepares one image with Pillow (`engines/inputs/preprocess.py`). `prepared` does exactly that, `seen` the same on any device and
-without the rounding to bytes between, so that training need not leave it. Tests hold the three together.
+The runtime prepares one image with Pillow (`engines/inputs/preprocess.py`). `prepared` does exactly the same.
+`seen` works on any device and does not round to bytes in between, so that training need not leave the device.
+Tests hold the three together.
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ from ...config import VisionConfig
 from ...vision import VisionAttention, VisionEncoder, rotary_cos_sin, window_ids
 from .layout import IMAGE_MEAN, IMAGE_STD
 
-SEEN_PIXELS = 112  # an image of 64 is below the encoder's least size, and is enlarged to this
-ASKED_PIXELS = 56  # what `ask` first reduces it to (STAR.md 3.2: it resizes twice)
-MERGED_SIDE = 4  # merged patches a side
+SEEN_PIXELS = 112  # an image of 64 is below the encoder's minimum and is enlarged to this size
+ASKED_PIXELS = 56  # `ask` reduces the image to this size first (STAR.md 3.2: it resizes twice)
+MERGED_SIDE = 4  # merged patches per side
 
 
 def seen(image: Tensor, *, sharp: Tensor) -> Tensor:
-    """image [N, 3, 64, 64] in [-1, 1], sharp [N] bool: resized once, as for `edit`, not twice
-    -> [N, 3, 112, 112] in 0 to 1."""
+    """Images as the vision encoder takes them: image [N, 3, 64, 64] in [-1, 1] -> [N, 3, 112, 112] in [0, 1].
+
+    sharp [N] bool: resized once as for `edit`, instead of twice as for `ask`.
+    """
     asked = resized(resized(image, ASKED_PIXELS), SEEN_PIXELS)
     return (torch.where(sharp[:, None, None, None], resized(image, SEEN_PIXELS), asked) + 1) / 2
 
 
 def prepared(images: Sequence[np.ndarray], *, sharp: bool) -> Tensor:
-    """As `seen`, by Pillow: images uint8 [64, 64, 3] -> [N, 3, 112, 112] in 0 to 1."""
+    """Like `seen`, but with Pillow: images uint8 [64, 64, 3] -> [N, 3, 112, 112] in [0, 1]."""
     from PIL import Image
 
     made = []
@@ -43,7 +46,7 @@ def prepared(images: Sequence[np.ndarray], *, sharp: bool) -> Tensor:
 
 
 def resized(image: Tensor, side: int) -> Tensor:
-    """Bicubic as Pillow does it: along the rows, then down the columns, cut to the range of bytes after each.
+    """Bicubic resizing as Pillow does it: along rows, then along columns, clipped to [-1, 1] after each.
 
     image [N, 3, R, R] in [-1, 1] -> [N, 3, side, side].
     """
@@ -53,7 +56,8 @@ def resized(image: Tensor, side: int) -> Tensor:
 
 
 def patches(image: Tensor, config: VisionConfig) -> Tensor:
-    """image [N, 3, S, S] in 0 to 1 -> pixel values [N, P, 3 * temporal * patch * patch], merge x merge neighbours together."""
+    """image [N, 3, S, S] in [0, 1] -> pixel values [N, P, 3 * temporal * patch * patch], with merge x merge
+    neighbours together."""
     mean, std = (torch.tensor(v, device=image.device)[:, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
     patch, merge = config.patch_size, config.spatial_merge_size
     side = image.shape[-1] // patch // merge
@@ -64,36 +68,33 @@ def patches(image: Tensor, config: VisionConfig) -> Tensor:
 
 
 def embeds_of(encoder: VisionEncoder, image: Tensor) -> Tensor:
-    """The vision encoder on many images, `seen` or `prepared`: image [N, 3, 112, 112] in 0 to 1 -> [N, 16, H].
+    """Run the vision encoder on many images, `seen` or `prepared`.
 
-    `VisionEncoder.forward` takes one; its blocks are run here with a row for each image, which a test holds equal.
+    image [N, 3, 112, 112] in [0, 1] -> [N, 16, H]. `VisionEncoder.forward` takes one image. This function
+    runs its blocks with one row per image; a test holds the two equal.
     """
     config, side = encoder.config, SEEN_PIXELS // encoder.config.patch_size
-    cos, sin = (
-        t.to(image.device)[None] for t in rotary_cos_sin(config, grid_h=side, grid_w=side)
-    )  # [1, P, head_dim/2]
+    angles = rotary_cos_sin(config, grid_h=side, grid_w=side)
+    cos, sin = (t.to(image.device)[None] for t in angles)  # [1, P, head_dim/2]
     windows = window_ids(config, grid_h=side, grid_w=side).to(image.device)
     mask = windows[:, None] == windows[None, :]  # [P, P]
     x = encoder.patch_embed(patches(image, config))  # [N, P, h]
     for index, block in enumerate(encoder.blocks):
-        x = x + attended(
-            block.attn, block.norm1(x), cos, sin, None if index in config.full_attention_blocks else mask
-        )
+        block_mask = None if index in config.full_attention_blocks else mask
+        x = x + attended(block.attn, block.norm1(x), cos, sin, block_mask)
         x = x + block.mlp(block.norm2(x))
     return encoder.merger(x).unflatten(0, (len(image), -1))
 
 
 def attended(attn: VisionAttention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-    """`VisionAttention.forward` for many images. x [N, P, h] -> [N, P, h]."""
+    """`VisionAttention.forward` for many images: x [N, P, h] -> [N, P, h]."""
     query, key, value = (
         part.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in attn.qkv(x).chunk(3, dim=-1)
     )
-    query, key = (
-        attn.rotate(part.float(), cos, sin).to(value.dtype) for part in (query, key)
-    )  # [N, heads, P, D]
-    scores = (
-        query * attn.head_dim**-0.5 @ key.transpose(-1, -2)
-    )  # written out for the gradient's sake: `sequences.grouped_attention`
+    # [N, heads, P, D]
+    query, key = (attn.rotate(part.float(), cos, sin).to(value.dtype) for part in (query, key))
+    # Attention is written out because its gradient is faster so; see `sequences.grouped_attention`.
+    scores = query * attn.head_dim**-0.5 @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     output = scores.softmax(-1).to(value.dtype) @ value

@@ -1,1 +1,1 @@
-"""STAR-Nano's world: its scenes, its language, its tasks, and a scorer that reads images back."""
+"""STAR-Nano's world: its scenes, its language, its tasks, and a scorer that reads images."""

@@ -1,7 +1,7 @@
 """Scenes -> images, many at once: numpy arrays give numpy arrays, torch tensors give tensors on their device.
 
-Every shape is a signed distance: what lies within half a pixel of its outline is blended, so edges are smooth. Light noise is
-added, so that no two images are equal.
+Every shape is a signed distance. Pixels within half a pixel of its outline are blended, so that edges are
+smooth. Slight noise is added, so that no two images are equal.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 
 NOISE = 2.0  # standard deviation in levels of 255
 FIELDS = 9  # of a thing in an array: present, shape, x, y, radius, angle, red, green, blue
-STAR_INNER = 0.5  # of the outer radius
-CROSS_LENGTH, CROSS_WIDTH = 1.08, 0.40  # half of each, of the radius
-REACH = {"circle": 0.95, "square": 1.2, "triangle": 1.25, "star": 1.25}  # of the points, of the radius
-# Points, the angle of one when the shape is not turned (0 is up), and how far the notches between them reach, of the points: a polygon's
-# lie on its edges.
+STAR_INNER = 0.5  # inner radius as a share of the outer one
+CROSS_LENGTH, CROSS_WIDTH = 1.08, 0.40  # half of each, as a share of the radius
+REACH = {
+    "circle": 0.95,
+    "square": 1.2,
+    "triangle": 1.25,
+    "star": 1.25,
+}  # of the tips, as a share of the radius
+# Number of tips; angle of one tip in the unrotated shape (0 is up); distance of the notches between tips as a
+# share of that of the tips (the notches of a polygon lie on its edges).
 POINTED = {
     "square": (4, -math.pi / 4, math.cos(math.pi / 4)),
     "triangle": (3, 0.0, math.cos(math.pi / 3)),
@@ -35,27 +40,21 @@ POINTED = {
 
 
 def arrays_from_scenes(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]:
-    """What `draw` takes: things float32 [N, 4, FIELDS] and backgrounds float32 [N, 3], colours with the scene's gain."""
+    """The input of `draw`: things float32 [N, 4, FIELDS] and backgrounds float32 [N, 3], colours times the
+    scene's gain."""
     things = np.zeros((len(scenes), MAX_THINGS, FIELDS), np.float32)
     backgrounds = np.empty((len(scenes), 3), np.float32)
     for n, scene in enumerate(scenes):
         backgrounds[n] = [c * scene.gain for c in COLORS[scene.background]]
         for m, thing in enumerate(scene.things):
-            color = [c * scene.gain for c in COLORS[thing.look.color]]
-            things[n, m] = [
-                1,
-                SHAPES.index(thing.look.shape),
-                thing.x,
-                thing.y,
-                thing.radius,
-                thing.angle,
-                *color,
-            ]
+            shape, color = SHAPES.index(thing.look.shape), COLORS[thing.look.color]
+            things[n, m, :6] = [1, shape, thing.x, thing.y, thing.radius, thing.angle]
+            things[n, m, 6:] = [c * scene.gain for c in color]
     return things, backgrounds
 
 
 def namespace(array: Array):
-    """The module of an array's functions: numpy, or torch where it is a tensor."""
+    """The module with the functions for an array: numpy, or torch for a tensor."""
     if isinstance(array, np.ndarray):
         return np
     import torch
@@ -64,8 +63,11 @@ def namespace(array: Array):
 
 
 def draw(things: Array, backgrounds: Array, *, noise: Array | None) -> Array:
-    """Images of scenes: things [N, 4, FIELDS], backgrounds [N, 3], noise [N, 3, 64, 64] of standard deviation one or None
-    -> uint8 [N, 3, 64, 64]. All of numpy, or all of torch."""
+    """Images of scenes, all in numpy or all in torch.
+
+    things [N, 4, FIELDS], backgrounds [N, 3], noise [N, 3, 64, 64] with standard deviation one or None ->
+    uint8 [N, 3, 64, 64].
+    """
     xp = namespace(things)
     image, (count, most) = backgrounds[:, :, None, None], things.shape[:2]
     present, *looks = (things[..., i].reshape(-1, 1, 1) for i in range(6))
@@ -80,12 +82,15 @@ def draw(things: Array, backgrounds: Array, *, noise: Array | None) -> Array:
 def coverage(
     shape: Array, x: Array, y: Array, radius: Array, angle: Array, *, shapes: Sequence[str] = SHAPES
 ) -> Array:
-    """How much of each pixel a shape covers. All [N, 1, 1]; shape holds indices of SHAPES, of those in `shapes` -> [N, 64, 64] in 0 to 1."""
+    """How much of each pixel a shape covers. All inputs are [N, 1, 1] -> [N, 64, 64] in [0, 1].
+
+    `shape` holds indices of SHAPES, all of them shapes in `shapes`.
+    """
     xp = namespace(x)
     places = xp.arange(SIDE_PIXELS, device=x.device, dtype=xp.float32) + 0.5
     across, down = places[None, None, :] - x, places[None, :, None] - y  # [N, 1, 64], [N, 64, 1]
     cos, sin = xp.cos(angle), xp.sin(angle)
-    u, v = across * cos + down * sin, down * cos - across * sin  # turned back: v < 0 is up
+    u, v = across * cos + down * sin, down * cos - across * sin  # rotated back: v < 0 is up
     distance, theta = xp.hypot(u, v), xp.atan2(v, u) + math.pi / 2  # theta 0 is up
     distances = {
         "circle": lambda: distance - REACH["circle"] * radius,
@@ -98,7 +103,10 @@ def coverage(
 
 
 def to_points(distance: Array, theta: Array, points: int, outer: Array, inner: float) -> Array:
-    """Signed distance to the outline of a figure with `points` tips at `outer`, one of them at `theta` 0, and notches at `inner` of it."""
+    """Signed distance to the outline of a figure with `points` tips.
+
+    The tips are at `outer`, one of them at `theta` 0, and the notches at `inner` times that distance.
+    """
     xp, half = namespace(distance), math.pi / points
     folded = xp.abs(xp.remainder(theta + half, 2 * half) - half)  # 0 at a tip, half at a notch
     along, beside = distance * xp.cos(folded), distance * xp.sin(folded)
@@ -125,7 +133,7 @@ def unit_area(shape: str) -> float:
 
 
 def images_from_scenes(scenes: Sequence[Scene], *, seed: int | None) -> np.ndarray:
-    """Images as uint8 [N, 64, 64, 3]; `seed` decides the noise, None leaves it out."""
+    """Images as uint8 [N, 64, 64, 3]; `seed` decides the noise, and None leaves it out."""
     noise = None
     if seed is not None:
         generator = np.random.Generator(np.random.Philox(key=seed))

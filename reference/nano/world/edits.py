@@ -1,4 +1,5 @@
-"""Editing: an instruction, the scene before and after it, and whether an image shows what was asked and left the rest alone."""
+"""Editing: an instruction, the scene before and after it, and whether an image obeys it and keeps the
+rest."""
 
 from __future__ import annotations
 
@@ -24,22 +25,20 @@ from .world import (
     random_scene,
 )
 
-SHARES = {
-    "recolor": 5,
-    "replace": 6,
-    "add": 7,
-    "remove": 3,
-    "background": 3,
-}  # of training: more of what is learnt late
+# Shares in training: kinds that are learned late get more.
+SHARES = {"recolor": 5, "replace": 6, "add": 7, "remove": 3, "background": 3}
 KINDS = tuple(SHARES)
-MOVED_PIXELS = 4.0  # how far a thing that stays may be from where it was
-SEEN_CENTER_PIXELS = 2.0  # of the middle lines, of a thing that is in a corner
+MOVED_PIXELS = 4.0  # how far a thing that stays may move
+SEEN_CENTER_PIXELS = 2.0  # least distance of a thing in a corner from the middle lines
 
 
 @dataclass(frozen=True)
 class Edit:
-    """`text` turns `before` into `after`. `place` and `size` are what it says of a thing to be added, which is the last of `after` and may
-    otherwise be anywhere and of any size."""
+    """An instruction `text` that turns `before` into `after`.
+
+    `place` and `size` are what it states about a thing to be added, which is the last one of `after`. A thing
+    may be anywhere, or of any size, unless they are stated.
+    """
 
     kind: str
     text: str
@@ -55,17 +54,17 @@ class Edit:
 
     @property
     def meant(self) -> Thing | None:
-        """What it takes away or changes."""
+        """The thing that the edit removes or changes."""
         return next((thing for thing in self.before.things if thing not in self.after.things), None)
 
     @property
     def made(self) -> Thing | None:
-        """What it adds or makes of what it changes."""
+        """The thing that the edit adds, or the result of its change."""
         return next((thing for thing in self.after.things if thing not in self.before.things), None)
 
 
 def random_edit(random: Random, kind: str, *, test: bool) -> Edit:
-    """An edit of a kind on a scene of its own, its wording held out or not."""
+    """An edit of a kind on its own random scene, with wording that is held out (`test`) or not."""
     while True:
         edit = MAKERS[kind](random, random_scene(random))
         if edit is not None and words.held_out(edit.text) == test:
@@ -73,12 +72,12 @@ def random_edit(random: Random, kind: str, *, test: bool) -> Edit:
 
 
 def random_kind(random: Random) -> str:
-    """A kind, by SHARES."""
+    """A random kind, weighted by SHARES."""
     return random.choices(KINDS, SHARES.values())[0]
 
 
 def random_edits(random: Random, count: int, *, test: bool) -> list[Edit]:
-    """Edits of one scene, of any kinds that it allows."""
+    """Edits of one scene, of any kinds that the scene allows."""
     found = [random_edit(random, random_kind(random), test=test)]
     while len(found) < count:
         edit = MAKERS[random_kind(random)](random, found[0].before)
@@ -131,16 +130,15 @@ def add(random: Random, scene: Scene) -> Edit | None:
     if len(scene.things) == MAX_THINGS:
         return None
     large = sum(thing.look.size == "large" for thing in scene.things)
-    look = random_look(
-        random, background=scene.background, size="small" if len(scene.things) > 1 and large > 1 else None
-    )
+    size = "small" if len(scene.things) > 1 and large > 1 else None
+    look = random_look(random, background=scene.background, size=size)
     place, said_size = random.choice((None, *PLACES)), random.choice((None, look.size))
     if not (things := placed(random, [look], places=[place], beside=scene.things)):
         return None
     new = words.counted(None, 1, described(random, shape=look.shape, color=look.color, size=said_size))
-    where = (
-        "" if place is None else random.choice((f" in the {place}", f" at the {place}", f" to the {place}"))
-    )
+    where = ""
+    if place is not None:
+        where = random.choice((f" in the {place}", f" at the {place}", f" to the {place}"))
     text = random.choice(
         (
             f"add {new}{where}",
@@ -160,9 +158,8 @@ def remove(random: Random, scene: Scene) -> Edit | None:
     text = random.choice(
         ("remove the {}", "delete the {}", "take away the {}", "erase the {}", "get rid of the {}")
     ).format(name)
-    return Edit(
-        "remove", text, scene, replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
-    )
+    things = scene.things[:index] + scene.things[index + 1 :]
+    return Edit("remove", text, scene, replace(scene, things=things))
 
 
 def background(random: Random, scene: Scene) -> Edit | None:
@@ -193,7 +190,8 @@ MAKERS = {
 
 
 def referred(random: Random, scene: Scene) -> tuple[int, str | None]:
-    """One thing of the scene and words for it; None for the words when nothing tells it from the others."""
+    """A random thing of the scene and words for it, or None for the words if nothing distinguishes it from
+    the others."""
     index = random.randrange(len(scene.things))
     return index, reference_to(random, scene, scene.things[index])
 
@@ -205,30 +203,27 @@ def with_look(scene: Scene, index: int, look: Look) -> Scene:
 
 
 def check(edit: Edit, reading: Reading) -> dict[str, bool]:
-    """Demand -> whether an image meets it: `done` is the instruction, `rest unchanged` everything else."""
+    """Demand -> whether an image meets it: `done` for the instruction, `rest unchanged` for everything
+    else."""
     free = list(reading.things)
     kept = [index for index in range(len(edit.after.things)) if index != edit.added]
-    changed = {
-        i
-        for i in kept
-        if edit.kind in ("recolor", "replace") and edit.after.things[i].look != edit.before.things[i].look
-    }
+    changed = set()
+    if edit.kind in ("recolor", "replace"):
+        changed = {i for i in kept if edit.after.things[i].look != edit.before.things[i].look}
     met = {index: taken(free, edit.after.things[index]) for index in kept}
     done = all(met[index] for index in changed)
     if edit.added is not None:
         new = [thing for thing in free if is_added(edit, thing)][:1]
         done, free = bool(new), [thing for thing in free if thing not in new]
     done = done and (edit.kind != "background" or reading.background == edit.after.background)
-    rest = (
-        all(met[i] for i in kept if i not in changed)
-        and reading.background == edit.after.background
-        and not free
-    )
+    unchanged = all(met[i] for i in kept if i not in changed)
+    rest = unchanged and reading.background == edit.after.background and not free
     return {"done": done and (edit.kind != "remove" or not free), "rest unchanged": rest}
 
 
 def is_added(edit: Edit, thing: Found) -> bool:
-    """Whether a found thing is what was to be added: nothing tells where in a corner, so that is anywhere in it."""
+    """Whether a found thing is the one to be added. The instruction states at most a corner, so anywhere in
+    it is right."""
     look = edit.after.things[edit.added].look
     return (
         (thing.shape, thing.color) == (look.shape, look.color)
@@ -238,14 +233,11 @@ def is_added(edit: Edit, thing: Found) -> bool:
 
 
 def taken(free: list[Found], thing: Thing) -> bool:
-    """Whether a found thing is `thing` at its place; it is then taken out of `free`."""
+    """Whether `free` holds `thing` at its place; if so, it is taken out of `free`."""
+    look = (thing.look.shape, thing.look.color, thing.look.size)
     for found in free:
         near = math.hypot(found.x - thing.x, found.y - thing.y) <= MOVED_PIXELS
-        if near and (found.shape, found.color, found.size) == (
-            thing.look.shape,
-            thing.look.color,
-            thing.look.size,
-        ):
+        if near and (found.shape, found.color, found.size) == look:
             free.remove(found)
             return True
     return False

@@ -1,6 +1,7 @@
 """Prompts: what may be asked for, how it is said, which scene fulfils it, and whether an image does.
 
-The six categories are those of GenEval (Ghosh et al. 2023): single, two, counting, colors, position, attributes.
+The six categories are those of GenEval (Ghosh et al. 2023): single, two, counting, colors, position,
+attributes.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from .world import (
 )
 
 CATEGORIES = ("single", "two", "counting", "colors", "position", "attributes")
-SEEN_APART_PIXELS = 4.0  # how clearly a relation must hold in an image
-ASSIGNMENT_LIMIT = 6  # things beyond which nothing is asked for, so nothing is matched
+SEEN_APART_PIXELS = 4.0  # least distance by which a relation must hold in an image
+ASSIGNMENT_LIMIT = 6  # no prompt asks for more things, so images with more are not matched
 
 
 @dataclass(frozen=True)
 class Group:
-    """`count` things of one look; what is None is free."""
+    """`count` things of one look; a property that is None is free."""
 
     count: int
     shape: str
@@ -42,7 +43,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Request:
-    """All that a prompt demands, and nothing more may be in the image. `relation` is of the first group to the second."""
+    """All that a prompt demands; the image may show nothing more. `relation` is that of the first group to
+    the second."""
 
     groups: tuple[Group, ...]
     background: str | None = None
@@ -54,7 +56,7 @@ class Request:
 
 
 def random_request(random: Random, category: str) -> Request:
-    """A request of a category, or of `mixed`: up to four things of any look."""
+    """A random request of a category, or of `mixed`: up to four things of any look."""
     shapes, colors = random.sample(SHAPES, 2), random.sample(list(COLORS), 3)
     size = random.choice((None, None, "small", "large"))
     if category == "single":
@@ -77,23 +79,19 @@ def random_request(random: Random, category: str) -> Request:
 
 
 def mixed_groups(random: Random) -> tuple[Group, ...]:
-    """One to three groups, no two alike, at most four things and six colours, so that a background is left."""
+    """One to three different groups with at most four things and six colours, so that a background is
+    left."""
     number, groups = random.choice((1, 2, 2, 3)), []
     while len(groups) < number:
         left = MAX_THINGS - sum(g.count for g in groups) - (number - len(groups) - 1)
         count = random.choice([c for c in (1, 1, 1, 2, 3) if c <= left])
-        group = Group(
-            count,
-            random.choice(SHAPES),
-            random.choice((None, *COLORS)),
-            random.choice((None, None, "small", "large")),
-        )
-        group = replace(group, size=None if count > 2 else group.size)
+        shape, color = random.choice(SHAPES), random.choice((None, *COLORS))
+        size = random.choice((None, None, "small", "large"))
+        group = Group(count, shape, color, None if count > 2 else size)
         if all((group.shape, group.color) != (g.shape, g.color) for g in groups):
             groups.append(group)
-    crowded = (
-        sum(group.count for group in groups) > 2
-    )  # then one large thing may be asked for, as more may not fit
+    # Of three things or more only one may be asked to be large, because more might not fit.
+    crowded = sum(group.count for group in groups) > 2
     large = next((group for group in groups if group.size == "large" and group.count == 1), None)
     return tuple(
         replace(g, size=None) if crowded and g.size == "large" and g is not large else g for g in groups
@@ -101,7 +99,7 @@ def mixed_groups(random: Random) -> tuple[Group, ...]:
 
 
 def caption(request: Request) -> str:
-    """The one plain way to say a request: also how the base model answers."""
+    """The one plain way to say a request, which is also how the base model answers."""
     return worded(None, request)
 
 
@@ -122,26 +120,26 @@ def worded(random: Random | None, request: Request) -> str:
 
 
 def is_held_out(text: str, request: Request) -> bool:
-    """Whether training must not see this prompt: its wording, or, with two kinds of things or more, what it asks for."""
+    """Whether training must not see this prompt: for its wording or, if it has several groups, for its
+    content."""
     content = caption(replace(request, background=None))
     return words.held_out(text) or len(request.groups) > 1 and words.held_out(content)
 
 
 def random_prompt(random: Random, category: str, *, test: bool) -> tuple[str, Request]:
-    """A prompt and its request; with `test` one that training never sees, in wording and (of more than one kind) in content."""
+    """A prompt and its request; with `test` one that training never sees, neither its wording nor (with
+    several groups) its content."""
     while True:
         request = random_request(random, category)
         text = worded(random, request)
-        kinds = len(request.groups) > 1
-        held = words.held_out(text) and (
-            not kinds or words.held_out(caption(replace(request, background=None)))
-        )
+        content = caption(replace(request, background=None))
+        held = words.held_out(text) and (len(request.groups) <= 1 or words.held_out(content))
         if held if test else not is_held_out(text, request):
             return text, request
 
 
 def scene_of(random: Random, request: Request) -> Scene:
-    """A scene that fulfils a request, with everything else free."""
+    """A random scene that fulfils a request."""
     while True:
         taken = {group.color for group in request.groups}
         background = request.background or random.choice([c for c in COLORS if c not in taken])
@@ -159,7 +157,8 @@ def scene_of(random: Random, request: Request) -> Scene:
 
 
 def check(request: Request, reading: Reading) -> dict[str, bool]:
-    """Demand -> whether an image meets it. All must hold; `things` and `relation` of one and the same assignment."""
+    """Demand -> whether an image meets it. All must hold; `things` and `relation` must hold for the same
+    assignment."""
     demands = {
         "all known": reading.background is not None
         and all(t.shape and t.color and t.size for t in reading.things),
@@ -168,11 +167,8 @@ def check(request: Request, reading: Reading) -> dict[str, bool]:
     if request.background:
         demands["background"] = reading.background == request.background
     wanted = [group for group in request.groups for _ in range(group.count)]
-    fitting = [
-        order
-        for order in orders(reading.things, len(wanted))
-        if all(fits(t, g) for t, g in zip(order, wanted))
-    ]
+    assignments = orders(reading.things, len(wanted))
+    fitting = [order for order in assignments if all(fits(t, g) for t, g in zip(order, wanted))]
     demands["things"] = bool(fitting)
     if request.relation:
         demands["relation"] = any(
@@ -182,19 +178,19 @@ def check(request: Request, reading: Reading) -> dict[str, bool]:
 
 
 def orders(things: tuple[Found, ...], count: int) -> list[tuple[Found, ...]]:
-    """The ways to pick `count` of the things in order; none when there are too many to be right."""
+    """The ways to pick `count` of the things in order; none if there are too many things to be right."""
     return list(permutations(things, count)) if count <= len(things) <= ASSIGNMENT_LIMIT else []
 
 
 def fits(thing: Found, group: Group) -> bool:
-    """Whether a thing that was read is what a group asks for."""
-    return (
-        thing.shape == group.shape and group.color in (None, thing.color) and group.size in (None, thing.size)
-    )
+    """Whether a thing that was read is one that a group asks for."""
+    same_color, same_size = group.color in (None, thing.color), group.size in (None, thing.size)
+    return thing.shape == group.shape and same_color and same_size
 
 
 def request_of_looks(looks: list[Look], *, background: str) -> Request:
-    """The request that describes looks fully but for size, equal ones grouped, in order of first appearance."""
+    """The request that describes looks fully except for size, with equal ones grouped, in order of first
+    appearance."""
     counts: dict[tuple[str, str], int] = {}
     for look in looks:
         counts[look.shape, look.color] = counts.get((look.shape, look.color), 0) + 1

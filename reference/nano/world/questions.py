@@ -1,4 +1,5 @@
-"""Questions about an image, with the one right answer: colour, shape, count, position, yes or no, and descriptions."""
+"""Questions about an image with one right answer: colour, shape, count, position, yes or no, and
+descriptions."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ Question = tuple[str, str]  # text, answer
 
 
 def random_question(random: Random, scene: Scene, kind: str, *, test: bool) -> Question | None:
-    """A question of a kind (or `describe`) that the scene answers, its wording held out or not; None when it allows none."""
+    """A question of a kind (or `describe`) that the scene answers, with held-out wording or not; None if
+    there is none."""
     for _ in range(20):
         found = ASKERS[kind](random, scene)
         if found is not None and held_out(found[0]) == test:
@@ -67,7 +69,7 @@ def ask_count(random: Random, scene: Scene) -> Question | None:
         sum(shape in (None, t.look.shape) and color in (None, t.look.color) for t in scene.things)
         for shape, color in kinds
     ]
-    count = random.choice(sorted(set(counts)))  # or nearly all answers would be "one"
+    count = random.choice(sorted(set(counts)))  # otherwise nearly all answers would be "one"
     shape, color = kinds[counts.index(count)]
     name = described(random, shape=shape, color=color, plural=True)
     return random.choice(
@@ -81,7 +83,7 @@ def ask_count(random: Random, scene: Scene) -> Question | None:
 
 
 def some_kind(random: Random, scene: Scene) -> tuple[str | None, str | None]:
-    """A shape and a colour to ask for, either may be open; more often than not of a thing that is there."""
+    """A shape and a colour to ask for, of which either may be open; mostly those of a thing in the scene."""
     look = random.choice(scene.things).look
     shape = random.choice((look.shape, look.shape, None, random.choice(SHAPES)))
     color = random.choice(
@@ -141,7 +143,7 @@ def ask_relation(random: Random, scene: Scene) -> Question | None:
 
 
 def ask_describe(random: Random, scene: Scene) -> Question:
-    """All things, read from left to right."""
+    """All things, from left to right."""
     looks = [thing.look for thing in sorted(scene.things, key=lambda thing: thing.x)]
     answer = caption(request_of_looks(looks, background=scene.background))
     return random.choice(
@@ -157,7 +159,10 @@ def ask_describe(random: Random, scene: Scene) -> Question:
 
 
 def reference_to(random: Random, scene: Scene, thing: Thing) -> str | None:
-    """Words that fit this thing of the scene and no other: shape, colour and shape, or colour alone; None when none do."""
+    """Words that fit only this thing of the scene, or None if there are none.
+
+    They name the shape, the colour and shape, or the colour alone.
+    """
     shape, color = thing.look.shape, thing.look.color
     unique = [
         (s, c)

@@ -1,4 +1,4 @@
-"""Prompts whose content must be worked out first: the base model answers in plain words, and the answer is drawn."""
+"""Prompts that must be worked out first: the base model answers in plain words, and the answer is drawn."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ SHAPE_RIDDLES = {
 
 
 def random_riddle(random: Random, kind: str, *, test: bool) -> tuple[str, Request]:
-    """A prompt and what it means; the wording held out or not."""
+    """A prompt and its meaning, with held-out wording (`test`) or not."""
     while True:
         text, request = MAKERS[kind](random)
         if words.held_out(text) == test:
@@ -77,7 +77,7 @@ def random_riddle(random: Random, kind: str, *, test: bool) -> tuple[str, Reques
 
 
 def answer(request: Request) -> str:
-    """What the base model is to say: the plain caption."""
+    """What the base model should say: the plain caption."""
     return caption(request)
 
 
@@ -90,7 +90,7 @@ def color_riddle(random: Random) -> tuple[str, str]:
 
 
 def as_many(random: Random, things: str) -> tuple[str, int]:
-    """ "as many ... as ...", and how many."""
+    """A phrase like "as many ... as ...", and the number it means."""
     count = random.choice((2, 3, 4))
     pattern, options = random.choice(
         (("as many {} as {}", CORNERS), ("as many {} as there are {}", COUNTS), ("{1} {0}", SUMS))
@@ -113,9 +113,8 @@ def by_color(random: Random) -> tuple[str, Request]:
 
 def by_shape(random: Random) -> tuple[str, Request]:
     shape, color = random.choice(SHAPES), random.choice(list(COLORS))
-    text = random.choice(("{0} in {1}", "{0}, colored {1}", "{0}, in {1}")).format(
-        random.choice(SHAPE_RIDDLES[shape]), color
-    )
+    pattern = random.choice(("{0} in {1}", "{0}, colored {1}", "{0}, in {1}"))
+    text = pattern.format(random.choice(SHAPE_RIDDLES[shape]), color)
     return finished(random, text, Group(1, shape, color))
 
 

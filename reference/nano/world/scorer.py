@@ -1,8 +1,8 @@
-"""Reads an image of this world back, with no learned model: what was drawn, where, and what cannot be told.
+"""Reads an image of this world without a learned model: what was drawn, where, and what cannot be told.
 
-Colours are segmented against the background, connected pixels make a thing, its moments give centre, size and rotation, and
-of the five shapes drawn so the one that overlaps best is read. A thing that overlaps with none, or of no colour of the
-palette, is read as unknown, so that near misses do not count.
+Colours are segmented against the background, and connected pixels form a thing. Its moments give centre, size
+and rotation, and of the five shapes drawn with these the one that overlaps best is read. A thing that
+overlaps with none, or has no colour of the palette, is read as unknown, so that near misses do not count.
 """
 
 from __future__ import annotations
@@ -16,17 +16,13 @@ import numpy as np
 from .draw import POINTED, thing_coverage, unit_area
 from .world import COLORS, RADII, SHAPES, SIDE_PIXELS, Look, Thing
 
-CONTRAST = 36.0  # levels (distance in RGB) from which a pixel is not background
-COLOR_LIMIT = (
-    55.0  # levels between a reading and a palette colour; the nearest two of the palette are 100 apart
-)
-AREA_LIMIT, SPECK = (
-    60.0,
-    14.0,
-)  # pixels: less than AREA_LIMIT is no shape, less than SPECK is dirt and ignored
-OVERLAP_LIMIT = 0.80  # intersection over union of a thing and the shape it is read as
+CONTRAST = 36.0  # levels (distance in RGB) from which on a pixel is not background
+COLOR_LIMIT = 55.0  # levels between a reading and a palette colour; the palette's closest two are 100 apart
+AREA_LIMIT = 60.0  # pixels; a smaller part is not a shape
+SPECK = 14.0  # pixels; a smaller part is dirt and ignored
+OVERLAP_LIMIT = 0.80  # intersection over union of a thing and the shape that it is read as
 EVEN = 0.8  # share of a thing's inside that must have its colour
-CORE = 8  # pixels that are enough to tell a colour; edges are blends
+CORE = 8  # pixels that suffice to tell a colour; edges are blends
 FOLDS = {"circle": 0, "square": 4, "triangle": 3, "star": 5, "cross": 4}
 SIZE_LIMIT = (RADII["small"][1] + RADII["large"][0]) / 2
 RADIUS_RANGE = (RADII["small"][0] * 0.8, RADII["large"][1] * 1.2)
@@ -35,7 +31,10 @@ PALETTE = np.array(list(COLORS.values()), np.float32)  # [8, 3]
 
 @dataclass(frozen=True)
 class Found:
-    """A thing in an image. `shape`, `color` and `size` are None where they cannot be told; `overlap` is with the drawn shape."""
+    """A thing found in an image.
+
+    `shape`, `color` and `size` are None if they cannot be told; `overlap` is that with the drawn shape.
+    """
 
     shape: str | None
     color: str | None
@@ -48,7 +47,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """All that an image shows; `background` is None where it is no colour of the palette."""
+    """All that an image shows; `background` is None if it is no colour of the palette."""
 
     background: str | None
     things: tuple[Found, ...]
@@ -57,7 +56,8 @@ class Reading:
 def read(image: np.ndarray) -> Reading:
     """Read an image, uint8 [64, 64, 3]. Raises ValueError for another size or type."""
     if image.shape != (SIDE_PIXELS, SIDE_PIXELS, 3) or image.dtype != np.uint8:
-        raise ValueError(f"expected uint8 [64, 64, 3], got {image.dtype} {list(image.shape)}")
+        found = f"{image.dtype} {list(image.shape)}"
+        raise ValueError(f"the image has the wrong size or type: expected uint8 [64, 64, 3], got {found}")
     pixels = image.astype(np.float32)
     background = np.median(pixels.reshape(-1, 3), axis=0)
     difference = np.linalg.norm(pixels - background, axis=-1)  # [64, 64]
@@ -66,7 +66,7 @@ def read(image: np.ndarray) -> Reading:
 
 
 def connected(mask: np.ndarray) -> list[np.ndarray]:
-    """The parts of a mask [H, W] that hang together by their sides, each a mask of its own."""
+    """The parts of a mask [H, W] that are connected through their sides, each as a mask of its own."""
     height, width = mask.shape
     left, parts = set(np.flatnonzero(mask).tolist()), []
     while left:
@@ -90,14 +90,12 @@ def connected(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def found_from_pixels(pixels: np.ndarray, background: np.ndarray, part: np.ndarray) -> Found | None:
-    """One connected part read as a thing; None for dirt."""
+    """One connected part read as a thing, or None for dirt."""
     inside = next((core for core in (shrunk(shrunk(part)), shrunk(part)) if core.sum() >= CORE), part)
     color = np.median(pixels[inside], axis=0)
     toward = color - background
-    around = grown(part)
-    alpha = (
-        np.clip(((pixels - background) @ toward) / max(float(toward @ toward), 1.0), 0, 1) * around
-    )  # [64, 64]
+    share = ((pixels - background) @ toward) / max(float(toward @ toward), 1.0)
+    alpha = np.clip(share, 0, 1) * grown(part)  # [64, 64]
     area = float(alpha.sum())
     if area < SPECK:
         return None
@@ -105,13 +103,9 @@ def found_from_pixels(pixels: np.ndarray, background: np.ndarray, part: np.ndarr
     x, y = float((alpha * columns).sum() / area), float((alpha * rows).sum() / area)
     even = np.mean(np.linalg.norm(pixels[inside] - color, axis=-1) < COLOR_LIMIT) >= EVEN
     shape, overlap, radius = best_shape(alpha, x, y, area)
-    cut = part[[0, -1]].any() or part[:, [0, -1]].any()  # by the border
-    passed = (
-        not cut
-        and overlap >= OVERLAP_LIMIT
-        and area >= AREA_LIMIT
-        and RADIUS_RANGE[0] <= radius <= RADIUS_RANGE[1]
-    )
+    cut = part[[0, -1]].any() or part[:, [0, -1]].any()  # off by the border of the image
+    sized = area >= AREA_LIMIT and RADIUS_RANGE[0] <= radius <= RADIUS_RANGE[1]
+    passed = not cut and overlap >= OVERLAP_LIMIT and sized
     return Found(
         shape=shape if passed else None,
         color=nearest_color(color) if even else None,
@@ -124,33 +118,32 @@ def found_from_pixels(pixels: np.ndarray, background: np.ndarray, part: np.ndarr
 
 
 def best_shape(alpha: np.ndarray, x: float, y: float, area: float) -> tuple[str, float, float]:
-    """The shape that, drawn with the area, centre and rotation of `alpha` [64, 64], overlaps it most: name, overlap, radius."""
+    """The shape that overlaps `alpha` [64, 64] most when drawn with its area, centre and rotation: name,
+    overlap, radius."""
     best = ("", -1.0, 0.0)
     for shape in SHAPES:
         radius = math.sqrt(area / unit_area(shape))
-        drawn = thing_coverage(
-            Thing(Look(shape, "", ""), x, y, radius, rotation(alpha, x, y, FOLDS[shape], shape))
-        )
+        angle = rotation(alpha, x, y, FOLDS[shape], shape)
+        drawn = thing_coverage(Thing(Look(shape, "", ""), x, y, radius, angle))
         overlap = float(np.minimum(alpha, drawn).sum() / np.maximum(alpha, drawn).sum())
         best = max(best, (shape, overlap, radius), key=lambda reading: reading[1])
     return best
 
 
 def rotation(alpha: np.ndarray, x: float, y: float, fold: int, shape: str) -> float:
-    """Angle of a shape with `fold` equal tips, from the phase of its complex moment of that order."""
+    """The angle of a shape with `fold` equal tips, from the phase of its complex moment of that order."""
     if not fold:
         return 0.0
     rows, columns = np.indices(alpha.shape) + 0.5
     places = (columns - x) + 1j * (rows - y)
     moment = complex((alpha * places**fold).sum())
-    tip = -math.pi / 2 + (
-        POINTED[shape][1] if shape in POINTED else 0.0
-    )  # where a tip is when the angle is 0
+    tip = -math.pi / 2 + (POINTED[shape][1] if shape in POINTED else 0.0)  # where a tip is at angle 0
     return (cmath.phase(moment) / fold - tip + math.pi / fold) % (2 * math.pi / fold) - math.pi / fold
 
 
 def nearest_color(color: np.ndarray) -> str | None:
-    """Name of the palette's colour nearest to RGB `color` [3]; None when it is none of them."""
+    """The name of the palette colour nearest to RGB `color` [3], or None if it is too far from all of
+    them."""
     distances = np.linalg.norm(PALETTE - color, axis=-1)
     return list(COLORS)[int(distances.argmin())] if distances.min() <= COLOR_LIMIT else None
 
@@ -162,6 +155,6 @@ def shrunk(mask: np.ndarray) -> np.ndarray:
 
 
 def grown(mask: np.ndarray) -> np.ndarray:
-    """A mask and the pixels beside it."""
+    """A mask and the pixels next to it."""
     padded = np.pad(mask, 1)
     return mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]

@@ -1,7 +1,8 @@
-"""The words of the world: what things, colours, numbers and places are called, and how phrases are put together.
+"""The words of the world: names of things, colours, numbers and places, and how phrases are built from them.
 
-Every function takes a `Random` and chooses among ways to say it; with None it says it the one plain way, which is how answers and
-captions are worded. `held_out` keeps a share of all texts away from training.
+Every function takes a `Random` and chooses among the ways to say something. With None it says it in the one
+plain way, which is how answers and captions are worded. `held_out` keeps a share of all texts away from
+training.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ FRAMES = (
     "a drawing of {}",
     "make a picture of {}",
 )
-PLAIN_SHARE = 0.6  # of choices that take the plain word
+PLAIN_SHARE = 0.6  # share of the choices that take the plain word
 HELD_OUT_ONE_IN = 8
 
 
@@ -59,7 +60,7 @@ def held_out(text: str) -> bool:
 
 
 def choose(random: Random | None, options: tuple[str, ...]) -> str:
-    """The first, plain one for None; else often it and sometimes another."""
+    """The first, plain option for None; otherwise often the first and sometimes another."""
     if random is None or random.random() < PLAIN_SHARE:
         return options[0]
     return random.choice(options)
@@ -78,7 +79,7 @@ def described(
     size: str | None = None,
     plural: bool = False,
 ) -> str:
-    """Size, colour and noun: "small red circle"."""
+    """Size, colour and noun, like "small red circle"."""
     words = [choose(random, SIZE_WORDS[size])] if size else []
     words += [choose(random, COLOR_WORDS.get(color, (color,)))] if color else []
     return " ".join([*words, noun(random, shape, plural=plural)])
@@ -95,7 +96,7 @@ def article(phrase: str) -> str:
 
 
 def joined(phrases: list[str]) -> str:
-    """ "a, b and c"."""
+    """A list of phrases, like "a, b and c"."""
     return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
 
 
@@ -106,5 +107,5 @@ def on_background(random: Random | None, color: str) -> str:
 
 
 def framed(random: Random | None, phrase: str) -> str:
-    """A phrase as a request: "draw ..." or "a picture of ..."."""
+    """A phrase as a request, like "draw ..." or "a picture of ..."."""
     return choose(random, FRAMES).format(phrase)

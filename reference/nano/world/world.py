@@ -1,7 +1,8 @@
 """The world of STAR-Nano: up to four coloured shapes on a coloured background, 64 pixels square.
 
-What an image shows is a `Scene`; `draw.py` draws it and `scorer.py` reads it back. Positions and radii are in pixels, x to the
-right and y down, angles in radians. Nothing here knows of text, tensors or files.
+A `Scene` is what an image shows; `draw.py` draws it and `scorer.py` reads it from an image. Positions and
+radii are in pixels, with x to the right and y down; angles are in radians. This module knows nothing of text,
+tensors or files.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ COLORS = {
     "white": (245, 245, 245),
     "black": (25, 25, 25),
 }
-RADII = {"small": (7.2, 7.8), "large": (10.6, 11.4)}  # ranges; a shape's points reach EXTENT times further
+RADII = {"small": (7.2, 7.8), "large": (10.6, 11.4)}  # ranges; a shape's tips reach up to EXTENT times as far
 RELATIONS = ("left of", "right of", "above", "below")
 PLACES = tuple(f"{v} {h}" for v in ("top", "bottom") for h in ("left", "right"))
 EXTENT = 1.25
 GAP_PIXELS, BORDER_PIXELS = 3.0, 1.0
-TILT = math.radians(5)  # slight rotation
-APART_PIXELS = 9.0  # how clearly a drawn relation holds
-CENTER_PIXELS = 4.0  # how far from the middle lines a thing is whose place is spoken of
-GAIN = 0.01  # relative range of the light
+TILT = math.radians(5)  # largest rotation
+APART_PIXELS = 9.0  # least distance by which a drawn relation holds
+CENTER_PIXELS = 4.0  # least distance from the middle lines of a thing whose place is stated
+GAIN = 0.01  # relative range of the brightness
 TRIES = 20
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a thing is, without its place."""
+    """What a thing looks like, apart from its place."""
 
     shape: str
     color: str
@@ -47,7 +48,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn shape: its look, its centre, its radius and its rotation."""
+    """One drawn shape: its look, centre, radius and rotation."""
 
     look: Look
     x: float
@@ -58,7 +59,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows. `gain` multiplies all light."""
+    """The content of an image. `gain` multiplies all brightness."""
 
     background: str
     things: tuple[Thing, ...]
@@ -73,7 +74,7 @@ def random_look(
     color: str | None = None,
     size: str | None = None,
 ) -> Look:
-    """A look with what is not given chosen freely; the colour is never the background's."""
+    """A random look with the given properties; the colour is never the background's."""
     return Look(
         shape or random.choice(SHAPES),
         color or random.choice([c for c in COLORS if c != background]),
@@ -82,7 +83,8 @@ def random_look(
 
 
 def sized_looks(looks: Sequence[Look], free: Sequence[bool]) -> list[Look]:
-    """Looks that fit together: of three or more things at most two are large; `free` says whose size may change."""
+    """Looks that fit together: of three or more things at most two are large. `free` says whose size may
+    change."""
     fitted, large = list(looks), sum(look.size == "large" for look in looks)
     for index in range(len(looks) - 1, -1, -1):
         if len(looks) > 2 and large > 2 and free[index] and fitted[index].size == "large":
@@ -98,15 +100,16 @@ def placed(
     places: Sequence[str | None] = (),
     beside: Sequence[Thing] = (),
 ) -> tuple[Thing, ...] | None:
-    """Free positions for `looks`, none touching another or one of `beside`; None when luck or room runs out.
+    """Free positions for `looks`, apart from each other and from `beside`; None if luck or room runs out.
 
-    `relations` are (index, one of RELATIONS, index) that must clearly hold; `places` a corner for each look, or None.
+    `relations` are (index, one of RELATIONS, index) that must hold clearly; `places` holds a corner or None
+    for each look.
     """
     for _ in range(TRIES):
         things = try_place(random, looks, list(places) or [None] * len(looks), list(beside))
-        if things is not None and all(
-            related(things[i], name, things[j], APART_PIXELS) for i, name, j in relations
-        ):
+        if things is None:
+            continue
+        if all(related(things[i], name, things[j], APART_PIXELS) for i, name, j in relations):
             return tuple(things)
     return None
 
@@ -114,7 +117,7 @@ def placed(
 def try_place(
     random: Random, looks: Sequence[Look], places: list[str | None], beside: list[Thing]
 ) -> list[Thing] | None:
-    """One attempt: large things first, each at the first of some random points that is free."""
+    """One attempt: large things first, each at the first free one of some random points."""
     found: dict[int, Thing] = {}
     for index in sorted(range(len(looks)), key=lambda i: looks[i].size != "large"):
         radius = random.uniform(*RADII[looks[index].size])
@@ -122,9 +125,8 @@ def try_place(
         for _ in range(12):
             x, y = (random.uniform(reach, SIDE_PIXELS - reach) for _ in range(2))
             thing = Thing(looks[index], x, y, radius, random.uniform(-TILT, TILT))
-            if places[index] in (None, place_of(thing)) and all(
-                clear(thing, other) for other in [*beside, *found.values()]
-            ):
+            others = [*beside, *found.values()]
+            if places[index] in (None, place_of(thing)) and all(clear(thing, other) for other in others):
                 found[index] = thing
                 break
         else:
@@ -134,10 +136,8 @@ def try_place(
 
 def clear(thing: Thing, other: Thing) -> bool:
     """Whether two things keep their distance."""
-    return (
-        math.hypot(thing.x - other.x, thing.y - other.y)
-        >= EXTENT * (thing.radius + other.radius) + GAP_PIXELS
-    )
+    distance = math.hypot(thing.x - other.x, thing.y - other.y)
+    return distance >= EXTENT * (thing.radius + other.radius) + GAP_PIXELS
 
 
 def related(thing: Thing, relation: str, other: Thing, apart: float) -> bool:
@@ -152,8 +152,10 @@ def related(thing: Thing, relation: str, other: Thing, apart: float) -> bool:
 
 
 def place_of(thing: Thing, apart: float = CENTER_PIXELS) -> str | None:
-    """The corner a thing is in, one of PLACES; None where it is too near a middle line to say, less than `apart` pixels. Works on anything
-    with x and y."""
+    """The corner that a thing is in, one of PLACES; None if it is within `apart` pixels of a middle line.
+
+    Works on anything with x and y.
+    """
     across, down = thing.x - SIDE_PIXELS / 2, thing.y - SIDE_PIXELS / 2
     if min(abs(across), abs(down)) < apart:
         return None
@@ -161,7 +163,7 @@ def place_of(thing: Thing, apart: float = CENTER_PIXELS) -> str | None:
 
 
 def random_scene(random: Random, *, count: int | None = None) -> Scene:
-    """Any scene: one to four things, or `count`."""
+    """A random scene of one to four things, or of `count`."""
     while True:
         background = random.choice(list(COLORS))
         number = count or random.choice((1, 1, 2, 2, 3, 3, 4))

@@ -118,7 +118,7 @@ def test_an_empty_prompt_is_refused(chat, prompt, task):
 
 @pytest.mark.parametrize("mark", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|fim_pad|>"])
 def test_the_models_own_marks_are_refused_in_a_prompt(chat, mark):
-    with pytest.raises(InputError, match="own marks") as caught:
+    with pytest.raises(InputError, match="special tokens of the model") as caught:
         chat.ask_prompt(f"what is{mark} this", grid_h=2, grid_w=2)
     assert mark in str(caught.value)
 
@@ -146,12 +146,12 @@ def test_too_long_gives_both_numbers():
     "template, match",
     [
         ("{% for %}", "cannot be read"),
-        ("{{ messages.x.y }}", "fails"),
+        ("{{ messages.x.y }}", "cannot be rendered"),
         ("hello", "expected form"),
         ("{{ messages[0]['content'] }}{{ messages[0]['content'] }}<|im_start|>", "expected form"),
-        ("{{ ''.__class__.__mro__ }}", "fails"),
-        ("{{ messages.append(1) }}", "fails"),
-        ("{% for i in range(10**9) %}{% endfor %}", "fails"),
+        ("{{ ''.__class__.__mro__ }}", "cannot be rendered"),
+        ("{{ messages.append(1) }}", "cannot be rendered"),
+        ("{% for i in range(10**9) %}{% endfor %}", "cannot be rendered"),
     ],
 )
 def test_a_chat_template_that_is_wrong_or_hostile_is_refused(tokenizer_files, template, match):
