@@ -1,7 +1,7 @@
 """STAR from a released PyTorch checkpoint to ONNX, TensorRT engines and a light runtime, with proof.
 
-The public names are imported on first use, so a device without torch and onnx has all of them but `export` and
-`validate`.
+The public names are imported on first use, so a device without torch and onnx has all of them but `export`
+and `validate`.
 """
 
 from __future__ import annotations

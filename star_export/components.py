@@ -1,8 +1,8 @@
-"""THE TABLE: each component's boundary, dynamic axes, wrapper and tolerances; all that differs between components.
+"""THE TABLE: boundary, dynamic axes, wrapper and tolerances of each component; all that differs between them.
 
-Axes: `N` images, `B` rows (2N under guidance), `S` new positions, `C` cache capacity, `P` vision patches. Sizes
-that the model fixes come from its configuration. Float tensors cross a boundary in float32 in every precision;
-only the caches have the compute type.
+Axes: `N` images, `B` rows (2N under guidance), `S` new positions, `C` cache capacity, `P` vision patches.
+Sizes that the model fixes come from its configuration. Float tensors cross a boundary in float32 in every
+precision; only the caches have the compute type.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from engines.bundle.manifest import TensorSpec
 from reference.config import DecoderConfig, StarConfig
 
 TOP_K_LIMIT = 2048  # the candidates that `image_head` ranks; TensorRT's TopK accepts at most 3840
-# Largest share of an image's ids, or of a teacher-forced run's ids, that may differ; measured: 0.0625 in bf16.
+# Largest share of an image's ids, or a teacher-forced run's ids, that may differ; measured: 0.0625 in bf16.
 FLIPPED_IDS = 0.25
 
 
@@ -22,9 +22,10 @@ FLIPPED_IDS = 0.25
 class Component:
     """One row of the table.
 
-    `boundary(config, compute_type)` returns (inputs, outputs). `tolerances` bound each output's difference in units
-    of the reference's standard deviation, or for ids the share that differs; `tolerances_16bit` replace them for an
-    executor that computes in 16 bits. `quantized` says whether the linear weights take the int8 and int4 formats.
+    `boundary(config, compute_type)` returns (inputs, outputs). `tolerances` bound each output's difference in
+    units of the reference's standard deviation, or for ids the share that differs; `tolerances_16bit` replace
+    them for an executor that computes in 16 bits. `quantized` says whether the linear weights take the int8
+    and int4 formats.
     """
 
     wrapper: str

@@ -1,4 +1,5 @@
-"""The file of a recorded score, which travels in a bundle: how many tasks the reference got right, by kind of set.
+"""The recorded score, a file that travels in a bundle: how many tasks the reference got right, by kind of
+set.
 
 Only a model whose tasks can be judged has one. This module does not know what the tasks are.
 """
@@ -26,8 +27,8 @@ def score_of_kind(data: bytes, kind: str, *, where: str) -> dict:
 
     Raises InputError for a file that does not have this form.
     """
-    file: Any = value_from_json(data.decode(), where=where)
     try:
+        file: Any = value_from_json(data.decode(), where=where)
         found = file[kind]
         pairs = [tuple(map(sum, zip(*found["right"][task].values()))) for task in TASKS]
         if not all(0 <= right <= asked and asked for right, asked in pairs) or not found["psnr"] > 0:

@@ -1,1 +1,1 @@
-"""A checkpoint becomes a bundle: the pipeline, what a device must know of the model, and publishing."""
+"""Export of a checkpoint to a bundle: the pipeline, the model's description, and publishing."""

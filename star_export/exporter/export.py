@@ -1,4 +1,4 @@
-"""A released checkpoint -> a bundle: the one function behind `star-export export`."""
+"""Export a checkpoint to a bundle: the function behind `star-export export`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from engines.bundle.tensors import present_name
 from engines.errors import UsageError
 from engines.progress import Progress, silent
 from reference.config import StarConfig, config_from_files
-from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
+from reference.containers import LazyTensor
+from reference.model import pixel_adapter
+from reference.weights import named_tensors, resolve_checkpoint
 
 from ..components import COMPONENTS
 from ..golden import record as golden
@@ -26,7 +28,7 @@ from ..graph.wrappers import TABLE, FoldedStar
 from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
 from .publish import check_out, staged, write_manifest
 
-INLINE_BYTES = 1024  # smaller tensors stay in model.onnx: they are shapes and scalars
+INLINE_BYTES = 1024  # smaller tensors are shapes and scalars, and stay in model.onnx
 
 
 def export(
@@ -41,11 +43,12 @@ def export(
     components: list[str] | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Export `source` (a folder in the release layout, its config JSON, `nano`, or a hub id) to the new bundle `out`.
+    """Export `source` to the new bundle `out`, and return the bundle's path.
 
-    `checkpoint`, `base` and `vq` override parts; `rope_bf16=False` keeps the rotary frequencies in float32 (STAR.md 0.2).
-    `components` limits the export to some rows of the table. Returns the bundle's path.
-    Raises UsageError for unknown names, InputError for a taken or unwritable `out`, CheckpointError for what is wrong with the files.
+    `source` is a folder in the release layout, its config JSON, `nano`, or a hub id; `checkpoint`, `base` and
+    `vq` override parts of it. `rope_bf16=False` keeps the rotary frequencies in float32 (STAR.md 0.2).
+    `components` limits the export to some rows of the table. Raises UsageError for unknown names, InputError
+    for an `out` that is not empty or cannot be written, and CheckpointError for invalid files.
     """
     _check_names("precision", [precision], PRECISIONS)
     names = list(COMPONENTS) if components is None else components
@@ -54,7 +57,8 @@ def export(
     check_out(out)
     files = resolve_checkpoint(source, checkpoint=checkpoint, base=base, vq=vq)
     config = config_from_files(files.config_json, files.qwen_folder)
-    tensors = dict(named_tensors(files, config)) | {TABLE: _Table(files, config)}
+    tensors = named_tensors(files, config)
+    tensors |= {TABLE: image_table(tensors, config, files.star_pt)}
     step = _counter(progress, len(names) + 2)
     with staged(out) as stage:
         for name in names:
@@ -81,10 +85,12 @@ def export(
 
 
 def write_component(
-    model: ir.Model, tensors: Mapping[str, object], precision: Precision, folder: Path
+    model: ir.Model, tensors: Mapping[str, LazyTensor], precision: Precision, folder: Path
 ) -> None:
-    """Set a traced graph's precision, lint it, and stream the weights into `folder/model.onnx.data`; then write the
-    classic graph and the twin, which share them."""
+    """Set a traced graph's precision, lint it, and stream its weights into `folder/model.onnx.data`.
+
+    Then write the classic graph and, for a 16-bit graph, the fp32 twin, which share the weights.
+    """
     folder.mkdir()
     set_precision(model, precision.compute)
     attach_weights(model, tensors, precision)
@@ -100,6 +106,7 @@ def write_component(
 
 
 def component_spec(name: str, config: StarConfig, precision: Precision) -> ComponentSpec:
+    """Build the manifest's entry of component `name`."""
     inputs, outputs = COMPONENTS[name].boundary(config, precision.dtype_name)
     twin = None if precision.compute == ir.DataType.FLOAT else f"{name}/twin.onnx"
     abi = plugins.ABI if any(present_name(t.name) for t in inputs) else None
@@ -115,9 +122,9 @@ def component_spec(name: str, config: StarConfig, precision: Precision) -> Compo
 
 
 def rounded_star(
-    config: StarConfig, tensors: Mapping[str, object], precision: Precision, *, rope_bf16: bool
+    config: StarConfig, tensors: Mapping[str, LazyTensor], precision: Precision, *, rope_bf16: bool
 ) -> FoldedStar:
-    """The reference in float32 with every weight rounded as the bundle stores it."""
+    """Load the reference in float32, with every weight rounded as the bundle stores it."""
     with torch.device("meta"):
         star = FoldedStar(config, rope_bf16=rope_bf16)
     weights = {name: rounded(name, tensors[name].load(), precision) for name, _ in star.named_parameters()}
@@ -129,33 +136,29 @@ def rounded_star(
     return star.eval().requires_grad_(False)
 
 
-class _Table:
-    """adapter(codebook) in float32, computed from the checkpoint's own numbers."""
+def image_table(tensors: Mapping[str, LazyTensor], config: StarConfig, source: Path) -> LazyTensor:
+    """adapter(codebook) [codebook_size, H] in float32, computed from the checkpoint when it is loaded."""
+    shape = (config.vq.codebook_size, config.base_ar.hidden_size)
 
-    def __init__(self, files: CheckpointFiles, config: StarConfig):
-        self.files, self.config = files, config
-        self.shape = (config.vq.codebook_size, config.base_ar.hidden_size)
-        self.dtype = torch.float32
-
-    def load(self) -> torch.Tensor:
-        from reference.model import pixel_adapter
-
-        tensors = named_tensors(self.files, self.config)
-        adapter = pixel_adapter(self.config.vq.codebook_dim, self.shape[1], depth=self.config.adapter_depth)
+    def compute() -> torch.Tensor:
+        adapter = pixel_adapter(config.vq.codebook_dim, shape[1], depth=config.adapter_depth)
         adapter.load_state_dict(
-            {n: tensors[f"pixel_adapter.{n}"].load().float() for n in adapter.state_dict()}
+            {name: tensors[f"pixel_adapter.{name}"].load().float() for name in adapter.state_dict()}
         )
         with torch.inference_mode():
             return adapter(tensors["codebook.weight"].load().float())
+
+    return LazyTensor(TABLE, shape, torch.float32, source, compute)
 
 
 def _check_names(kind: str, names: list[str], valid: Mapping[str, object]) -> None:
     wrong = [name for name in names if name not in valid]
     if wrong or not names:
         raise UsageError(
-            f"No such {kind}" if wrong else f"No {kind} is named",
+            f"No such {kind}" if wrong else f"The list of {kind}s is empty",
+            where=f"export: {kind}: expected names from {', '.join(valid)}; "
+            f"got {', '.join(map(repr, wrong)) or 'none'}",
             fix="use names from the list",
-            where=f"export: expected {kind}s from {', '.join(valid)}; got {', '.join(map(repr, wrong)) or 'none'}",
         )
 
 

@@ -1,4 +1,4 @@
-"""What the runtime must know of a checkpoint: its configuration, tokenizer and chat template, as the manifest states them."""
+"""What the runtime must know of a checkpoint, for the manifest: configuration, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -23,20 +23,12 @@ from reference.weights import CheckpointFiles
 from ..components import TOP_K_LIMIT
 from ..scores import KINDS, SCORE, score_of_kind
 
-SAMPLING = "sampling.json"  # beside the configuration; STAR-Nano has one
-TOKENS = {
-    "im_start": "<|im_start|>",
-    "im_end": "<|im_end|>",
-    "vision_start": "<|vision_start|>",
-    "vision_end": "<|vision_end|>",
-    "vision_pad": "<|vision_pad|>",
-    "image_pad": "<|image_pad|>",
-    "fim_pad": "<|fim_pad|>",
-}
+SAMPLING = "sampling.json"  # a file beside the configuration; STAR-Nano has one
+TOKENS = ("im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "fim_pad")
 
 
 def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, rope_bf16: bool) -> ModelSpec:
-    """The manifest's `model`. Raises InputError when the tokenizer lacks a special token."""
+    """Build the manifest's `model`. Raises InputError if the tokenizer lacks a special token."""
     v = config.vision
     image = _json(files.qwen_folder / "preprocessor_config.json")
     return ModelSpec(
@@ -57,8 +49,9 @@ def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, ro
             spatial_merge_size=v.spatial_merge_size,
             window_size=v.window_size,
             head_dim=v.hidden_size // v.num_heads,
-            image_mean=tuple(map(float, image["image_mean"])),
-            image_std=tuple(map(float, image["image_std"])),
+            # The manifest's parser checks the lengths.
+            image_mean=tuple(map(float, image["image_mean"])),  # type: ignore[arg-type]
+            image_std=tuple(map(float, image["image_std"])),  # type: ignore[arg-type]
         ),
         cache={"base_ar": _cache_spec(config.base_ar), "stacked_ar": _cache_spec(config.stacked_ar)},
         sampling=sampling_specs(files.config_json.parent / SAMPLING),
@@ -66,7 +59,10 @@ def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, ro
 
 
 def sampling_specs(path: Path) -> SamplingSpecs:
-    """What a checkpoint that was tuned says of how each task draws; the release's defaults where there is no such file. Raises InputError."""
+    """Read the sampling settings of each task, or take the release's defaults where there is no such file.
+
+    Raises InputError.
+    """
     if not path.exists():
         return SamplingSpecs()
     return strict(
@@ -75,7 +71,10 @@ def sampling_specs(path: Path) -> SamplingSpecs:
 
 
 def tokenizer_files(files: CheckpointFiles) -> dict[str, bytes]:
-    """Bundle file name -> contents: the tokenizer, and the chat template out of its configuration."""
+    """Bundle file name -> contents: the tokenizer, and the chat template from its configuration.
+
+    Raises InputError without a template.
+    """
     folder = files.qwen_folder
     template = _json(folder / "tokenizer_config.json").get("chat_template")
     if template is None and (folder / "chat_template.json").exists():
@@ -84,7 +83,7 @@ def tokenizer_files(files: CheckpointFiles) -> dict[str, bytes]:
         raise InputError(
             "The base model has no chat template",
             where=f"{folder / 'tokenizer_config.json'}: expected chat_template, got nothing",
-            fix="download the base model again, with tokenizer_config.json",
+            fix="download the base model again, including tokenizer_config.json",
         )
     return {
         "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
@@ -93,7 +92,10 @@ def tokenizer_files(files: CheckpointFiles) -> dict[str, bytes]:
 
 
 def score_files(files: CheckpointFiles) -> dict[str, bytes]:
-    """Bundle file name -> contents: the reference's score, where it was recorded beside the configuration. Raises InputError."""
+    """Bundle file name -> contents: the reference's score, if one lies beside the configuration.
+
+    Raises InputError for a file of another form.
+    """
     path = files.config_json.parent / SCORE
     if not path.exists():
         return {}
@@ -110,13 +112,15 @@ def _token_spec(path: Path, config: StarConfig) -> TokenSpec:
         raise InputError(
             "The tokenizer cannot be read", where=f"{path}: {error}", fix="download the base model again"
         ) from None
-    ids = {name: tokenizer.token_to_id(text) for name, text in TOKENS.items()}
-    if absent := [TOKENS[name] for name, id in ids.items() if id is None]:
+    vocabulary = tokenizer.get_vocab()
+    texts = {name: f"<|{name}|>" for name in TOKENS}
+    if absent := [text for text in texts.values() if text not in vocabulary]:
         raise InputError(
             "The tokenizer lacks special tokens",
-            where=f"{path}: expected {', '.join(TOKENS.values())}; absent: {', '.join(absent)}",
+            where=f"{path}: expected {', '.join(texts.values())}; absent: {', '.join(absent)}",
             fix="use the tokenizer of Qwen2.5-VL",
         )
+    ids = {name: vocabulary[text] for name, text in texts.items()}
     return TokenSpec(**ids, eos=tuple(config.eos_token_ids))
 
 

@@ -1,6 +1,6 @@
-"""Publish a bundle: stage beside its final place, check, hash, rename. Until the rename the final name does not exist.
+"""Publish a bundle: stage it beside its final place, check, hash, and rename it.
 
-Knows nothing of what is in the files.
+The final name does not exist before the rename. This module knows nothing of the files' contents.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from engines.errors import InputError
 
 
 def check_out(out: Path) -> None:
-    """`out` must be absent or an empty folder, in a folder that exists and can be written. Raises InputError; writes nothing."""
+    """Check that `out` is absent or an empty folder, in an existing folder that can be written.
+
+    Raises InputError. Writes nothing.
+    """
     try:
         if out.is_symlink():
             raise _refusal(out, "a symbolic link")
@@ -38,15 +41,15 @@ def check_out(out: Path) -> None:
             raise InputError(
                 "The bundle cannot be written here",
                 where=f"{out}: {out.parent} is read-only",
-                fix="choose a folder that you may write",
+                fix="choose a folder that you can write to",
             )
-    except OSError as error:  # a name that is too long, say
+    except OSError as error:  # for example a name that is too long
         raise _not_written(out, error) from None
 
 
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to fill; it becomes `out` when the block ends well, and is removed when it does not."""
+    """Yield a folder beside `out` to fill. It becomes `out` if the block succeeds, else it is removed."""
     check_out(out)
     try:
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", suffix=".stage", dir=out.parent))
@@ -56,7 +59,7 @@ def staged(out: Path) -> Iterator[Path]:
         yield stage
         _sync(stage)
         stage.chmod(0o755)
-        os.rename(stage, out)  # replaces an empty folder, and fails on one that was filled meanwhile
+        os.rename(stage, out)  # replaces an empty folder, and fails on one that has been filled meanwhile
         sync_folder(out.parent)
     except OSError as error:
         raise _not_written(out, error) from error
@@ -65,14 +68,14 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def write_manifest(stage: Path, *, precision: str, model, components) -> None:
-    """Hash every staged file, write the manifest, and read the whole back as a device would."""
+    """Hash every staged file, write the manifest, and open the result as a device would."""
     files = {}
     for name in sorted(files_present(stage)):
         files[name] = FileSpec(size=(stage / name).stat().st_size, sha256=sha256_of(stage / name))
     manifest = Manifest(schema=SCHEMA, precision=precision, model=model, components=components, files=files)
     write_atomic(stage / MANIFEST, json_from_manifest(manifest).encode())
     if Bundle.open(stage).manifest != manifest:
-        raise AssertionError("the manifest does not survive its own parser")
+        raise AssertionError("the manifest differs after it is written and parsed")
 
 
 def _sync(stage: Path) -> None:
@@ -85,9 +88,9 @@ def _sync(stage: Path) -> None:
 
 def _refusal(out: Path, got: str) -> InputError:
     return InputError(
-        "The bundle's place is taken",
+        "The output path is not empty",
         where=f"{out}: expected nothing or an empty folder, got {got}",
-        fix="give another --out, or remove what is there",
+        fix="choose another --out, or remove what is there",
     )
 
 
@@ -95,5 +98,5 @@ def _not_written(out: Path, error: OSError) -> InputError:
     return InputError(
         "The bundle cannot be written",
         where=f"{out}: {reason(error)}",
-        fix="check the name, the permissions and the free space, or give another --out",
+        fix="check the name, the permissions and the free space, or choose another --out",
     )

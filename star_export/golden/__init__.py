@@ -1,1 +1,1 @@
-"""Golden tensors: recorded from the reference, read back as cases, run on a session and compared."""
+"""Golden tensors: recorded from the reference, read as cases, run on a session and compared."""

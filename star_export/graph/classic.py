@@ -1,9 +1,10 @@
-"""The classic dialect: a stored graph for TensorRT 10.0 to 10.14, whose parser has no cache, attention, rotary or RMS norm.
+"""The classic dialect, for TensorRT 10.0 to 10.14: primitive operators, and a plugin for the cache.
 
-The graph is rewritten, not traced again: what differs is then exactly the nodes below, weights and quantisation are the same
-files, and equality with the modern graph is easily tested. Norms, rotary, running sums and attention become primitives of opset 20
-(21 where int4 blocks need it); `star::KVCacheAttention` keeps its nodes and loses its body, so that the parser looks for the plugin, and
-gets the plugin's fields.
+The parser of these versions knows no cache, attention, rotary embedding or RMS norm. The stored modern graph
+is rewritten, not traced again. So only the nodes below differ, both graphs share the files of weights and
+quantisation, and their equality is easy to test. Norms, rotary embeddings, running sums and attention become
+primitives of opset 20 (21 where int4 blocks need it). `star::KVCacheAttention` keeps its nodes but loses its
+body, so that the parser looks for the plugin of that name; its nodes get the plugin's fields.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ OPSET, OPSET_INT4 = 20, 21
 
 
 def classic_from_graph(model: ir.Model, *, cache: str = "element") -> ir.Model:
-    """Turn a stored modern graph into its classic one, in place. `cache` is `element` (the compute type) or `int8`.
+    """Rewrite a stored modern graph to the classic dialect, in place.
 
-    Raises AssertionError for a node that this rewrite does not know in this form.
+    `cache` is `element` (the compute type) or `int8`. Raises AssertionError for a node whose form the rewrite
+    does not support.
     """
     for node in list(model.graph):
         if rewrite := _REWRITES.get((node.domain, node.op_type)):
@@ -38,7 +40,7 @@ def classic_from_graph(model: ir.Model, *, cache: str = "element") -> ir.Model:
 
 
 class _Nodes:
-    """New nodes in front of the one that they replace; names follow from its name."""
+    """Makes nodes in front of the one that they replace, and names them after it."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node):
         self.graph, self.node, self.count = graph, node, 0
@@ -50,7 +52,7 @@ class _Nodes:
         self.count += 1
         node = ir.node(op, list(inputs), attributes, num_outputs=outputs, name=name)
         for i, value in enumerate(node.outputs):
-            value.name, value.dtype = f"{name}.{i}", dtype or inputs[0].dtype
+            value.name, value.dtype = f"{name}.{i}", dtype or _known(inputs[0])
         self.graph.insert_before(self.node, node)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
@@ -68,10 +70,16 @@ class _Nodes:
 
 def _replace(graph: ir.Graph, node: ir.Node, rewrite: Callable[[_Nodes, ir.Node], ir.Value]) -> None:
     old, new = node.outputs[0], rewrite(_Nodes(graph, node), node)
-    new.shape, new.dtype, name = old.shape, old.dtype, old.name
+    new.shape, new.dtype, name = old.shape, _known(old), old.name
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     new.name = name
+
+
+def _known(value: ir.Value) -> ir.DataType:
+    """The type of `value`, which every value of a traced graph has."""
+    assert value.dtype is not None, value.name
+    return value.dtype
 
 
 def _value(node: ir.Node, name: str, default):
@@ -85,7 +93,7 @@ def _expect(node: ir.Node, good: bool, what: str) -> None:
 
 
 def _rms_norm(make: _Nodes, node: ir.Node) -> ir.Value:
-    """x / sqrt(mean(x^2) + epsilon) * scale, in float32 as it is traced."""
+    """x / sqrt(mean(x^2) + epsilon) * scale, in float32 as traced."""
     x, scale = node.inputs
     _expect(
         node, x.dtype == ir.DataType.FLOAT and _value(node, "axis", -1) == -1, "float32 over the last axis"
@@ -96,9 +104,9 @@ def _rms_norm(make: _Nodes, node: ir.Node) -> ir.Value:
 
 
 def _group_norm(make: _Nodes, node: ir.Node) -> ir.Value:
-    """x [N, C, ...], normalised over each of `num_groups` groups of channels in float32, then scale and bias [C] per channel.
+    """Normalise x [N, C, ...] over groups of channels in float32, then apply scale and bias [C] per channel.
 
-    Opset 20 has scale and bias per group, which is another operation.
+    The operator of opset 20 takes scale and bias per group, which is another operation.
     """
     x, scale, bias = node.inputs
     _expect(node, x.dtype == ir.DataType.FLOAT, "float32")
@@ -123,7 +131,7 @@ def _rotary(make: _Nodes, node: ir.Node) -> ir.Value:
         and len(node.inputs[0].shape) == 4
         and not _value(node, "interleaved", 0)
         and not _value(node, "rotary_embedding_dim", 0),
-        "[B, h, S, D] in halves, angles per token",
+        "x [B, h, S, D] in halves, with one angle row per token",
     )
     x, heads = node.inputs[0], make.constant([1], ir.DataType.INT64)
     cos, sin = (make("Unsqueeze", angle, heads) for angle in node.inputs[1:])
@@ -134,10 +142,11 @@ def _rotary(make: _Nodes, node: ir.Node) -> ir.Value:
 
 
 def _cumsum(make: _Nodes, node: ir.Node) -> ir.Value:
-    """x [N, n] -> its running sums along n: TensorRT before 10.8 makes a loop of n steps of CumSum.
+    """Running sums of x [N, n] along n, because TensorRT before 10.8 turns CumSum into a loop of n steps.
 
-    Blocks of 2, 4, 8 ... are summed in turn: the last sum of a block's left half is added to its right half (Sklansky, 1960). Sums of
-    numbers that are not negative never fall, and zeros change nothing, as if they were added one by one.
+    Blocks of 2, 4, 8, ... are summed in turn: the last sum of a block's left half is added to its right half
+    (Sklansky, 1960). As in a sequential sum, the sums of non-negative numbers never fall, and zeros change
+    nothing.
     """
     x, axis = node.inputs
     size = x.shape[-1]
@@ -149,7 +158,7 @@ def _cumsum(make: _Nodes, node: ir.Node) -> ir.Value:
         and int(axis.const_value.numpy()) in (-1, 1)
         and not _value(node, "exclusive", 0)
         and not _value(node, "reverse", 0),
-        "[N, n] with a fixed n, along the last axis, inclusive and forward",
+        "x [N, n] with a fixed n, summed along the last axis, inclusive and forward",
     )
     int64, right = ir.DataType.INT64, make.constant([[0], [1]], x.dtype)
     whole = 1 << (size - 1).bit_length()
@@ -169,7 +178,7 @@ def _cumsum(make: _Nodes, node: ir.Node) -> ir.Value:
 
 
 def _attention(make: _Nodes, node: ir.Node) -> ir.Value:
-    """softmax(scale query key^T, where mask) value: query, key, value [B, h, S, D], bool mask or none."""
+    """softmax(scale query key^T, where mask) value: query, key, value [B, h, S, D], an optional bool mask."""
     query, key, value, *rest = node.inputs
     _expect(
         node,
@@ -178,7 +187,7 @@ def _attention(make: _Nodes, node: ir.Node) -> ir.Value:
         and len(rest) < 2
         and not _value(node, "is_causal", 0)
         and not _value(node, "softcap", 0.0),
-        "four axes, as many key heads as heads, at most a mask",
+        "four axes, as many key heads as query heads, and at most a mask",
     )
     scale = make.constant(_value(node, "scale", None) or query.shape[-1] ** -0.5, query.dtype)
     scores = make("MatMul", make("Mul", query, scale), make("Transpose", key, perm=[0, 1, 3, 2]))
@@ -189,7 +198,10 @@ def _attention(make: _Nodes, node: ir.Node) -> ir.Value:
 
 
 def _call_plugin(node: ir.Node, cache: str) -> None:
-    """The plugin's version and fields, from the shapes of query [B, h, S, D] and past [B, KV, C, D]; the types of int8 caches."""
+    """Set the plugin's version and fields from the shapes of query and past, and the types of int8 caches.
+
+    query [B, h, S, D], past [B, KV, C, D].
+    """
     query, past = node.inputs[0], node.inputs[3]
     fields = {
         "num_heads": query.shape[1],
@@ -197,7 +209,11 @@ def _call_plugin(node: ir.Node, cache: str) -> None:
         "head_dim": query.shape[3],
         "cache_type": int(cache == "int8"),
     }
-    _expect(node, all(isinstance(size, int) for size in fields.values()), "heads and head_dim that are fixed")
+    _expect(
+        node,
+        all(isinstance(size, int) for size in fields.values()),
+        "fixed numbers of heads and a fixed head_dim",
+    )
     for name, size in fields.items():
         node.attributes[name] = ir.AttrInt64(name, size)
     node.attributes["scale"] = ir.AttrFloat32("scale", fields["head_dim"] ** -0.5)

@@ -1,6 +1,6 @@
-"""The rules that a target's parser obeys, checked on the graph before anything is built.
+"""The rules of a target's parser, checked on the graph before anything is built.
 
-PLATFORMS' traps in one place: what TensorRT drops without a word, reads in another sense, or rejects only after minutes.
+They hold what TensorRT drops without a message, interprets in another sense, or rejects only after minutes.
 Every finding names its rule and node.
 """
 
@@ -26,9 +26,9 @@ DATA_FILE = "model.onnx.data"
 
 
 def check_graph(source: ir.Model | Path, *, target: str | None = None, dialect: str | None = None) -> None:
-    """Raise InputError when `source` breaks a rule of its dialect (default: `target`'s, else modern), or one of `target`'s.
+    """Check `source` against the rules of a dialect (default: `target`'s, else modern) and of `target`.
 
-    Findings are listed with rule and node.
+    Raises InputError that lists the findings with their rules and nodes.
     """
     model = source if isinstance(source, ir.Model) else _load(Path(source))
     dialect = dialect or (TARGETS[target].dialect if target else "modern")
@@ -40,14 +40,14 @@ def check_graph(source: ir.Model | Path, *, target: str | None = None, dialect: 
         raise InputError(
             f"This graph breaks {len(findings)} rule(s) of the parsers it is meant for",
             where=f"{source if isinstance(source, Path) else model.graph.name}: {shown}",
-            fix="export the component again; a graph made elsewhere must follow the named rules",
+            fix="export the component again; a graph from another tool must follow these rules",
         )
 
 
 def _load(path: Path) -> ir.Model:
     try:
         return ir.load(path)
-    except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
+    except Exception as error:  # protobuf and onnx_ir raise many types for a damaged file
         raise InputError(
             "This is not an ONNX file",
             where=f"{path}: expected a model, got {type(error).__name__}: {error}",
@@ -84,12 +84,12 @@ def _domains(model: ir.Model) -> Iterator[Finding]:
             yield (
                 "operator-domain",
                 str(node.name),
-                f"{node.domain}::{node.op_type} is no operator of this recipe",
+                f"{node.domain}::{node.op_type} is not an operator of this project",
             )
         elif not node.domain and not onnx.defs.has(node.op_type, max_inclusive_version=OPSET, domain=""):
             yield "operator", str(node.name), f"{node.op_type} is not in opset {OPSET}"
     if any(n.op_type == NAME for n in model.graph) and (DOMAIN, NAME, "") not in model.functions:
-        yield "function-body", "graph", f"{DOMAIN}::{NAME} is called and has no body"
+        yield "function-body", "graph", f"{DOMAIN}::{NAME} is called but has no body"
 
 
 def _attention(model: ir.Model) -> Iterator[Finding]:
@@ -100,13 +100,13 @@ def _attention(model: ir.Model) -> Iterator[Finding]:
             yield (
                 "nonpad-kv-seqlen",
                 str(node.name),
-                "TensorRT drops nonpad_kv_seqlen without a word; use an explicit mask",
+                "TensorRT silently drops nonpad_kv_seqlen; use an explicit mask",
             )
         if _attribute(node, "is_causal", 0):
             yield (
                 "is-causal",
                 str(node.name),
-                "TensorRT reads is_causal as upper-left, wrong for decode; use an explicit mask",
+                "TensorRT aligns is_causal upper-left, which is wrong for decode; use an explicit mask",
             )
         if len([o for o in node.outputs if o.name]) > 1:
             yield "attention-outputs", str(node.name), f"expected one output, got {len(node.outputs)}"
@@ -135,14 +135,14 @@ def _caches(model: ir.Model) -> Iterator[Finding]:
                 yield (
                     "cache-input",
                     str(node.name),
-                    "a cache must be a graph input itself, to be updated in place",
+                    "a cache must itself be a graph input, to be updated in place",
                 )
         for value in node.outputs[1:3]:
             if not value.is_graph_output():
                 yield (
                     "cache-output",
                     str(node.name),
-                    "an updated cache must be a graph output itself, to be updated in place",
+                    "an updated cache must itself be a graph output, to be updated in place",
                 )
 
 
@@ -167,11 +167,11 @@ def _weights(model: ir.Model) -> Iterator[Finding]:
             yield "external-data", name, f"expected weights in {DATA_FILE}, got {str(tensor.location)!r}"
     for node in _nodes(model):
         if "sparse_value" in node.attributes:
-            yield "sparse-initializer", str(node.name), "sparse tensors are not read by TensorRT"
+            yield "sparse-initializer", str(node.name), "TensorRT does not support sparse tensors"
 
 
 def _classic(model: ir.Model) -> Iterator[Finding]:
-    """Only operators that TensorRT 10.0's parser knows, with the meaning they have there; the cache's one is the plugin's."""
+    """Allow only operators that TensorRT 10.0's parser knows, in its sense, and the plugin for the cache."""
     opset = model.opset_imports.get("", 0)
     for domain, version in model.opset_imports.items():
         if (domain, version) not in (("", classic.OPSET), ("", classic.OPSET_INT4), (DOMAIN, 1)):
@@ -193,7 +193,7 @@ def _classic(model: ir.Model) -> Iterator[Finding]:
             yield (
                 "operator-domain",
                 str(node.name),
-                f"{node.domain}::{node.op_type} is no operator of this recipe",
+                f"{node.domain}::{node.op_type} is not an operator of this project",
             )
         elif node.op_type in REDEFINED or not onnx.defs.has(
             node.op_type, max_inclusive_version=opset, domain=""
@@ -201,7 +201,7 @@ def _classic(model: ir.Model) -> Iterator[Finding]:
             yield (
                 "operator",
                 str(node.name),
-                f"{node.op_type} is not in opset {opset}, or means something else there",
+                f"{node.op_type} is not in opset {opset}, or has another meaning there",
             )
 
 
@@ -211,14 +211,14 @@ def _plugin_call(node: ir.Node) -> Iterator[Finding]:
             yield (
                 "plugin-field",
                 str(node.name),
-                f"{name} is not that of {value.name}, got {_attribute(node, name, None)}",
+                f"expected {name} {value.shape[1]} as in {value.name}, got {_attribute(node, name, None)}",
             )
     head_dim, scale = _attribute(node, "head_dim", 0), _attribute(node, "scale", 0.0)
     if head_dim != node.inputs[0].shape[3] or not head_dim or abs(scale * head_dim**0.5 - 1) > 1e-6:
         yield (
             "plugin-field",
             str(node.name),
-            f"head_dim and scale are not the query's, got {head_dim} and {scale}",
+            f"head_dim and scale do not match the query, got {head_dim} and {scale}",
         )
     if _attribute(node, "plugin_version", None) != str(plugins.ABI):
         yield (
@@ -228,7 +228,7 @@ def _plugin_call(node: ir.Node) -> Iterator[Finding]:
         )
 
 
-REDEFINED = ("GroupNormalization",)  # scale and bias per group until opset 20, per channel since
+REDEFINED = ("GroupNormalization",)  # scale and bias per group up to opset 20, per channel from 21
 _RULES = (_opsets, _domains, _attention, _caches, _top_k, _weights)
 _DIALECTS = {"modern": _RULES, "classic": (_classic, _caches, _top_k, _weights)}
 
@@ -245,10 +245,10 @@ def _target_findings(model: ir.Model, name: str) -> Iterator[Finding]:
             yield (
                 "attention-type",
                 str(node.name),
-                f"{name} fuses attention in 16 bits only; export with --precision bf16",
+                f"{name} fuses attention only in 16 bits; export with --precision bf16",
             )
         if query.dtype == ir.DataType.BFLOAT16 and target.compute_capability < (8, 0):
-            yield "bf16", str(node.name), f"{name} has no bf16; export with --precision fp16"
+            yield "bf16", str(node.name), f"{name} does not support bf16; export with --precision fp16"
         head_dim = query.shape[-1] if query.shape is not None else None
         if isinstance(head_dim, int) and head_dim not in HEAD_DIMS:
             yield "head-dim", str(node.name), f"expected one of {HEAD_DIMS}, got {head_dim}"
@@ -260,7 +260,7 @@ def _plugin_limits(node: ir.Node, target: str) -> Iterator[Finding]:
         yield (
             "attention-type",
             str(node.name),
-            f"{target}'s plugin computes in 16 bits only; export with --precision bf16",
+            f"{target}'s plugin computes only in 16 bits; export with --precision bf16",
         )
     if query.shape[-1] not in plugins.HEAD_DIMS:
         yield "head-dim", str(node.name), f"expected one of {plugins.HEAD_DIMS}, got {query.shape[-1]}"

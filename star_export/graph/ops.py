@@ -1,7 +1,7 @@
-"""`star::KVCacheAttention`: our one operation, as a torch custom op that runs, and as an ONNX local function.
+"""`star::KVCacheAttention`, our one operation: a torch custom op that runs, and an ONNX local function.
 
-The same op is executed in eager mode and translated to one ONNX node, so the traced module *is* the reference. The function's body
-is standard opset 24, so an executor that knows no plugin of this name inlines it.
+Eager mode executes the op and the exporter translates it to one ONNX node, so the traced module *is* the
+reference. The function's body is standard opset 24, so an executor without a plugin of this name inlines it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def kv_cache_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Write `key` and `value` at `write_indices`, then attend under `mask`.
 
-    query [B,h,S,D], key and value [B,KV,S,D], past_key and past_value [B,KV,C,D], write_indices [B], mask bool [B,1,S,C]
-    -> output [B,h,S,D], present_key and present_value [B,KV,C,D]. Functional: the past is left as it was.
+    query [B,h,S,D], key and value [B,KV,S,D], past_key and past_value [B,KV,C,D], write_indices [B],
+    mask bool [B,1,S,C] -> output [B,h,S,D], present_key and present_value [B,KV,C,D].
+    Functional: the past keeps its values.
     """
     return reference_attention(query, key, value, past_key.clone(), past_value.clone(), write_indices, mask)
 
@@ -52,13 +53,16 @@ def _(query, key, value, past_key, past_value, write_indices, mask):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """ONNX `RotaryEmbedding` (opset 23), rotate-half: x [B,h,S,D], cos and sin [B,S,D/2]."""
+    """Apply ONNX `RotaryEmbedding` (opset 23) in halves: x [B,h,S,D], cos and sin [B,S,D/2] -> [B,h,S,D]."""
     return torch.onnx.ops.rotary_embedding(x, cos, sin)
 
 
 @functools.cache
 def translation_table() -> dict:
-    """For `torch.onnx.export(custom_translation_table=...)`; registers the ONNX schema of the op once in this process."""
+    """The `custom_translation_table` of `torch.onnx.export`.
+
+    Registers the ONNX schema of the op, once per process.
+    """
     from onnxscript import values
 
     formal, kinds = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType
@@ -92,7 +96,7 @@ def translation_table() -> dict:
 
 
 def function_body() -> ir.Function:
-    """The local function: `TensorScatter` (linear, axis -2) into both caches, then `Attention` under the explicit mask."""
+    """The ONNX local function: `TensorScatter` into both caches, then `Attention` under the explicit mask."""
     nodes = [
         helper.make_node(
             "TensorScatter",
@@ -120,6 +124,7 @@ def function_body() -> ir.Function:
             list(_OUTPUTS),
             nodes,
             [helper.make_opsetid("", OPSET)],
-            doc_string="Write new keys and values into the caches in place, then attend over what the mask shows.",
+            doc_string="Write new keys and values into the caches in place, "
+            "then attend over what the mask shows.",
         )
     )

@@ -1,12 +1,14 @@
 """Weight formats: one graph, several writers.
 
-A traced graph has bfloat16 as its compute type and empty initializers. `set_precision` substitutes the type, `attach_weights` gives every
-initializer a lazy tensor that is read, transposed, rounded or quantised only while the data file is written, one at a time.
-`rounded` is the same rounding as float32 numbers, for the reference that golden tensors are recorded with.
+A traced graph has the compute type bfloat16 and empty initializers. `set_precision` replaces the type, and
+`attach_weights` gives every initializer a lazy tensor, which is read, transposed, rounded or quantised only
+when the data file is written, one at a time. `rounded` applies the same rounding and returns float32, for the
+reference that records golden tensors.
 
-int8 and int4 are weight-only: symmetric blocks along the input features, round to nearest, scales in the compute type, no zero point (ONNX
-`DequantizeLinear`). int4 has blocks of 128, 64 or 32; int8 one block over all input features, so one scale per output channel, because
-TensorRT for RTX fuses no smaller one: it writes the whole weight out as bf16 at every step.
+int8 and int4 are weight-only: symmetric blocks along the input features, round to nearest, scales in the
+compute type, no zero point (ONNX `DequantizeLinear`). int4 has blocks of 128, 64 or 32. int8 has one block
+over all input features, so one scale per output channel, because TensorRT for RTX fuses no smaller block: it
+would write the whole weight out as bf16 at every step.
 """
 
 from __future__ import annotations
@@ -19,15 +21,20 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from reference.containers import LazyTensor
+
 from ..components import COMPONENTS
 
-BLOCK_SIZES = (128, 64, 32)  # of int4: the largest that divides the input features is taken
-TRANSPOSED = "transposed"  # metadata of an initializer whose checkpoint tensor is stored the other way round
+BLOCK_SIZES = (128, 64, 32)  # of int4; the largest one that divides the input features is used
+TRANSPOSED = "transposed"  # metadata of an initializer that stores the transpose of its checkpoint tensor
 
 
 @dataclass(frozen=True)
 class Precision:
-    """`compute`: type of activations, caches, scales and dense weights. `bits` of block weights, or None for dense."""
+    """`compute` is the type of activations, caches, scales and dense weights.
+
+    `bits` is the width of weights in blocks, or None where all weights are dense.
+    """
 
     compute: ir.DataType
     bits: int | None = None
@@ -55,7 +62,7 @@ PRECISIONS = {
 
 
 def block_size(name: str, shape: tuple[int, ...], precision: Precision) -> int | None:
-    """Block of the linear weight `name` [out, in] in input features, or None where the weight stays dense."""
+    """The block size of the linear weight `name` [out, in] in input features; None if it stays dense."""
     row = COMPONENTS.get(name.partition(".")[0])
     if precision.bits is None or row is None or not row.quantized or len(shape) != 2:
         return None
@@ -67,7 +74,7 @@ def block_size(name: str, shape: tuple[int, ...], precision: Precision) -> int |
 def blocks_from_weight(
     weight: torch.Tensor, *, bits: int, block: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [K,N] -> codes int8 [K,N], scales [K/block,N] in `dtype`; codes lie in +-(2^(bits-1)-1)."""
+    """Quantise weight [K,N] to codes int8 [K,N] in +-(2^(bits-1)-1) and scales [K/block,N] in `dtype`."""
     top = 2 ** (bits - 1) - 1
     grouped = weight.float().unflatten(0, (-1, block))  # [K/block, block, N]
     scales = (grouped.abs().amax(1) / top).to(dtype)
@@ -77,12 +84,12 @@ def blocks_from_weight(
 
 
 def weight_from_blocks(codes: torch.Tensor, scales: torch.Tensor, *, block: int) -> torch.Tensor:
-    """Inverse of `blocks_from_weight`: float32 [K,N]."""
+    """Invert `blocks_from_weight`: returns float32 [K,N]."""
     return codes.float() * scales.float().repeat_interleave(block, 0)
 
 
 def rounded(name: str, weight: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """`weight` as the bundle stores it, widened to float32; the shape of the checkpoint is kept."""
+    """Round `weight` as the bundle stores it, and widen it to float32; it keeps the checkpoint's shape."""
     if (block := block_size(name, tuple(weight.shape), precision)) is not None:
         codes, scales = blocks_from_weight(
             weight.T, bits=precision.bits, block=block, dtype=precision.torch_dtype
@@ -92,12 +99,12 @@ def rounded(name: str, weight: torch.Tensor, precision: Precision) -> torch.Tens
 
 
 def set_precision(model: ir.Model, compute: ir.DataType) -> None:
-    """Substitute bfloat16 by `compute` everywhere in a traced graph: values, casts, small constants."""
+    """Replace bfloat16 by `compute` everywhere in a traced graph: in values, casts and small constants."""
     if compute == ir.DataType.BFLOAT16:
         return
     for value in _values(model):
         if value.dtype == ir.DataType.BFLOAT16:
-            value.type = ir.TensorType(compute)  # a new type: the clone of a graph shares the old one
+            value.type = ir.TensorType(compute)  # a new object: clones of a graph share the old one
             if value.const_value is not None:
                 value.const_value = ir.tensor(
                     value.const_value.numpy().astype(compute.numpy()), name=value.name
@@ -122,8 +129,8 @@ def _values(model: ir.Model):
         yield from node.outputs
 
 
-def attach_weights(model: ir.Model, tensors: Mapping[str, object], precision: Precision) -> None:
-    """Give each empty initializer its lazy weight from `tensors` (name -> object with shape and load())."""
+def attach_weights(model: ir.Model, tensors: Mapping[str, LazyTensor], precision: Precision) -> None:
+    """Give each empty initializer its lazy weight from `tensors`, in the format of `precision`."""
     for name, value in list(model.graph.initializers.items()):
         if value.const_value is not None:
             continue
@@ -135,13 +142,15 @@ def attach_weights(model: ir.Model, tensors: Mapping[str, object], precision: Pr
             _insert_dequantize(model, value, tensor, precision, block)
 
 
-def _dense(tensor, transposed: bool, precision: Precision) -> Callable[[], torch.Tensor]:
+def _dense(tensor: LazyTensor, transposed: bool, precision: Precision) -> Callable[[], torch.Tensor]:
     return lambda: (tensor.load().T if transposed else tensor.load()).to(precision.torch_dtype)
 
 
-def _insert_dequantize(model: ir.Model, weight: ir.Value, tensor, precision: Precision, block: int) -> None:
-    """Replace `weight` [K,N] by `weight.codes`, `weight.scales` and a DequantizeLinear in front of its consumers."""
-    bits, (k, n) = precision.bits, weight.shape
+def _insert_dequantize(
+    model: ir.Model, weight: ir.Value, tensor: LazyTensor, precision: Precision, block: int
+) -> None:
+    """Replace `weight` [K,N] by `weight.codes` and `weight.scales` with a DequantizeLinear after them."""
+    bits, (n, k) = precision.bits, tensor.shape  # the checkpoint stores it transposed
     kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
     layout, shape = ({"axis": 1}, [n]) if bits == 8 else ({"axis": 0, "block_size": block}, [k // block, n])
 
@@ -157,14 +166,10 @@ def _insert_dequantize(model: ir.Model, weight: ir.Value, tensor, precision: Pre
         scales.name, precision.compute, scales.shape, lambda: blocks()[1].reshape(shape)
     )
     node = ir.node("DequantizeLinear", [codes, scales], layout, name=f"{weight.name}.dequantize")
-    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = (
-        f"{weight.name}.dense",
-        precision.compute,
-        weight.shape,
-    )
-    first = next(iter(weight.uses())).node
-    model.graph.insert_before(first, node)
-    weight.replace_all_uses_with(node.outputs[0])
+    dense = node.outputs[0]
+    dense.name, dense.dtype, dense.shape = f"{weight.name}.dense", precision.compute, weight.shape
+    model.graph.insert_before(next(iter(weight.uses())).node, node)
+    weight.replace_all_uses_with(dense)
     del model.graph.initializers[weight.name]
     model.graph.initializers.add(codes)
     model.graph.initializers.add(scales)
@@ -175,7 +180,7 @@ def _lazy(name: str, dtype: ir.DataType, shape: ir.Shape, load: Callable[[], tor
         tensor = load().contiguous()
         if tuple(tensor.shape) != tuple(shape):
             raise AssertionError(
-                f"{name}: the graph has {tuple(shape)}, the checkpoint {tuple(tensor.shape)}"
+                f"{name}: the graph expects shape {tuple(shape)}, the checkpoint has {tuple(tensor.shape)}"
             )
         return ir.Tensor(_numpy(tensor, dtype), dtype=dtype, name=name)
 
@@ -191,7 +196,7 @@ def _numpy(tensor: torch.Tensor, dtype: ir.DataType) -> np.ndarray:
 
 
 def twin_from_graph(model: ir.Model) -> ir.Model:
-    """Turn a stored 16-bit graph into its fp32 twin: the same rounded weights, each cast to float32 where it is read."""
+    """Turn a stored 16-bit graph into its fp32 twin: it casts the same rounded weights to float32."""
     compute = next(v.dtype for v in _values(model) if v.dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16))
     for value in list(model.graph.initializers.values()):
         if value.dtype == compute:

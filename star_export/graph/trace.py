@@ -1,7 +1,8 @@
-"""Component -> ONNX graph with bfloat16 as compute type and empty initializers, traced on the meta device.
+"""Trace a component on the meta device to an ONNX graph with compute type bfloat16 and empty initializers.
 
-The graph needs shapes, not numbers: nothing here depends on the size of a checkpoint. An initializer carries the name of its
-parameter in `reference.model.Star`, and is stored [in, out] where a linear layer multiplies by it.
+The graph needs shapes, not numbers, so nothing here depends on the size of a checkpoint. An initializer has
+the name of its parameter in `reference.model.Star`, and the layout [in, out] where a linear layer multiplies
+by it.
 """
 
 from __future__ import annotations
@@ -27,15 +28,9 @@ from ..components import COMPONENTS
 from . import ops, wrappers
 from .quantize import TRANSPOSED
 
-EXAMPLE = {
-    "B": 2,
-    "S": 5,
-    "C": 24,
-    "N": 3,
-    "P": 24,
-}  # sizes while tracing; every one of these axes stays dynamic
+EXAMPLE = {"B": 2, "S": 5, "C": 24, "N": 3, "P": 24}  # sizes while tracing; all these axes stay dynamic
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "bfloat16": torch.bfloat16}
-EXACT = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # constants that no compute type rounds
+EXACT = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # constants that every compute type represents exactly
 
 
 @functools.lru_cache(maxsize=2 * len(COMPONENTS))
@@ -44,12 +39,15 @@ def _traced(name: str, config: StarConfig, rope_bf16: bool) -> ir.Model:
 
 
 def graph_from_config(name: str, config: StarConfig, *, rope_bf16: bool) -> ir.Model:
-    """A graph of component `name` that may be changed. Traced once per process: every precision starts from the same graph."""
+    """Return a graph of component `name` that the caller may change.
+
+    It is traced once per process, because every precision starts from the same graph.
+    """
     return _traced(name, config, rope_bf16).clone()
 
 
 def meta_star(config: StarConfig, *, rope_bf16: bool) -> wrappers.FoldedStar:
-    """A Star without numbers, wired to our ops, with the adapter's table as one more parameter."""
+    """A Star on the meta device that calls our ops and has the adapter's table as one more parameter."""
     with torch.device("meta"):
         star = wrappers.FoldedStar(
             config, rope_bf16=rope_bf16, attention=ops.kv_cache_attention, rotate=ops.rotate
@@ -62,7 +60,7 @@ def meta_star(config: StarConfig, *, rope_bf16: bool) -> wrappers.FoldedStar:
 def graph_from_component(name: str, star: wrappers.FoldedStar) -> ir.Model:
     """Trace one component of `star` (from `meta_star`).
 
-    Raises InputError naming the component when the exporter meets an operation it cannot translate.
+    Raises InputError naming the component if the exporter cannot translate an operation.
     """
     module = getattr(wrappers, COMPONENTS[name].wrapper)(star).eval()
     inputs, outputs = COMPONENTS[name].boundary(star.config, "bfloat16")
@@ -88,9 +86,8 @@ def _export(
         for spec in inputs
     )
     shapes = [{i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs]
-    caches = sum(
-        bool(present_name(spec.name)) for spec in inputs
-    )  # they come last, as the module's variadic arguments
+    # The caches come last, as the module's variadic arguments.
+    caches = sum(bool(present_name(spec.name)) for spec in inputs)
     dynamic = (*shapes[:-caches], tuple(shapes[-caches:])) if caches else tuple(shapes)
     try:
         with _quiet():
@@ -134,7 +131,7 @@ def _size(dim: int | str) -> int:
 
 @contextlib.contextmanager
 def _quiet():
-    """torch.onnx prints its progress and warns of packages that this project does not use."""
+    """Silence torch.onnx: it prints progress, and warns about packages that this project does not use."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -147,7 +144,10 @@ def _quiet():
 
 
 def _name_initializers(model: ir.Model, module: nn.Module, star: wrappers.FoldedStar) -> None:
-    """Parameters become empty initializers under their name in `Star`; buffers take their values from the configuration."""
+    """Rename initializers after `Star`'s tensors, and empty those of parameters.
+
+    Buffers take their values from the configuration.
+    """
     constants = star.constants()
     names = {id(tensor): name for name, tensor in (*star.named_parameters(), *star.named_buffers())}
     for local, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -161,7 +161,7 @@ def _name_initializers(model: ir.Model, module: nn.Module, star: wrappers.Folded
 
 
 def _optimize(model: ir.Model) -> None:
-    """Fold shape arithmetic. Empty initializers stand as inputs meanwhile: there is nothing in them to fold."""
+    """Fold shape arithmetic. Empty initializers are graph inputs meanwhile, as they hold nothing to fold."""
     empty = [value for value in model.graph.initializers.values() if value.const_value is None]
     for value in empty:
         del model.graph.initializers[value.name]
@@ -174,7 +174,7 @@ def _optimize(model: ir.Model) -> None:
 
 
 def _fold_transposes(model: ir.Model) -> None:
-    """`MatMul(x, Transpose(weight))` reads a weight that is stored transposed."""
+    """Turn `MatMul(x, Transpose(weight))` into `MatMul(x, weight)`, with the weight stored transposed."""
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         if (
@@ -191,7 +191,7 @@ def _fold_transposes(model: ir.Model) -> None:
 
 
 def _check_constants(name: str, model: ir.Model) -> None:
-    """A constant in the compute type would be rounded once here and once more by another precision."""
+    """Refuse inexact constants in the compute type, which another precision would round a second time."""
     for value in model.graph.initializers.values():
         if value.const_value is not None and value.dtype == ir.DataType.BFLOAT16:
             numbers = value.const_value.numpy().astype("float32").reshape(-1)
@@ -204,11 +204,14 @@ def _check_constants(name: str, model: ir.Model) -> None:
 def _name_axes(
     name: str, model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
 ) -> None:
-    """Give the boundary the table's axis names, after a check that no dynamic axis came back fixed (pytorch issue 152018)."""
+    """Name the boundary's axes as the table does, after checking that all dynamic axes are still dynamic.
+
+    The exporter may fix a dynamic axis without an error (pytorch issue 152018).
+    """
     for values, specs in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         if [v.name for v in values] != [s.name for s in specs]:
             raise AssertionError(
-                f"{name}: expected {[s.name for s in specs]}, traced {[v.name for v in values]}"
+                f"{name}: expected {[s.name for s in specs]}, got {[v.name for v in values]}"
             )
         for value, spec in zip(values, specs):
             traced = list(value.shape)
@@ -217,12 +220,12 @@ def _name_axes(
             ]
             wrong = [d for d, wanted in zip(traced, spec.shape) if isinstance(wanted, int) and d != wanted]
             if fixed or wrong or len(traced) != len(spec.shape):
-                raise AssertionError(f"{name}: {spec.name}: expected {spec.shape}, traced {traced}")
+                raise AssertionError(f"{name}: {spec.name}: expected {spec.shape}, got {traced}")
             value.shape = ir.Shape(spec.shape)
 
 
 def _strip(name: str, model: ir.Model) -> None:
-    """Drop what the exporter records about this machine: stack traces and module paths."""
+    """Drop the stack traces and module paths that the exporter records about this machine."""
     model.graph.name = name
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

@@ -1,8 +1,8 @@
-"""The components as modules with flat boundaries: float32 in and out, caches as single tensors, no Python structure.
+"""The components as modules with flat boundaries: float32 in and out, one tensor per cache.
 
-Each wrapper holds parts of one `reference.model.Star`; inside it computes in the type of its weights. Wrappers add no arithmetic of
-their own but two: the adapter and the codebook are folded into one table (one gather instead of an MLP), and `ImageHead`
-samples inside the graph.
+Each wrapper holds parts of one `reference.model.Star` and computes in the type of its weights. Wrappers add
+no arithmetic of their own, with two exceptions: the adapter and the codebook are folded into one table (one
+gather instead of an MLP), and `ImageHead` samples inside the graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TABLE = "image_table"
 
 
 class FoldedStar(Star):
-    """Star with adapter and codebook folded into one parameter: `image_table` [codebook_size, H] = adapter(codebook)."""
+    """Star with the parameter `image_table` [codebook_size, H] = adapter(codebook) folded in."""
 
     def __init__(self, config: StarConfig, **options):
         super().__init__(config, **options)
@@ -46,9 +46,8 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.encoder = star.vision_encoder
 
-    def forward(
-        self, pixel_values, rotary_cos, rotary_sin, window_ids
-    ):  # [P,1176], [P,D/2], [P,D/2], [P] -> [P/4,H]
+    # [P,1176], [P,D/2], [P,D/2], [P] -> [P/4,H]
+    def forward(self, pixel_values, rotary_cos, rotary_sin, window_ids):
         dtype = next(self.encoder.parameters()).dtype
         return self.encoder(pixel_values.to(dtype), rotary_cos, rotary_sin, window_ids).float()
 
@@ -73,7 +72,11 @@ class VQDecoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """inputs_embeds [B,S,H], position_ids [3,B,S], write_indices [B], then key and value of each layer [B,KV,C,D]."""
+    """A decoder with one argument and one result per cache.
+
+    inputs_embeds [B,S,H], position_ids [3,B,S], write_indices [B], then each layer's key and value [B,KV,C,D]
+    -> hidden_states [B,S,H], then each layer's updated key and value.
+    """
 
     def __init__(self, decoder: nn.Module):
         super().__init__()
@@ -108,8 +111,8 @@ class TextHead(nn.Module):
 class ImageHead(nn.Module):
     """Guidance, top-k, top-p and the draw (STAR.md 3.4), in float32 from the logits on.
 
-    The draw is inverse-CDF over the kept probabilities in descending order, from one uniform number per image; top_k = 1 with
-    uniform = 0 is the arg-max. At most TOP_K_LIMIT candidates are ranked.
+    The draw inverts the cumulative distribution of the kept probabilities in descending order, at one uniform
+    number per image; top_k = 1 with uniform = 0 is the arg-max. At most TOP_K_LIMIT candidates are ranked.
     """
 
     def __init__(self, star: FoldedStar):
@@ -118,19 +121,17 @@ class ImageHead(nn.Module):
         self.candidates = min(TOP_K_LIMIT, star.config.vq.codebook_size)
 
     def forward(self, hidden_states, guidance, top_k, top_p, uniform):
-        pairs = (
-            self.head(hidden_states.to(self.table.dtype)).float().unflatten(0, (-1, 2))[:, :, 0]
-        )  # [N,2,V]: cond, uncond
+        logits = self.head(hidden_states.to(self.table.dtype)).float()
+        pairs = logits.unflatten(0, (-1, 2))[:, :, 0]  # [N,2,V]: cond, uncond
         cond, uncond = pairs[:, 0], pairs[:, 1]
         logits = uncond + guidance * (cond - uncond)  # [N,V]
         values, order = torch.topk(logits, self.candidates)  # descending
-        values = torch.where(
-            values >= values.index_select(1, top_k - 1), values, float("-inf")
-        )  # ties at rank k stay
+        threshold = values.index_select(1, top_k - 1)
+        values = torch.where(values >= threshold, values, float("-inf"))  # ties with rank k stay
         probabilities = torch.softmax(values, -1)
         cumulative = torch.cumsum(probabilities, -1)
         before = torch.cat([torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]], -1)
-        kept = (before <= top_p) | (top_p >= 1)  # the first above top_p stays
+        kept = (before <= top_p) | (top_p >= 1)  # the one that crosses top_p stays
         mass = torch.where(kept, probabilities, 0.0)
         cumulative = torch.cumsum(mass, -1)
         drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)

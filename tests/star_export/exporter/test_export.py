@@ -18,7 +18,7 @@ from engines.errors import InputError, UsageError
 from reference.config import config_from_files
 from reference.weights import named_tensors, resolve_checkpoint
 from star_export.components import COMPONENTS
-from star_export.exporter.export import _Table, export, rounded_star
+from star_export.exporter.export import export, image_table, rounded_star
 from star_export.graph import wrappers
 from star_export.graph.quantize import PRECISIONS
 
@@ -81,7 +81,7 @@ def test_the_table_is_the_adapter_of_the_codebook(mini_checkpoint: Path) -> None
 
     files = resolve_checkpoint(str(mini_checkpoint))
     star = load_star(files)
-    table = _Table(files, star.config).load()
+    table = image_table(named_tensors(files, star.config), star.config, files.star_pt).load()
     ids = torch.arange(star.config.vq.codebook_size)
     with torch.inference_mode():
         torch.testing.assert_close(table, star.image_embedding(ids), rtol=0, atol=1e-6)
@@ -90,7 +90,8 @@ def test_the_table_is_the_adapter_of_the_codebook(mini_checkpoint: Path) -> None
 def test_rounded_weights_are_rounded_and_float32_ones_are_not(mini_checkpoint: Path) -> None:
     files = resolve_checkpoint(str(mini_checkpoint))
     config = config_from_files(files.config_json, files.qwen_folder)
-    tensors = dict(named_tensors(files, config)) | {wrappers.TABLE: _Table(files, config)}
+    tensors = named_tensors(files, config)
+    tensors |= {wrappers.TABLE: image_table(tensors, config, files.star_pt)}
     name = "base_ar.layers.0.mlp.up_proj.weight"
     exact = tensors[name].load()
     for precision, differs in (("fp32", False), ("bf16", True), ("int4", True)):
@@ -126,7 +127,7 @@ def test_unknown_names_are_refused_with_the_valid_ones(mini_checkpoint, tmp_path
 def test_a_taken_folder_is_refused_before_the_checkpoint_is_read(tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("keep")
-    with pytest.raises(InputError, match="place is taken"):
+    with pytest.raises(InputError, match="not empty"):
         export("/no/such/checkpoint", out=tmp_path / "out")
     assert (tmp_path / "out" / "precious").read_text() == "keep"
 
