@@ -1,1 +1,1 @@
-"""What a person gives, as the arrays that the components take: prompts, image files, image patches."""
+"""Preparing user input: text and image files become the arrays that the components take."""

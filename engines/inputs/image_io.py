@@ -1,7 +1,8 @@
-"""Image files and uint8 arrays [H, W, 3]: what is read from PNG and JPEG, and PNG written whole.
+"""Reading PNG and JPEG files into uint8 arrays [H, W, 3], and writing PNG files.
 
-Every kind of image has one defined meaning or is refused: EXIF rotation is applied, transparency is laid on white, grey becomes
-three equal channels, 16-bit samples keep their high byte, CMYK is converted without a profile (no colour profile is applied).
+Each kind of image has one defined conversion or raises InputError. EXIF rotation is applied, transparency is
+composited on white, grey becomes three equal channels, 16-bit samples keep their high byte, and CMYK is
+converted without a profile (no colour profile is applied).
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ FILE_LIMIT_BYTES = 256 << 20
 MIN_SIDE_PIXELS = 2
 _PLAIN_MODES = ("1", "L", "RGB", "CMYK", "YCbCr")
 _ALPHA_MODES = ("LA", "La", "PA", "P", "RGBA", "RGBa")
-_FIX = "give a PNG or JPEG image"
+_FIX = "use a PNG or JPEG image"
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """The image in a PNG or JPEG file, uint8 [H, W, 3], at most 64 megapixels. Raises InputError."""
+    """Read a PNG or JPEG file of at most 64 megapixels as uint8 [H, W, 3]. Raises InputError."""
     return image_from_bytes(_read(Path(path)), where=str(path))
 
 
 def image_from_bytes(data: bytes, *, where: str) -> np.ndarray:
-    """As `read_image`, from the file's bytes. The size in the header is checked before anything is decoded."""
+    """Decode the bytes of an image file as `read_image` does.
+
+    The header's size is checked before decoding.
+    """
     from PIL import Image, ImageOps
 
     try:
@@ -40,15 +44,15 @@ def image_from_bytes(data: bytes, *, where: str) -> np.ndarray:
             image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(where, "more") from None
-    except Exception as error:  # parsers of foreign files raise anything
+    except Exception as error:  # Pillow's parsers raise many kinds of exceptions
         raise InputError(
-            "This file is no image that can be read",
+            "This file is not a readable image",
             where=f"{where}: expected PNG or JPEG, got {_guess(data, error)}",
             fix=_FIX,
         ) from None
     _check_header(image, where)
     try:
-        # An MPO (a JPEG with more images behind it, as phones make) is its first image.
+        # Only the first image of an MPO (several JPEG images in one file, as phones write) is read.
         return _rgb_from_image(ImageOps.exif_transpose(image), where)
     except InputError:
         raise
@@ -56,12 +60,12 @@ def image_from_bytes(data: bytes, *, where: str) -> np.ndarray:
         raise InputError(
             "This image is damaged",
             where=f"{where}: expected {image.width}x{image.height} pixels, got {error}",
-            fix="copy or export the image again",
+            fix="copy or save the image again",
         ) from None
 
 
 def png_from_image(image: np.ndarray) -> bytes:
-    """The bytes of a PNG file of `image`, uint8 [H, W, 3]."""
+    """Encode `image`, uint8 [H, W, 3], as the bytes of a PNG file."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -70,18 +74,19 @@ def png_from_image(image: np.ndarray) -> bytes:
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:
-    """Write `image`, uint8 [H, W, 3], as a PNG file, whole or not at all. Raises InputError."""
+    """Write `image`, uint8 [H, W, 3], as a PNG file atomically. Raises InputError."""
     write_atomic(Path(path), png_from_image(image))
 
 
 def check_image(image: np.ndarray, *, where: str) -> None:
-    """Refuse an array that is not uint8 [H, W, 3] of a permitted size. Raises InputError."""
-    shape, dtype = getattr(image, "shape", ()), getattr(image, "dtype", type(image).__name__)
+    """Raise InputError unless `image` is uint8 [H, W, 3] of an allowed size."""
+    shape: tuple[int, ...] = getattr(image, "shape", ())
+    dtype = getattr(image, "dtype", type(image).__name__)
     if len(shape) != 3 or shape[2] != 3 or dtype != np.uint8:
         raise InputError(
-            "This is no image",
+            "This array is not an image",
             where=f"{where}: expected uint8[H,W,3], got {dtype}[{','.join(map(str, shape))}]",
-            fix="convert it to RGB bytes",
+            fix="convert it to uint8 RGB",
         )
     _check_size(shape[1], shape[0], where)
 
@@ -91,23 +96,24 @@ def _read(path: Path) -> bytes:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise InputError(
-                "This is no image file",
+                "This is not an image file",
                 where=f"{path}: expected a regular file, got a folder, pipe or device",
                 fix=_FIX,
             )
         if status.st_size > FILE_LIMIT_BYTES:
             raise InputError(
                 "This image file is too large",
-                fix=_FIX,
                 where=f"{path}: expected at most {FILE_LIMIT_BYTES} bytes, got {status.st_size}",
+                fix=_FIX,
             )
-        with os.fdopen(
-            os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
-        ) as file:
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with os.fdopen(os.open(path, flags), "rb") as file:
             return file.read(FILE_LIMIT_BYTES)
     except (OSError, ValueError) as error:
         raise InputError(
-            "This image cannot be read", where=f"{path}: {reason(error)}", fix="check the path"
+            "This image cannot be read",
+            where=f"{path}: expected an image file, got {reason(error)}",
+            fix="check the path and its permissions",
         ) from None
 
 
@@ -115,9 +121,9 @@ def _check_header(image, where: str) -> None:
     _check_size(image.width, image.height, where)
     if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
         raise InputError(
-            "This image moves",
+            "This image is animated",
             where=f"{where}: expected one frame, got {image.n_frames}",
-            fix="save one frame as PNG",
+            fix="save one frame as a PNG image",
         )
 
 
@@ -127,8 +133,8 @@ def _check_size(width: int, height: int, where: str) -> None:
     if min(width, height) < MIN_SIDE_PIXELS:
         raise InputError(
             "This image is too small",
-            fix="give a larger image",
-            where=f"{where}: expected at least {MIN_SIDE_PIXELS} pixels a side, got {width}x{height}",
+            where=f"{where}: expected at least {MIN_SIDE_PIXELS} pixels per side, got {width}x{height}",
+            fix="use a larger image",
         )
 
 
@@ -143,15 +149,15 @@ def _rgb_from_image(image, where: str) -> np.ndarray:
         return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image))[..., :3].copy()
     if image.mode not in _PLAIN_MODES:
         raise InputError(
-            "This kind of image is not known",
+            "This image mode is not supported",
             where=f"{where}: expected grey, RGB, palette or CMYK, got {image.mode}",
-            fix="save it as 8-bit RGB",
+            fix="save the image as 8-bit RGB",
         )
     return np.array(image.convert("RGB"))
 
 
 def _rgb_from_grey16(grey: np.ndarray, transparent: int | None) -> np.ndarray:
-    high = (grey >> 8).astype(np.uint8)  # what Pillow does with 16-bit RGB; its own conversion of grey clips
+    high = (grey >> 8).astype(np.uint8)  # as Pillow does for 16-bit RGB; for 16-bit grey it clips instead
     if transparent is not None:
         high = np.where(grey == transparent, np.uint8(255), high)
     return np.repeat(high[..., None], 3, axis=2)
@@ -183,5 +189,5 @@ def _too_large(where: str, got: str) -> InputError:
     return InputError(
         "This image is too large",
         where=f"{where}: expected at most {PIXEL_LIMIT} pixels, got {got}",
-        fix="scale it down",
+        fix="scale the image down",
     )

@@ -1,1 +1,1 @@
-"""STAR on a device: the decode loops, the KV cache, the sampler, and `Star`, which joins them."""
+"""Running STAR on a device: the decode loops, the KV cache, the sampler, and `Star`, which combines them."""

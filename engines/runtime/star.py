@@ -1,13 +1,14 @@
-"""STAR on a device: answer, generate, edit. The public face of `engines`: `Star` and what it returns.
+"""STAR on a device: generate, edit and answer. `Star` and its results are the public API of `engines`.
 
-Puts the parts together: prompts and images become arrays, components run in sessions of one backend, loaded when first needed and
-kept. Neither torch nor transformers.
+Prompts and images become arrays, and components run in sessions of one backend, which are opened on first use
+and kept. This needs neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,18 +25,21 @@ from ..inputs.preprocess import (
     edit_inputs,
     images_from_decoded,
 )
-from ..inputs.prompt import Chat, Prompt, check_length, text_positions
+from ..inputs.prompt import Chat, Prompt, check_length
 from ..progress import Progress, silent
 from ..sessions import Session, check_backend, open_session, run
 from .decode import ImageLoop, TextLoop
 from .sampler import check_sampling, uniforms
 
-IMAGES_LIMIT = 128  # in one call; each needs two rows of cache
+IMAGES_LIMIT = 128  # images in one call; each needs two cache rows
 
 
 @dataclass(frozen=True)
 class Images:
-    """N drawn images: `image_ids` [N, T] int64, `images` uint8 [N, R, R, 3], and the `answer` that was drawn instead of the prompt."""
+    """N drawn images: `image_ids` int64 [N, T] and `images` uint8 [N, R, R, 3].
+
+    `answer` is the base model's answer that was drawn in place of the prompt, or None.
+    """
 
     image_ids: np.ndarray
     images: np.ndarray
@@ -44,7 +48,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer's `text` and its token `ids` [n] int64, the one that ended it included."""
+    """The `text` of an answer and its token `ids` int64 [n], including the id that ended it."""
 
     text: str
     ids: np.ndarray
@@ -53,8 +57,8 @@ class Answer:
 class Star:
     """A bundle, ready to run on `backend`: `onnxruntime` (CPU), `onnxruntime-cuda` or `tensorrt:TARGET`.
 
-    Raises InputError for a bad bundle, UsageError for an unknown backend; MissingError, when first used, without executor or device.
-    A context manager. One thread at a time.
+    A context manager, for one thread at a time. Raises InputError for an invalid bundle and UsageError for an
+    unknown backend; the first use raises MissingError when the executor or device is missing.
     """
 
     def __init__(self, bundle: str | Path | Bundle, *, backend: str = "onnxruntime"):
@@ -71,18 +75,18 @@ class Star:
         self.close()
 
     def close(self) -> None:
-        """Give all sessions back. The object cannot be used again."""
+        """Close all sessions. The object cannot be used again."""
         sessions, self._sessions = self._sessions or {}, None
         for session in sessions.values():
             session.close()
 
     def session(self, component: str) -> Session:
-        """The session of `component`, opened on first use. Raises InputError after `close`."""
+        """The session of `component`, which is opened on first use. Raises InputError after `close`."""
         if self._sessions is None:
             raise InputError(
                 "This runtime is closed",
                 where=f"{self.bundle.path}: expected an open runtime, got a closed one",
-                fix="make another: Star(bundle)",
+                fix="open the bundle again: Star(bundle)",
             )
         if component not in self._sessions:
             self._sessions[component] = open_session(self.bundle, component, backend=self.backend)
@@ -102,10 +106,12 @@ class Star:
         max_new_tokens: int = 256,
         progress: Progress = silent,
     ) -> Images:
-        """Draw `prompt` (STAR.md 3.3), or with `reason` the base model's answer to it of at most `max_new_tokens` (3.5).
+        """Draw `num_images` images of `prompt` (STAR.md 3.3).
 
-        The same seed draws the same images; `greedy` takes the arg-max after guidance; `cfg`, `top_k` and `top_p` are the model's
-        own where None. Raises UsageError for settings out of range, InputError for an empty or over-long prompt.
+        With `reason`, the base model first answers the prompt in at most `max_new_tokens`, and the answer is
+        drawn (3.5). The same seed draws the same images; `greedy` takes the arg-max after guidance. `cfg`,
+        `top_k` and `top_p` default to the model's settings. Raises UsageError for settings out of range, and
+        InputError for a prompt that is empty or too long.
         """
         settings = self._settings(
             self.model.sampling.generate,
@@ -119,10 +125,10 @@ class Star:
         answer = None
         if reason:
             answer = self._answered(self.chat.question_prompt(prompt), max_new_tokens, progress).text
-            rows = self.chat.reason_prompt(prompt, answer, num_images=num_images)
+            drawn = self.chat.reason_prompt(prompt, answer, num_images=num_images)
         else:
-            rows = self.chat.generate_prompt(prompt, num_images=num_images)
-        return self._drawn(rows, settings, progress, answer=answer)
+            drawn = self.chat.generate_prompt(prompt, num_images=num_images)
+        return self._drawn(drawn, settings, progress, answer=answer)
 
     def edit(
         self,
@@ -138,8 +144,10 @@ class Star:
         max_pixels: int = MAX_PIXELS,
         progress: Progress = silent,
     ) -> Images:
-        """Change `image` (a PNG or JPEG file, or uint8 [H, W, 3]) by `instruction` (STAR.md 3.6). Settings as in `generate`;
-        `min_pixels` and `max_pixels` bound the vision encoder's input."""
+        """Edit `image`, a PNG or JPEG file or uint8 [H, W, 3], as `instruction` says (STAR.md 3.6).
+
+        The settings are those of `generate`; `min_pixels` and `max_pixels` bound the vision encoder's input.
+        """
         settings = self._settings(
             self.model.sampling.edit,
             cfg=cfg,
@@ -163,7 +171,10 @@ class Star:
         max_pixels: int = MAX_PIXELS,
         progress: Progress = silent,
     ) -> Answer:
-        """Answer `question` about `image` (as in `edit`) greedily, with the checkpoint's repetition penalty (STAR.md 3.2)."""
+        """Answer `question` about `image`, a file or array as in `edit` (STAR.md 3.2).
+
+        The answer is greedy, with the checkpoint's repetition penalty.
+        """
         vision = ask_inputs(_image(image), self.model, min_pixels=min_pixels, max_pixels=max_pixels)
         prompt = self.chat.ask_prompt(question, grid_h=vision.grid_h, grid_w=vision.grid_w)
         return self._answered(prompt, max_new_tokens, progress, vision=vision)
@@ -171,33 +182,34 @@ class Star:
     def generate_ids(
         self, input_ids: np.ndarray, *, guidance: float, top_k: int, top_p: float, uniforms: np.ndarray
     ) -> np.ndarray:
-        """Draw from prompt rows of ids: input_ids int64 [2N, L] in rows cond, uncond, ..., uniforms float32 [n, N] -> image ids [N, n].
+        """Draw image ids int64 [N, n] from a prompt of ids, as `generate` does between text and image.
 
-        n is at most the model's image tokens; arg-max is top_k 1. What `generate` does between text and image.
+        `input_ids` is int64 [2N, L] in rows conditional, unconditional, ..., and `uniforms` float32 [n, N],
+        where n is at most the model's number of image tokens. A `top_k` of 1 is the arg-max.
         """
         check_ids(input_ids, vocab_size=self.model.vocab_size)
         check_sampling(guidance=guidance, top_k=top_k, top_p=top_p, top_k_limit=self.model.top_k_limit)
-        check_array(
-            uniforms,
-            shape=(_between("uniforms", len(uniforms), self.model.image_tokens), len(input_ids) // 2),
-            dtype="float32",
-        )
-        self._check_length(input_ids.shape[1] + len(uniforms) - 1, "base_ar", "stacked_ar")
+        tokens = _between("uniforms", len(uniforms), self.model.image_tokens)
+        check_array(uniforms, shape=(tokens, len(input_ids) // 2), dtype="float32")
+        self._check_length(input_ids.shape[1] + tokens - 1, "base_ar", "stacked_ar")
         settings = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "uniforms": uniforms}
-        return self._draw(
-            self.embedded(Prompt.of_text(input_ids)), text_positions(*input_ids.shape), settings, silent
-        )
+        prompt = Prompt.of_text(input_ids)
+        return self._draw(self.embedded(prompt), prompt.position_ids, settings, silent)
 
     def answer_ids(
         self, input_ids: np.ndarray, position_ids: np.ndarray, *, max_new_tokens: int
     ) -> np.ndarray:
-        """Answer a text prompt of ids: input_ids int64 [1, L], position_ids int64 [3, 1, L] -> new ids [n], n <= max_new_tokens."""
+        """Answer a text prompt of ids: input_ids int64 [1, L], position_ids int64 [3, 1, L] -> new ids int64
+        [n].
+
+        n is at most `max_new_tokens`.
+        """
         check_ids(input_ids, vocab_size=self.model.vocab_size)
         check_array(position_ids, shape=(3, 1, input_ids.shape[1]), dtype="int64")
         return self._answered(Prompt(input_ids, position_ids), max_new_tokens, silent).ids
 
     def image_loop(self, *, num_images: int, length: int, tokens: int) -> ImageLoop:
-        """The decode loop for `tokens` image tokens after prompts of `length` tokens, with memory of its own."""
+        """A decode loop, with its own buffers, for `tokens` image tokens after prompts of `length` tokens."""
         base, stacked, head = (self.session(name) for name in ("base_ar", "stacked_ar", "image_head"))
         return ImageLoop(
             base,
@@ -211,21 +223,23 @@ class Star:
     def embedded(
         self, prompt: Prompt, *, vision: VisionInputs | None = None, square: np.ndarray | None = None
     ) -> np.ndarray:
-        """The prompt's embeddings, float32 [B, L, H], with the rows of `vision_encoder` for `vision` and of `vq_encoder` for the image
-        `square`, float32 [1, 3, R, R], in their places."""
+        """Embeddings of the prompt, float32 [B, L, H].
+
+        The encoders' rows replace the placeholders of an image: `vision` holds the inputs of
+        `vision_encoder`, and `square`, float32 [1, 3, R, R], is that of `vq_encoder`.
+        """
         embeds = run(self.session("token_embedding"), {"input_ids": prompt.input_ids})["inputs_embeds"]
         if square is not None:
             embeds[:, prompt.vq_tokens] = run(self.session("vq_encoder"), {"image": square})["inputs_embeds"]
         if vision is not None:
-            embeds[:, prompt.vision_tokens] = run(self.session("vision_encoder"), vision.feeds())[
-                "image_embeds"
-            ]
+            encoded = run(self.session("vision_encoder"), vision.feeds())
+            embeds[:, prompt.vision_tokens] = encoded["image_embeds"]
         return embeds
 
     def _drawn(
         self,
         prompt: Prompt,
-        settings: dict,
+        settings: dict[str, Any],
         progress: Progress,
         *,
         vision: VisionInputs | None = None,
@@ -233,25 +247,21 @@ class Star:
         answer: str | None = None,
     ) -> Images:
         self._check_length(prompt.input_ids.shape[1] + self.model.image_tokens - 1, "base_ar", "stacked_ar")
-        ids = self._draw(
-            self.embedded(prompt, vision=vision, square=square), prompt.position_ids, settings, progress
-        )
-        return Images(
-            ids, images_from_decoded(run(self.session("vq_decoder"), {"image_ids": ids})["image"]), answer
-        )
+        embeds = self.embedded(prompt, vision=vision, square=square)
+        ids = self._draw(embeds, prompt.position_ids, settings, progress)
+        decoded = run(self.session("vq_decoder"), {"image_ids": ids})["image"]
+        return Images(ids, images_from_decoded(decoded), answer)
 
     def _answered(
         self, prompt: Prompt, max_new_tokens: int, progress: Progress, *, vision: VisionInputs | None = None
     ) -> Answer:
-        rows = prompt.input_ids
         _between("max_new_tokens", max_new_tokens, self.model.max_positions)
-        self._check_length(rows.shape[1] + max_new_tokens - 1, "base_ar")
+        needed_tokens = prompt.input_ids.shape[1] + max_new_tokens - 1
+        self._check_length(needed_tokens, "base_ar")
         embedding, base, head = (self.session(name) for name in ("token_embedding", "base_ar", "text_head"))
-        loop = TextLoop(
-            embedding, base, head, capacity_tokens=base.capacity_tokens or rows.shape[1] + max_new_tokens - 1
-        )
+        loop = TextLoop(embedding, base, head, capacity_tokens=base.capacity_tokens or needed_tokens)
         ids = loop.answer(
-            rows,
+            prompt.input_ids,
             self.embedded(prompt, vision=vision),
             prompt.position_ids,
             max_new_tokens=max_new_tokens,
@@ -262,16 +272,15 @@ class Star:
         return Answer(self.chat.text(ids), ids)
 
     def _draw(
-        self, embeds: np.ndarray, positions: np.ndarray, settings: dict, progress: Progress
+        self, embeds: np.ndarray, positions: np.ndarray, settings: dict[str, Any], progress: Progress
     ) -> np.ndarray:
-        loop = self.image_loop(
-            num_images=embeds.shape[0] // 2, length=embeds.shape[1], tokens=len(settings["uniforms"])
-        )
+        rows, length, _ = embeds.shape
+        loop = self.image_loop(num_images=rows // 2, length=length, tokens=len(settings["uniforms"]))
         return loop.draw(embeds, positions, **settings, progress=progress)
 
     def _settings(
         self,
-        usual: SamplingSpec,
+        defaults: SamplingSpec,
         *,
         cfg: float | None,
         top_k: int | None,
@@ -279,15 +288,16 @@ class Star:
         seed: int,
         greedy: bool,
         num_images: int,
-    ) -> dict:
-        """The draw's settings, checked; the `usual` ones where None. A top_k beyond the codebook means all of it, as in the release."""
-        cfg, top_k, top_p = (
-            given if given is not None else own
-            for given, own in ((cfg, usual.guidance), (top_k, usual.top_k), (top_p, usual.top_p))
-        )
+    ) -> dict[str, Any]:
+        """Check the sampling settings and fill in `defaults`.
+
+        A `top_k` larger than the codebook keeps all of it, as in the release.
+        """
         _between("num_images", num_images, IMAGES_LIMIT)
         draws = uniforms(seed=seed, tokens=self.model.image_tokens, num_images=num_images)
-        top_k = min(top_k, self.model.codebook_size)
+        cfg = defaults.guidance if cfg is None else cfg
+        top_k = min(defaults.top_k if top_k is None else top_k, self.model.codebook_size)
+        top_p = defaults.top_p if top_p is None else top_p
         check_sampling(guidance=cfg, top_k=top_k, top_p=top_p, top_k_limit=self.model.top_k_limit)
         if greedy:
             top_k, top_p, draws = 1, 1.0, np.zeros_like(draws)
@@ -295,12 +305,9 @@ class Star:
 
     def _check_length(self, needed_tokens: int, *decoders: str) -> None:
         check_length(needed_tokens, limit_tokens=self.model.max_positions, what="prompt")
-        for name in decoders:  # a plan's caches have a size of their own
-            check_length(
-                needed_tokens,
-                limit_tokens=self.session(name).capacity_tokens or self.model.max_positions,
-                what="prompt",
-            )
+        for name in decoders:  # a plan may have smaller caches
+            if capacity := self.session(name).capacity_tokens:
+                check_length(needed_tokens, limit_tokens=capacity, what="prompt")
 
 
 def _image(image: str | Path | np.ndarray) -> np.ndarray:
@@ -311,20 +318,20 @@ def _image(image: str | Path | np.ndarray) -> np.ndarray:
 
 
 def check_ids(input_ids: np.ndarray, *, vocab_size: int) -> None:
-    """Prompt rows must be int64 [B, L], L > 0, ids of the vocabulary. Raises InputError."""
+    """Raise InputError unless `input_ids` is int64 [B, L], L > 0, with ids of the vocabulary."""
     if not isinstance(input_ids, np.ndarray) or input_ids.ndim != 2 or not input_ids.size:
         raise InputError(
-            "These are no prompt rows",
-            where=f"input_ids: expected int64[B,L] with B and L from 1, got "
+            "input_ids is not a valid prompt",
+            where="input_ids: expected int64[B,L] with B and L of at least 1, got "
             f"{getattr(input_ids, 'shape', type(input_ids).__name__)}",
-            fix="give one row of ids per sequence",
+            fix="pass one row of ids per sequence",
         )
     check_array(input_ids, shape=input_ids.shape, dtype="int64")
     if not (input_ids.min() >= 0 and input_ids.max() < vocab_size):
         raise InputError(
             "A token id is not in the vocabulary",
-            fix="encode the text with the bundle's tokenizer",
             where=f"input_ids: expected 0 to {vocab_size - 1}, got {input_ids.min()} to {input_ids.max()}",
+            fix="encode the text with the bundle's tokenizer",
         )
 
 
@@ -333,6 +340,6 @@ def _between(name: str, value: int, limit: int) -> int:
         raise UsageError(
             f"{name} is out of range",
             where=f"{name}: expected 1 to {limit}, got {value}",
-            fix="leave it out to use the default",
+            fix="omit it to use the default",
         )
     return value

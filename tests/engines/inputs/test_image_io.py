@@ -61,7 +61,7 @@ APNG = encoded(Image.new("RGB", (8, 8)), save_all=True, append_images=[Image.new
         (png(65_000, 65_000), "at most 64000000 pixels"),
         (png(10_000, 10_000), "at most 64000000 pixels, got"),
         (png(8001, 8000), "8001x8000"),
-        (encoded(Image.new("RGB", (1, 1))), "at least 2 pixels a side, got 1x1"),
+        (encoded(Image.new("RGB", (1, 1))), "at least 2 pixels per side, got 1x1"),
         (png(0, 0), "PNG or JPEG"),
         (png(0, 5), "PNG or JPEG|at least 2"),
         (png(4, 4, colour=7), "PNG or JPEG"),

@@ -146,5 +146,5 @@ def test_decoded_images_are_clipped_and_truncated(official):
 
 
 def test_a_decoded_image_that_is_not_finite_is_refused():
-    with pytest.raises(ParityError, match="got 1 others"):
+    with pytest.raises(ParityError, match="got 1 that are not"):
         images_from_decoded(np.array([0, np.nan, 1], np.float32).reshape(1, 3, 1, 1))
