@@ -88,7 +88,7 @@ def _sync(stage: Path) -> None:
 
 def _refusal(out: Path, got: str) -> InputError:
     return InputError(
-        "The output path is not empty",
+        "The output path is already in use",
         where=f"{out}: expected nothing or an empty folder, got {got}",
         fix="choose another --out, or remove what is there",
     )

@@ -1,13 +1,15 @@
-"""Golden tensors as cases: read and checked here, recorded in `golden.py`.
+"""Golden tensors as cases, read and checked here and recorded in `record.py`.
 
-Knows nothing of sessions; needs neither torch nor safetensors. A set that cannot prove anything is refused: no case, wrong names
-or types, numbers that are not finite, outputs that are constant.
+This module knows nothing of sessions, and needs neither torch nor safetensors. It refuses a set that cannot
+prove anything: one without cases, with wrong names or types, with numbers that are not finite, or with
+constant outputs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,16 +19,18 @@ from engines.errors import InputError
 from .compare import check_not_vacuous
 
 Tensors = dict[str, np.ndarray]
-POISON = (
-    1e4  # in cache slots that may not be read; finite, because an executor may multiply it by a weight of 0
-)
-DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
+# Fills cache slots that must not be read; finite, because an executor may multiply it by a weight of 0.
+POISON = 1e4
+DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 
 
 @dataclass
 class Case:
-    """One recorded call: input name -> array, output name -> array. Floats are float32 (caches too), ids int64. `noise`: name of an
-    output -> how far the reference itself is from it in the bundle's 16-bit type (`tolerances`); nothing in a fp32 bundle."""
+    """One recorded call: `inputs` and `outputs` by name. Floats, caches included, are float32, and ids int64.
+
+    `noise` maps an output to its distance from the same reference computed in the bundle's 16-bit type (see
+    `tolerances`); it is empty in an fp32 bundle.
+    """
 
     inputs: Tensors = field(default_factory=dict)
     outputs: Tensors = field(default_factory=dict)
@@ -34,8 +38,10 @@ class Case:
 
 
 def cases_from_file(path: Path) -> dict[str, Case]:
-    """Case name -> case, from keys `case/in/name`, `case/out/name` and `case/noise/name`. Raises InputError for a set that cannot prove
-    anything."""
+    """Read case name -> case from keys `case/in/name`, `case/out/name` and `case/noise/name`.
+
+    Raises InputError for a set that cannot prove anything.
+    """
     cases: dict[str, Case] = {}
     for key, array in tensors_from_file(path).items():
         case, side, name = (key.split("/", 2) + ["", ""])[:3]
@@ -56,13 +62,16 @@ def cases_from_file(path: Path) -> dict[str, Case]:
 
 
 def tensors_from_file(path: Path) -> Tensors:
-    """A safetensors file of float32 and int64 arrays, without the library: a device need not have it. Raises InputError."""
+    """Read a safetensors file of float32 and int64 arrays, without the library, which a device may lack.
+
+    Raises InputError for another file.
+    """
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     if not 8 <= start <= len(data):
         raise _refusal(path, f"a header within {len(data)} bytes", f"{start - 8} bytes of header")
     try:
-        header = value_from_json(data[8:start].decode(), where=str(path))
+        header: Any = value_from_json(data[8:start].decode(), where=str(path))
         header.pop("__metadata__", None)
         body = memoryview(data)[start:]
         return {
@@ -73,12 +82,15 @@ def tensors_from_file(path: Path) -> Tensors:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _refusal(
-            path, "float32 and int64 tensors in safetensors form", f"{type(error).__name__}: {error}"
+            path, "float32 and int64 tensors in safetensors format", f"{type(error).__name__}: {error}"
         ) from None
 
 
 def component_cases(path: Path, spec: ComponentSpec) -> dict[str, Case]:
-    """Cases of one component: each has exactly the inputs and outputs of `spec`, in their types. Raises InputError."""
+    """Read the cases of one component, each with exactly the inputs and outputs of `spec`, in their types.
+
+    Raises InputError for other names or types.
+    """
     cases = cases_from_file(path)
     for case, entry in cases.items():
         for side, arrays, specs in (("in", entry.inputs, spec.inputs), ("out", entry.outputs, spec.outputs)):

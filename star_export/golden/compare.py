@@ -1,8 +1,9 @@
-"""The gate: is `candidate` what `reference` is, tensor by tensor, within tolerances.
+"""The gate: does `candidate` equal `reference`, tensor by tensor, within tolerances?
 
-Knows nothing of models, files or sessions. Written positively (`passed = value <= tolerance`), so NaN fails; shapes and types must be
-equal, so nothing broadcasts; metrics are float64. A reference that cannot prove anything (empty, constant, all zero) is refused
-instead of passed. The gate is itself tested with planted faults (tests/star_export/test_parity.py).
+It knows nothing of models, files or sessions. It is written positively (`passed = value <= tolerance`), so
+NaN fails; shapes and types must be equal, so nothing broadcasts; metrics are computed in float64. It refuses
+a reference that cannot prove anything (empty, constant or all zero) instead of passing it. The gate is itself
+tested with planted faults (tests/star_export/golden/test_compare.py).
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from engines.errors import InputError, ParityError
 
 
 class VacuousError(InputError):
-    """A reference that cannot prove anything."""
+    """The reference cannot prove anything."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor. `value` is what `tolerance` bounds: the largest absolute difference in units of the reference's standard deviation,
-    or for integers the share of elements that differ. Where the two could not be compared, `fault` says why and `value` is NaN.
-    `place` is where within a check the tensor was seen: a step, a set of slots.
+    """The result for one tensor.
 
-    `max_abs` in the tensor's own unit, `rel_rms` = rms(difference) / rms(reference), `psnr_db` against the reference's largest
-    magnitude; these three and `cosine` are reported, not bounded (NaN for integers).
+    `tolerance` bounds `value`: the largest absolute difference in units of the reference's standard
+    deviation, or for integers the share of elements that differ. If the two cannot be compared, `fault` says
+    why and `value` is NaN. `place` is where in a check the tensor occurs: a step, or a set of slots.
+
+    `max_abs` is in the tensor's own unit, `rel_rms` = rms(difference) / rms(reference), and `psnr_db` is
+    relative to the reference's largest magnitude. These three and `cosine` are reported, not bounded (NaN for
+    integers).
     """
 
     tensor: str
@@ -51,10 +55,11 @@ def compare(
     *,
     tolerances: Mapping[str, float],
 ) -> list[Comparison]:
-    """One result per name of either side, in the reference's order.
+    """Compare all tensors of both sides, in the reference's order.
 
-    `tolerances` by tensor name; the tensors of a family `present.0.key`, `present.0.value`, ... share the tolerance of `present`. Raises
-    VacuousError when a reference is empty or constant: agreement with it would prove nothing.
+    `tolerances` are by tensor name; the family `present.0.key`, `present.0.value`, ... shares the tolerance
+    of `present`. Raises VacuousError for an empty or constant reference, because agreement with it proves
+    nothing.
     """
     results = [
         _compare_one(name, candidate.get(name), array, tolerance=tolerance_of(name, tolerances))
@@ -73,37 +78,43 @@ def tolerance_of(name: str, tolerances: Mapping[str, float]) -> float:
 
 
 def check(results: list[Comparison], *, where: str) -> None:
-    """Raise ParityError for the failing result that is furthest beyond its tolerance; `where` names the component and case."""
+    """Raise ParityError for the failing result that exceeds its tolerance by the largest factor.
+
+    `where` names the component and case.
+    """
     failing = [r for r in results if not r.passed]
     if not failing:
         return
     worst = max(failing, key=excess)
     more = f" ({len(failing) - 1} more of {len(results)} tensors failed)" if len(failing) > 1 else ""
     raise ParityError(
-        "What runs is not what the reference computes",
+        "The outputs differ from the reference",
         where=f"{where}: {verdict(worst)}{more}",
-        fix="compare with another precision or backend; a graph or plan that fails must not be used",
+        fix="do not use this graph or plan; compare it with another precision or backend",
     )
 
 
 def excess(result: Comparison) -> float:
-    """How many times its tolerance a result is; infinite where nothing could be compared."""
+    """The ratio of a result to its tolerance; infinite if nothing could be compared."""
     if result.fault or not math.isfinite(result.value):
         return math.inf
-    return (
-        result.value / result.tolerance if result.tolerance > 0 else (math.inf if result.value > 0 else 0.0)
-    )
+    if result.tolerance > 0:
+        return result.value / result.tolerance
+    return math.inf if result.value > 0 else 0.0
 
 
 def verdict(result: Comparison) -> str:
-    """`place: tensor: expected ..., got ...` of one result."""
+    """Format one result as `place: tensor: expected ..., got ...`."""
     return f"{result.place}: {result.tensor}: ".removeprefix(": ") + (
         result.fault or f"expected at most {result.tolerance:.3g}, got {result.value:.3g}"
     )
 
 
 def check_not_vacuous(name: str, reference: np.ndarray, *, where: str = "reference") -> None:
-    """Raise VacuousError when `reference` is empty, all zero or constant (a single id other than 0 is no constant)."""
+    """Raise VacuousError if `reference` is empty, all zero or constant.
+
+    One or two equal ids other than 0 do not count as constant.
+    """
     if reference.size == 0:
         got = "no element"
     elif not reference.any():
@@ -114,38 +125,38 @@ def check_not_vacuous(name: str, reference: np.ndarray, *, where: str = "referen
         return
     raise VacuousError(
         "The reference cannot prove anything",
-        where=f"{where}: {name}: expected values that differ, got {got}",
-        fix="record the reference again, with inputs that give different outputs",
+        where=f"{where}: {name}: expected varied values, got {got}",
+        fix="record the reference again, with inputs that give varied outputs",
     )
 
 
 def _compare_one(
     name: str, candidate: np.ndarray | None, reference: np.ndarray, *, tolerance: float
 ) -> Comparison:
+    if candidate is None:
+        return Comparison(name, math.nan, tolerance, f"expected {_kind(reference)}, got nothing")
     if fault := _fault(candidate, reference):
         return Comparison(name, math.nan, tolerance, fault)
     check_not_vacuous(name, reference)
     if not _is_float(reference):
         return Comparison(name, float(np.mean(candidate != reference)), tolerance)
-    wanted = reference.astype(np.float64)
-    difference = candidate.astype(np.float64) - wanted
+    got, wanted = candidate.astype(np.float64), reference.astype(np.float64)
+    difference = got - wanted
     max_abs, rms, scale = np.abs(difference).max(), _rms(difference), _rms(wanted)
-    norms = _rms(candidate.astype(np.float64)) * scale
+    norms = _rms(got) * scale
     return Comparison(
         name,
         float(max_abs / wanted.std()),
         tolerance,
         max_abs=float(max_abs),
         rel_rms=float(rms / scale),
-        cosine=float(np.mean(candidate.astype(np.float64) * wanted) / norms) if norms > 0 else math.nan,
+        cosine=float(np.mean(got * wanted) / norms) if norms > 0 else math.nan,
         psnr_db=float(20 * np.log10(np.abs(wanted).max() / rms)) if rms > 0 else math.inf,
     )
 
 
-def _fault(candidate: np.ndarray | None, reference: np.ndarray) -> str:
-    """Why the two cannot be compared, or nothing. NaN and infinities are faults on either side, at the same place too."""
-    if candidate is None:
-        return f"expected {_kind(reference)}, got nothing"
+def _fault(candidate: np.ndarray, reference: np.ndarray) -> str:
+    """Why the two cannot be compared, or "". NaN and infinity are faults, even where both sides have them."""
     if candidate.shape != reference.shape or candidate.dtype != reference.dtype:
         return f"expected {_kind(reference)}, got {_kind(candidate)}"
     for side, array in (("the candidate", candidate), ("the reference", reference)):

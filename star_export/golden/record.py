@@ -1,7 +1,8 @@
-"""Golden tensors: what the reference computes on recorded inputs, stored in the bundle.
+"""Record golden tensors: what the reference computes on recorded inputs, stored in the bundle.
 
-The reference is evaluated in float32 with the weights rounded as the bundle stores them, so a graph that is right agrees at rounding
-level in every precision. A case is one forward call; its file keys are `case/in/name` and `case/out/name`.
+The reference computes in float32 with the weights rounded as the bundle stores them, so a correct graph
+agrees at rounding level in every precision. A case is one forward call; its keys in the file are
+`case/in/name` and `case/out/name`.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ PROMPT_TOKENS, IMAGE_TOKENS, ANSWER_TOKENS, TRIES = 12, 16, 8, 50
 
 
 def component_golden(name: str, star: wrappers.FoldedStar, path: Path, *, compute: torch.dtype) -> None:
-    """Record every case of component `name` of `star` (float32, on CPU, with rounded weights) to `path`; where `compute` has 16 bits,
-    with the noise of the same module computing in it."""
+    """Record every case of component `name` of `star` (float32, on CPU, with rounded weights) to `path`.
+
+    If `compute` has 16 bits, also record the noise of the same module when it computes in that type.
+    """
     module = getattr(wrappers, COMPONENTS[name].wrapper)(star).eval()
     narrow = {n: p.to(compute) for n, p in module.named_parameters()} if compute != torch.float32 else None
     inputs, outputs = COMPONENTS[name].boundary(star.config, "float32")
-    recorded = {}
+    recorded: Case = {}
     for case, feeds in CASES[name](star.config, _rng(name)).items():
         results = _outputs(module, feeds, inputs, outputs)
         recorded |= {f"{case}/in/{spec.name}": np.ascontiguousarray(feeds[spec.name]) for spec in inputs}
@@ -60,7 +63,7 @@ def _outputs(
     *,
     compute: torch.dtype = torch.float32,
 ) -> Case:
-    """What a module returns, by name, in float32 or int64; caches go in, and come back from, the type `compute`."""
+    """Run a module: returns outputs by name in float32 or int64. Caches are passed in the type `compute`."""
     given = [torch.from_numpy(feeds[spec.name].copy()) for spec in inputs]
     given = [t.to(compute) if present_name(spec.name) else t for spec, t in zip(inputs, given, strict=True)]
     with torch.inference_mode():
@@ -73,8 +76,10 @@ def _outputs(
 
 
 def _noise(got: Case, wanted: Case, feeds: Case, *, tolerances: dict[str, float]) -> dict[str, float]:
-    """How far each output is from its float32 self: the largest difference in standard deviations, as `parity` measures it, of the
-    family's tensors; of caches, where they were written. Only of outputs that are not exact."""
+    """The largest distance of each family of outputs from its float32 values, as `compare` measures it.
+
+    Only of outputs that are not exact; of caches, only the written slots.
+    """
 
     def seen(name: str, array: np.ndarray) -> np.ndarray:
         return (
@@ -95,7 +100,7 @@ def _noise(got: Case, wanted: Case, feeds: Case, *, tolerances: dict[str, float]
 
 
 def run_golden(star: wrappers.FoldedStar, path: Path) -> None:
-    """Record short whole runs by `reference.tasks`: greedy and sampled image ids, and an answer's ids."""
+    """Record short whole runs of `reference.tasks`: greedy and sampled image ids, and an answer's ids."""
     rng, config = _rng("run"), star.config
     positions = np.broadcast_to(np.arange(PROMPT_TOKENS), (3, 1, PROMPT_TOKENS))
     cond, ids = _telling_answer(star, rng, positions)
@@ -142,8 +147,10 @@ def run_golden(star: wrappers.FoldedStar, path: Path) -> None:
 def _telling_answer(
     star: wrappers.FoldedStar, rng: np.random.Generator, positions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A prompt of random ids [1, S], and its answer, which has different ids if any of TRIES has: a trained model may well say one word
-    over and over, and that would prove nothing."""
+    """A prompt of random ids [1, S] and its answer's ids, the first of up to TRIES that has varied ids.
+
+    A trained model may repeat one word over and over, which would prove nothing.
+    """
     for _ in range(TRIES):
         cond = rng.integers(0, star.config.vocab_size, (1, PROMPT_TOKENS))
         with torch.inference_mode():
@@ -201,8 +208,8 @@ def _image_id_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, C
 
 
 def _decoder_cases(decoder: DecoderConfig, rng: np.random.Generator) -> dict[str, Case]:
-    """Name -> (rows, new positions, write indices, slots that hold something); everything beyond is poison."""
-    plan = {
+    """The cases of a decoder. Slots after the filled ones hold poison."""
+    plan = {  # rows, new positions, write indices, filled slots
         "prefill": (2, 7, (0, 0), 0),
         "decode": (2, 1, (7, 5), 7),
         "steps": (2, 3, (9, 4), 9),
@@ -224,9 +231,8 @@ def _decoder_case(
     writes: tuple[int, ...],
     filled: int,
 ) -> Case:
-    positions = (
-        np.array(writes)[None, :, None] + np.arange(new) + np.array([0, 3, 5])[:, None, None]
-    )  # three different axes
+    offsets = np.array([0, 3, 5])[:, None, None]  # so that the three axes differ
+    positions = np.array(writes)[None, :, None] + np.arange(new) + offsets
     feeds = {
         "inputs_embeds": _normal(rng, rows, new, decoder.hidden_size),
         "position_ids": positions,
@@ -245,9 +251,9 @@ def _hidden_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Cas
 
 
 def _draw_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]:
-    """Greedy, the release's defaults, no guidance, and a wide-open filter."""
+    """Greedy, the release's defaults, no guidance, an open filter and a narrow one."""
     size = config.vq.codebook_size
-    plan = {
+    plan = {  # images, guidance, top_k, top_p, uniform number
         "greedy": (1, 3.0, 1, 1.0, 0.0),
         "defaults": (2, 1.1, 1000, 0.8, None),
         "unguided": (1, 1.0, 50, 1.0, None),

@@ -1,6 +1,7 @@
-"""One call of a session against a recorded case: outputs within tolerances, caches right where written and untouched elsewhere.
+"""Run a session once on a recorded case, and compare its outputs and caches.
 
-Knows nothing of bundles or reports. A session is anything with `spec`, `buffer(shape, dtype)` and `bind(buffers) -> step`.
+Outputs must lie within tolerances; so must the cache slots that were written, while all others keep their
+bits. This module knows nothing of bundles or reports.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ import numpy as np
 from engines.bundle.tensors import PRESENT, bound_tensors, present_name
 from engines.errors import MissingError
 from engines.runtime.sampler import sample
+from engines.sessions import Buffer, Session
 
 from .cases import POISON, Case, Tensors
 from .compare import Comparison, compare
 
 
 def run_case(
-    session,
+    session: Session,
     case: Case,
     *,
     tolerances: Mapping[str, float],
     capacity_tokens: int | None = None,
     own_draws: bool = False,
 ) -> list[Comparison]:
-    """Run `case` once and compare every output. `capacity_tokens`: the fixed capacity of a plan, to which caches are extended by
-    poison. Written cache slots are held to the tolerances; all others must keep their bits. `own_draws`: ids that are drawn are held to
-    the executor's own logits, not to the recorded ones."""
+    """Run `case` once and compare every output.
+
+    Caches are extended with poison to `capacity_tokens`, the fixed capacity of a plan. With `own_draws`,
+    drawn ids are compared with those that the executor's own logits give, not with the recorded ones.
+    """
     feeds = {
         name: extended(array, capacity_tokens) if present_name(name) else array
         for name, array in case.inputs.items()
@@ -60,8 +64,11 @@ def run_case(
 
 
 def where_ids_agree(got: Tensors, wanted: Tensors) -> tuple[Tensors, Tensors]:
-    """Both sides with `inputs_embeds` [..,H] only where `image_ids` agree: the row of another id is another row, and the share of such
-    ids has a tolerance of its own. Rows are the ids' in order, two for each id under guidance. Without them where no id agrees."""
+    """Restrict `inputs_embeds` [..,H] on both sides to the rows whose `image_ids` agree.
+
+    Another id has another row, and the share of ids that differ has a tolerance of its own. Rows follow the
+    order of the ids, two per id under guidance. If no id agrees, both sides lose `inputs_embeds`.
+    """
     if (
         not {"image_ids", "inputs_embeds"} <= wanted.keys()
         or got["image_ids"].shape != wanted["image_ids"].shape
@@ -71,9 +78,7 @@ def where_ids_agree(got: Tensors, wanted: Tensors) -> tuple[Tensors, Tensors]:
     if same.all():
         return got, wanted
     if not same.any():
-        return tuple(
-            {name: array for name, array in side.items() if name != "inputs_embeds"} for side in (got, wanted)
-        )
+        return _without(got, "inputs_embeds"), _without(wanted, "inputs_embeds")
     rows = wanted["inputs_embeds"].reshape(-1, wanted["inputs_embeds"].shape[-1])
     kept = same.repeat(len(rows) // same.size)
     return got | {"inputs_embeds": got["inputs_embeds"].reshape(rows.shape)[kept]}, wanted | {
@@ -81,9 +86,16 @@ def where_ids_agree(got: Tensors, wanted: Tensors) -> tuple[Tensors, Tensors]:
     }
 
 
+def _without(tensors: Tensors, name: str) -> Tensors:
+    return {key: array for key, array in tensors.items() if key != name}
+
+
 def redrawn(got: Tensors, feeds: Tensors) -> Tensors:
-    """The ids that the sampler's definition draws from an executor's own logits [N,V]; nothing of a component that draws none. In 16
-    bits a number that falls near the border of two candidates gives either, and where hundreds are about as probable it mostly does."""
+    """Draw `image_ids` from an executor's logits [N,V] as the sampler does; {} if the component draws none.
+
+    In 16 bits, a uniform number near the border of two candidates may draw either; among hundreds of
+    candidates of similar probability, most numbers are near a border.
+    """
     if not {"logits", "uniform"} <= got.keys() | feeds.keys() or not np.isfinite(got["logits"]).all():
         return {}
     return {
@@ -96,8 +108,8 @@ def redrawn(got: Tensors, feeds: Tensors) -> Tensors:
     }
 
 
-def read_caches(buffers: Mapping[str, object]) -> Tensors:
-    """Copies of all caches in `buffers`, under their `present.` names."""
+def read_caches(buffers: Mapping[str, Buffer]) -> Tensors:
+    """Copy all caches in `buffers`, under their `present.` names."""
     return {
         present: np.array(buffer.read())
         for name, buffer in buffers.items()
@@ -114,8 +126,11 @@ def compare_caches(
     tokens: int,
     tolerances: Mapping[str, float],
 ) -> list[Comparison]:
-    """Caches [B,KV,C,D] after a step of `tokens` positions at `write_indices` [B]: the written slots against those of `reference`
-    (of any capacity) within the tolerances, all other slots against `before`, bit by bit."""
+    """Compare caches [B,KV,C,D] after a step of `tokens` positions at `write_indices` [B].
+
+    Written slots must agree with those of `reference` (of any capacity) within the tolerances, and all other
+    slots with `before`, bit by bit.
+    """
     written = compare(
         {name: written_slots(cache, write_indices, tokens) for name, cache in after.items()},
         {name: written_slots(cache, write_indices, tokens) for name, cache in reference.items()},
@@ -128,7 +143,7 @@ def compare_caches(
 
 
 def written_slots(cache: np.ndarray, write_indices: np.ndarray, tokens: int) -> np.ndarray:
-    """The slots that a step wrote, in float32: [B,KV,C,D] -> [B,tokens,KV,D]."""
+    """Select the slots that a step wrote, in float32: [B,KV,C,D] -> [B,tokens,KV,D]."""
     rows, slots = np.arange(len(write_indices))[:, None], write_indices[:, None] + np.arange(tokens)
     return cache[rows, :, slots].astype(np.float32)
 
@@ -136,19 +151,20 @@ def written_slots(cache: np.ndarray, write_indices: np.ndarray, tokens: int) -> 
 def untouched(
     name: str, after: np.ndarray, *, before: np.ndarray, write_indices: np.ndarray, tokens: int
 ) -> Comparison:
-    """The share of elements outside the written slots whose bits changed; none may."""
+    """The share of elements outside the written slots whose bits changed, which must be 0."""
     slots = np.arange(after.shape[2])
     outside = (slots < write_indices[:, None]) | (slots >= write_indices[:, None] + tokens)  # [B,C]
     changed = bits(after) != bits(before)  # [B,KV,C,D]
     changed &= outside[:, None, :, None]
-    where = (
-        f" (first at row {(first := np.argwhere(changed)[0])[0]}, slot {first[2]})" if changed.any() else ""
-    )
-    return Comparison(name, float(changed.mean()), 0.0, place=f"slots that must not change{where}")
+    place = "slots that must not change"
+    if changed.any():
+        row, _, slot, _ = np.argwhere(changed)[0]
+        place += f" (first at row {row}, slot {slot})"
+    return Comparison(name, float(changed.mean()), 0.0, place=place)
 
 
 def extended(cache: np.ndarray, capacity_tokens: int | None) -> np.ndarray:
-    """`cache` [B,KV,C,D] with poisoned slots appended up to `capacity_tokens`."""
+    """Append poisoned slots to `cache` [B,KV,C,D] up to `capacity_tokens`."""
     if capacity_tokens is None or capacity_tokens == cache.shape[2]:
         return cache
     pad = capacity_tokens - cache.shape[2]
@@ -156,12 +172,15 @@ def extended(cache: np.ndarray, capacity_tokens: int | None) -> np.ndarray:
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """The array's bit patterns as unsigned integers: equal where the memory is, NaN included."""
+    """View the array as unsigned integers, which are equal exactly where the memory is, even for NaN."""
     return array.view(f"u{array.dtype.itemsize}")
 
 
 def array_dtype(name: str) -> np.dtype:
-    """The numpy type that a buffer of type `name` is written in. numpy has no bfloat16 of its own: MissingError without ml_dtypes."""
+    """The numpy type for writing to a buffer of type `name`.
+
+    numpy has no bfloat16, so that type comes from ml_dtypes. Raises MissingError where it is not installed.
+    """
     if name != "bfloat16":
         return np.dtype(name)
     try:
@@ -176,5 +195,5 @@ def array_dtype(name: str) -> np.dtype:
 
 
 def placed(place: str, results: list[Comparison]) -> list[Comparison]:
-    """The same results, seen at `place`: `step 3`."""
+    """The same results with `place`, such as `step 3`, in front of their own."""
     return [replace(result, place=f"{place}: {result.place}".removesuffix(": ")) for result in results]

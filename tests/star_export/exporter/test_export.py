@@ -127,7 +127,7 @@ def test_unknown_names_are_refused_with_the_valid_ones(mini_checkpoint, tmp_path
 def test_a_taken_folder_is_refused_before_the_checkpoint_is_read(tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("keep")
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="already in use"):
         export("/no/such/checkpoint", out=tmp_path / "out")
     assert (tmp_path / "out" / "precious").read_text() == "keep"
 
