@@ -1,11 +1,28 @@
-"""What all tests share: the miniature checkpoint, written once per session."""
+"""What all tests share: the miniature checkpoint and its bundles, and the cores of the machine."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+# set before torch is imported, here and in the processes that tests start: workers share the cores
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep together on one worker what shares expensive fixtures.
+
+    These are the tests of a file, and all that need a bundle of the miniature checkpoint: tracing it for the
+    first time takes longer than most files.
+    """
+    for item in items:
+        group = "bundles" if "bundle_of" in getattr(item, "fixturenames", ()) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

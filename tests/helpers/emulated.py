@@ -201,7 +201,7 @@ def _written(past, kept, case: Case) -> np.ndarray:
 
 
 def check(case: Case, rng: np.random.Generator, *, driver: ctypes.CDLL | None = None) -> tuple[int, int]:
-    """The plan of one call, whose caches must equal the definition bit by bit, its output within the bound."""
+    """The plan of a call, after a check that its caches are as defined bit by bit, and its output in bounds."""
     inputs = inputs_of(case, rng)
     (output, *caches), plan, raised = emulate(case, inputs, driver=driver)
     (wanted, *wanted_caches), bound = expected(case, inputs)

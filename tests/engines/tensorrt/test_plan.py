@@ -26,7 +26,7 @@ VERSION = "1.7.1.116"
 
 @pytest.fixture
 def bundle(tmp_path, monkeypatch):
-    """A bundle with a plan of random bytes for `base_ar`; TensorRT for RTX and an RTX 3090 seem to be here."""
+    """A bundle with a plan of random bytes for `base_ar`, where there seems to be an RTX 3090."""
     monkeypatch.setattr(plans, "gpus", lambda: (Gpu("RTX 3090", (8, 6), 24 * 10**9),))
     monkeypatch.setattr(plans, "tensorrt_of", lambda target: SimpleNamespace(__version__=VERSION))
     monkeypatch.setattr(plans, "host_platform", lambda: "linux-x86_64")

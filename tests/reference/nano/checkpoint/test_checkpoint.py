@@ -121,7 +121,7 @@ def test_rows_are_the_runtimes(nano_rows: Rows, chat: Chat, text: str) -> None:
 
 @pytest.mark.parametrize("sharp", [False, True], ids=["ask", "edit"])
 def test_images_are_prepared_as_the_runtime_does(chat: Chat, images: np.ndarray, sharp: bool) -> None:
-    """Exactly by Pillow; in torch up to the rounding to bytes between two resizes: two levels of 255 at most."""
+    """Exactly by Pillow; in torch up to the rounding to bytes between two resizes, two levels of 255."""
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     config = vision_config(recipe.VISION)
     exact = patches(prepared(images, sharp=sharp), config).numpy()

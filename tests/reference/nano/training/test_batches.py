@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reference.nano.checkpoint.tokens import Rows
-from reference.nano.training import loop, stage_reward, stages
+from reference.nano.training import loop, stage_image, stage_reward
 from reference.nano.training.batches import (
     IGNORED,
     base_batch,
@@ -134,11 +134,11 @@ def test_processes_take_batches_of_one_kind(nano_rows: Rows) -> None:
     for step in range(8):
         kinds = {
             "before_things"
-            in stages.mixed_batch(process * loop.OTHERS + step, rows=nano_rows, batch=4, stage="edit")
+            in stage_image.mixed_batch(process * loop.OTHERS + step, rows=nano_rows, batch=4, stage="edit")
             for process in range(3)
         }
-        assert kinds == {step % stages.DRAWN_EVERY != stages.DRAWN_EVERY - 1}
-    assert not any(loop.OTHERS % every for every in (stages.DRAWN_EVERY, stage_reward.EDITED_EVERY))
+        assert kinds == {step % stage_image.DRAWN_EVERY != stage_image.DRAWN_EVERY - 1}
+    assert not any(loop.OTHERS % every for every in (stage_image.DRAWN_EVERY, stage_reward.EDITED_EVERY))
 
 
 def test_labels_are_the_answers_alone(nano_rows: Rows) -> None:

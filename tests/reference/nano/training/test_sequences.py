@@ -11,7 +11,7 @@ from reference.decoder import kv_cache_attention
 from reference.model import Star
 from reference.nano import recipe
 from reference.nano.recipe import STAGES
-from reference.nano.training import stages
+from reference.nano.training import stage_image
 from reference.nano.training.batches import (
     edit_batch,
     generate_batch,
@@ -37,7 +37,7 @@ def test_whole_sequences_compute_what_the_cache_computes(small_root: Path) -> No
 def test_padding_changes_nothing_before_it(small_root: Path) -> None:
     star, rows = small_star(small_root)
     batch = generate_batch(3, rows=rows, batch=4, stage="generate")
-    job = stages.generate_job(star, rows, STAGES["generate"])
+    job = stage_image.generate_job(star, rows, STAGES["generate"])
     loss = job.losses(batch, 0)["loss"]
     longer = batch | {
         "input_ids": torch.cat([batch["input_ids"], torch.full((4, 5), 7)], 1),
@@ -59,8 +59,8 @@ def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
     batch = edit_batch(0, rows=rows, batch=4)
     positions = tasks.mrope_position_ids(torch.tensor(row + [0] * 63), [(4, 4)], star.config.special)
     ids = torch.tensor([row, row])
-    given = stages.given_tensors(star, batch, 0)
-    embeds = stages.with_images(star, ids[:1], given["given_ids"].long(), given["vision"])
+    given = stage_image.given_tensors(star, batch, 0)
+    embeds = stage_image.with_images(star, ids[:1], given["given_ids"].long(), given["vision"])
     embeds = embeds.repeat(2, 1, 1)
     made = tasks.generate(
         cached,
