@@ -1,8 +1,9 @@
-"""The network that TensorRT parsed from our ONNX, read back and evaluated on the CPU: what the engine means, on any machine.
+"""The interpreter: evaluates on the CPU the network that TensorRT parsed from our ONNX.
 
-The parser between ONNX and engine drops and reinterprets things without a word. The `INetworkDefinition` that it makes is open to
-inspection: `parsed` reads it as data, `evaluate` computes it in numpy, `describe` shows and hashes it. What this proves is the
-meaning of the network, not the kernels that are compiled from it.
+The parser between ONNX and engine drops and reinterprets things silently. The `INetworkDefinition` that it
+makes can be inspected: `parsed` turns it into data, `evaluate` computes it in numpy, `describe` shows and
+hashes it. So any machine can tell what an engine means. This proves the meaning of the network, not the
+kernels compiled from it.
 """
 
 from .describe import describe_network, network_hash

@@ -1,4 +1,4 @@
-"""A parsed network as data for people, and as one number: what TensorRT sees, and whether two networks are the same."""
+"""A parsed network described for people and hashed: what TensorRT sees, and if two networks are equal."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import hashlib
 import json
 from collections import Counter
 
-from .parsed import Constant, Layer, Parsed, Tensor
+from .constants import Constant
+from .parsed import Layer, Parsed, Tensor
 
-NAMES = ("name", "metadata")  # attributes that say nothing of the arithmetic
-UNSEEN = "what else is fused is decided while building, and a plan cannot be opened without its device"
+NAMES = ("name", "metadata")  # attributes that do not affect the arithmetic
+UNSEEN = "other fusions are decided during the build, and a plan cannot be opened without its device"
 
 
 def describe_network(parsed: Parsed) -> dict:
-    """Boundary, layers with their attributes, how many of each kind, what will be fused where the network says so, and its
-    SHA-256."""
+    """What `inspect` shows of a network.
+
+    Its inputs and outputs, the number of layers of each kind, the layers with their attributes, the fusions
+    that the network itself announces, and its SHA-256.
+    """
     return {
         "inputs": {t.name: _signature(t) for t in parsed.inputs},
         "outputs": {t.name: _signature(t) for t in parsed.outputs},
@@ -27,12 +31,12 @@ def describe_network(parsed: Parsed) -> dict:
 
 
 def fusions(parsed: Parsed) -> list[dict]:
-    """What the compiler will fuse, as far as the network says: attention as one kernel, weights dequantised inside a
+    """The fusions that the network announces: attention as one kernel, weights dequantised inside a
     multiplication.
 
-    An attention is one kernel unless `decomposable`: "TensorRT will try to use a single fused kernel" (NvInfer.h, IAttention).
-    Weights that are dequantised and go nowhere but to a matrix multiplication, whatever their shape on the way, may be read as
-    they are stored.
+    An attention is one kernel unless it is `decomposable`: "TensorRT will try to use a single fused kernel"
+    (NvInfer.h, IAttention). Dequantised weights that only a matrix multiplication reads, perhaps reshaped on
+    the way, may be read in their stored form.
     """
     readers: dict[str, list[Layer]] = {}
     for layer in parsed.layers:
@@ -60,18 +64,19 @@ def fusions(parsed: Parsed) -> list[dict]:
                 {
                     "kind": "quantised weights",
                     "layer": reader.name,
-                    "weights": _signature(layer.inputs[0]),
-                    "scales": _signature(layer.inputs[1]),
+                    "weights": _signature(layer.input(0)),
+                    "scales": _signature(layer.input(1)),
                 }
             )
     return found
 
 
 def network_hash(parsed: Parsed) -> str:
-    """SHA-256 of all that decides what a network computes: kinds, attributes, types, shapes, connections and every constant's
-    bytes.
+    """The SHA-256 of everything that decides what a network computes.
 
-    Two parses of one file agree: tensors are numbered in order, because the parser counts names up within a process.
+    That is the kinds, attributes, types, shapes and connections of its layers, and the bytes of its
+    constants. Two parses of one file have the same hash: the parser's names differ, so tensors are numbered
+    in order instead.
     """
     numbers = {tensor.name: tensor.name for tensor in parsed.inputs}
     digest = hashlib.sha256(json.dumps([[t.name, t.kind, t.shape] for t in parsed.inputs]).encode())
@@ -93,28 +98,25 @@ def network_hash(parsed: Parsed) -> str:
         for key, value in sorted(layer.attributes.items()):
             if isinstance(value, Constant):
                 digest.update(f"{key} {value.kind} {value.count}".encode())
-                digest.update(value.data)
+                digest.update(value.data.data)  # without a copy
     digest.update(json.dumps([[t.name, numbers[t.name]] for t in parsed.outputs]).encode())
     return digest.hexdigest()
 
 
 def _description(layer: Layer) -> dict:
-    attributes = {
-        key: f"{value.count} x {value.kind}"
-        if isinstance(value, Constant)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-        for key, value in layer.attributes.items()
-        if key not in NAMES
-    }
     return {
         "kind": layer.kind,
         "name": layer.name,
         "inputs": [t and f"{t.name}: {_signature(t)}" for t in layer.inputs],
         "outputs": [f"{t.name}: {_signature(t)}" for t in layer.outputs],
-        "attributes": attributes,
+        "attributes": {key: _shown(value) for key, value in layer.attributes.items() if key not in NAMES},
     }
+
+
+def _shown(attribute: object) -> object:
+    if isinstance(attribute, Constant):
+        return f"{attribute.count} x {attribute.kind}"
+    return list(attribute) if isinstance(attribute, tuple) else attribute
 
 
 def _signature(tensor: Tensor) -> str:

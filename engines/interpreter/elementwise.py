@@ -1,7 +1,8 @@
-"""Layers that compute each element by itself. Quotations are of TensorRT's NvInfer.h (11.1), from the class or enumeration named.
+"""Layers that compute every element by itself.
 
-A reader takes a layer (`parsed.Layer`) and returns the function of its inputs; real numbers are float32 arrays, and the caller
-rounds the result to the output's type.
+A reader takes a layer (`parsed.Layer`) and returns the function of its inputs. Real numbers are float32
+arrays, and the caller rounds the result to the output's type. Quotations are from TensorRT's NvInfer.h
+(11.1), at the class or enumeration named.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from collections.abc import Callable
 import numpy as np
 
 from .numbers import RANGES, REALS, held_dtype, rounded
-from .parsed import Layer
+from .parsed import Compute, Layer, Reader
 
-Compute = Callable[..., np.ndarray]
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 
 def erf(x: np.ndarray) -> np.ndarray:
-    """Gauss error function, which numpy has not."""
+    """The Gauss error function, which numpy lacks."""
     return np.asarray(_erf(x)).astype(np.float32)
 
 
@@ -29,7 +29,7 @@ def _divided(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     quotient, rest = np.divmod(x, y)
     if ((rest != 0) & ((x < 0) != (y < 0))).any():
         raise ValueError(
-            "a division of integers of unlike sign with a remainder: TensorRT does not say which way it rounds"
+            "an inexact quotient of integers of different signs, whose rounding TensorRT does not define"
         )
     return quotient
 
@@ -101,7 +101,7 @@ ACTIVATION: dict[str, Compute] = {  # enum ActivationType, of x, alpha and beta
 
 
 def elementwise(layer: Layer) -> Compute:
-    """IElementWiseLayer: "The input tensors must have the same rank"; a length of one is broadcast."""
+    """IElementWiseLayer: "The input tensors must have the same rank"; dimensions of 1 are broadcast."""
     operation = _of(layer, ELEMENTWISE, layer["op"])
 
     def compute(x, y):
@@ -113,27 +113,28 @@ def elementwise(layer: Layer) -> Compute:
 
 
 def unary(layer: Layer) -> Compute:
-    """IUnaryLayer."""
+    """IUnaryLayer: a function of every element."""
     return _of(layer, UNARY, layer["op"])
 
 
 def activation(layer: Layer) -> Compute:
     """IActivationLayer: "a per-element activation function"."""
-    function, alpha, beta = (
-        _of(layer, ACTIVATION, layer["type"]),
-        np.float32(layer["alpha"]),
-        np.float32(layer["beta"]),
-    )
+    function = _of(layer, ACTIVATION, layer["type"])
+    alpha, beta = np.float32(layer["alpha"]), np.float32(layer["beta"])
     return lambda x: function(x, alpha, beta)
 
 
 def select(layer: Layer) -> Compute:
-    """ISelectLayer: where the condition is true, elements of the first input, else of the second."""
-    return lambda condition, x, y: np.where(condition, x, y)
+    """ISelectLayer: elements of the first input where the condition is true, else of the second."""
+
+    def compute(condition: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.where(condition, x, y)
+
+    return compute
 
 
 def identity(layer: Layer) -> Compute:
-    """IIdentityLayer, which casts where the types differ."""
+    """IIdentityLayer, which casts where its types differ."""
     return cast_to(layer, layer.outputs[0].kind)
 
 
@@ -145,8 +146,12 @@ def cast(layer: Layer) -> Compute:
 
 
 def cast_to(layer: Layer, kind: str) -> Compute:
-    """To reals: the caller rounds. To integers: what C does, toward zero; a number out of range is an error, not a guess."""
-    dtype, source = held_dtype(kind), layer.inputs[0].kind
+    """Cast to `kind`. A cast to reals leaves the rounding to the caller; one to integers truncates, as C
+    does.
+
+    A number that is out of the integers' range is an error at run time, because its result is not defined.
+    """
+    dtype, source = held_dtype(kind), layer.input(0).kind
     if kind in ("FP8", "FP4", "E8M0", "INT4"):
         raise layer.refuse(f"a cast to {kind}")
 
@@ -161,7 +166,10 @@ def cast_to(layer: Layer, kind: str) -> Compute:
 
 
 def quantize(layer: Layer) -> Compute:
-    """IQuantizeLayer: "output = clamp(round(input / scale) + zeroPt)", ties to even; zeroPt is zero ("only symmetric")."""
+    """IQuantizeLayer: "output = clamp(round(input / scale) + zeroPt)".
+
+    Ties are rounded to even, and zeroPt is zero ("only symmetric").
+    """
     kind, spread = layer["to_type"], _scales(layer)
 
     def compute(x, scale, zero=None):
@@ -188,9 +196,12 @@ def dequantize(layer: Layer) -> Compute:
 
 
 def _scales(layer: Layer) -> Callable[[tuple[int, ...], np.ndarray], np.ndarray]:
-    """(input's shape, scale) -> the scale of every element: "a scalar for per-tensor, a 1D tensor for per-channel, or the same
-    rank as the input tensor for block quantization", where one axis has a scale for every block: "scale[r//B, s]"."""
-    axis, rank, scale_rank = layer["axis"], len(layer.inputs[0].shape), len(layer.inputs[1].shape)
+    """The function that gives every element its scale, from the input's shape and the scales.
+
+    The scale is "a scalar for per-tensor, a 1D tensor for per-channel, or the same rank as the input tensor
+    for block quantization". For blocks, one axis has a scale per block: "scale[r//B, s]".
+    """
+    axis, rank, scale_rank = layer["axis"], len(layer.input(0).shape), len(layer.input(1).shape)
     if layer["block_shape"]:
         raise layer.refuse(f"block_shape {layer['block_shape']}")
 
@@ -204,11 +215,9 @@ def _scales(layer: Layer) -> Callable[[tuple[int, ...], np.ndarray], np.ndarray]
         blocked = [i for i in range(rank) if scale.shape[i] != shape[i]]
         if len(blocked) > 1 or any(shape[i] % scale.shape[i] for i in blocked):
             raise ValueError(f"scales {scale.shape} for {shape}")
-        return (
-            np.repeat(scale, shape[blocked[0]] // scale.shape[blocked[0]], axis=blocked[0])
-            if blocked
-            else scale
-        )
+        for i in blocked:
+            scale = np.repeat(scale, shape[i] // scale.shape[i], axis=i)
+        return scale
 
     if scale_rank > 1 and scale_rank != rank:
         raise layer.refuse(f"scales of rank {scale_rank} for an input of rank {rank}")
@@ -226,7 +235,7 @@ def _of(layer: Layer, table: dict[str, Compute], name: str) -> Compute:
     return table[name]
 
 
-READERS = {
+READERS: dict[str, Reader] = {
     "ELEMENTWISE": elementwise,
     "UNARY": unary,
     "ACTIVATION": activation,

@@ -1,9 +1,10 @@
-"""Evaluate a parsed network in numpy, layer by layer, as TensorRT's documentation says that each computes.
+"""Evaluate a parsed network in numpy, layer by layer, as TensorRT's documentation defines each layer.
 
-Every layer's result is rounded to the type that the network gives it, so a bf16 network computes in bf16; `wide` keeps float32
-throughout, which tells what the network means from what its types cost. Whatever TensorRT declared of a result (its type, its
-fixed sizes) is checked. A tensor is freed after its last use, a KV cache is updated in place, and what depends on no input is
-computed once where there is room.
+Every layer's result is rounded to the type that the network gives it, so a bf16 network computes in bf16.
+With `wide`, everything stays float32, which separates what the network means from what its types cost. The
+type and the fixed sizes that TensorRT declares for a result are checked. A tensor is freed after its last
+use, a KV cache is updated in place, and what depends on no input is computed only once if there is room to
+keep it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .numbers import REALS, held_dtype, rounded, unpacked
 from .parsed import Layer, Parsed, Tensor
 
 READERS = elementwise.READERS | layout.READERS | reductions.READERS | indexing.READERS | attention.READERS
-EXACT = {
+EXACT = {  # layers whose results need no rounding
     "CONSTANT",
     "SELECT",
     "TOPK",
@@ -31,11 +32,8 @@ EXACT = {
     "QUANTIZE",
     *(layout.READERS.keys() - {"FILL", "RESIZE"}),
     *indexing.READERS,
-}  # their results need no rounding
-KEEP_BYTES, KEEP_SHARE = (
-    1 << 30,
-    1 / 4,
-)  # of constants kept between runs: so much always, so much of this machine's memory
+}
+KEEP_BYTES, KEEP_SHARE = 1 << 30, 1 / 4  # constants kept between runs: in bytes, or as a share of the memory
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -48,10 +46,11 @@ class _Step:
 
 
 class Network:
-    """A parsed network that runs. `inputs` and `outputs` are its boundary.
+    """A parsed network that runs, with its `inputs` and `outputs`.
 
-    `wide`: float32 throughout instead of the network's types. `ties`: which of equal elements TopK lists first (`first` or
-    `last` index). Raises InputError naming the first layer that this module does not know.
+    `wide` computes in float32 throughout instead of in the network's types. `ties` says which of equal
+    elements TopK lists first: the one with the `first` or the `last` index. Raises InputError naming the
+    first layer that cannot be interpreted.
     """
 
     def __init__(self, parsed: Parsed, *, wide: bool = False, ties: str = "first"):
@@ -68,23 +67,21 @@ class Network:
         }
         boundary |= {t.name: t for t in parsed.outputs if t.name in fixed}
         self._kept: dict[str, np.ndarray] | None = None
-        keep = (
-            sum(math.prod(t.shape) * held_dtype(t.kind).itemsize for t in boundary.values()) <= _room_bytes()
-        )
+        constants = sum(math.prod(t.shape) * held_dtype(t.kind).itemsize for t in boundary.values())
+        keep = constants <= _room_bytes()
         early = [layer for layer in needed if keep and layer.outputs[0].name in fixed]
         late = [layer for layer in needed if layer not in early]
         compute = {id(layer): self._compute(layer, ties) for layer in needed}
+        ends = {t.name for t in (*parsed.outputs, *parsed.inputs)}
         self._early = _steps(early, compute, keep=boundary)
-        self._late = _steps(
-            late,
-            compute,
-            keep={t.name for t in (*parsed.outputs, *parsed.inputs)} | set(boundary if keep else ()),
-        )
+        self._late = _steps(late, compute, keep=ends | set(boundary if keep else ()))
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        """Outputs by name, reals in float32 (a cache: in its own memory and type). `feeds`: every input by name, caches writable.
+        """Run once on `feeds`, all inputs by name, and return the outputs by name.
 
-        Raises InputError naming the layer whose values TensorRT would not define, or whose result has not the declared shape.
+        Outputs of real numbers are float32; a cache keeps its memory, which must be writable, and its type.
+        Raises InputError naming the layer whose values TensorRT does not define, or whose result does not
+        have the declared shape.
         """
         with np.errstate(all="ignore"):
             if self._kept is None:
@@ -99,29 +96,25 @@ class Network:
                 results = step.compute(*arguments)
             except (ValueError, IndexError, TypeError) as error:
                 raise step.layer.refuse(str(error), "values that TensorRT defines") from error
-            for tensor, result in zip(
-                step.layer.outputs, results if isinstance(results, tuple) else (results,), strict=True
-            ):
+            results = results if isinstance(results, tuple) else (results,)
+            for tensor, result in zip(step.layer.outputs, results, strict=True):
                 values[tensor.name] = self._checked(step.layer, tensor, result)
             for name in step.frees:
                 del values[name]
         return values
 
     def _checked(self, layer: Layer, tensor: Tensor, result: np.ndarray) -> np.ndarray:
-        """`result` in its type, rounded, of the shape that TensorRT inferred."""
-        if result.ndim != len(tensor.shape) or any(
-            d not in (-1, n) for d, n in zip(tensor.shape, result.shape)
-        ):
-            raise layer.refuse(
-                f"shape {result.shape}", f"shape {tensor.shape} of {tensor.name}, as TensorRT inferred it"
-            )
+        """`result` rounded to the type of `tensor`, after a check of its shape and dtype."""
+        fits = all(d in (-1, n) for d, n in zip(tensor.shape, result.shape))
+        if result.ndim != len(tensor.shape) or not fits:
+            expected = f"shape {tensor.shape} of {tensor.name}, as TensorRT inferred it"
+            raise layer.refuse(f"shape {result.shape}", expected)
         if layer.kind == "KV_CACHE_UPDATE":
             return result
         held = held_dtype(tensor.kind)
         if result.dtype != held:
-            if not (
-                np.issubdtype(result.dtype, np.floating) and tensor.kind in REALS or layer.kind == "TOPK"
-            ):
+            both_real = np.issubdtype(result.dtype, np.floating) and tensor.kind in REALS
+            if not both_real and layer.kind != "TOPK":
                 raise layer.refuse(f"{result.dtype} values", f"{tensor.kind} for {tensor.name}")
             result = result.astype(held)
         if self.wide or tensor.kind not in REALS or layer.kind in EXACT:
@@ -145,7 +138,7 @@ def _room_bytes() -> int:
 
 
 def _widened(compute: Callable) -> Callable:
-    """Caches of 16 bits arrive as float16: every other array of reals is float32."""
+    """Let `compute` see float16 caches as float32, like every other array of real numbers."""
 
     def widened(*arguments):
         return compute(
@@ -156,14 +149,15 @@ def _widened(compute: Callable) -> Callable:
 
 
 def _constant(layer: Layer) -> np.ndarray:
-    """IConstantLayer: its weights, in its shape."""
+    """IConstantLayer: the weights, in the layer's shape."""
     weights = layer["weights"]
     return unpacked(weights.data, weights.kind, weights.count).reshape(layer["shape"])
 
 
 def _needed(parsed: Parsed) -> list[Layer]:
     """The layers that the outputs depend on, in order."""
-    wanted, needed = {tensor.name for tensor in parsed.outputs}, []
+    wanted = {tensor.name for tensor in parsed.outputs}
+    needed: list[Layer] = []
     for layer in reversed(parsed.layers):
         if any(tensor.name in wanted for tensor in layer.outputs):
             needed.append(layer)
@@ -172,7 +166,7 @@ def _needed(parsed: Parsed) -> list[Layer]:
 
 
 def _constant_names(layers: Iterable[Layer]) -> set[str]:
-    """Tensors that depend on no input."""
+    """The names of the tensors that depend on no input."""
     names: set[str] = set()
     for layer in layers:
         if all(tensor is None or tensor.name in names for tensor in layer.inputs):
@@ -181,30 +175,27 @@ def _constant_names(layers: Iterable[Layer]) -> set[str]:
 
 
 def _check_caches(parsed: Parsed, layers: list[Layer]) -> None:
-    """A cache is overwritten when it is updated: nothing else may read its values. Raises InputError."""
-    caches = {layer.inputs[0].name for layer in layers if layer.kind == "KV_CACHE_UPDATE"}
+    """Check that only its update reads a cache's values, because the update overwrites them. Raises
+    InputError.
+    """
+    caches = {layer.input(0).name for layer in layers if layer.kind == "KV_CACHE_UPDATE"}
     if outside := caches - {tensor.name for tensor in parsed.inputs}:
         raise InputError(
-            "TensorRT's network cannot be read back",
-            fix="export again: a cache is an input of the graph itself",
-            where=f"cache {min(outside)}: expected an input of the network, to be updated in place",
+            "TensorRT's network cannot be interpreted",
+            fix="export again: every cache must be an input of the graph",
+            where=f"cache {min(outside)}: expected an input of the network, got a tensor inside it",
         )
     for layer in layers:
-        read = (
-            layer.inputs[1:]
-            if layer.kind == "KV_CACHE_UPDATE"
-            else ()
-            if layer.kind == "SHAPE"
-            else layer.inputs
-        )
+        if layer.kind == "SHAPE":  # reads no values
+            continue
+        read = layer.inputs[1:] if layer.kind == "KV_CACHE_UPDATE" else layer.inputs
         if named := [tensor.name for tensor in read if tensor is not None and tensor.name in caches]:
-            raise layer.refuse(
-                f"the cache {named[0]} read beside its update", "a cache that only its update reads"
-            )
+            got = f"the cache {named[0]} read beside its update"
+            raise layer.refuse(got, "a cache that only its update reads")
 
 
 def _steps(layers: list[Layer], compute: Mapping[int, Callable], keep: Iterable[str]) -> list[_Step]:
-    """The layers with what each reads, and what nothing after it reads."""
+    """The layers as steps, each with the tensors that it reads and those that no later step reads."""
     live, steps = set(keep), []
     for layer in reversed(layers):
         reads = tuple(None if tensor is None else tensor.name for tensor in layer.inputs)

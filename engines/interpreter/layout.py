@@ -1,27 +1,29 @@
-"""Layers that move elements and compute none, and those on shapes. Quotations are of TensorRT's NvInfer.h (11.1)."""
+"""Layers that move elements without computing, and layers on shapes.
+
+Quotations are from TensorRT's NvInfer.h (11.1).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
 from .numbers import held_dtype
-from .parsed import Layer
-
-Compute = Callable[..., np.ndarray]
+from .parsed import Compute, Layer, Reader
 
 
 def shape(layer: Layer) -> Compute:
-    """IShapeLayer: the dimensions of the input, int64."""
+    """IShapeLayer: the dimensions of the input, as int64."""
     return lambda x: np.array(x.shape, np.int64)
 
 
 def shuffle(layer: Layer) -> Compute:
-    """IShuffleLayer: "a transpose operation, a reshape operation and a second transpose operation"; "the layer has an optional
-    second input. If present, [...] the reshape dimensions are taken from it". 0 copies a dimension where
-    `zero_is_placeholder`, -1 is inferred."""
+    """IShuffleLayer: "a transpose operation, a reshape operation and a second transpose operation".
+
+    "The layer has an optional second input. If present, [...] the reshape dimensions are taken from it". A
+    dimension of 0 copies the input's if `zero_is_placeholder`; -1 is inferred.
+    """
     first, second, static, placeholder = (
         layer[name] for name in ("first_transpose", "second_transpose", "reshape_dims", "zero_is_placeholder")
     )
@@ -39,8 +41,11 @@ def shuffle(layer: Layer) -> Compute:
 
 
 def slice_(layer: Layer) -> Compute:
-    """ISliceLayer: from `start`, `size` elements at `stride`; inputs 1 to 5 (start, size, stride, fill value, axes) replace
-    the static ones; out of bounds by SampleMode."""
+    """ISliceLayer: `size` elements from `start` on, `stride` apart.
+
+    Inputs 1 to 5 (start, size, stride, fill value, axes) replace the static ones. The SampleMode decides
+    what is read out of bounds.
+    """
     static, mode = [layer["start"], layer["shape"], layer["stride"]], layer["mode"]
     if mode not in _OUTSIDE:
         raise layer.refuse(f"sample mode {mode}", f"one of {', '.join(_OUTSIDE)}")
@@ -67,7 +72,10 @@ def _strict(at: np.ndarray, length: int) -> np.ndarray:
 
 
 def _reflect(at: np.ndarray, length: int) -> np.ndarray:
-    """ "The axis of reflection is the middle of the perimeter pixel"; "repeats values for a single pixel"."""
+    """Reflect at the edges.
+
+    "The axis of reflection is the middle of the perimeter pixel"; "repeats values for a single pixel".
+    """
     period = max(2 * (length - 1), 1)
     return (length - 1) - np.abs(at % period - (length - 1))
 
@@ -82,14 +90,17 @@ _OUTSIDE = {
 
 
 def concatenation(layer: Layer) -> Compute:
-    """IConcatenationLayer."""
+    """IConcatenationLayer: the inputs joined along `axis`."""
     axis = layer["axis"]
     return lambda *inputs: np.concatenate(inputs, axis)
 
 
 def squeeze(layer: Layer) -> Compute:
-    """ISqueezeLayer: "removing unit dimensions of the first input tensor on a set of axes specified by the second input
-    tensor"; without a second input all of them."""
+    """ISqueezeLayer: remove unit dimensions, all of them without a second input.
+
+    "Removing unit dimensions of the first input tensor on a set of axes specified by the second input
+    tensor".
+    """
 
     def compute(x, axes=None):
         return np.squeeze(x, None if axes is None else tuple(axes.reshape(-1).tolist()))
@@ -98,38 +109,42 @@ def squeeze(layer: Layer) -> Compute:
 
 
 def unsqueeze(layer: Layer) -> Compute:
-    """IUnsqueezeLayer: "inserting unit-length dimensions to the output at the axes specified by the second input tensor"."""
+    """IUnsqueezeLayer: insert dimensions of 1.
+
+    "Inserting unit-length dimensions to the output at the axes specified by the second input tensor".
+    """
     return lambda x, axes: np.expand_dims(x, tuple(axes.reshape(-1).tolist()))
 
 
 def fill(layer: Layer) -> Compute:
-    """IFillLayer, LINSPACE: "Element [i,j] of the output is Alpha + Beta[0]*i + Beta[1]*j"; inputs are dimensions, alpha,
-    beta. Random numbers are no function of the inputs."""
+    """IFillLayer, LINSPACE: "Element [i,j] of the output is Alpha + Beta[0]*i + Beta[1]*j".
+
+    The inputs are the dimensions, alpha and beta. Random fills are refused: they are not a function of the
+    inputs.
+    """
     if layer["operation"] != "LINSPACE":
         raise layer.refuse(f"operation {layer['operation']}", "LINSPACE")
-    dtype, static, alpha, beta = (
-        held_dtype(layer.outputs[0].kind),
-        layer["shape"],
-        layer["alpha"],
-        layer["beta"],
-    )
+    dtype, static = held_dtype(layer.outputs[0].kind), layer["shape"]
+    alpha, beta = layer["alpha"], layer["beta"]
 
     def compute(dims=None, start=None, steps=None):
         sizes = static if dims is None else dims.tolist()
         result = np.full(sizes, alpha if start is None else start, dtype)
         deltas = [beta] if steps is None else steps.reshape(-1).tolist()
         for axis, delta in zip(range(len(sizes)), deltas, strict=True):
-            result = result + (dtype.type(delta) * np.arange(sizes[axis], dtype=dtype)).reshape(
-                [-1 if i == axis else 1 for i in range(len(sizes))]
-            )
+            steps_taken = dtype.type(delta) * np.arange(sizes[axis], dtype=dtype)
+            result = result + steps_taken.reshape([-1 if i == axis else 1 for i in range(len(sizes))])
         return result
 
     return compute
 
 
 def padding(layer: Layer) -> Compute:
-    """IPaddingLayer: "adds zero-padding at the start and end [...] only the last two dimensions. [...] negative padding
-    results in cropping"."""
+    """IPaddingLayer: zeros around the last two dimensions.
+
+    "Adds zero-padding at the start and end [...] only the last two dimensions. [...] negative padding
+    results in cropping".
+    """
     before, after = layer["pre_padding_nd"], layer["post_padding_nd"]
 
     def compute(x):
@@ -141,24 +156,24 @@ def padding(layer: Layer) -> Compute:
 
 
 def resize(layer: Layer) -> Compute:
-    """IResizeLayer: NEAREST and LINEAR; the output's shape from input 1, `shape`, or "floor(input dimension * scale)"."""
+    """IResizeLayer: NEAREST and LINEAR.
+
+    The output's shape comes from input 1, from `shape`, or is "floor(input dimension * scale)".
+    """
     mode, single = layer["resize_mode"], layer["selector_for_single_pixel"]
-    origin = _ORIGINS.get(layer["coordinate_transformation"])
-    if mode not in ("NEAREST", "LINEAR") or origin is None or layer["nearest_rounding"] not in _NEAREST:
-        raise layer.refuse(
-            f"{mode} with {layer['coordinate_transformation']} and {layer['nearest_rounding']}"
-        )
-    nearest, scales, static = _NEAREST[layer["nearest_rounding"]], layer["scales"], layer["shape"]
+    transformation, rounding = layer["coordinate_transformation"], layer["nearest_rounding"]
+    origin, nearest = _ORIGINS.get(transformation), _NEAREST.get(rounding)
+    if mode not in ("NEAREST", "LINEAR") or origin is None or nearest is None:
+        raise layer.refuse(f"{mode} with {transformation} and {rounding}")
+    scales, static = layer["scales"], layer["shape"]
+
+    def sizes_of(shape: tuple[int, ...], dims: np.ndarray | None) -> list[int]:
+        if dims is not None:
+            return dims.tolist()
+        return [math.floor(n * s) for n, s in zip(shape, scales)] if scales else static
 
     def compute(x, dims=None):
-        sizes = (
-            dims.tolist()
-            if dims is not None
-            else [math.floor(n * s) for n, s in zip(x.shape, scales)]
-            if scales
-            else static
-        )
-        for axis, (length, new) in enumerate(zip(x.shape, sizes, strict=True)):
+        for axis, (length, new) in enumerate(zip(x.shape, sizes_of(x.shape, dims), strict=True)):
             if length == new:
                 continue
             at = origin(np.arange(new), length, new) if new > 1 or single == "FORMULA" else np.zeros(1)
@@ -171,12 +186,12 @@ def resize(layer: Layer) -> Compute:
     return compute
 
 
-_ORIGINS = {  # enum ResizeCoordinateTransformation
+_ORIGINS: dict[str, Compute] = {  # enum ResizeCoordinateTransformation
     "ALIGN_CORNERS": lambda at, length, new: at * (length - 1) / max(new - 1, 1),
     "ASYMMETRIC": lambda at, length, new: at * (length / new),
     "HALF_PIXEL": lambda at, length, new: (at + 0.5) * (length / new) - 0.5,
 }
-_NEAREST = {
+_NEAREST: dict[str, Compute] = {  # enum ResizeRoundMode
     "HALF_UP": lambda at: np.floor(at + 0.5),
     "HALF_DOWN": lambda at: np.ceil(at - 0.5),
     "FLOOR": np.floor,
@@ -187,14 +202,12 @@ _NEAREST = {
 def _interpolated(x: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
     at = at.clip(0, x.shape[axis] - 1)
     low = np.floor(at).astype(np.int64)
-    high, share = (
-        np.minimum(low + 1, x.shape[axis] - 1),
-        (at - low).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(x.ndim)]),
-    )
+    high = np.minimum(low + 1, x.shape[axis] - 1)
+    share = (at - low).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
     return np.take(x, low, axis=axis) * (1 - share) + np.take(x, high, axis=axis) * share
 
 
-READERS = {
+READERS: dict[str, Reader] = {
     "SHAPE": shape,
     "SHUFFLE": shuffle,
     "SLICE": slice_,

@@ -1,9 +1,9 @@
-"""Number formats as TensorRT stores them, in numpy, which has neither bfloat16 nor fp8, fp4 or int4.
+"""TensorRT's number formats in numpy, which has no bfloat16, fp8, fp4 or int4.
 
-A real number of any type is held in float32, already rounded to its type: every value of these formats is one of float32 too.
-Formats: BF16 is the upper half of a float32; FP8 is E4M3 without infinities (largest 448), FP4 is E2M1 (largest 6), E8M0 a
-power of two (NVIDIA, NvInferRuntimeBase.h `DataType`; OCP Microscaling Formats v1.0, 5.3 and 5.4). Two INT4 or FP4 share a
-byte, the first in the lower half.
+A real number of any type is held in float32, rounded to its type: float32 can represent every value of these
+formats. BF16 is the upper half of a float32, FP8 is E4M3 without infinities (largest 448), FP4 is E2M1
+(largest 6), and E8M0 is a power of two (NVIDIA, NvInferRuntimeBase.h `DataType`; OCP Microscaling Formats
+v1.0, 5.3 and 5.4). Two INT4 or FP4 numbers share a byte, the first in the lower half.
 """
 
 from __future__ import annotations
@@ -24,24 +24,10 @@ INTEGERS = {
     "BOOL": np.bool_,
 }
 RANGES = {"INT4": (-8, 7), "INT8": (-128, 127), "UINT8": (0, 255)}
-BITS = {
-    "FLOAT": 32,
-    "HALF": 16,
-    "BF16": 16,
-    "FP8": 8,
-    "FP4": 4,
-    "E8M0": 8,
-    "INT8": 8,
-    "UINT8": 8,
-    "INT32": 32,
-    "INT64": 64,
-    "INT4": 4,
-    "BOOL": 8,
-}
-_SMALL = {
-    "FP8": (3, -6, 448.0),
-    "FP4": (1, 0, 6.0),
-}  # bits of mantissa, exponent of the smallest normal number, largest number
+_REAL_BITS = {"FLOAT": 32, "HALF": 16, "BF16": 16, "FP8": 8, "FP4": 4, "E8M0": 8}
+BITS = _REAL_BITS | {"INT8": 8, "UINT8": 8, "INT32": 32, "INT64": 64, "INT4": 4, "BOOL": 8}
+# bits of mantissa, exponent of the smallest normal number, largest number
+_SMALL = {"FP8": (3, -6, 448.0), "FP4": (1, 0, 6.0)}
 
 
 def held_dtype(kind: str) -> np.dtype:
@@ -50,7 +36,10 @@ def held_dtype(kind: str) -> np.dtype:
 
 
 def rounded(array: np.ndarray, kind: str) -> np.ndarray:
-    """float32 `array` to the nearest numbers of `kind`, ties to even; FP8 and FP4 saturate, HALF and BF16 go to infinity."""
+    """Round a float32 array to the nearest numbers of `kind`, ties to even.
+
+    Where a number is too large, FP8 and FP4 saturate; HALF and BF16 become infinite.
+    """
     if kind == "FLOAT":
         return array
     if kind == "HALF":
@@ -62,13 +51,15 @@ def rounded(array: np.ndarray, kind: str) -> np.ndarray:
 
 
 def bytes_count(kind: str, count: int) -> int:
-    """Bytes of `count` numbers of `kind`."""
+    """How many bytes `count` numbers of `kind` take."""
     return (count * BITS[kind] + 7) // 8
 
 
 def unpacked(data: np.ndarray, kind: str, count: int) -> np.ndarray:
-    """`count` numbers of `kind` out of TensorRT's bytes (uint8, flat), as `held_dtype`. A view where the format is numpy's
-    own."""
+    """Decode `count` numbers of `kind` from TensorRT's bytes (flat uint8) to `held_dtype(kind)`.
+
+    Returns a view where numpy has the format itself.
+    """
     if kind in ("FLOAT", "INT8", "UINT8", "INT32", "INT64", "BOOL"):
         return data.view(held_dtype(kind))
     if kind == "HALF":
@@ -85,14 +76,14 @@ def unpacked(data: np.ndarray, kind: str, count: int) -> np.ndarray:
 
 
 def _small_float(array: np.ndarray, mantissa: int, lowest: int, largest: float) -> np.ndarray:
-    exponent = np.maximum(np.frexp(array)[1] - 1, lowest)  # below it numbers are as far apart as at it
+    exponent = np.maximum(np.frexp(array)[1] - 1, lowest)  # subnormals are spaced as the lowest exponent
     step = np.ldexp(np.float32(1), exponent - mantissa)
     return np.clip(np.rint(array / step) * step, -largest, largest).astype(np.float32)
 
 
 @functools.cache
 def _table(kind: str) -> np.ndarray:
-    """Every code of `kind` as float32."""
+    """The value of every code of `kind`, as float32."""
     if kind == "E8M0":
         return np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)
     mantissa, lowest, _ = _SMALL[kind]

@@ -1,24 +1,25 @@
-"""The network that TensorRT parsed, as plain data: every layer, attribute, tensor and constant, in an order that can be computed.
+"""The network that TensorRT parsed, as plain data: its layers, attributes, tensors and constants.
 
-TensorRT hands out layers as `ILayer`; the class of a layer's type is set on it to reach the attributes. A layer kind, an
-attribute or a type that is not in the tables here is refused by name: what is not known is not guessed. Constants are read
-from TensorRT's own bytes.
+TensorRT returns every layer as `ILayer`; setting the class of the layer's type on it gives access to the
+attributes. A layer kind, an attribute or a type that is not in the tables here is an error that names it:
+nothing is guessed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ..errors import InputError, MissingError
-from .numbers import BITS, bytes_count
+from .constants import check_weights_layout, constant_of
+from .numbers import BITS
 
-BUILDERS = ("tensorrt_rtx",)  # the modules whose networks are known here, as of version 1.7
-ATTRIBUTES = {  # of each layer kind, all that the class has beyond those of every layer
+BUILDERS = ("tensorrt_rtx",)  # the modules whose networks can be interpreted, as of version 1.7
+ATTRIBUTES = {  # the attributes of each layer kind, beyond those of ILayer
     "ACTIVATION": ("alpha", "beta"),
     "ATTENTION_INPUT": ("attention",),
     "ATTENTION_OUTPUT": ("attention",),
@@ -89,19 +90,19 @@ ATTENTION = (
     "query_form",
     "query_lengths",
 )
-_HIDING = {"ACTIVATION": ("type",)}  # an attribute that hides one of ILayer
-_CLASSES = {
+_HIDING = {"ACTIVATION": ("type",)}  # attributes that hide one of ILayer's
+_CLASSES = {  # names of classes that do not follow the rule
     "TOPK": "ITopKLayer",
     "SOFTMAX": "ISoftMaxLayer",
     "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
     "ELEMENTWISE": "IElementWiseLayer",
-}  # the others are named by rule
+}
 _METHODS = {"get_input", "get_output", "num_inputs", "num_outputs", "set_input"}  # of IAttention
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """`kind` is TensorRT's type (`BF16`), a dynamic size is -1."""
+    """A tensor of the network. `kind` is TensorRT's type, such as `BF16`; a dynamic size is -1."""
 
     name: str
     kind: str
@@ -109,18 +110,12 @@ class Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Constant:
-    """`count` numbers of `kind` in TensorRT's own memory: `data`, uint8."""
-
-    kind: str
-    count: int
-    data: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer. An input may be absent. Attributes are names of enumerators, numbers, tuples of sizes, tensor names or
-    Constants."""
+    """One layer.
+
+    An optional input that is not given is None. An attribute is the name of an enumerator or of a tensor, a
+    number, a tuple of sizes, or a Constant.
+    """
 
     kind: str
     name: str
@@ -128,22 +123,35 @@ class Layer:
     outputs: tuple[Tensor, ...]
     attributes: dict[str, object] = field(default_factory=dict)
 
-    def __getitem__(self, attribute: str):
+    def __getitem__(self, attribute: str) -> Any:
         return self.attributes[attribute]
 
+    def input(self, index: int) -> Tensor:
+        """An input that the layer must have. Raises InputError where it is absent."""
+        tensor = self.inputs[index]
+        if tensor is None:
+            raise self.refuse(f"no input {index}", f"an input {index}")
+        return tensor
+
     def refuse(self, got: str, expected: str = "what this version evaluates") -> InputError:
-        """The error for what is not known of this layer."""
+        """The error for a property of this layer that cannot be interpreted."""
         return InputError(
-            "TensorRT's network cannot be read back",
+            "TensorRT's network cannot be interpreted",
             where=f"{self.kind} {self.name}: expected {expected}, got {got}",
             fix="use TensorRT for RTX 1.7, or export again; if it fails again, report this graph",
         )
 
 
+Compute = Callable[..., np.ndarray]  # what a layer computes from its inputs
+Reader = Callable[[Layer], Callable]  # from a layer to its Compute, or to a function with several results
+
+
 @dataclass(frozen=True, eq=False)
 class Parsed:
-    """A network: its boundary, and its layers such that each comes after those it reads. `owner` keeps TensorRT's memory
-    alive."""
+    """A network: its inputs and outputs, and its layers, each after those whose results it reads.
+
+    `owner` keeps TensorRT's memory alive.
+    """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -151,28 +159,32 @@ class Parsed:
     owner: object = None
 
 
-def parsed_from_network(trt, network, *, owner: object = None) -> Parsed:
-    """Read a network. `owner` is what its memory belongs to (builder, parser). Raises InputError for what is not known, and
-    MissingError for another TensorRT: before 10.16, arrays of its constants are wrong with numpy 2."""
+def parsed_from_network(trt: Any, network: Any, *, owner: object = None) -> Parsed:
+    """Turn TensorRT's network into data. `owner` is what the network's memory belongs to (builder, parser).
+
+    Raises InputError for a layer, attribute or type that is not known, and MissingError for another
+    TensorRT: before 10.16, it gives numpy 2 wrong arrays for its constants.
+    """
     if trt.__name__ not in BUILDERS:
         raise MissingError(
-            "This TensorRT's networks cannot be read back",
+            "Networks of this TensorRT cannot be interpreted",
             fix="use TensorRT for RTX 1.7",
             where=f"expected one of {', '.join(BUILDERS)}, got {trt.__name__} {trt.__version__}",
         )
-    _check_weights_layout(trt)
+    check_weights_layout(trt)
     layers = [_layer(trt, network.get_layer(i)) for i in range(network.num_layers)]
     inputs = tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs))
     outputs = tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs))
     return Parsed(inputs, outputs, tuple(_ordered(layers, inputs)), (network, owner))
 
 
-def _layer(trt, layer) -> Layer:
-    kind = layer.type.name  # before the class is set: IActivationLayer has another `type`
+def _layer(trt: Any, layer: Any) -> Layer:
+    kind = layer.type.name  # read before the class is set, because IActivationLayer has another `type`
+    inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
     known = Layer(
         kind,
         layer.name,
-        tuple(_tensor(layer.get_input(i)) for i in range(layer.num_inputs)),
+        tuple(None if tensor is None else _tensor(tensor) for tensor in inputs),
         tuple(_tensor(layer.get_output(i)) for i in range(layer.num_outputs)),
     )
     if kind not in ATTRIBUTES:
@@ -194,34 +206,31 @@ def _layer(trt, layer) -> Layer:
 
 
 @functools.cache
-def _class_and_attributes(trt, kind: str) -> tuple[type, frozenset[str]]:
-    """The class of layers of `kind`, and what it has beyond every layer."""
-    cls = getattr(
-        trt,
-        _CLASSES.get(kind) or f"I{''.join(word.capitalize() for word in kind.split('_'))}Layer",
-        trt.ILayer,
-    )
+def _class_and_attributes(trt: Any, kind: str) -> tuple[type, frozenset[str]]:
+    """The class of layers of `kind`, and its attributes beyond those of ILayer."""
+    by_rule = f"I{''.join(word.capitalize() for word in kind.split('_'))}Layer"
+    cls = getattr(trt, _CLASSES.get(kind, by_rule), trt.ILayer)
     return cls, frozenset(name for name in set(dir(cls)) - set(dir(trt.ILayer)) if not name.startswith("__"))
 
 
-def _attention(trt, known: Layer, attention) -> dict[str, object]:
-    """The attributes of the `IAttention` that a boundary layer belongs to."""
+def _attention(trt: Any, known: Layer, attention: Any) -> dict[str, object]:
+    """The attributes of the `IAttention` that an ATTENTION_INPUT or ATTENTION_OUTPUT layer belongs to."""
     names = {name for name in dir(attention) if not name.startswith("_")} - _METHODS
     if names != set(ATTENTION):
         raise known.refuse(f"attributes {', '.join(sorted(names))}", f"attributes {', '.join(ATTENTION)}")
     return {name: _value(trt, known, attention, name) for name in ATTENTION}
 
 
-def _value(trt, known: Layer, owner, name: str) -> object:
+def _value(trt: Any, known: Layer, owner: Any, name: str) -> object:
     try:
         value = getattr(owner, name)
-    except RuntimeError:  # an empty Dims, as of a block shape that is not set
+    except RuntimeError:  # an empty Dims, such as a block shape that is not set
         return None
     value = value() if callable(value) else value
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if name in ("weights", "kernel", "bias"):
-        return _constant(owner, name)
+        return constant_of(owner, name)
     if isinstance(value, trt.ITensor):
         return value.name
     if hasattr(value, "name"):
@@ -232,13 +241,11 @@ def _value(trt, known: Layer, owner, name: str) -> object:
         raise known.refuse(f"{name} of type {type(value).__name__}") from None
 
 
-def _tensor(tensor) -> Tensor | None:
-    if tensor is None:
-        return None
+def _tensor(tensor: Any) -> Tensor:
     kind = tensor.dtype.name
     if kind not in BITS:
         raise InputError(
-            "TensorRT's network cannot be read back",
+            "TensorRT's network cannot be interpreted",
             fix="use TensorRT for RTX 1.7",
             where=f"tensor {tensor.name}: expected one of {', '.join(BITS)}, got type {kind}",
         )
@@ -246,12 +253,15 @@ def _tensor(tensor) -> Tensor | None:
 
 
 def _ordered(layers: list[Layer], inputs: tuple[Tensor, ...]) -> Iterator[Layer]:
-    """The layers, each after those it reads, else as they stand. Raises InputError for two tensors of one name, or a circle."""
+    """Yield the layers in their own order, but each after those whose results it reads.
+
+    Raises InputError for two tensors of one name, and for a cycle.
+    """
     producers: dict[str, Layer | None] = {tensor.name: None for tensor in inputs}
     for layer in layers:
         for tensor in layer.outputs:
             if tensor.name in producers:
-                raise layer.refuse(f"a second tensor named {tensor.name}", "every tensor's name once")
+                raise layer.refuse(f"a second tensor named {tensor.name}", "tensors of different names")
             producers[tensor.name] = layer
     done: set[int] = set()
     for first in layers:
@@ -259,7 +269,7 @@ def _ordered(layers: list[Layer], inputs: tuple[Tensor, ...]) -> Iterator[Layer]
         while stack:
             layer = stack[-1]
             if unknown := [t.name for t in layer.inputs if t is not None and t.name not in producers]:
-                raise layer.refuse(f"an input {unknown[0]} that nothing computes")
+                raise layer.refuse(f"an input {unknown[0]} that no layer computes")
             before = [
                 producer
                 for t in layer.inputs
@@ -274,56 +284,3 @@ def _ordered(layers: list[Layer], inputs: tuple[Tensor, ...]) -> Iterator[Layer]
                 raise layer.refuse("a layer that reads its own result")
             else:
                 stack.extend(before)
-
-
-class _Weights(ctypes.Structure):
-    """`nvinfer1::Weights` (NvInferRuntimeBase.h)."""
-
-    _fields_ = [("type", ctypes.c_int32), ("values", ctypes.c_void_p), ("count", ctypes.c_int64)]
-
-
-def _raw(weights) -> _Weights:
-    """The C++ object behind a Python one: its pointer follows the object's header. numpy() has no types but numpy's own."""
-    return _Weights.from_address(ctypes.c_void_p.from_address(id(weights) + object.__basicsize__).value)
-
-
-@functools.cache
-def _check_weights_layout(trt) -> None:
-    """Weights whose memory is known must be found where `_raw` looks. Raises MissingError."""
-    array = np.arange(7, dtype=np.float32)
-    weights = trt.Weights(array)
-    raw = _raw(weights)
-    if (raw.type, raw.values, raw.count) != (int(trt.DataType.FLOAT), array.ctypes.data, 7):
-        raise MissingError(
-            "This TensorRT keeps its weights in another form",
-            fix="use CPython 3.11 or newer with TensorRT for RTX 1.7",
-            where=f"{trt.__name__} {trt.__version__}: expected nvinfer1::Weights behind tensorrt.Weights",
-        )
-
-
-def _constant(layer, name: str) -> Constant:
-    """The constant `name` of a layer, in TensorRT's memory: a numpy view where numpy has the type, else behind a
-    tensorrt.Weights."""
-    weights = getattr(layer, name)
-    if isinstance(weights, np.ndarray):
-        return Constant(_NUMPY[weights.dtype.name], weights.size, weights.reshape(-1).view(np.uint8))
-    raw, kind, count = _raw(weights), weights.dtype.name, weights.size
-    assert (raw.type, raw.count) == (int(weights.dtype), count), f"{name}: {raw.type}, {raw.count}"
-    if not count:
-        return Constant(kind, 0, np.zeros(0, np.uint8))
-    return Constant(
-        kind,
-        count,
-        np.ctypeslib.as_array((ctypes.c_uint8 * bytes_count(kind, count)).from_address(raw.values)),
-    )
-
-
-_NUMPY = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "int8": "INT8",
-    "int32": "INT32",
-    "int64": "INT64",
-    "bool": "BOOL",
-    "uint8": "UINT8",
-}

@@ -1,5 +1,7 @@
-"""Layers that reduce, multiply, normalise or convolve. Quotations are of TensorRT's NvInfer.h (11.1). Sums are taken in
-float32."""
+"""Layers that reduce, multiply, normalise or convolve, with sums in float32.
+
+Quotations are from TensorRT's NvInfer.h (11.1).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .numbers import REALS, unpacked
-from .parsed import Layer
-
-Compute = Callable[..., np.ndarray]
+from .parsed import Compute, Layer, Reader
 
 
 def axes_of(mask: int) -> tuple[int, ...]:
@@ -22,15 +22,21 @@ def axes_of(mask: int) -> tuple[int, ...]:
 
 def _average(x: np.ndarray, axis, keepdims: bool) -> np.ndarray:
     if not np.issubdtype(x.dtype, np.floating):
-        raise ValueError("an average of integers: TensorRT does not say how it rounds")
+        raise ValueError("an average of integers, whose rounding TensorRT does not define")
     return x.mean(axis, keepdims=keepdims)
 
 
-_REDUCTIONS = {"SUM": np.sum, "PROD": np.prod, "MAX": np.max, "MIN": np.min, "AVG": _average}
+_REDUCTIONS: dict[str, Compute] = {
+    "SUM": np.sum,
+    "PROD": np.prod,
+    "MAX": np.max,
+    "MIN": np.min,
+    "AVG": _average,
+}
 
 
 def reduce(layer: Layer) -> Compute:
-    """IReduceLayer: over the axes of the bitmask."""
+    """IReduceLayer: a reduction over the axes of the bitmask."""
     if layer["op"] not in _REDUCTIONS:
         raise layer.refuse(f"operation {layer['op']}", f"one of {', '.join(_REDUCTIONS)}")
     function, axes, keep = _REDUCTIONS[layer["op"]], axes_of(layer["axes"]), layer["keep_dims"]
@@ -38,21 +44,23 @@ def reduce(layer: Layer) -> Compute:
 
 
 def softmax(layer: Layer) -> Compute:
-    """ISoftMaxLayer: along the one axis of the bitmask."""
+    """ISoftMaxLayer: softmax along the one axis of the bitmask."""
     (axis,) = axes_of(layer["axes"])
     return lambda x: softmax_of(x, axis)
 
 
 def softmax_of(x: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Softmax; NaN where all are minus infinity."""
+    """Softmax along `axis`; NaN where all values are minus infinity."""
     with np.errstate(invalid="ignore"):
         powers = np.exp(x - x.max(axis, keepdims=True))
         return powers / powers.sum(axis, keepdims=True)
 
 
 def cumulative(layer: Layer) -> Compute:
-    """ICumulativeLayer: sums along the axis that input 1 names; "inclusive forward 0..j, reverse j..n-1, exclusive forward
-    0..j-1, reverse j+1..n-1"."""
+    """ICumulativeLayer: cumulative sums along the axis that input 1 gives.
+
+    "Inclusive forward 0..j, reverse j..n-1, exclusive forward 0..j-1, reverse j+1..n-1".
+    """
     if layer["op"] != "SUM":
         raise layer.refuse(f"operation {layer['op']}", "SUM")
     exclusive, reverse = layer["exclusive"], layer["reverse"]
@@ -70,15 +78,18 @@ def cumulative(layer: Layer) -> Compute:
 
 
 def top_k(layer: Layer, ties: str = "first") -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    """ITopKLayer: "Output values are sorted, largest first for operation kMAX and smallest first for operation kMIN"; k from
-    input 1 if there is one. Which of two equal elements comes first is not said: `ties` is `first` for the lower index, `last`
-    for the higher."""
+    """ITopKLayer: the k largest or smallest elements; k comes from input 1 if there is one.
+
+    "Output values are sorted, largest first for operation kMAX and smallest first for operation kMIN". The
+    order of equal elements is not defined: `ties` puts the lower index first (`first`) or the higher one
+    (`last`).
+    """
     (axis,), static, largest = axes_of(layer["axes"]), layer["k"], layer["op"] == "MAX"
 
     def compute(x, k=None):
         k = static if k is None else int(np.reshape(k, -1)[0])
         if not 1 <= k <= x.shape[axis]:
-            raise ValueError(f"{k} of {x.shape[axis]} elements")
+            raise ValueError(f"the top {k} of {x.shape[axis]} elements")
         order = _order(x, axis, descending=largest, last=ties == "last")
         indices = np.take(order, np.arange(k), axis=axis)
         return np.take_along_axis(x, indices, axis), indices
@@ -87,8 +98,10 @@ def top_k(layer: Layer, ties: str = "first") -> Callable[..., tuple[np.ndarray, 
 
 
 def _order(x: np.ndarray, axis: int, *, descending: bool, last: bool) -> np.ndarray:
-    """Indices that sort `x`; of equals the lower index first, or the higher if `last`. A sort turned round turns its ties
-    round."""
+    """The indices that sort `x`, with the lower index first among equals, or the higher one if `last`.
+
+    Reversing a stable sort reverses its ties too.
+    """
     if descending == last:
         order = np.argsort(x, axis, kind="stable")
     else:
@@ -97,10 +110,13 @@ def _order(x: np.ndarray, axis: int, *, descending: bool, last: bool) -> np.ndar
 
 
 def matrix_multiply(layer: Layer) -> Compute:
-    """IMatrixMultiplyLayer: op(A) op(B), TRANSPOSE of the last two axes, VECTOR without the second; other axes are broadcast."""
+    """IMatrixMultiplyLayer: op(A) op(B).
+
+    TRANSPOSE swaps the last two axes; a VECTOR lacks the second one. Other axes are broadcast.
+    """
     operations = layer["op0"], layer["op1"]
-    if any(tensor.kind not in REALS for tensor in layer.inputs):
-        raise layer.refuse(f"matrices of {layer.inputs[0].kind}")
+    if any(layer.input(i).kind not in REALS for i in range(2)):
+        raise layer.refuse(f"matrices of {layer.input(0).kind}")
 
     def compute(x, y):
         x, y = (m.swapaxes(-1, -2) if op == "TRANSPOSE" else m for m, op in zip((x, y), operations))
@@ -116,18 +132,20 @@ def matrix_multiply(layer: Layer) -> Compute:
 
 
 def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """x @ y; one matrix y for all of x in one multiplication."""
+    """x @ y, as one multiplication where one matrix y serves all of x."""
     if math.prod(y.shape[:-2]) == 1 and x.ndim > 2:
         return (x.reshape(-1, x.shape[-1]) @ y.reshape(y.shape[-2:])).reshape(*x.shape[:-1], y.shape[-1])
     return x @ y
 
 
 def normalization(layer: Layer) -> Compute:
-    """INormalizationLayer: "Y = (X - Mean(X, axes)) / Sqrt(Variance(X) + epsilon) * S + B". With groups, "the input tensor
-    channels are divided into nbGroups groups, and normalization is performed per group"; S and B are [1,C,1,1], or [1,G,1,1]
-    of the older version."""
+    """INormalizationLayer: "Y = (X - Mean(X, axes)) / Sqrt(Variance(X) + epsilon) * S + B".
+
+    With groups, "the input tensor channels are divided into nbGroups groups, and normalization is performed
+    per group"; S and B are [1,C,1,1], or [1,G,1,1] in the layer's older version.
+    """
     axes, groups, epsilon = axes_of(layer["axes"]), layer["num_groups"], np.float32(layer["epsilon"])
-    rank = len(layer.inputs[0].shape)
+    rank = len(layer.input(0).shape)
     if groups != 1 and axes != tuple(range(2, rank)):
         raise layer.refuse(f"axes {axes} with {groups} groups", f"axes {tuple(range(2, rank))}")
 
@@ -148,35 +166,30 @@ def _normalized(x: np.ndarray, axes: tuple[int, ...], epsilon: np.float32) -> np
 
 
 def convolution(layer: Layer) -> Compute:
-    """IConvolutionLayer: "a correlation operation"; kernel [K, C/groups, ...] and bias [K] are weights of the layer or inputs
-    1 and 2."""
-    stride, dilation, groups, mode = (
-        layer["stride_nd"],
-        layer["dilation_nd"],
-        layer["num_groups"],
-        layer["padding_mode"],
-    )
-    size, maps = layer["kernel_size_nd"], layer["num_output_maps"]
+    """IConvolutionLayer: "a correlation operation".
+
+    The kernel [K, C/groups, ...] and the bias [K] are the layer's own weights, or inputs 1 and 2.
+    """
+    stride, dilation, size = layer["stride_nd"], layer["dilation_nd"], layer["kernel_size_nd"]
+    groups, maps, mode = layer["num_groups"], layer["num_output_maps"], layer["padding_mode"]
     if mode not in ("EXPLICIT_ROUND_DOWN", "SAME_UPPER", "SAME_LOWER"):
         raise layer.refuse(f"padding mode {mode}")
     own = [unpacked(w.data, w.kind, w.count) if w.count else None for w in (layer["kernel"], layer["bias"])]
     extent = [(n - 1) * d + 1 for n, d in zip(size, dilation)]
 
+    def padding(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+        if mode == "EXPLICIT_ROUND_DOWN":
+            return list(zip(layer["pre_padding"], layer["post_padding"]))
+        return [_same(n, e, s, lower=mode == "SAME_LOWER") for n, e, s in zip(lengths, extent, stride)]
+
     def compute(x, kernel=None, bias=None):
-        kernel = own[0].reshape(maps, x.shape[1] // groups, *size) if kernel is None else kernel
+        kernel = own[0] if kernel is None else kernel
         bias = own[1] if bias is None else bias
-        pads = (
-            list(zip(layer["pre_padding"], layer["post_padding"]))
-            if mode.startswith("EXPLICIT")
-            else [_same(n, e, s, lower=mode == "SAME_LOWER") for n, e, s in zip(x.shape[2:], extent, stride)]
-        )
-        x = np.pad(x, [(0, 0), (0, 0), *pads])
+        x = np.pad(x, [(0, 0), (0, 0), *padding(x.shape[2:])])
         new = [(n - e) // s + 1 for n, e, s in zip(x.shape[2:], extent, stride)]
         result = np.zeros((len(x), groups, maps // groups, math.prod(new)), np.float32)
         taps = kernel.reshape(groups, maps // groups, -1, *size)
-        for tap in itertools.product(
-            *map(range, size)
-        ):  # one matrix multiplication for each element of the kernel
+        for tap in itertools.product(*map(range, size)):  # one matrix product per element of the kernel
             window = tuple(
                 slice(t * d, t * d + (n - 1) * s + 1, s) for t, d, n, s in zip(tap, dilation, new, stride)
             )
@@ -188,14 +201,16 @@ def convolution(layer: Layer) -> Compute:
 
 
 def _same(length: int, extent: int, stride: int, *, lower: bool) -> tuple[int, int]:
-    """Padding before and after: "P = floor((I - 1) / S) * S + F - I"; the larger half comes after for SAME_UPPER, before for
-    SAME_LOWER."""
+    """The padding before and after: "P = floor((I - 1) / S) * S + F - I".
+
+    The larger half comes after the data for SAME_UPPER, before it for SAME_LOWER.
+    """
     whole = max((length - 1) // stride * stride + extent - length, 0)
     half = whole // 2
     return (whole - half, half) if lower else (half, whole - half)
 
 
-READERS = {
+READERS: dict[str, Reader] = {
     "REDUCE": reduce,
     "SOFTMAX": softmax,
     "CUMULATIVE": cumulative,

@@ -26,9 +26,9 @@ DIFFERENT = {  # what TensorRT reads otherwise than ONNX says, without a word: f
 }
 # what TensorRT's documentation does not define, or this interpreter does not know, and words of the refusal
 REFUSED = {
-    "quotient of integers": (integer_quotient, "which way it rounds"),
-    "mean of integers": (integer_mean, "how it rounds"),
-    "negative index along a dynamic axis": (negative_index, "undefined"),
+    "quotient of integers": (integer_quotient, "inexact quotient"),
+    "mean of integers": (integer_mean, "average of integers"),
+    "negative index along a dynamic axis": (negative_index, "negative index along an axis of dynamic length"),
     "Einsum": (einsum, "EINSUM node_of_y: expected one of ACTIVATION"),
 }
 SEEDS = 8

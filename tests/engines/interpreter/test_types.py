@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import InputError
-from engines.interpreter import Network
+from engines.interpreter import Network, constants
 from engines.interpreter import parsed as reading
 from engines.tensorrt.module import log_of
 from tests.helpers.parsed_network import evaluated, parsed
@@ -151,7 +151,7 @@ def nvfp4_model(axis, seed=0):
     "kind, sm, builds",
     [("fp8", "SM89", True), ("fp8", "SM120", True), ("nvfp4", "SM120", True), ("nvfp4", "SM89", False)],
 )
-def test_the_network_that_is_read_back_is_compiled_where_the_device_has_its_type(kind, sm, builds):
+def test_the_network_that_is_interpreted_is_compiled_where_the_device_has_its_type(kind, sm, builds):
     """fp8 runs from SM 8.9 on, nvfp4 on SM 12.0:
     the network evaluated here is the object that the builder takes."""
     if kind == "fp8":
@@ -327,9 +327,9 @@ def test_a_shape_that_tensorrt_did_not_infer_is_an_error(monkeypatch):
 def test_weights_that_lie_elsewhere_are_refused(monkeypatch):
     from engines.errors import MissingError
 
-    reading._check_weights_layout.cache_clear()
-    monkeypatch.setattr(reading, "_raw", lambda weights: reading._Weights(0, 1234, 7))
-    with pytest.raises(MissingError, match="keeps its weights in another form"):
+    constants.check_weights_layout.cache_clear()
+    monkeypatch.setattr(constants, "_raw", lambda weights: constants._Weights(0, 1234, 7))
+    with pytest.raises(MissingError, match="stores its weights in another form"):
         parsed(trt, plain_model())
 
 

@@ -1,4 +1,4 @@
-"""The read-back session obeys the protocol, reads the network that was compiled, and shows it."""
+"""The interpreter session obeys the protocol, evaluates the network that was compiled, and shows it."""
 
 import json
 from dataclasses import replace
