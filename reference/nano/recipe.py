@@ -76,14 +76,13 @@ class Stage:
         a remainder."""
         if self.batch % size:
             raise ValueError(
-                f"stage {self.name}: the {self.batch} samples of a process are not a multiple of {size} {of}; "
-                "train in fewer processes"
+                f"stage {self.name}: the {self.batch} samples of a process "
+                f"are not a multiple of {size} {of}; train in fewer processes"
             )
         return self.batch // size
 
 
-# Batches are small because arithmetic is scarce: on equally many images the VQ model learned far faster with
-# 16.
+# Batches are small because arithmetic is scarce: from as many images the VQ model learned far more with 16.
 STAGES = {
     stage.name: stage
     for stage in (

@@ -168,8 +168,7 @@ def images_of(image: Tensor) -> list[np.ndarray]:
 
 
 def stored_sampling(root: Path) -> dict[str, Sampling]:
-    """The sampling of each task from a checkpoint's `sampling.json`, with the release's defaults for what it
-    lacks.
+    """The sampling of each task, from a checkpoint's `sampling.json` or else the release's defaults.
 
     Raises ValueError if the file names other tasks.
     """

@@ -1,4 +1,4 @@
-"""Measure a trained checkpoint and choose how it samples:
+"""Measure a trained checkpoint and choose how it samples.
 
     python -m reference.nano.benchmark.sweep CHECKPOINT --choose --record
 
@@ -38,10 +38,9 @@ def share(painter: Painter, task: str, count: int) -> float:
 
 
 def choose(painter: Painter, folder: Path, *, count: int) -> dict[str, Sampling]:
-    """For each task choose top-k, then guidance, then top-p, with the others at the best value so far, from
-    START.
+    """For each task choose top-k, then guidance, then top-p, starting from START.
 
-    Writes all that was measured into `folder`.
+    The other values are the best so far. Writes all that was measured into `folder`.
     """
     best, measured, charts = dict.fromkeys(SAMPLED, START), [], []
     guidances, top_ps = dict.fromkeys(SAMPLED, GUIDANCES), dict.fromkeys(SAMPLED, TOP_PS)

@@ -1,4 +1,4 @@
-"""Scenes of a step as images, and which of their tokens show the same, or nothing but background."""
+"""The scenes of a step as images, and which of their tokens show the same, or only background."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from ..recipe import SEED, TOKENS_SIDE
 from ..world.draw import arrays_from_scenes, draw
 from ..world.world import SIDE_PIXELS, random_scene
 
-BARE = 16  # scenes, of which one has nothing on it
+BARE = 16  # one in so many scenes is bare
 
 
 def scenes_of(step: int, *, batch: int, seed: int = SEED) -> dict:
-    """Scenes of a step as arrays for `draw`; in one of BARE nothing lies, as where an edit takes the only thing away."""
+    """The scenes of a step as arrays for `draw`; one in BARE is bare, as after an edit that removes the only
+    thing."""
     random = Random(f"{seed} vq {step}")
     scenes = [random_scene(random) for _ in range(batch)]
     scenes[BARE - 2 :: BARE] = [replace(scene, things=()) for scene in scenes[BARE - 2 :: BARE]]
@@ -39,7 +40,7 @@ def image_from_scenes(batch: dict, *, noise: Tensor | None) -> Tensor:
 
 
 def without(batch: dict, kept: Tensor) -> dict:
-    """The scenes with those of their things alone that are `kept` [B, 4]."""
+    """The scenes with only those of their things that are `kept` [B, 4]."""
     things = batch["things"]
     return batch | {"things": torch.cat([things[..., :1] * kept.unsqueeze(-1), things[..., 1:]], dim=-1)}
 
@@ -52,15 +53,12 @@ def with_fewer_things(batch: dict, step: int) -> dict:
 
 
 def same_cells(batch: dict, other: dict) -> Tensor:
-    """1.0 for tokens [B, h, w] whose pixels are the same in both, before noise."""
-    changed = (
-        (image_from_scenes(batch, noise=None) != image_from_scenes(other, noise=None))
-        .any(1, keepdim=True)
-        .float()
-    )
+    """1.0 for tokens [B, h, w] whose pixels are the same in both batches, before noise."""
+    differs = image_from_scenes(batch, noise=None) != image_from_scenes(other, noise=None)
+    changed = differs.any(1, keepdim=True).float()
     return 1 - F.max_pool2d(changed, SIDE_PIXELS // TOKENS_SIDE).squeeze(1)
 
 
 def empty_cells(batch: dict) -> Tensor:
-    """1.0 for tokens [B, h, w] that show nothing but background."""
+    """1.0 for tokens [B, h, w] that show only background."""
     return same_cells(batch, batch | {"things": batch["things"][:, :0]})

@@ -1,7 +1,7 @@
-"""Decoders on whole sequences and parts of them, with gradients, where several rows may share what comes first: its keys and values are
-made and kept once.
+"""Decoders on whole sequences with gradients, where several rows may share a prompt, computed once.
 
-The release's decoder writes into a cache of fixed capacity (`reference/decoder.py`); here what is past is handed on as new tensors.
+The release's decoder writes into a cache of fixed capacity (`reference/decoder.py`); here past keys and
+values are passed on as new tensors.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ...decoder import Decoder
 
-Past = tuple[
-    Tensor, ...
-]  # of a layer: keys and values of the prompt [P, KV, L, D], and of what came since [B, KV, T, D]
+# Of a layer: keys and values of the prompt, [P, KV, L, D], and of what came after it, [B, KV, T, D].
+Past = tuple[Tensor, ...]
 
 
 def through(
@@ -23,8 +22,11 @@ def through(
     past: list[Past] | None = None,
     shown: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Past]]:
-    """A decoder with `grouped_attention`: x [B, S, H], positions [3, B, S], `shown` as there -> hidden states [B, S, H] after each layer
-    and after the final norm, and what is past now."""
+    """Run a decoder with `grouped_attention`.
+
+    x [B, S, H], positions [3, B, S], `shown` as there -> hidden states [B, S, H] after each layer and after
+    the final norm, and the new past.
+    """
     cos, sin = (t.to(x.dtype) for t in decoder.rotary(positions))
     states, now = [], []
     for layer, layer_past in zip(decoder.layers, past or empty_past(decoder, x), strict=True):
@@ -35,14 +37,14 @@ def through(
 
 
 def empty_past(decoder: Decoder, like: Tensor) -> list[Past]:
-    """Nothing yet, for each layer."""
+    """An empty past for each layer."""
     config = decoder.config
     nothing = like.new_zeros(len(like), config.num_kv_heads, 0, config.head_dim)
     return [(nothing,) * 4] * len(decoder.layers)
 
 
 def behind_prompt(past: list[Past], times: int) -> list[Past]:
-    """What is past becomes the prompt of `times` rows each."""
+    """The past as the prompt of `times` rows each."""
     return [
         (key, value, *(key.new_zeros(len(key) * times, key.shape[1], 0, key.shape[3]),) * 2)
         for _, _, key, value in past
@@ -60,12 +62,14 @@ def grouped_attention(
     _: Tensor,
     shown: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """`decoder.kv_cache_attention` where groups of rows share a prompt, or have none.
+    """`decoder.kv_cache_attention` for groups of rows that share a prompt, or have none.
 
-    query [B, heads, S, D], key and value [B, KV, S, D], prompt_key and prompt_value [P, KV, L, D], past_key and past_value [B, KV, T, D],
-    shown [P, L]: 0, or -inf where the prompt has ended, or None where it has not -> output [B, heads, S, D] and what is past now.
+    query [B, heads, S, D], key and value [B, KV, S, D], prompt_key and prompt_value [P, KV, L, D], past_key
+    and past_value [B, KV, T, D], shown [P, L]: 0, or -inf where the prompt has ended, or None if no prompt is
+    padded -> output [B, heads, S, D] and the new past.
 
-    Written out, because on a CPU the gradient of torch's fused attention takes three times as long in bfloat16 at these lengths.
+    It is written out because on a CPU, in bfloat16 and at these lengths, the gradient of torch's fused
+    attention takes three times as long.
     """
     batch, heads, length, width = query.shape
     groups, kv_heads, before, _ = prompt_key.shape
@@ -75,19 +79,14 @@ def grouped_attention(
     grouped = (query * width**-0.5).reshape(batch * kv_heads, heads // kv_heads * length, width)
     scores = grouped @ key.reshape(batch * kv_heads, ahead + length, width).transpose(1, 2)
     if length > 1:
-        future = torch.full(
-            (length, ahead + length), float("-inf"), dtype=scores.dtype, device=scores.device
-        ).triu(ahead + 1)
-        scores = (scores.view(batch * kv_heads, -1, length, ahead + length) + future).view_as(scores)
+        hidden = torch.full((length, ahead + length), float("-inf"), dtype=scores.dtype, device=scores.device)
+        scores = scores.view(batch * kv_heads, -1, length, ahead + length) + hidden.triu(ahead + 1)
+        scores = scores.view(batch * kv_heads, -1, ahead + length)
     if before:
-        alike = (
-            grouped.view(groups, each, kv_heads, -1, width)
-            .transpose(1, 2)
-            .reshape(groups * kv_heads, -1, width)
-        )
-        to_prompt = (alike @ prompt_key.reshape(groups * kv_heads, before, width).transpose(1, 2)).view(
-            groups, kv_heads, -1, before
-        )
+        alike = grouped.view(groups, each, kv_heads, -1, width).transpose(1, 2)
+        alike = alike.reshape(groups * kv_heads, -1, width)
+        to_prompt = alike @ prompt_key.reshape(groups * kv_heads, before, width).transpose(1, 2)
+        to_prompt = to_prompt.view(groups, kv_heads, -1, before)
         if shown is not None:
             to_prompt = to_prompt + shown[:, None, None].to(scores.dtype)
         to_prompt = to_prompt.view(groups, kv_heads, each, -1, before).transpose(1, 2)
@@ -96,8 +95,7 @@ def grouped_attention(
     found = weights[..., before:] @ value.reshape(batch * kv_heads, ahead + length, width)
     if before:
         of_prompt = weights[..., :before].reshape(groups, each, kv_heads, -1, before).transpose(1, 2)
-        of_prompt = of_prompt.reshape(groups * kv_heads, -1, before) @ prompt_value.reshape(
-            groups * kv_heads, before, width
-        )
+        of_prompt = of_prompt.reshape(groups * kv_heads, -1, before)
+        of_prompt = of_prompt @ prompt_value.reshape(groups * kv_heads, before, width)
         found = found + of_prompt.view(groups, kv_heads, each, -1, width).transpose(1, 2).reshape(found.shape)
     return found.view(batch, heads, length, width), prompt_key, prompt_value, key, value

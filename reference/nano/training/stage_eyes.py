@@ -1,8 +1,9 @@
-"""Stage `eyes`: the vision encoder alone, before any question is asked, as the release's was trained before its language model.
+"""Stage `eyes`: the vision encoder alone, before any question, like the release's before its language model.
 
-From each merged patch a linear head, which is not kept, reads what has its centre there: shape, colour, size and where in the
-patch; and the background. Questions alone teach seeing far too slowly: 256,000 of them left shapes and places at chance. (Where in
-the image cannot be learnt here: the encoder's positions are relative, and on an empty background all patches are alike.)
+From each merged patch a linear head, discarded after training, reads what has its centre there (shape,
+colour, size and where in the patch) and the background. Questions alone teach seeing far too slowly: after
+256,000 of them shapes and places were at chance. (Where in the image a patch lies cannot be learned here: the
+encoder's positions are relative, and on an empty background all patches are alike.)
 """
 
 from __future__ import annotations
@@ -23,18 +24,14 @@ from .batches import IGNORED, cell_tensors, scene_tensors
 from .cells import drawn
 from .loop import Job, Losses, fused
 
-CLASSES = (
-    1 + len(SHAPES),
-    len(COLORS),
-    len(RADII),
-    len(COLORS),
-)  # nothing or a shape, its colour, its size, the background
+# Nothing or a shape, its colour, its size, the background.
+CLASSES = (1 + len(SHAPES), len(COLORS), len(RADII), len(COLORS))
 OUTPUTS = sum(CLASSES) + 2
-SHARP_SHARE = 0.3  # of images, as `edit` prepares them
+SHARP_SHARE = 0.3  # share of the images that are prepared as for `edit`
 
 
 def eyes_batch(step: int, *, batch: int) -> dict:
-    """Scenes, and what `cell_tensors` tells of them."""
+    """Scenes, and their `cell_tensors`."""
     random = Random(f"{SEED} eyes {step}")
     scenes = [random_scene(random) for _ in range(batch)]
     return {
@@ -66,23 +63,24 @@ def eyes_losses(see: Callable[[Tensor], Tensor], head: nn.Linear, batch: dict, s
 
 
 def new_head(width: int, device: torch.device, *, outputs: int = OUTPUTS) -> nn.Linear:
-    """A linear head from hidden states [..., width], the same for the same seed."""
+    """A linear head on hidden states [..., width]; equal seeds give equal heads."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return nn.Linear(width, outputs).to(device)
 
 
 def read_losses(read: Tensor, batch: dict) -> Losses:
-    """What a head read of n patches or tokens, [B, n, OUTPUTS]: cross entropy of the classes and squared error of the offsets; shares
-    of what is there that is told right."""
+    """The losses of what a head read from n patches or tokens, [B, n, OUTPUTS].
+
+    The loss is the cross entropy of the classes plus the squared error of the offsets. Also returns, of what
+    is there, the shares told right.
+    """
     *scores, offsets = read.split((*CLASSES, 2), dim=-1)
     there = (batch["classes"][..., 1] != IGNORED).to(read.dtype)  # [B, n]
     count, errors = there.sum().clamp(min=1), offsets - batch["offsets"]
     loss = (errors.square().mean(-1) * there).sum() / count
-    losses = {}
-    for name, logits, wanted in zip(
-        ("shape", "color", "size", "background"), scores, batch["classes"].unbind(-1), strict=True
-    ):
+    losses, names = {}, ("shape", "color", "size", "background")
+    for name, logits, wanted in zip(names, scores, batch["classes"].unbind(-1), strict=True):
         loss = loss + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
         losses[name] = ((logits.argmax(-1) == wanted) * there).sum() / count
     return {"loss": loss, **losses, "offset": (errors.abs().mean(-1) * there).sum() / count}

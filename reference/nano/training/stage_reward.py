@@ -1,12 +1,13 @@
-"""Stage `reward`: the stack draws each prompt several times, the scorer reads the images, and those it finds better than their fellows become
-more probable.
+"""Stage `reward`: policy gradients from the scorer's judgement of the stack's own images.
 
-Cross entropy asks how likely a given image is, token by token, after tokens that are given too; what becomes of the stack's own tokens it
-never sees. Here they are drawn as they will be, from the most probable few. Base and adapter are frozen, so the base's hidden states of what
-was drawn serve the drawing and the learning.
+The stack draws each prompt several times, the scorer reads the images, and those that it finds better than
+the prompt's others become more probable. Cross entropy asks how likely a given image is, token by token,
+after tokens that are given too; it never sees what becomes of the stack's own tokens. Here they are drawn as
+they will be, from the most probable few. Base and adapter are frozen, so the base's hidden states of what was
+drawn serve both drawing and learning.
 
-Source: Williams 1992 (policy gradients); Shao et al. 2024, 4.1 (advantages within a group of attempts); Liu et al. 2025 (arXiv 2503.20783), 3.2
-(not divided by each group's deviation).
+Source: Williams 1992 (policy gradients); Shao et al. 2024, 4.1 (advantages within a group of attempts); Liu
+et al. 2025 (arXiv 2503.20783), 3.2 (no division by each group's deviation).
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from ..recipe import ATTEMPTS, GIVEN_WEIGHT, IMAGE_TOKENS, REWARD_TOP_K, REWARD_
 from ..world import edits, prompts
 from ..world.scorer import read
 from .batches import drawn_from, edit_rows, image_rows, prompt_row, scene_tensors
-from .loop import Job, Losses, process
+from .loop import Job, Losses, freeze, process
 from .sequences import behind_prompt, through
+from .stage_image import DRAWING_PARTS, given_tensors, painted_ids, with_images
 from .stage_vq import background_ids
-from .stages import DRAWING_PARTS, freeze, given_tensors, painted_ids, with_images
 
 READ_TOGETHER = 16  # images that a process gets at a time
-REWARDED = {
+REWARDED = {  # shares of the prompts
     "mixed": 10,
     "single": 10,
     "two": 20,
@@ -43,13 +44,15 @@ REWARDED = {
     "colors": 5,
     "position": 25,
     "attributes": 20,
-}  # shares of prompts
-EDITED_EVERY = 2  # of so many batches one edits
+}
+EDITED_EVERY = 2  # one in so many batches edits
 
 
 def reward_job(star: Star, rows: Rows, stage: Stage, *, workers: int = 0) -> Job:
-    """Stage `reward`: one batch of EDITED_EVERY edits, the rest draw. A batch is ATTEMPTS images of each of its prompts. Images are read in
-    `workers` processes, or in this one."""
+    """Stage `reward`: one batch in EDITED_EVERY edits, the others draw.
+
+    A batch is ATTEMPTS images for each of its prompts. `workers` processes read the images, or this one if 0.
+    """
     count = stage.groups(ATTEMPTS, "attempts at a prompt")
     parts = freeze(star, trained=DRAWING_PARTS)
     painter = copy.deepcopy(star).requires_grad_(False).bfloat16()
@@ -59,14 +62,16 @@ def reward_job(star: Star, rows: Rows, stage: Stage, *, workers: int = 0) -> Job
 
 
 def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
-    """Prompts of a step, of edits or of drawings: input_ids [P, S], `first` [P], position_ids [3, P, S] as in
-    `generate_batch`, an edit's images, and `judges`: what tells of an image which demands of its prompt hold."""
+    """The prompts of a step, of edits or of drawings.
+
+    input_ids [P, S], `first` [P] and position_ids [3, P, S] as in `generate_batch`, the images of edits, and
+    `judges`, which map an image to the demands of its prompt that it meets or not.
+    """
     random = Random(f"{SEED} reward {step}")
     if step % EDITED_EVERY == 0:
         asked = [edits.random_edit(random, edits.random_kind(random), test=False) for _ in range(count)]
-        return edit_rows(asked, [True] * count, rows) | {
-            "judges": [partial(edits.check, edit) for edit in asked]
-        }
+        judges = [partial(edits.check, edit) for edit in asked]
+        return edit_rows(asked, [True] * count, rows) | {"judges": judges}
     full, scenes, judges = [], [], []
     for _ in range(count):
         text, request = prompts.random_prompt(random, drawn_from(random, REWARDED), test=False)
@@ -79,8 +84,10 @@ def reward_batch(step: int, *, rows: Rows, count: int) -> dict:
 def reward_losses(
     star: Star, painter: Star, backgrounds: Tensor, each: Callable, batch: dict, step: int
 ) -> Losses:
-    """ATTEMPTS images of each prompt, read by `each`, which is a `map`, and what `attempt_loss` says of them. `edited` or `drawn`: the
-    share of images at which all demands hold."""
+    """`attempt_loss` of ATTEMPTS images for each prompt, read by `each`, which is a `map`.
+
+    `edited` or `drawn` is the share of images that meet all demands.
+    """
     painter.load_state_dict(star.state_dict())
     device, first, positions = batch["input_ids"].device, batch["first"], batch["position_ids"]
     length = -(-(int(first.max()) + 1) // 16) * 16
@@ -107,15 +114,15 @@ def reward_losses(
 def rewards(
     images: Sequence[np.ndarray], judges: Sequence[Callable], each: Callable = map
 ) -> tuple[Tensor, Tensor]:
-    """Of ATTEMPTS images for each judge: the reward [P, A], half of it for the share of demands that hold and half for all; and whether all
-    hold [P, A]."""
-    demands = list(
-        each(demands_met, [(judges[index // ATTEMPTS], image) for index, image in enumerate(images)])
-    )
+    """The reward [P, A] of ATTEMPTS images for each judge, and whether each image meets all demands [P, A].
+
+    Half of the reward is the share of demands met, the other half is for meeting all of them.
+    """
+    judged = [(judges[index // ATTEMPTS], image) for index, image in enumerate(images)]
+    demands = list(each(demands_met, judged))
     right = torch.tensor([float(all(met)) for met in demands]).view(-1, ATTEMPTS)
-    return 0.5 * torch.tensor([sum(met) / len(met) for met in demands]).view(
-        -1, ATTEMPTS
-    ) + 0.5 * right, right
+    share = torch.tensor([sum(met) / len(met) for met in demands]).view(-1, ATTEMPTS)
+    return 0.5 * share + 0.5 * right, right
 
 
 def demands_met(attempt: tuple[Callable, np.ndarray]) -> list[bool]:
@@ -125,7 +132,7 @@ def demands_met(attempt: tuple[Callable, np.ndarray]) -> list[bool]:
 
 
 def evened(reward: Tensor) -> Tensor:
-    """Rewards [P, A] minus their group's mean, over their deviation in all groups together."""
+    """Rewards [P, A] minus their group's mean, divided by the standard deviation over all groups."""
     better = reward - reward.mean(1, keepdim=True)
     return better / better.square().mean().sqrt().clamp(min=1e-6)
 
@@ -134,22 +141,20 @@ def evened(reward: Tensor) -> Tensor:
 def attempts(
     star: Star, embeds: Tensor, first: Tensor, positions: Tensor, given: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """ATTEMPTS images of each prompt, drawn from the REWARD_TOP_K most probable ids up to a cumulative probability of REWARD_TOP_P, and behind
-    them one that is given.
+    """ATTEMPTS images for each prompt, sampled with REWARD_TOP_K and REWARD_TOP_P, and then the given one.
 
-    embeds [P, L, H], first [P]: the last column of each prompt, positions [3, P, S], given ids [P, T] -> `ids` [P, A + 1, T],
-    `kept` [P, A, T, k] what each was drawn from, -1 for what was not, and the base's hidden states, which the stack is fed:
-    `prompt` [P, L, H] and `hidden` [P, A + 1, T - 1, H].
+    embeds [P, L, H], first [P]: the last column of each prompt, positions [3, P, S], given ids [P, T] ->
+    `ids` [P, A + 1, T], `kept` [P, A, T, k], the ids from which each was drawn, -1 for those filtered out,
+    and the base's hidden states, which the stack is fed: `prompt` [P, L, H] and `hidden` [P, A + 1, T - 1,
+    H].
     """
     (*_, prompt), base_past = through(star.base_ar, embeds, positions[:, :, : embeds.shape[1]])
     (*_, states), stack_past = through(star.stacked_ar, prompt, positions[:, :, : embeds.shape[1]])
     shown, places = prompt_mask(first, embeds.shape[1]), image_positions(first, positions)  # [3, P, T - 1]
-    (*_, taught), _ = through(
-        star.base_ar, star.image_embedding(given[:, :-1]), places, behind_prompt(base_past, 1), shown
-    )
-    last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(
-        ATTEMPTS, 0
-    )  # [B, 1, H]
+    given_embeds, past = star.image_embedding(given[:, :-1]), behind_prompt(base_past, 1)
+    (*_, taught), _ = through(star.base_ar, given_embeds, places, past, shown)
+    last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1]))
+    last = last.repeat_interleave(ATTEMPTS, 0)  # [B, 1, H]
     base_past, stack_past = (behind_prompt(past, ATTEMPTS) for past in (base_past, stack_past))
     ids, kept, hidden, places = [], [], [], places.repeat_interleave(ATTEMPTS, 1)
     for step in range(IMAGE_TOKENS):
@@ -173,18 +178,17 @@ def attempts(
 def attempt_loss(
     stack: Decoder, head: nn.Linear, made: dict[str, Tensor], first: Tensor, positions: Tensor, better: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Minus the mean over tokens of the log probability with which each was drawn, times how much `better` [P, A] than its fellows its
-    image is; and the cross entropy of the given images. `made`: what `attempts` returned."""
+    """The policy-gradient loss of the attempts, and the cross entropy of the given images.
+
+    The first is the negative log probability of each drawn token, times how much `better` [P, A] its image is
+    than the prompt's others, averaged over tokens. `made` is what `attempts` returned.
+    """
     prompt, (groups, each, _) = made["prompt"], made["ids"].shape
     (*_, states), past = through(stack, prompt, positions[:, :, : prompt.shape[1]])
     last = states.gather(1, first[:, None, None].expand(-1, 1, states.shape[-1])).repeat_interleave(each, 0)
-    (*_, drawn), _ = through(
-        stack,
-        made["hidden"].flatten(0, 1),
-        image_positions(first, positions).repeat_interleave(each, 1),
-        behind_prompt(past, each),
-        prompt_mask(first, prompt.shape[1]),
-    )
+    hidden, past = made["hidden"].flatten(0, 1), behind_prompt(past, each)
+    places = image_positions(first, positions).repeat_interleave(each, 1)
+    (*_, drawn), _ = through(stack, hidden, places, past, prompt_mask(first, prompt.shape[1]))
     logits = head(torch.cat([last, drawn], dim=1)).float().unflatten(0, (groups, each))  # [P, A + 1, T, K]
     chosen = logits.gather(-1, made["ids"].unsqueeze(-1)).squeeze(-1)  # [P, A + 1, T]
     among = logits[:, :-1].gather(-1, made["kept"].clamp(min=0)).masked_fill(made["kept"] < 0, float("-inf"))
@@ -193,8 +197,10 @@ def attempt_loss(
 
 
 def sampled(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """An id [B] from each row of logits [B, K], by the filters of `tasks.sample`, and the ids [B, k] it is drawn from, -1 for those that top-p
-    takes out."""
+    """An id [B] from each row of logits [B, K], and the ids [B, k] it was drawn from.
+
+    The filters are those of `tasks.sample`; -1 marks the ids that top-p filters out.
+    """
     values, order = logits.topk(REWARD_TOP_K)
     shares = values.softmax(-1)
     beyond = shares.cumsum(-1) - shares > REWARD_TOP_P
@@ -209,6 +215,6 @@ def image_positions(first: Tensor, positions: Tensor) -> Tensor:
 
 
 def prompt_mask(first: Tensor, length: int) -> Tensor:
-    """0 for the columns of each prompt and -inf behind it, [P, length]."""
+    """0 for the columns of each prompt and -inf after it, [P, length]."""
     behind = torch.arange(length, device=first.device) > first[:, None]
     return torch.zeros_like(behind, dtype=torch.float32).masked_fill(behind, float("-inf"))

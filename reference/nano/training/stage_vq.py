@@ -1,8 +1,11 @@
-"""Stages `vq`, `local` and `decoder`: the VQ model. An autoencoder first, then with a codebook that follows the latents; then latents are
-made local; then they get a new codebook, and the decoder learns to read it.
+"""The VQ model's stages: `vq`, `local` and `decoder`.
 
-The codebook is not trained by gradients: it starts as cluster centres of real latents and then, in stage `vq`, is the running mean of
-what is assigned to each entry; entries that nothing uses start again at a latent. Images are drawn on the device that trains.
+First an autoencoder is trained, then one with a codebook that follows the latents; then latents are made
+local; then they get a new codebook, and the decoder learns to read it.
+
+Gradients do not train the codebook. It starts as cluster centres of real latents and then, in stage `vq`,
+each entry is the running mean of the latents assigned to it; unused entries restart at a latent. Images are
+drawn on the device that trains.
 
 Source: van den Oord et al. 2017, appendix A.1 (running means); the rest is common practice.
 """
@@ -25,41 +28,39 @@ from .cells import drawn, empty_cells, image_from_scenes, same_cells, scenes_of,
 from .loop import Job, Losses
 
 DECAY, COMMITMENT, LOCALITY = 0.99, 0.25, 10.0
-EMPTY_SHARE = 0.05  # of the empty background's latents count for the codebook of stage `decoder`
-MISREAD, NEIGHBOURS = (
-    0.2,
-    8,
-)  # share of that stage's tokens that are another entry, and among how many of the nearest
-DEAD = 0.1  # running count below which an entry starts again; the mean is 0.5
+EMPTY_SHARE = 0.05  # share of the empty background's latents that count for the codebook of stage `decoder`
+MISREAD = 0.2  # share of that stage's tokens that are replaced by another entry
+NEIGHBOURS = 8  # the nearest entries among which that entry is chosen
+DEAD = 0.1  # running count below which an entry restarts; the mean is 0.5
 RESTART_EVERY = 20  # steps
 KMEANS_BATCHES, LOCAL_KMEANS_BATCHES, KMEANS_ROUNDS = 8, 300, 25
 
 
 @torch.no_grad()
 def background_ids(star: Star) -> Tensor:
-    """The id [8] of each colour's empty background: the entry nearest to the mean latent of an image with nothing on it."""
+    """The id [8] of each colour's empty background: the entry nearest to the mean latent of a bare image."""
     things, backgrounds = (
         torch.from_numpy(array).to(star.codebook.weight.device)
         for array in arrays_from_scenes([Scene(color, ()) for color in COLORS])
     )
+    image = image_from_scenes({"things": things, "backgrounds": backgrounds}, noise=None)
     with torch.autocast(things.device.type, enabled=False):
-        latents = star.vq_encoder.latents(
-            image_from_scenes({"things": things, "backgrounds": backgrounds}, noise=None)
-        )
+        latents = star.vq_encoder.latents(image)
     return nearest(latents.mean((2, 3)), star.codebook.weight)
 
 
 def with_one_background(ids: Tensor, backgrounds: Tensor, batch: dict) -> Tensor:
-    """The ids [B, T] of a batch's images, of empty background the one in `backgrounds`, which are `background_ids`."""
+    """The ids [B, T] of a batch's images, with the one of `backgrounds` (`background_ids`) wherever
+    background is empty."""
     levels = torch.tensor(list(COLORS.values()), dtype=torch.float32, device=ids.device)
     colors = torch.cdist(batch["backgrounds"], levels).argmin(1)  # [B]
     return torch.where(empty_cells(batch).flatten(1) > 0, backgrounds[colors].unsqueeze(1), ids)
 
 
 class Trainer:
-    """Stage `vq`: the VQ half of a model and the running sums behind its codebook."""
+    """Stage `vq`: the VQ part of a model and the running sums behind its codebook."""
 
-    clustered = KMEANS_BATCHES  # batches of images whose latents the codebook starts from
+    clustered = KMEANS_BATCHES  # batches of images whose latents start the codebook
 
     def __init__(self, star: Star, stage: Stage, device: torch.device):
         self.star, self.stage = star, stage
@@ -80,8 +81,11 @@ class Trainer:
         )
 
     def losses(self, batch: dict, step: int) -> Losses:
-        """Squared error of the image, and the distance of latents from their entries, weighed so that neither outgrows the other:
-        as a share of the latents' variance, times the image's error. `psnr` in dB, `used`: share of entries."""
+        """Squared error of the image plus the distance of latents from their entries.
+
+        The distance counts as a share of the latents' variance, times the image's error, so that neither term
+        outgrows the other. Also returns `psnr` in dB and `used`, the share of entries in use.
+        """
         image = drawn(batch, step)
         if step == self.starts:
             self.start_codebook(step, len(image))
@@ -103,7 +107,7 @@ class Trainer:
 
     @torch.no_grad()
     def follow(self, z: Tensor, step: int) -> Tensor:
-        """Nearest entries of z [n, d], which then move the running means. [n, d] as they were before."""
+        """The nearest entries of z [n, d], as they were before they follow the running means: [n, d]."""
         weight = self.star.codebook.weight
         ids = nearest(z, weight)
         entries = weight[ids]
@@ -115,7 +119,7 @@ class Trainer:
         return entries
 
     def restart(self, z: Tensor, step: int) -> None:
-        """Unused entries become latents of this batch."""
+        """Restart unused entries at latents of this batch."""
         generator = torch.Generator().manual_seed(SEED * 7 + step)
         dead = (self.counts < DEAD).nonzero()[:, 0]
         chosen = torch.randperm(len(z), generator=generator)[: len(dead)].to(z.device)
@@ -123,7 +127,7 @@ class Trainer:
 
     @torch.no_grad()
     def start_codebook(self, step: int, batch: int) -> None:
-        """Cluster centres of latents of images made for this."""
+        """Start the codebook as cluster centres of latents of images made for this."""
         device, latents = self.counts.device, []
         for number in range(self.clustered):
             scenes = {k: v.to(device) for k, v in scenes_of(-1 - number, batch=batch).items()}
@@ -136,19 +140,22 @@ class Trainer:
         self.star.codebook.weight.copy_(centres)
 
     def counted(self, z: Tensor, scenes: dict, number: int) -> Tensor:
-        """Those of the latents z [n, d] of a batch that count for the codebook."""
+        """The latents of a batch z [n, d] that count for the codebook."""
         return z
 
 
 class LocalTrainer(Trainer):
-    """Stage `local`: the autoencoder goes on, without a codebook, until latents tell of what is near them alone."""
+    """Stage `local`: the autoencoder continues without a codebook, until a latent tells only of what is near
+    it."""
 
     def job(self) -> Job:
         return replace(super().job(), extra=None)
 
     def losses(self, batch: dict, step: int) -> Losses:
-        """Squared error of the image, and `moved` (on a quarter of the batch) and `apart` as shares of the latents' variance, times
-        that error."""
+        """Squared error of the image, plus `moved` (on a quarter of the batch) and `apart`.
+
+        These two count as shares of the latents' variance, times the image's error.
+        """
         image = drawn(batch, step)
         part = {name: tensor[: max(1, len(image) // 4)] for name, tensor in batch.items()}
         fewer = with_fewer_things(part, step)
@@ -165,10 +172,13 @@ class LocalTrainer(Trainer):
 
 
 class DecoderTrainer(Trainer):
-    """Stage `decoder`: a codebook of cluster centres, once; then, with encoder and codebook frozen, the decoder, of every other image with
-    the background that the generating parts paint, and of half of them with some ids misread as near ones, as those parts will misread them.
+    """Stage `decoder`: cluster a codebook once, then train the decoder with encoder and codebook frozen.
 
-    Source: Qiu et al. 2025 (arXiv 2503.08354), their latent perturbation."""
+    Every other image has the background that the generating parts paint, and in half of the images some ids
+    are misread as near ones, as those parts will misread them.
+
+    Source: Qiu et al. 2025 (arXiv 2503.08354), their latent perturbation.
+    """
 
     clustered = LOCAL_KMEANS_BATCHES
     backgrounds: Tensor | None = None
@@ -192,36 +202,38 @@ class DecoderTrainer(Trainer):
         return {"loss": error, "psnr": psnr}
 
     def read_ids(self, latents: Tensor, batch: dict) -> Tensor:
-        """The ids [B, T] that the decoder gets of a batch's latents [B, d, h, w]: in rows 0, 2, ... with one background."""
+        """The ids [B, T] that the decoder gets for latents [B, d, h, w]; rows 0, 2, ... have one background
+        id."""
         if self.backgrounds is None:
             self.backgrounds = background_ids(self.star)
-        ids = nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), self.star.codebook.weight).view(
-            len(latents), -1
-        )
+        ids = nearest(latents.permute(0, 2, 3, 1).flatten(0, 2), self.star.codebook.weight)
+        ids = ids.view(len(latents), -1)
         ids[::2] = with_one_background(ids, self.backgrounds, batch)[::2]
         return ids
 
     def misread(self, ids: Tensor, batch: dict, step: int) -> Tensor:
-        """The ids [B, T], in rows 2, 3, 6, 7, ... of a MISREAD of the tokens that show things those of near entries."""
+        """The ids [B, T] where, in rows 2, 3, 6, 7, ..., MISREAD of the tokens that show things become near
+        entries."""
         if self.near is None:
             entries = self.star.codebook.weight
             self.near = torch.cdist(entries, entries).topk(NEIGHBOURS + 1, largest=False).indices[:, 1:]
         generator = torch.Generator(ids.device).manual_seed(SEED * 13 + step)
-        others = self.near[ids].gather(
-            -1, torch.randint(NEIGHBOURS, (*ids.shape, 1), generator=generator, device=ids.device)
-        )[..., 0]
+        chosen = torch.randint(NEIGHBOURS, (*ids.shape, 1), generator=generator, device=ids.device)
+        others = self.near[ids].gather(-1, chosen)[..., 0]
         exchanged = torch.rand(ids.shape, generator=generator, device=ids.device) < MISREAD
         rows = torch.arange(len(ids), device=ids.device) // 2 % 2 == 1
-        return torch.where(exchanged & rows.unsqueeze(1) & (empty_cells(batch).flatten(1) == 0), others, ids)
+        showing = empty_cells(batch).flatten(1) == 0
+        return torch.where(exchanged & rows.unsqueeze(1) & showing, others, ids)
 
     def counted(self, z: Tensor, scenes: dict, number: int) -> Tensor:
-        """All but most of the empty background: entries go where tokens are, dozens would differ by a tenth of a level of one colour, and
-        which of them is next nobody could tell."""
+        """All latents of things and a small share of those of empty background.
+
+        Entries go where latents are. Otherwise dozens of entries would differ by a tenth of a level of one
+        colour, and nobody could tell which of them comes next.
+        """
         generator = torch.Generator().manual_seed(SEED * 11 + number)
-        return z[
-            torch.rand(len(z), generator=generator).to(z.device)
-            < 1 - (1 - EMPTY_SHARE) * empty_cells(scenes).flatten()
-        ]
+        chance = torch.rand(len(z), generator=generator).to(z.device)
+        return z[chance < 1 - (1 - EMPTY_SHARE) * empty_cells(scenes).flatten()]
 
 
 VQ_TRAINERS = {"vq": Trainer, "local": LocalTrainer, "decoder": DecoderTrainer}
@@ -230,9 +242,8 @@ VQ_TRAINERS = {"vq": Trainer, "local": LocalTrainer, "decoder": DecoderTrainer}
 def compared(made: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """Squared error of images [B, 3, H, W] in [-1, 1], and their mean PSNR in dB."""
     made = made.float()
-    return F.mse_loss(made, image), -10 * (made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3)).div(
-        4
-    ).log10().mean()
+    errors = (made.clamp(-1, 1) - image).square().mean(dim=(1, 2, 3))
+    return F.mse_loss(made, image), -10 * errors.div(4).log10().mean()
 
 
 def as_map(rows: Tensor, like: Tensor) -> Tensor:
@@ -241,16 +252,18 @@ def as_map(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def moved(latents: Tensor, others: Tensor, same: Tensor) -> Tensor:
-    """How far latents [B, d, h, w] of the cells that show the `same` [B, h, w] are from those of an image that is another elsewhere.
+    """How far the latents [B, d, h, w] of the `same` cells [B, h, w] are from those of another image.
 
-    The encoder's norms and attention see the whole image, and unless told otherwise it says of all that is in it wherever there is
-    room. Then ids of an empty background tell of things to come, and whoever paints row by row must know them all at the first.
+    The encoder's norms and attention see the whole image. Unless trained otherwise, its latents tell of
+    everything in the image wherever there is room. Ids of empty background would then tell of things to come,
+    and a model that paints row by row would have to know all of them in the first row.
     """
     return ((latents - others).square().mean(1) * same).sum() / same.sum().clamp(min=1)
 
 
 def apart(latents: Tensor, empty: Tensor) -> Tensor:
-    """How far latents [B, d, h, w] of `empty` cells [B, h, w] are from their mean in each image: one background, one id."""
+    """How far the latents [B, d, h, w] of `empty` cells [B, h, w] are from their mean in each image: one
+    background, one id."""
     weights = (empty / empty.sum((1, 2), keepdim=True).clamp(min=1)).unsqueeze(1)
     mean = (latents * weights).sum((2, 3), keepdim=True)
     return ((latents - mean).square().mean(1, keepdim=True) * weights).sum((1, 2, 3)).mean()
@@ -258,10 +271,11 @@ def apart(latents: Tensor, empty: Tensor) -> Tensor:
 
 @torch.no_grad()
 def scale_latents(star: Star) -> None:
-    """Make entries about 1 in size, by a power of two, which changes no image and no id.
+    """Scale the entries to a size of about 1 by a power of two, which changes no image and no id.
 
-    Nothing in training keeps latents small (those here came out near 500), and the pixel adapter is fed with entries: embeddings of
-    that size drown whatever the base's layers add to them, so that its hidden states tell neither a token's place nor its prompt.
+    Nothing in training keeps latents small (these came out near 500), and the pixel adapter is fed with
+    entries. Embeddings of that size drown whatever the base's layers add to them, so that its hidden states
+    tell neither a token's place nor its prompt.
     """
     encoder, decoder, entries = star.vq_encoder, star.vq_decoder, star.codebook.weight
     scale = 2.0 ** -round(math.log2(float(entries.square().mean().sqrt())))
@@ -271,7 +285,7 @@ def scale_latents(star: Star) -> None:
 
 
 def decoded(star: Star, latents: Tensor) -> Tensor:
-    """The VQ decoder from latents [N, d, h, w] instead of ids -> [N, 3, 64, 64]."""
+    """The VQ decoder applied to latents [N, d, h, w] instead of ids -> [N, 3, 64, 64]."""
     decoder = star.vq_decoder
     x = decoder.mid(decoder.conv_in(decoder.post_quant_conv(latents)))
     for level in decoder.conv_blocks:
@@ -280,23 +294,21 @@ def decoded(star: Star, latents: Tensor) -> Tensor:
 
 
 def nearest(z: Tensor, entries: Tensor) -> Tensor:
-    """Ids [n] of the entries [K, d] nearest to z [n, d]; the arithmetic of `VQEncoder.forward`."""
+    """Ids [n] of the entries [K, d] nearest to z [n, d], with the arithmetic of `VQEncoder.forward`."""
     with torch.autocast(z.device.type, enabled=False):
         return (entries.square().sum(-1) - 2 * (z @ entries.T)).argmin(-1)
 
 
 def clusters(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm from points drawn at random: centres [count, d] and how many points each has [count]."""
+    """Lloyd's algorithm from randomly drawn points: centres [count, d] and the number of points of each
+    [count]."""
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(SEED)).to(z.device)
     centres = z[order[:count]].clone()
     for turn in range(KMEANS_ROUNDS):
         ids = nearest(z, centres)
         counts = torch.bincount(ids, minlength=count).float()
         sums = torch.zeros_like(centres).index_add_(0, ids, z)
-        empty = counts == 0
-        centres = torch.where(
-            empty[:, None],
-            z[order[(turn + 1) * count % len(z) :][:count]] if (turn + 2) * count <= len(z) else centres,
-            sums / counts.clamp(min=1)[:, None],
-        )
+        enough = (turn + 2) * count <= len(z)
+        fresh = z[order[(turn + 1) * count % len(z) :][:count]] if enough else centres
+        centres = torch.where((counts == 0)[:, None], fresh, sums / counts.clamp(min=1)[:, None])
     return centres, counts.clamp(min=1)

@@ -1,13 +1,14 @@
-"""Train STAR-Nano from scratch, or go on where training stopped:
+"""Train STAR-Nano from scratch, or continue where training stopped.
 
     python -m reference.nano.training.train --out FOLDER
 
-or, for the stages behind `vq`, in several processes that share each batch:
+The stages after `vq` may run in several processes that share each batch:
 
     torchrun --nproc-per-node 2 -m reference.nano.training.train --out FOLDER --threads 1
 
-FOLDER becomes a checkpoint in the release's layout; beside it lie each stage's optimiser state, losses as text and as an image.
-Stages run in order; one that is complete is skipped. The same seed, machine, number of threads and processes give the same weights.
+FOLDER becomes a checkpoint in the release's layout; each stage's optimiser state and losses, as text and as
+an image, are stored beside it. Stages run in order, and complete ones are skipped. The same seed, machine,
+number of threads and number of processes give the same weights.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ from ..benchmark.plot import write_curves
 from ..checkpoint import layout
 from ..checkpoint.tokens import Rows
 from ..recipe import STAGES, Stage
-from . import stages
 from .loop import Job, process, run
 from .sequences import grouped_attention
+from .stage_base import base_job
 from .stage_eyes import eyes_job
+from .stage_image import edit_job, generate_job
 from .stage_reward import reward_job
 from .stage_vq import VQ_TRAINERS
 
-PART = {
+PART = {  # stage -> the part of the checkpoint that it writes
     "vq": "vq",
     "local": "vq",
     "decoder": "vq",
@@ -47,8 +49,8 @@ PART = {
     "generate": "trained",
     "edit": "trained",
     "reward": "trained",
-}  # which file a stage writes
-WORK = "training"  # folder of what training needs and a checkpoint does not
+}
+WORK = "training"  # the folder for what training needs and a checkpoint does not
 PUBLISHED = (".json", ".pt", ".safetensors", ".png", ".jsonl", ".done")
 
 
@@ -64,8 +66,11 @@ def train(
     rate: float = 1.0,
     compiled: bool = False,
 ) -> bool:
-    """Run the named stages in `out`, each with `scale` times its samples in batches `wide` times as large at `rate` times its learning
-    rate, the decoders compiled or not. False when `seconds` ran out before the end."""
+    """Run the named stages in `out`. Returns False if `seconds` ran out before the end.
+
+    Each stage gets `scale` times its samples, in batches `wide` times as large, at `rate` times its learning
+    rate, with the decoders compiled or not.
+    """
     work, began, (rank, processes) = out / WORK, time.monotonic(), process()
     if rank == 0:
         begin(out)
@@ -95,7 +100,7 @@ def train(
 
 
 def begin(out: Path) -> None:
-    """Make what the checkpoint in `out` lacks: its configuration, and new weights."""
+    """Create what the checkpoint in `out` lacks: its configuration, and new weights."""
     (out / WORK).mkdir(parents=True, exist_ok=True)
     config = layout.write_config(out)
     if missing := [part for part, path in layout.weight_files(out).items() if not path.exists()]:
@@ -103,13 +108,14 @@ def begin(out: Path) -> None:
 
 
 def meet() -> None:
-    """Wait until every process is here."""
+    """Wait for all processes."""
     if process()[1] > 1:
         dist.barrier()
 
 
 def scaled(stage: Stage, scale: float, *, wide: int, rate: float = 1.0) -> Stage:
-    """A stage with `scale` times its samples, in batches `wide` times as large, at `rate` times its learning rate."""
+    """A stage with `scale` times its samples, in batches `wide` times as large, at `rate` times its learning
+    rate."""
     steps = max(1, int(stage.steps * scale / wide))
     return dataclasses.replace(
         stage,
@@ -123,7 +129,7 @@ def scaled(stage: Stage, scale: float, *, wide: int, rate: float = 1.0) -> Stage
 
 
 def training_star(out: Path, device: torch.device) -> Star:
-    """The model as it is on file, ready for training: whole sequences, gradients possible."""
+    """The model as it is on file, ready for training: on whole sequences and with gradients."""
     loaded = load_star(resolve_checkpoint(out))
     star = Star(loaded.config, attention=grouped_attention)
     star.load_state_dict(loaded.state_dict())
@@ -133,7 +139,7 @@ def training_star(out: Path, device: torch.device) -> Star:
 def job_of(
     star: Star, stage: Stage, out: Path, device: torch.device, *, workers: int = 0, compiled: bool = False
 ) -> Job:
-    """What the stage of this name brings to the loop."""
+    """What the stage brings to the loop."""
     if stage.name in VQ_TRAINERS:
         return VQ_TRAINERS[stage.name](star, stage, device).job()
     if stage.name == "eyes":
@@ -141,7 +147,7 @@ def job_of(
     rows = Rows.from_file(out / recipe.BASE_FOLDER / "tokenizer.json", star.config.special)
     if stage.name == "reward":
         return reward_job(star, rows, stage, workers=workers)
-    job = {"base": stages.base_job, "generate": stages.generate_job, "edit": stages.edit_job}[stage.name]
+    job = {"base": base_job, "generate": generate_job, "edit": edit_job}[stage.name]
     return job(star, rows, stage, compiled=compiled)
 
 
@@ -155,8 +161,11 @@ def tell(line: str) -> None:
 
 
 def publish(out: Path, target: Path) -> None:
-    """Copy the checkpoint to `target`, with what was measured of it, its loss curves and which stages are complete, so that training
-    can go on from a copy; but without the optimisers' state."""
+    """Copy the checkpoint to `target` without the optimisers' state.
+
+    The copy includes its measurements, loss curves and the marks of complete stages, so that training can
+    continue from it.
+    """
     for path in sorted(out.rglob("*")):
         if path.suffix in PUBLISHED:
             relative = path.relative_to(out)
@@ -168,41 +177,34 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m reference.nano.training.train", description=__doc__.splitlines()[0]
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the checkpoint; goes on when it holds one"
+    device, add = "cuda" if torch.cuda.is_available() else "cpu", parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the checkpoint; training continues from it")
+    add("--stages", default=",".join(STAGES), help=f"default: {','.join(STAGES)}")
+    add("--device", default=device, help="default: a GPU if there is one")
+    add("--workers", type=int, default=0, help="processes that make batches (default: 0)")
+    add("--threads", type=int, help="threads of torch (default: all cores)")
+    add("--scale", type=float, default=1.0, help="factor for each stage's samples (default: 1)")
+    add(
+        "--wide", type=int, default=1, help="factor for its batch size, which costs a GPU little (default: 1)"
     )
-    parser.add_argument("--stages", default=",".join(STAGES), help=f"default: {','.join(STAGES)}")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU"
-    )
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches (default: 0)")
-    parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
-    parser.add_argument("--scale", type=float, default=1.0, help="times each stage's samples (default: 1)")
-    parser.add_argument(
-        "--wide", type=int, default=1, help="times its batch, which costs a GPU little (default: 1)"
-    )
-    parser.add_argument("--rate", type=float, default=1.0, help="times its learning rate (default: 1)")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the decoders, which takes a C++ compiler"
-    )
-    parser.add_argument(
-        "--minutes", type=float, help="save and stop after so long, exit code 3; the same command goes on"
-    )
-    parser.add_argument("--publish", type=Path, help="at the end copy the checkpoint here")
+    add("--rate", type=float, default=1.0, help="factor for its learning rate (default: 1)")
+    add("--compile", action="store_true", help="compile the decoders, which needs a C++ compiler")
+    add("--minutes", type=float, help="save, stop and exit with 3 after so long; the same command continues")
+    add("--publish", type=Path, help="finally copy the checkpoint here")
     options = parser.parse_args(argv)
     names = options.stages.split(",")
     if wrong := [name for name in names if name not in STAGES]:
-        parser.error(f"no such stage: {', '.join(wrong)}; there are {', '.join(STAGES)}")
+        parser.error(f"no such stage: {', '.join(wrong)}; the stages are {', '.join(STAGES)}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         processes = int(os.environ["WORLD_SIZE"])
         if processes > 1 and "vq" in names:
             parser.error(
-                "stage vq keeps sums that several processes do not share: train it in one, the others with --stages"
+                "stage vq keeps running sums, which processes do not share: "
+                "train it in one process, and the others with --stages"
             )
         if odd := [name for name in names if STAGES[name].batch * options.wide % processes]:
-            parser.error(
-                f"{processes} processes cannot share the batch of {STAGES[odd[0]].batch * options.wide} of stage {odd[0]} evenly"
-            )
+            batch = STAGES[odd[0]].batch * options.wide
+            parser.error(f"{processes} processes cannot share the batch of {batch} of stage {odd[0]} evenly")
         dist.init_process_group("gloo")
     if options.threads:
         torch.set_num_threads(options.threads)
