@@ -18,11 +18,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep together on one worker what shares expensive fixtures.
 
     These are the tests of a file, and all that need a bundle of the miniature checkpoint: tracing it for the
-    first time takes longer than most files.
+    first time takes longer than most files. Files that trace STAR-Nano say so by a mark.
     """
     for item in items:
-        group = "bundles" if "bundle_of" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+        if not item.get_closest_marker("xdist_group"):
+            group = "bundles" if "bundle_of" in getattr(item, "fixturenames", ()) else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -121,7 +121,7 @@ def test_a_jetson_is_not_told_to_install_what_builds_for_rtx(monkeypatch):
             {},
             (RUNS_NOT,),
             False,
-            ["nothing here runs a bundle: pip install 'star-export[cpu]'", "star-export[rtx]"],
+            ["no installed executor runs a bundle: pip install 'star-export[cpu]'", "star-export[rtx]"],
         ),
         (
             {"onnxruntime": "1", "onnxruntime-gpu": "1", "tensorrt-rtx-cu13": "1"},
@@ -130,7 +130,12 @@ def test_a_jetson_is_not_told_to_install_what_builds_for_rtx(monkeypatch):
             ["overwrite each other"],
         ),
         ({"onnxruntime": "1", "tensorrt-rtx-cu13": "1"}, (RUNS_NOT,), False, []),
-        ({"onnxruntime": "1", "tensorrt-rtx-cu13": "1"}, (RUNS_NOT,), True, ["the GPU here runs no plans"]),
+        (
+            {"onnxruntime": "1", "tensorrt-rtx-cu13": "1"},
+            (RUNS_NOT,),
+            True,
+            ["this GPU cannot run plans yet"],
+        ),
         ({"tensorrt-rtx-cu13": "1"}, (RUNS,), True, []),
     ],
 )

@@ -201,7 +201,7 @@ def _written(past, kept, case: Case) -> np.ndarray:
 
 
 def check(case: Case, rng: np.random.Generator, *, driver: ctypes.CDLL | None = None) -> tuple[int, int]:
-    """The plan of a call, after a check that its caches are as defined bit by bit, and its output in bounds."""
+    """The plan of a call, once its caches are as defined bit by bit and its output is within the bound."""
     inputs = inputs_of(case, rng)
     (output, *caches), plan, raised = emulate(case, inputs, driver=driver)
     (wanted, *wanted_caches), bound = expected(case, inputs)

@@ -1,4 +1,4 @@
-"""An ONNX model as the network that TensorRT parses from it, read back."""
+"""An ONNX model as the network that TensorRT parses from it, and what the interpreter computes with it."""
 
 from __future__ import annotations
 

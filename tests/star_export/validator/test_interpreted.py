@@ -34,7 +34,7 @@ def small_caches(monkeypatch):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", ["interpreter-fp32", "interpreter"])
-def test_every_component_is_read_back_within_its_limits(bundle_of, precision, kind):
+def test_every_component_is_interpreted_within_its_tolerances(bundle_of, precision, kind):
     """Float32 stays within the table's tolerances, at rounding level;
     the network's own types within those of 16 bits."""
     bundle = Bundle.open(bundle_of(precision))
@@ -103,7 +103,7 @@ def here_is_no_gpu(target):
     raise MissingError("There is no GPU", where="here", fix="none")
 
 
-def test_without_the_device_the_networks_are_read_back_and_the_certificate_says_what_that_proves(
+def test_without_the_device_the_networks_are_interpreted_and_the_certificate_says_what_that_proves(
     built, monkeypatch
 ):
     monkeypatch.setattr(validate, "check_runnable", here_is_no_gpu)
