@@ -1,7 +1,8 @@
 """What a validation proved, where, and what it did not: `certificates/<backend>-<device>.json` in the bundle.
 
-A certificate is of one bundle (its manifest's SHA-256), one backend and one device, and says `passed` or not. It proves sameness on the
-recorded inputs, not good intent: whoever can write the bundle can write it too.
+A certificate is for one bundle (the SHA-256 of its manifest), one backend and one device, and says whether it
+passed. It proves equality on the recorded inputs. It does not prove good intent, because whoever can write
+the bundle can also write the certificate.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from engines.bundle.reader import MANIFEST, Bundle
 from ..golden.compare import Comparison
 
 FOLDER = "certificates"
-SCHEMA = 1
+SCHEMA = 2  # 1 had `limit` for `tolerance`
 PACKAGES = ("star-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt", "onnx")
 
 
 @dataclass(frozen=True)
 class Row:
-    """The worst of `compared` results of one kind: `component`, what was checked, and the result nearest to its tolerance or beyond."""
+    """The worst of `compared` results of one kind: the one with the largest share of its tolerance."""
 
     component: str
     check: str
@@ -37,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the ladder. `note` says what was done where there is nothing to measure, or what was left out."""
+    """One step of the ladder. `note` says what was left out, or what was done if it measured nothing."""
 
     name: str
     rows: tuple[Row, ...]
@@ -51,7 +52,11 @@ class Rung:
 
 @dataclass(frozen=True)
 class Certificate:
-    """All of a certificate. `compute` is the type of the executor's arithmetic; `plans` maps components to the SHA-256 of plans run."""
+    """The contents of a certificate.
+
+    `compute` is the type of the executor's arithmetic; `plans` maps components to the SHA-256 of the plans
+    that ran.
+    """
 
     schema: int
     passed: bool
@@ -69,7 +74,7 @@ class Certificate:
 
 
 def new_certificate(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ...]) -> Certificate:
-    """The certificate of a climb that was made here and now."""
+    """Make the certificate of a validation that ended on this machine just now."""
     return Certificate(
         schema=SCHEMA,
         passed=all(rung.passed for rung in rungs),
@@ -88,20 +93,23 @@ def new_certificate(bundle: Bundle, backend: str, compute: str, rungs: tuple[Run
 
 
 def not_proven(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ...]) -> list[str]:
-    """What a reader could think was shown, and was not."""
+    """What a reader might think was proven, but was not."""
     gaps = [
         "inputs other than the recorded ones, and the quality of answers and images",
-        "that the checkpoint's own numbers survive the rounding of this precision: the reference was rounded alike",
+        "that rounding the checkpoint to this precision does no harm: the reference has the same rounded "
+        "weights",
     ]
     if bundle.manifest.precision != "fp32" and compute == "fp32":
         gaps.append(
-            f"the arithmetic of {bundle.manifest.precision}: the graphs' fp32 twins ran, on the same rounded weights"
+            f"the arithmetic of {bundle.manifest.precision}: the graphs' fp32 twins ran, "
+            "with the same rounded weights"
         )
     if compute != "fp32":
         gaps.append("the ids of long runs: in 16 bits a near tie may fall either way")
     if backend.startswith("interpreter"):
         gaps.append(
-            "the kernels, and anything on the device: the networks that the plans were compiled from were evaluated on the CPU"
+            "the kernels, and everything else on the device: "
+            "the CPU evaluated the networks that the plans were compiled from"
         )
     elif not backend.startswith("tensorrt"):
         gaps.append("TensorRT plans, which are validated with --target on their device")
@@ -111,7 +119,7 @@ def not_proven(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ..
 
 
 def json_from_certificate(certificate: Certificate) -> str:
-    """As JSON text; numbers that are not finite become null."""
+    """Format as JSON text; numbers that are not finite become null."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -124,12 +132,12 @@ def json_from_certificate(certificate: Certificate) -> str:
 
 
 def certificate_path(bundle: Path, backend: str, device: str) -> Path:
-    """`certificates/tensorrt-rtx-4090-nvidia-geforce-rtx-4090.json`."""
+    """For example `certificates/tensorrt-rtx-4090-nvidia-geforce-rtx-4090.json` in `bundle`."""
     return bundle / FOLDER / f"{_slug(backend)}-{_slug(device)}.json"
 
 
 def device_name(backend: str) -> str:
-    """What `backend` runs on here: `cpu`, or the first GPU's name. Raises MissingError without a GPU."""
+    """The device of `backend`: `cpu`, or the first GPU's name. Raises MissingError without a GPU."""
     if backend == "onnxruntime" or backend.startswith("interpreter"):
         return "cpu"
     from engines.tensorrt.device import gpus
@@ -138,7 +146,7 @@ def device_name(backend: str) -> str:
 
 
 def plan_hashes(bundle: Bundle, backend: str) -> dict[str, str]:
-    """SHA-256 of the plans that `backend` runs, by component; none for backends that run the ONNX."""
+    """The SHA-256 of the plans that `backend` runs, by component; {} for backends that run the ONNX."""
     target = backend.partition(":")[2]
     if not target:
         return {}
@@ -148,7 +156,7 @@ def plan_hashes(bundle: Bundle, backend: str) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes and checks, of the operating system and the processor."""
+    """Versions of the packages that compute and check, and of Python, the system and the processor."""
     found = {"python": platform.python_version(), "system": platform.platform(), "processor": _processor()}
     for package in PACKAGES:
         try:

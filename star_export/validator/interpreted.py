@@ -1,14 +1,14 @@
-"""The rung "interpreted": the network that TensorRT parsed, evaluated in numpy, against the reference. Needs no GPU.
+"""The rung "interpreted": the network that TensorRT parsed, evaluated in numpy. It needs no GPU.
 
-Every component against its golden tensors, whole runs teacher-forced and greedy, an answer and an edit; in float32 throughout,
-which is held to rounding level, and in the network's own types. The decoders step by step, with poison in unused slots, in
-float32. It proves the meaning of the network, not the kernels.
+It compares every component with its golden tensors, whole runs (teacher-forced and greedy), an answer and an
+edit, both in float32 throughout, at rounding level, and in the network's own types; and in float32 the
+decoders step by step, with poison in unused slots. It proves the meaning of the network, not the kernels.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,12 +22,12 @@ from engines.progress import Progress
 from engines.runtime.decode import prefill
 from engines.runtime.kv_cache import Slots, cache_buffers
 from engines.runtime.star import Star
-from engines.sessions import run
+from engines.sessions import Session, run
 from engines.sessions.interpreter import InterpreterSession, open_session
 from engines.targets import target_from_name
 from engines.tensorrt.plan import plan_spec
 
-from ..components import FLIPPED_IDS
+from ..components import COMPONENTS, FLIPPED_IDS
 from ..golden.cases import Case, cases_from_file, component_cases
 from ..golden.compare import check, compare
 from ..golden.run_case import run_case
@@ -36,26 +36,32 @@ from .certificate import Row
 from .rungs import decoder_steps, golden_tensors, rows_from_results, whole_runs
 from .subject import RUNS, Subject
 
-STEPS, CHUNK_TOKENS = 16, 256  # of each decoder one by one, and at once where the whole capacity is filled
-RUN_TOKENS = 8  # of the answer and the edit
+STEPS, CHUNK_TOKENS = 16, 256  # single steps of each decoder; tokens at once to fill the whole capacity
+RUN_TOKENS = 8  # length of the answer and the edit
+PROVES = "proves the meaning of the network, not the kernels"
+USED = COMPONENTS.keys() - {"vq_decoder"}  # by an answer and an edit's ids
 IMAGE = (56, 84, 3)
 QUESTION, INSTRUCTION = "what is in the picture?", "make it blue"
 
 
 def interpreted(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
-    """All of this module on the networks of `subject.target`, one row per kind of result, and what was left out."""
+    """Run all checks of this module on the networks of `subject.target`.
+
+    Returns one row per kind of result, and what was left out. Raises UsageError if nothing could be proven.
+    """
     target, bundle = subject.target, subject.bundle
     builder = target_from_name(target).builder
     if builder not in BUILDERS and subject.backend.startswith("tensorrt:"):
-        return [], f"left out: networks of {builder} are not read back"
-    if builder not in BUILDERS:  # then nothing at all would be proven
+        return [], f"left out: the interpreter does not support networks of {builder}"
+    if builder not in BUILDERS:  # without the device, nothing at all would be proven
         raise UsageError(
-            f"Networks of {builder} are not read back",
-            fix="validate on the device: --target",
+            f"The interpreter does not support networks of {builder}",
             where=f"{subject.backend}: expected a target of {', '.join(BUILDERS)}, got one of {builder}",
+            fix="validate on the device with --target",
         )
     native = compute_type(bundle.manifest.precision, twin=False)
-    rows, notes = [], [*_not_compared(bundle, target)]
+    rows: list[Row] = []
+    notes = [PROVES, *_not_compared(bundle, target)]
     for backend, compute in {f"interpreter-fp32:{target}": "fp32", f"interpreter:{target}": native}.items():
         if backend.startswith("interpreter:") and native == "fp32":
             continue
@@ -68,7 +74,7 @@ def interpreted(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
 
 
 def _not_compared(bundle: Bundle, target: str) -> list[str]:
-    """The components whose plan does not say which network it was compiled from."""
+    """A note on the components whose plans do not record the network that they were compiled from."""
     names = [
         name for name in bundle.manifest.components if plan_spec(bundle, target, name)[1].network is None
     ]
@@ -80,7 +86,7 @@ def _steps(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
 
 
 def teacher_forced(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
-    """The recorded greedy run, each step fed with the recorded id whatever was drawn: how many ids differ step by step."""
+    """Repeat the recorded greedy run, but feed each step the recorded id: compares the ids step by step."""
     if RUNS not in subject.bundle.manifest.files:
         return [], ""
     case = cases_from_file(subject.bundle.file(RUNS))["generate"]
@@ -88,24 +94,19 @@ def teacher_forced(subject: Subject, progress: Progress) -> tuple[list[Row], str
     with Star(subject.bundle, backend=subject.backend) as star:
         ids = forced_ids(star, case)
     tolerances = {"image_ids": 0.0 if subject.compute == "fp32" else FLIPPED_IDS}
-    return rows_from_results(
-        "runtime", "teacher-forced", compare({"image_ids": ids}, case.outputs, tolerances=tolerances)
-    ), ""
+    results = compare({"image_ids": ids}, case.outputs, tolerances=tolerances)
+    return rows_from_results("runtime", "teacher-forced", results), ""
 
 
 def forced_ids(star: Star, case: Case) -> np.ndarray:
-    """Arg-max ids [1,n] along the recorded ids of `case` (input_ids [2,L], guidance [1] -> image_ids [1,n])."""
+    """The arg-max ids [1,n] along the recorded ids of `case`, which has input_ids [2,L] and guidance [1]."""
     rows, guidance, recorded = case.inputs["input_ids"], case.inputs["guidance"], case.outputs["image_ids"][0]
     base, stacked, head = (star.session(name) for name in ("base_ar", "stacked_ar", "image_head"))
     capacity = base.capacity_tokens or rows.shape[1] + len(recorded) - 1
-    slots, decoders = (
-        Slots(capacity),
-        [(s, cache_buffers(s, rows=2, capacity_tokens=capacity)) for s in (base, stacked)],
-    )
-    embeds, positions = (
-        run(star.session("token_embedding"), {"input_ids": rows})["inputs_embeds"],
-        text_positions(*rows.shape),
-    )
+    slots = Slots(capacity)
+    decoders = [(s, cache_buffers(s, rows=2, capacity_tokens=capacity)) for s in (base, stacked)]
+    embeds = run(star.session("token_embedding"), {"input_ids": rows})["inputs_embeds"]
+    positions = text_positions(*rows.shape)
     got = []
     for i, wanted in enumerate(recorded):
         feeds = {
@@ -124,35 +125,25 @@ def forced_ids(star: Star, case: Case) -> np.ndarray:
 
 
 def _drawn(
-    head, feeds: Mapping[str, np.ndarray], logits: np.ndarray, wanted: int, top_k: int
-) -> Mapping[str, np.ndarray]:
-    """`feeds` with the uniform number that draws `wanted`: the middle of its share of the cumulative probability."""
+    head: Session, feeds: dict[str, np.ndarray], logits: np.ndarray, wanted: int, top_k: int
+) -> dict[str, np.ndarray]:
+    """Run the image head with a uniform number in the middle of the interval that draws `wanted`."""
     order = np.argsort(-logits, kind="stable")[:top_k]
     shares = np.exp(logits[order].astype(np.float64) - logits.max())
     ((rank,),) = (np.nonzero(order == wanted),)
     if not len(rank):
         raise InputError(
             "The recorded run cannot be followed",
-            where=f"image_head: expected id {wanted} among the first {top_k}, got none",
-            fix="the logits are far from the recorded ones: see the golden tensors of image_head",
+            where=f"image_head: expected id {wanted} among the {top_k} likeliest, which do not contain it",
+            fix="the logits are far from the recorded ones: compare the golden tensors of image_head",
         )
     middle = (shares[: rank[0]].sum() + shares[rank[0]] / 2) / shares.sum()
     return run(head, feeds | {"top_k": np.array([top_k]), "uniform": np.array([middle], np.float32)})
 
 
 def images(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
-    """An answer and an edit of a made-up image, greedy: the ids of ONNX Runtime on the same bundle."""
-    names = subject.bundle.manifest.components
-    needed = {
-        "vision_encoder",
-        "vq_encoder",
-        "base_ar",
-        "stacked_ar",
-        "token_embedding",
-        "text_head",
-        "image_head",
-    }
-    if not importlib.util.find_spec("onnxruntime") or not needed <= set(names):
+    """Compare the ids of a greedy answer and edit of a made-up image with ONNX Runtime on the same bundle."""
+    if not importlib.util.find_spec("onnxruntime") or not set(subject.bundle.manifest.components) >= USED:
         return [], "left out: edit and ask, which are compared with ONNX Runtime on the whole bundle"
     tolerance = 0.0 if subject.compute == "fp32" else 1.0
     progress("ask and edit", 0, 1)
@@ -163,21 +154,20 @@ def images(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
         found = []
         for name, ids in (("ask", asked_ids), ("edit", edited_ids)):
             wanted, got = ids(oracle), ids(star)
-            if tolerance:  # an answer that ends earlier than the other is compared as far as both go
+            if tolerance:  # answers of different lengths are compared up to the shorter one's end
                 wanted, got = (array[..., : min(wanted.shape[-1], got.shape[-1])] for array in (wanted, got))
-            found += rows_from_results(
-                "runtime", name, compare({"ids": got}, {"ids": wanted}, tolerances={"ids": tolerance})
-            )
+            results = compare({"ids": got}, {"ids": wanted}, tolerances={"ids": tolerance})
+            found += rows_from_results("runtime", name, results)
     return found, ""
 
 
 def asked_ids(star: Star) -> np.ndarray:
-    """Ids of a short answer about the made-up image."""
+    """The ids of a short answer about the made-up image."""
     return star.ask(_image(), QUESTION, max_new_tokens=RUN_TOKENS).ids
 
 
 def edited_ids(star: Star) -> np.ndarray:
-    """The first image ids [1,n] of an edit of the made-up image, greedy: what `Star.edit` does, stopped early."""
+    """The first image ids [1,n] of a greedy edit of the made-up image, like `Star.edit` stopped early."""
     vision, square = edit_inputs(_image(), star.model, min_pixels=_PIXELS, max_pixels=_PIXELS)
     rows = star.chat.edit_prompt(INSTRUCTION, grid_h=vision.grid_h, grid_w=vision.grid_w)
     embeds = star.embedded(rows, vision=vision, square=square)
@@ -197,39 +187,40 @@ _PIXELS = 4 * 28 * 28
 
 
 def _image() -> np.ndarray:
-    """A smooth colourful image, uint8 [H,W,3]."""
+    """A smooth, colourful image, uint8 [H,W,3]."""
     y, x, c = np.ogrid[: IMAGE[0], : IMAGE[1], :3]
     return (127.5 + 127.5 * np.sin(x / 9 + y / (7 + c) + 2 * c)).astype(np.uint8)
 
 
 def ties(subject: Subject, progress: Progress) -> list[Row]:
-    """Components that rank, with equal elements in the other order: TensorRT does not say which comes first, so nothing may
-    depend on it."""
-    found, components = [], subject.bundle.manifest.components
+    """Evaluate the components that rank elements with ties in reverse order.
+
+    TensorRT does not define which of two equal elements comes first, so nothing may depend on it.
+    """
+    found: list[Row] = []
+    components = subject.bundle.manifest.components
     for i, (name, spec) in enumerate(components.items()):
         session = open_session(subject.bundle, name, target=subject.target, wide=True, ties="last")
-        progress(f"{name} with ties the other way", i, len(components))
+        progress(f"{name} with ties reversed", i, len(components))
         if not session.ranks:
             continue
         for case, recorded in component_cases(subject.bundle.file(spec.golden), spec).items():
-            found += rows_from_results(
-                name,
-                f"fp32: case {case}, ties the other way",
-                run_case(session, recorded, tolerances=tolerances_of(name, "fp32", {})),
-            )
+            results = run_case(session, recorded, tolerances=tolerances_of(name, "fp32", {}))
+            found += rows_from_results(name, f"fp32: case {case}, ties reversed", results)
     return found
 
 
 def look_at_golden(bundle: Bundle) -> Callable[[str, Parsed], None]:
-    """For `engines.tensorrt.build.build_plans(look=...)`: every network is held to its golden tensors in the call that compiles it, in
-    float32 throughout. Raises ParityError, and then no plan is written."""
+    """A callback for `engines.tensorrt.build.build_plans(look=...)` that checks networks before compilation.
+
+    It compares the network with its golden tensors, in float32 throughout. It raises ParityError for a
+    difference, and then no plan is written.
+    """
 
     def look(component: str, parsed: Parsed) -> None:
         spec = bundle.component(component)
-        session, cases = (
-            InterpreterSession(Network(parsed, wide=True), spec),
-            component_cases(bundle.file(spec.golden), spec),
-        )
+        session = InterpreterSession(Network(parsed, wide=True), spec)
+        cases = component_cases(bundle.file(spec.golden), spec)
         capacity = session.capacity_tokens
         fitting = {
             name: case
@@ -239,13 +230,13 @@ def look_at_golden(bundle: Bundle) -> Callable[[str, Parsed], None]:
         if not fitting:
             raise InputError(
                 "No golden case fits this network",
+                where=f"{component}: expected a capacity for one of {', '.join(cases)}, got {capacity}",
                 fix="build with a larger capacity, or without this check",
-                where=f"{component}: expected a capacity that holds one of {', '.join(cases)}, got {capacity}",
             )
         for case, recorded in fitting.items():
             results = run_case(
                 session, recorded, tolerances=tolerances_of(component, "fp32", {}), capacity_tokens=capacity
             )
-            check(results, where=f"{component}, read back: case {case}")
+            check(results, where=f"{component}, interpreted: case {case}")
 
     return look

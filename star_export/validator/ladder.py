@@ -1,8 +1,8 @@
 """The parity ladder: does a bundle compute, on this device, what the reference computed when it was exported?
 
-Rungs, each on top of the last: files and graphs; every component against its golden tensors; the decoders step by step against
-their own prefill; the ids of whole runs; and for a model whose tasks can be judged, how many it does right. A rung that fails ends
-the validation. The numbers go into a certificate.
+Each rung builds on the last: files and graphs; every component against its golden tensors; the decoders step
+by step against their own prefill; the ids of whole runs; and for a model whose tasks can be judged, how many
+it gets right. A rung that fails ends the validation. The numbers go into a certificate.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ def validate(
     report: str | Path | None = None,
     progress: Progress = silent,
 ) -> Certificate:
-    """Climb the ladder with the ONNX of `bundle` on `backend`, or with the plans of `target` on the GPU at hand. On a machine that
-    cannot run them, the networks that they were compiled from are read back on the CPU instead, and the certificate says so.
+    """Validate the ONNX of `bundle` on `backend`, or the plans of `target` on this machine's GPU.
 
-    An old certificate of the same backend and device is removed first, and a new one is written at the end, whether it passed or not:
-    one that says `passed` is always of the last run. `report` names an HTML page to write too. Raises ParityError for the result
-    furthest beyond its tolerance, InputError for files, graphs and golden sets that cannot prove anything, MissingError without the
-    executor or device.
+    On a machine that cannot run the plans, the interpreter evaluates the networks that they were compiled
+    from on the CPU instead, and the certificate says so. `report` names an HTML page to write as well.
+
+    An old certificate of the same backend and device is removed first and a new one is written at the end,
+    passed or not, so a certificate that says `passed` is always from the last run. Raises ParityError for the
+    result that exceeds its tolerance most, InputError for files, graphs and golden sets that cannot prove
+    anything, and MissingError without the executor or device.
     """
     opened = Bundle.open(bundle)
     backend = _backend_of(target) if target else backend
@@ -71,7 +73,7 @@ def validate(
 
 
 def run_ladder(subject: Subject, progress: Progress) -> Certificate:
-    """All rungs up to the first that fails."""
+    """Run all rungs up to the first that fails."""
     rungs: list[Rung] = []
     for name, rung in rungs_of(subject.backend, scored=SCORE in subject.bundle.manifest.files).items():
         started = time.monotonic()
@@ -83,8 +85,11 @@ def run_ladder(subject: Subject, progress: Progress) -> Certificate:
 
 
 def rungs_of(backend: str, *, scored: bool) -> Mapping[str, Callable]:
-    """The rungs of a validation: networks are read back where there is a target, and nothing else can be where its device is not; tasks
-    are scored where the bundle holds the reference's score."""
+    """The rungs of a validation on `backend`, by name.
+
+    Networks are interpreted for a target; without its device, nothing else can run. Tasks are `scored` if the
+    bundle holds the reference's score.
+    """
     if backend.startswith("interpreter"):
         return {name: RUNGS[name] for name in ("files and graphs", "interpreted")}
     left_out = {"interpreted": not backend.startswith("tensorrt:"), "score": not scored}
@@ -92,7 +97,10 @@ def rungs_of(backend: str, *, scored: bool) -> Mapping[str, Callable]:
 
 
 def _backend_of(target: str) -> str:
-    """`tensorrt:TARGET` where its plans run here, else `interpreter:TARGET`; the first thing that is missing where neither can be."""
+    """`tensorrt:TARGET` if its plans run here, else `interpreter:TARGET`.
+
+    Raises MissingError or UsageError if neither can run.
+    """
     row = target_from_name(target)
     try:
         check_runnable(row)
@@ -105,32 +113,28 @@ def _backend_of(target: str) -> str:
 
 
 def check_certificate(certificate: Certificate, path: Path) -> None:
-    """Raise ParityError for the failing row furthest beyond its tolerance: component, check, tensor, tolerance and value."""
+    """Raise ParityError for the row that exceeds its tolerance by the largest factor."""
     failing = [(rung, row) for rung in certificate.rungs for row in rung.rows if not row.worst.passed]
     if failing:
         rung, row = max(failing, key=lambda pair: excess(pair[1].worst))
         more = f"; {len(failing) - 1} more in {path}" if len(failing) > 1 else ""
         raise ParityError(
-            "What runs is not what the reference computes",
-            fix="do not use it here; export or build it again",
+            "The outputs differ from the reference",
             where=f"{row.component}: {row.check}: {verdict(row.worst)}{more}",
+            fix="do not use this bundle here; export or build it again",
         )
 
 
 def score_of_tasks(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
-    """The small task benchmark beside the score that the reference reached: `star_export.validator.score`."""
-    from .score import score, shortfalls, shown  # knows STAR-Nano's tasks: no other model needs it
+    """Compare the small task benchmark with the reference's score: `star_export.validator.score`."""
+    from .score import score, shortfalls, shown  # it imports STAR-Nano's tasks, which no other model needs
 
     found = score(subject.bundle, backend=subject.backend, progress=progress)
-    rows = [
-        Row(
-            "runtime",
-            f"{task}: {shown(found.score, task)}, the reference {shown(found.reference, task)}",
-            Comparison("shortfall", value, tolerance),
-            1,
-        )
-        for task, (value, tolerance) in shortfalls(found.score, found.reference).items()
-    ]
+    assert found.reference is not None  # this rung runs only for bundles with the reference's score
+    rows = []
+    for task, (value, tolerance) in shortfalls(found.score, found.reference).items():
+        check = f"{task}: {shown(found.score, task)}, the reference {shown(found.reference, task)}"
+        rows.append(Row("runtime", check, Comparison("shortfall", value, tolerance), 1))
     return rows, ""
 
 

@@ -1,4 +1,4 @@
-"""A certificate as one HTML page, with nothing beside it. Knows nothing of how it was made."""
+"""Format a certificate as one self-contained HTML page. This module knows nothing of how it was made."""
 
 from __future__ import annotations
 
@@ -7,19 +7,33 @@ import math
 
 from .certificate import Certificate, Row, Rung
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#1a1a1a;background:#fff}
-table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}th,td{text-align:left;padding:.2rem .7rem;border-bottom:1px solid #ddd}
-td.n{text-align:right;font-variant-numeric:tabular-nums}.pass{color:#06662d}.fail{color:#a30b0b;font-weight:600}"""
-_HEAD = ("", "component", "check", "tensor", "worst value", "tolerance", "max abs", "cosine", "compared")
+_STYLE = """\
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}
+body{color:#1a1a1a;background:#fff}
+table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}
+th,td{text-align:left;padding:.2rem .7rem;border-bottom:1px solid #ddd}
+td.n{text-align:right;font-variant-numeric:tabular-nums}
+.pass{color:#06662d}.fail{color:#a30b0b;font-weight:600}"""
+_HEAD = (
+    "",
+    "component",
+    "check",
+    "worst tensor",
+    "value",
+    "tolerance",
+    "max abs difference",
+    "cosine",
+    "tensors compared",
+)
 
 
 def html_from_certificate(certificate: Certificate) -> str:
-    """The page: verdict, what ran where, a table per rung, and what is not proven."""
+    """Make the page: the verdict, what ran where, a table per rung, and what is not proven."""
     facts = {
         "bundle": certificate.bundle,
         "precision": certificate.precision,
         "backend": certificate.backend,
-        "computed in": certificate.compute,
+        "compute type": certificate.compute,
         "device": certificate.device,
         "made at": certificate.made_at,
         "manifest SHA-256": certificate.manifest_sha256,
@@ -35,8 +49,8 @@ def html_from_certificate(certificate: Certificate) -> str:
             "<table>",
             *(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in facts.items()),
             "</table>",
-            "<p>A value is the largest absolute difference in units of the reference's standard deviation; for ids, the share that differs. "
-            "Each row shows the worst of the tensors compared.",
+            "<p>A value is the largest absolute difference in units of the reference's standard deviation, "
+            "or for ids the share that differs. Each row shows the worst of the tensors that were compared.",
             *(_rung(rung) for rung in certificate.rungs),
             "<h2>Not proven</h2>",
             "<ul>",
@@ -51,7 +65,9 @@ def html_from_certificate(certificate: Certificate) -> str:
 def _rung(rung: Rung) -> str:
     note = f"<p>{_text(rung.note)}" if rung.note else ""
     head = "<tr>" + "".join(f"<th>{name}" for name in _HEAD) if rung.rows else ""
-    return f"<h2>{_verdict(rung.passed)} {_text(rung.name)} ({rung.seconds:.1f} s)</h2>{note}<table>{head}{''.join(map(_row, rung.rows))}</table>"
+    rows = "".join(map(_row, rung.rows))
+    title = f"<h2>{_verdict(rung.passed)} {_text(rung.name)} ({rung.seconds:.1f} s)</h2>"
+    return f"{title}{note}<table>{head}{rows}</table>"
 
 
 def _row(row: Row) -> str:
@@ -61,7 +77,8 @@ def _row(row: Row) -> str:
         for value in (r.value, r.tolerance, r.max_abs, r.cosine, row.compared)
     )
     tensor = ": ".join(part for part in (r.place, r.tensor, r.fault) if part)
-    return f"\n<tr><td>{_verdict(r.passed)}<td>{_text(row.component)}<td>{_text(row.check)}<td>{_text(tensor)}{numbers}"
+    words = "".join(f"<td>{_text(cell)}" for cell in (row.component, row.check, tensor))
+    return f"\n<tr><td>{_verdict(r.passed)}{words}{numbers}"
 
 
 def _verdict(passed: bool) -> str:

@@ -1,11 +1,13 @@
-"""A decoder against itself: steps of one token must give what one prefill gives, and nothing else may be read or written.
+"""A decoder against itself: steps of one token must equal one prefill, and touch no other slots.
 
-The prefill is anchored by the golden tensors; from there these runs reach every slot of the capacity. Unused slots hold poison,
-of another sign in each run, so whatever leaks differs. Knows nothing of bundles or reports.
+The golden tensors anchor the prefill; from there these runs reach every slot of the capacity. Unused slots
+hold poison, with another sign in each of the two runs, so leaks differ. This module knows nothing of bundles
+or reports.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -14,6 +16,7 @@ import numpy as np
 from engines.bundle.manifest import ComponentSpec
 from engines.bundle.tensors import bound_tensors
 from engines.runtime.kv_cache import cache_buffers
+from engines.sessions import Buffer, Session
 
 from ..golden.cases import POISON, Tensors
 from ..golden.compare import Comparison, VacuousError, compare
@@ -23,16 +26,17 @@ Tick = Callable[[], None]
 
 
 class Decoder:
-    """A decoder session with caches of its own: [rows,KV,capacity,D] each, filled with `poison`."""
+    """A decoder session with its own caches, each [rows,KV,capacity,D] and filled with `poison`."""
 
-    def __init__(self, session, *, rows: int, capacity_tokens: int, poison: float):
-        self.session, self.rows, self.steps = session, rows, {}
+    def __init__(self, session: Session, *, rows: int, capacity_tokens: int, poison: float):
+        self.session, self.rows = session, rows
+        self.steps: dict[int, tuple[dict[str, Buffer], Callable[[], None]]] = {}
         self.buffers = cache_buffers(session, rows=rows, capacity_tokens=capacity_tokens)
         for buffer in self.buffers.values():
             buffer.write(np.full(buffer.shape, poison, array_dtype(buffer.dtype)))
 
     def run(self, inputs_embeds: np.ndarray, write_indices: np.ndarray) -> np.ndarray:
-        """Write and attend at `write_indices` [B]: inputs_embeds [B,S,H] -> hidden states [B,S,H] float32."""
+        """Write and attend at `write_indices` [B]: inputs_embeds [B,S,H] -> hidden_states [B,S,H] float32."""
         tokens = inputs_embeds.shape[1]
         positions = np.broadcast_to(write_indices[:, None] + np.arange(tokens), (3, self.rows, tokens))
         feeds = {"inputs_embeds": inputs_embeds, "position_ids": positions, "write_indices": write_indices}
@@ -50,12 +54,12 @@ class Decoder:
         return np.array(bound["hidden_states"].read())
 
     def caches(self) -> Tensors:
-        """Copies of all caches under their `present.` names."""
+        """Copy all caches, under their `present.` names."""
         return read_caches(self.buffers)
 
 
 def check_decoder(
-    session,
+    session: Session,
     *,
     tokens: int,
     capacity_tokens: int,
@@ -64,18 +68,29 @@ def check_decoder(
     chunk_tokens: int | None = None,
     tick: Tick = lambda: None,
 ) -> dict[str, list[Comparison]]:
-    """All of this module on one decoder session, by check. `tokens` is at most the prefill limit and the capacity, as is
-    `chunk_tokens`, in which the capacity is filled (`tokens` by default); `tick` is called after each step (2 * `tokens` in all). A prefill that writes nothing proves nothing: here that is the candidate's fault.
+    """Run all checks of this module on one decoder session; returns check -> results.
+
+    `tokens`, and the `chunk_tokens` that fill the capacity (default: `tokens`), are at most the prefill limit
+    and the capacity. `tick` is called after each step, 2 * `tokens` times. A prefill that writes nothing
+    proves nothing, which here is the candidate's fault.
     """
-    common = {"tokens": tokens, "capacity_tokens": capacity_tokens, "tolerances": tolerances, "seed": seed}
-    checks = {
-        "two rows against one": lambda: check_rows(session, **common),
-        "steps against prefill, B=1": lambda: check_rollout(
-            session, rows=1, chunk_tokens=chunk_tokens, tick=tick, **common
-        ),
-        "steps against prefill, B=2": lambda: check_rollout(
-            session, rows=2, chunk_tokens=chunk_tokens, tick=tick, **common
-        ),
+    rollout = functools.partial(
+        check_rollout,
+        session,
+        tokens=tokens,
+        capacity_tokens=capacity_tokens,
+        tolerances=tolerances,
+        seed=seed,
+        chunk_tokens=chunk_tokens,
+        tick=tick,
+    )
+    rows = functools.partial(
+        check_rows, session, tokens=tokens, capacity_tokens=capacity_tokens, tolerances=tolerances, seed=seed
+    )
+    checks: dict[str, Callable[[], list[Comparison]]] = {
+        "two rows against one": rows,
+        "steps against prefill, B=1": lambda: rollout(rows=1),
+        "steps against prefill, B=2": lambda: rollout(rows=2),
     }
     results = {}
     for name, check in checks.items():
@@ -87,7 +102,7 @@ def check_decoder(
 
 
 def check_rollout(
-    session,
+    session: Session,
     *,
     rows: int,
     tokens: int,
@@ -97,9 +112,10 @@ def check_rollout(
     chunk_tokens: int | None = None,
     tick: Tick = lambda: None,
 ) -> list[Comparison]:
-    """`tokens` steps of one token against one prefill of as many, then a rewind, then the last slot of the capacity.
+    """Compare `tokens` steps of one token with one prefill of as many, then a rewind, then the last slot.
 
-    `rows` 1 or 2, `tokens` at most the session's prefill limit and at most `capacity_tokens`. Results are named by step.
+    `rows` is 1 or 2; `tokens` is at most the session's prefill limit and `capacity_tokens`. The results'
+    `place` is the step.
     """
     embeds = _embeds(session.spec, rows=rows, tokens=tokens, seed=seed)
     whole = Decoder(session, rows=rows, capacity_tokens=capacity_tokens, poison=POISON)
@@ -131,9 +147,9 @@ def check_rollout(
 
 
 def check_rows(
-    session, *, tokens: int, capacity_tokens: int, tolerances: Mapping[str, float], seed: int
+    session: Session, *, tokens: int, capacity_tokens: int, tolerances: Mapping[str, float], seed: int
 ) -> list[Comparison]:
-    """The first of two rows against the same row alone: a prefill of `tokens`."""
+    """Compare the first of two rows with the same row alone, in a prefill of `tokens`."""
     embeds = _embeds(session.spec, rows=2, tokens=tokens, seed=seed)
     one, two = (
         Decoder(session, rows=rows, capacity_tokens=capacity_tokens, poison=POISON) for rows in (1, 2)
@@ -149,7 +165,7 @@ def check_rows(
 def _rewind(
     stepped: Decoder, whole: Decoder, embeds: np.ndarray, *, seed: int, tolerances: Mapping[str, float]
 ) -> list[Comparison]:
-    """Write another token at an earlier slot, a different one in each row: what lies behind it must not be read."""
+    """Write another token at an earlier slot, different in each row: later slots must not be read."""
     rows, tokens = embeds.shape[:2]
     at = np.linspace(tokens // 4, tokens // 2, rows, dtype=np.int64)
     new, row = _embeds(stepped.session.spec, rows=rows, tokens=1, seed=seed + 1), np.arange(rows)
@@ -168,9 +184,15 @@ def _rewind(
 
 
 def _last_slot(
-    session, capacity_tokens: int, *, rows: int, chunk: int, seed: int, tolerances: Mapping[str, float]
+    session: Session,
+    capacity_tokens: int,
+    *,
+    rows: int,
+    chunk: int,
+    seed: int,
+    tolerances: Mapping[str, float],
 ) -> list[Comparison]:
-    """Fill the whole capacity in chunks; the token in the last slot must not depend on how it got there."""
+    """Fill the capacity in chunks; the last token's result must not depend on how its slot was reached."""
     embeds = _embeds(session.spec, rows=rows, tokens=capacity_tokens, seed=seed + 2)
     whole, stepped = (
         Decoder(session, rows=rows, capacity_tokens=capacity_tokens, poison=p) for p in (POISON, -POISON)
@@ -199,7 +221,6 @@ def _first(caches: Tensors, tokens: int) -> Tensors:
 
 
 def _embeds(spec: ComponentSpec, *, rows: int, tokens: int, seed: int) -> np.ndarray:
-    hidden = next(t for t in spec.inputs if t.name == "inputs_embeds").shape[-1]
-    return np.random.Generator(np.random.Philox(seed)).standard_normal(
-        (rows, tokens, hidden), dtype=np.float32
-    )
+    hidden = int(next(t for t in spec.inputs if t.name == "inputs_embeds").shape[-1])
+    rng = np.random.Generator(np.random.Philox(seed))
+    return rng.standard_normal((rows, tokens, hidden), dtype=np.float32)

@@ -1,6 +1,7 @@
-"""The rungs that compare: files and graphs, golden tensors, decoder steps, whole runs. Each is a function of a subject.
+"""The rungs for every model: files and graphs, golden tensors, decoder steps and whole runs.
 
-A rung returns its rows and a note on what was left out. Knows nothing of the ladder that orders them.
+A rung is a function of a subject that returns its rows and a note on what it left out. This module knows
+nothing of the ladder that orders the rungs.
 """
 
 from __future__ import annotations
@@ -33,36 +34,37 @@ ROLLOUT_TOKENS = 64
 
 
 def files_and_graphs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
-    """SHA-256 of every file, then the ONNX checker and our lint on every graph. Raises InputError."""
+    """Check the SHA-256 of every file, then every graph with the ONNX checker and our lint.
+
+    Raises InputError.
+    """
     manifest = subject.bundle.manifest
     progress("hash every file", 0, 1)
     subject.bundle.verify()
-    done = f"{len(manifest.files)} files have their SHA-256"
+    done = f"{len(manifest.files)} files match their SHA-256"
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir")):
-        return (
-            [],
-            f"{done}; graphs not checked: onnx is not installed here (they were, when they were exported)",
-        )
+        return [], f"{done}; graphs not checked: onnx is not installed here (export checked them)"
+    dialect = _dialect(subject.target)
     graphs = {
-        subject.bundle.graph_name(name, dialect=_dialect(subject.target)): subject.target
-        for name in manifest.components
+        subject.bundle.graph_name(name, dialect=dialect): subject.target for name in manifest.components
     }
-    graphs |= {
-        spec.twin: None for spec in manifest.components.values() if spec.twin
-    }  # twins are for ONNX Runtime alone
+    graphs |= {spec.twin: "" for spec in manifest.components.values() if spec.twin}  # only for ONNX Runtime
     for i, (graph, target) in enumerate(graphs.items()):
         progress(f"check {graph}", i, len(graphs))
         check_onnx(subject.bundle.path / graph, target=target)
     return [], f"{done}; {len(graphs)} graphs pass the ONNX checker and the lint"
 
 
-def _dialect(target: str | None) -> str:
+def _dialect(target: str) -> str:
     return target_from_name(target).dialect if target else "modern"
 
 
-def check_onnx(path: Path, *, target: str | None) -> None:
-    """The ONNX checker and the lint on one file. Raises InputError. Types and shapes are checked too, but not of a classic graph:
-    its opset has no bfloat16 in some operators where TensorRT has."""
+def check_onnx(path: Path, *, target: str) -> None:
+    """Run the ONNX checker and the lint on one file, with the rules of `target` unless it is "".
+
+    Raises InputError. The checker infers types and shapes too, except in a classic graph: TensorRT supports
+    bfloat16 in operators where the classic opset does not.
+    """
     import onnx
 
     from ..graph.lint import check_graph
@@ -71,59 +73,62 @@ def check_onnx(path: Path, *, target: str | None) -> None:
         onnx.checker.check_model(str(path), full_check=_dialect(target) == "modern")
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InputError(
-            "The ONNX checker refuses this graph",
+            "This graph is not valid ONNX",
             where=f"{path}: {str(error).strip()}",
             fix="export the bundle again",
         ) from None
-    check_graph(path, target=target)
+    check_graph(path, target=target or None)
 
 
 def golden_tensors(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
-    """Every component against every case that was recorded for it."""
-    rows, left_out, components = [], [], subject.bundle.manifest.components
+    """Compare every component with every case that was recorded for it."""
+    rows: list[Row] = []
+    left_out: list[str] = []
+    components = subject.bundle.manifest.components
     for i, (name, spec) in enumerate(components.items()):
         progress(f"{name} against its golden tensors", i, len(components))
         cases = component_cases(subject.bundle.file(spec.golden), spec)
         session = open_session(subject.bundle, name, backend=subject.backend)
         try:
-            outside = [
-                case for case, recorded in cases.items() if not _fits(subject, name, session, recorded)
-            ]
+            outside = {case for case, given in cases.items() if not _fits(subject, name, session, given)}
             if len(outside) == len(cases):
                 raise InputError(
                     "No golden case fits this plan",
                     where=f"{name}: expected profiles that hold one of {', '.join(cases)}",
-                    fix="build the plans with more rows, or a larger capacity",
+                    fix="build the plans with more rows or a larger capacity",
                 )
-            left_out += [f"{name} {case}" for case in outside]
-            for case in sorted(cases.keys() - set(outside)):
-                tolerances = tolerances_of(name, subject.compute, cases[case].noise)
+            left_out += [f"{name} {case}" for case in cases if case in outside]
+            for case in sorted(cases.keys() - outside):
                 results = run_case(
                     session,
                     cases[case],
-                    tolerances=tolerances,
+                    tolerances=tolerances_of(name, subject.compute, cases[case].noise),
                     capacity_tokens=session.capacity_tokens,
                     own_draws=subject.compute != "fp32",
                 )
                 rows += rows_from_results(name, f"case {case}", results)
         finally:
             session.close()
-    return rows, f"outside the plans' profiles, not run: {', '.join(left_out)}" if left_out else ""
+    return (
+        rows,
+        f"not run, as the plans' profiles do not hold them: {', '.join(left_out)}" if left_out else "",
+    )
 
 
 def decoder_steps(
     subject: Subject, progress: Progress, *, tokens: int = ROLLOUT_TOKENS, chunk_tokens: int = ROLLOUT_TOKENS
 ) -> tuple[list[Row], str]:
-    """Single steps against a prefill, rewind and last slot, with poison in unused slots, at B=1 and B=2."""
-    rows, model = [], subject.bundle.manifest.model
+    """Compare single steps, a rewind and the last slot of every decoder with a prefill, at B=1 and B=2.
+
+    Unused slots hold poison.
+    """
+    rows: list[Row] = []
+    model = subject.bundle.manifest.model
     decoders = [name for name in model.cache if name in subject.bundle.manifest.components]
     for i, name in enumerate(decoders):
         spec = subject.bundle.component(name)
-        tolerances = tolerances_of(
-            name,
-            subject.compute,
-            largest_noise(component_cases(subject.bundle.file(spec.golden), spec).values()),
-        )
+        noise = largest_noise(component_cases(subject.bundle.file(spec.golden), spec).values())
+        tolerances = tolerances_of(name, subject.compute, noise)
         session = open_session(subject.bundle, name, backend=subject.backend)
         try:
             capacity = session.capacity_tokens or min(tokens, model.max_positions)
@@ -147,7 +152,7 @@ def decoder_steps(
 
 
 def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
-    """Ids of short runs through the runtime, greedy and sampled, and of an answer, against the reference's."""
+    """Compare the ids of short runs of the runtime, greedy, sampled and answering, with the reference's."""
     if RUNS not in subject.bundle.manifest.files:
         return [], "left out: the bundle holds no whole runs (it was exported with some components only)"
     from engines.runtime.star import Star
@@ -156,10 +161,12 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     if wrong := set(cases) ^ set(RUN):
         raise InputError(
             "The golden set cannot prove anything",
+            where=f"{RUNS}: expected the cases {', '.join(RUN)}; "
+            f"missing or unknown: {', '.join(sorted(wrong))}",
             fix="export the bundle again",
-            where=f"{RUNS}: expected the cases {', '.join(RUN)}; missing or unknown: {', '.join(sorted(wrong))}",
         )
-    rows, tolerance = [], 0.0 if subject.compute == "fp32" else 1.0
+    rows: list[Row] = []
+    tolerance = 0.0 if subject.compute == "fp32" else 1.0
     with Star(subject.bundle, backend=subject.backend) as star:
         for i, (case, recorded) in enumerate(cases.items()):
             progress(f"whole run: {case}", i, len(cases))
@@ -169,10 +176,8 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
                 tolerances=dict.fromkeys(recorded.outputs, tolerance),
             )
             rows += rows_from_results("runtime", case, results)
-    return (
-        rows,
-        "" if tolerance == 0 else "ids are reported, not bounded: in 16 bits a near tie may fall either way",
-    )
+    note = "ids are reported, not bounded: in 16 bits a near tie may fall either way"
+    return rows, note if tolerance else ""
 
 
 def _generate(star, case: Case) -> Mapping[str, np.ndarray]:
@@ -189,18 +194,18 @@ def _generate(star, case: Case) -> Mapping[str, np.ndarray]:
 
 
 def _answer(star, case: Case) -> Mapping[str, np.ndarray]:
-    return {
-        "ids": star.answer_ids(
-            case.inputs["input_ids"], case.inputs["position_ids"], max_new_tokens=len(case.outputs["ids"])
-        )
-    }
+    given, tokens = case.inputs, len(case.outputs["ids"])
+    return {"ids": star.answer_ids(given["input_ids"], given["position_ids"], max_new_tokens=tokens)}
 
 
 RUN = {"generate": _generate, "sample": _generate, "answer": _answer}
 
 
 def rows_from_results(component: str, check: str, results: Iterable[Comparison]) -> list[Row]:
-    """One row per kind of tensor and tolerance: its worst result. A cache's written slots and the others have two tolerances."""
+    """Keep the worst result per kind of tensor and tolerance.
+
+    A cache has two tolerances, one for its written slots and one for the others.
+    """
     kinds: dict[tuple, list[Comparison]] = {}
     for result in results:
         kinds.setdefault((result.tensor.partition(".")[0], result.tolerance), []).append(result)
@@ -208,7 +213,7 @@ def rows_from_results(component: str, check: str, results: Iterable[Comparison])
 
 
 def _fits(subject: Subject, component: str, session, case: Case) -> bool:
-    """Whether a plan's profiles hold the case, or a parsed network's capacity; anything else takes every shape."""
+    """Whether a plan's profiles or a network's capacity hold the case. ONNX takes every shape."""
     capacity = session.capacity_tokens
     if capacity is not None and any(
         present_name(name) and array.shape[2] > capacity for name, array in case.inputs.items()
@@ -220,12 +225,11 @@ def _fits(subject: Subject, component: str, session, case: Case) -> bool:
         name: (extended(array, capacity) if present_name(name) else array).shape
         for name, array in case.inputs.items()
     }
-    return any(
-        fits(profile, shapes) for profile in plan_spec(subject.bundle, subject.target, component)[1].profiles
-    )
+    _, plan = plan_spec(subject.bundle, subject.target, component)
+    return any(fits(profile, shapes) for profile in plan.profiles)
 
 
 def _ticker(progress: Progress, name: str, tokens: int, index: int, decoders: int) -> Callable[[], None]:
-    """Counts the steps of the decoder `index`: `tokens` of them at B=1, and as many at B=2."""
+    """Count the steps of the decoder `index`: `tokens` of them at B=1, and as many at B=2."""
     steps = itertools.count(2 * tokens * index + 1)
     return lambda: progress(f"{name} step by step", next(steps), 2 * tokens * decoders)

@@ -1,7 +1,8 @@
-"""How well a bundle of STAR-Nano paints, edits, answers and reasons, beside what the reference reached on the same items.
+"""The score of STAR-Nano's bundle in drawing, editing, answering and reasoning, beside the reference's.
 
-The items, random numbers and judges are `reference.nano.benchmark.score`'s; the images come from the runtime on any backend and in
-any precision. The reference's side was recorded with the weights, and travels in the bundle.
+The items, random numbers and judges are those of `reference.nano.benchmark.score`; the images come from the
+runtime, on any backend and in any precision. The reference's score was recorded with the weights and travels
+in the bundle.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from reference.nano.recipe import NAME
 
 from ..scores import SCORE, score_of_kind
 
-PSNR_SHORTFALL = 0.5  # dB: 6 % more error in the image, which nobody sees
+PSNR_SHORTFALL = 0.5  # dB; 6 % more error in the image, which is invisible
 SETS = {"small": benchmark.SMALL, "full": benchmark.FULL}
 
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """The bundle's score, the reference's where it is recorded, and both as a table."""
+    """The bundle's score, the reference's if it was recorded, and a table of both."""
 
     score: benchmark.Score
     reference: benchmark.Score | None
@@ -39,9 +40,12 @@ class ScoreReport:
 
 
 class RuntimePainter:
-    """The runtime with the methods that the benchmark asks for, drawing as the bundle says. Images are uint8 [64, 64, 3]."""
+    """The runtime behind the methods that the benchmark calls, with the bundle's sampling settings.
 
-    batch = 4  # one after another; so often is progress told
+    Images are uint8 [64, 64, 3].
+    """
+
+    batch = 4  # items between two reports of progress; they run one by one
 
     def __init__(self, star: Star):
         self.star = star
@@ -54,7 +58,7 @@ class RuntimePainter:
             self.star.generate(prompt, seed=seed + i, reason=True, max_new_tokens=benchmark.ANSWER_TOKENS)
             for i, prompt in enumerate(prompts)
         ]
-        return [images.answer for images in made], [images.images[0] for images in made]
+        return [images.answer or "" for images in made], [images.images[0] for images in made]
 
     def edit(self, images: Sequence[np.ndarray], texts: Sequence[str], *, seed: int) -> list[np.ndarray]:
         return [
@@ -71,13 +75,11 @@ class RuntimePainter:
     def rebuild(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         made = []
         for image in images:
-            image = np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / np.float32(
-                127.5
-            ) - np.float32(1)
-            ids = run(self.star.session("vq_encoder"), {"image": image})["image_ids"]
-            made += list(
-                images_from_decoded(run(self.star.session("vq_decoder"), {"image_ids": ids})["image"])
-            )
+            planes = np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32)  # [1, 3, 64, 64]
+            scaled = planes / np.float32(127.5) - np.float32(1)
+            ids = run(self.star.session("vq_encoder"), {"image": scaled})["image_ids"]
+            decoded = run(self.star.session("vq_decoder"), {"image_ids": ids})["image"]
+            made += list(images_from_decoded(decoded))
         return made
 
 
@@ -91,16 +93,16 @@ def score(
 ) -> ScoreReport:
     """Run the benchmark on `bundle`: a small fixed set, or with `full` enough items for narrow intervals.
 
-    `images` is a folder for grids of what was drawn, edited, answered and reasoned. Raises InputError for a bundle of another
-    model, and what the runtime raises.
+    `images` is a folder for grids of what was drawn, edited, answered and reasoned. Raises InputError for a
+    bundle of another model, and the errors of the runtime.
     """
     kind = "full" if full else "small"
     with Star(bundle, backend=backend) as star:
         if star.model.name != NAME:
             raise InputError(
-                "This bundle is not STAR-Nano's",
-                fix="star-export export nano --out BUNDLE",
+                "Only STAR-Nano's bundles can be scored",
                 where=f"{star.bundle.path}: model: name: expected {NAME}, got {star.model.name}",
+                fix="star-export export nano --out BUNDLE",
             )
         reference = recorded_score(star.bundle, kind)
         measured = benchmark.measure(RuntimePainter(star), SETS[kind], progress=progress)
@@ -110,23 +112,24 @@ def score(
 
 
 def recorded_score(bundle: Bundle, kind: str) -> benchmark.Score | None:
-    """What the reference reached on the small or full set; None in a bundle of weights that were not measured."""
-    return (
-        score_from_bytes(bundle.file(SCORE).read_bytes(), kind, where=str(bundle.path / SCORE))
-        if SCORE in bundle.manifest.files
-        else None
-    )
+    """The reference's score on the small or full set, or None if the weights were never scored."""
+    if SCORE not in bundle.manifest.files:
+        return None
+    return score_from_bytes(bundle.file(SCORE).read_bytes(), kind, where=str(bundle.path / SCORE))
 
 
 def score_from_bytes(data: bytes, kind: str, *, where: str) -> benchmark.Score:
-    """The score of a kind out of a recorded file's bytes. Raises InputError."""
+    """Read the score of a kind from the bytes of a recorded file. Raises InputError."""
     return benchmark.score_from_json(score_of_kind(data, kind, where=where))
 
 
 def shortfalls(measured: benchmark.Score, reference: benchmark.Score) -> dict[str, tuple[float, float]]:
-    """Task -> how far the share of right results falls short of the reference's, and how far chance alone may make it: the 95 % limit
-    of a difference of two shares (Newcombe 1998, method 10). Both are samples: where rounding turns one draw, all that follow are
-    others, so the same seed in another precision is another sample. `rebuild`: of PSNR in dB."""
+    """Task -> how far its share of right results is below the reference's, and how far it may be by chance.
+
+    The latter is the 95 % limit of a difference of two shares (Newcombe 1998, method 10). Both scores are
+    samples: once rounding changes one draw, all later draws change, so the same seed in another precision is
+    another sample. For `rebuild`, both numbers are PSNR in dB.
+    """
     found = {"rebuild": (max(0.0, reference.psnr - measured.psnr), PSNR_SHORTFALL)}
     for task in benchmark.GOALS:
         (right, asked), (ours, tried) = reference.overall(task), measured.overall(task)
@@ -137,5 +140,5 @@ def shortfalls(measured: benchmark.Score, reference: benchmark.Score) -> dict[st
 
 
 def shown(score: benchmark.Score, task: str) -> str:
-    """A task's overall score in a word."""
+    """Format a task's overall score."""
     return f"{score.psnr:.2f} dB" if task == "rebuild" else "{}/{}".format(*score.overall(task))

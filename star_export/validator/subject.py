@@ -1,4 +1,4 @@
-"""What is validated: a bundle on a backend, and the type that it computes in."""
+"""The subject of a validation: a bundle on a backend, and the type that it computes in."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ RUNS = "golden.safetensors"  # whole runs, at the bundle's root
 
 @dataclass(frozen=True)
 class Subject:
-    """What is validated: the components of `bundle` on `backend`, computing in `compute` (fp32, fp16, bf16)."""
+    """The components of `bundle` on `backend`, which computes in `compute` (fp32, fp16 or bf16)."""
 
     bundle: Bundle
     backend: str
     compute: str
 
     @property
-    def target(self) -> str | None:
-        return self.backend.partition(":")[2] or None
+    def target(self) -> str:
+        """The target that the backend names, or ""."""
+        return self.backend.partition(":")[2]

@@ -267,11 +267,11 @@ def test_the_command_prints_json_and_wants_a_folder(
     assert main(["score", str(nano[1]), "--json", "--no-progress"]) == 0
     assert set(json.loads(capsys.readouterr().out)["score"]) == {"right", "psnr"}
     assert main(["score", str(nano[1]), "--pictures", str(tmp_path / "none")]) == 3
-    assert "There is no such folder" in capsys.readouterr().err
+    assert "This folder does not exist" in capsys.readouterr().err
 
 
 def test_another_models_bundle_is_refused(nano: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "NAME", "STAR-Pico")
-    with pytest.raises(InputError, match="This bundle is not STAR-Nano's") as caught:
+    with pytest.raises(InputError, match="Only STAR-Nano's bundles can be scored") as caught:
         scoring.score(nano[1])
     assert "expected STAR-Pico, got STAR-Nano" in str(caught.value)
