@@ -1,12 +1,15 @@
-"""How long a bundle's decode step takes, and how near that is to what the memory allows.
+"""Measure a bundle's decode step, and how close it comes to the memory-bandwidth limit.
 
-Reading the weights once per step is the floor of decoding. The floor here is the bytes of the stored weights plus the filled cache,
-over the bandwidth that this machine shows in the same run; an executor that widens weights when it loads them reads more.
-All variants are measured in turns, and medians are reported: a machine's speed drifts.
+A decode step reads all weights once, which bounds its time from below. The bound is the size of the stored
+weights and the filled cache over the bandwidth that is measured in the same run; an executor that widens
+weights on loading reads more. All variants are measured in turns and reported as medians, because a machine's
+speed drifts.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import statistics
 import time
@@ -16,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .bundle.tensors import bound_tensors, present_name
+from .bundle.tensors import ITEM_BYTES, bound_tensors, present_name, shape_from_symbols
 from .inputs.prompt import text_positions
 from .progress import Progress, silent
 from .runtime.decode import ImageLoop
@@ -27,11 +30,19 @@ from .sessions.onnxruntime import OnnxRuntimeSession
 
 PROMPT_TOKENS, REPEATS = 32, 15
 BANDWIDTH_BYTES, BANDWIDTH_REPEATS = 1 << 28, 7
+PEERS = {
+    "bare": "the same sessions in a bare loop",
+    "plain": "ONNX Runtime's plain run, caches returned as new arrays",
+}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One part of an image: median `ms` of a call, the bytes it must read (0 where none is stated) and the share of that floor."""
+    """One part of an image.
+
+    `ms` is the median of a call, `read_bytes` what it must read (0 where not stated), and `share` the
+    fraction of the measured bandwidth at which it reads them.
+    """
 
     name: str
     ms: float
@@ -41,7 +52,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All figures of one run. `bandwidth` in bytes per second; `ratios` of the runtime's decode step over its peers', 1 is equal."""
+    """All figures of one run.
+
+    `bandwidth` is in bytes per second. `ratios` divides the runtime's decode step by each peer's: 1 is equal.
+    """
 
     model: str
     precision: str
@@ -58,79 +72,82 @@ def bench(star: Star, *, repeats: int = REPEATS, progress: Progress = silent) ->
     """Measure `star`: one image under guidance (two rows), after a prompt of 32 tokens."""
     progress("memory bandwidth", 0, repeats + 1)
     device, bandwidth = device_bandwidth(star.backend)
-    model, tokens = star.model, star.model.image_tokens
-    ids = np.arange(2 * PROMPT_TOKENS, dtype=np.int64).reshape(2, PROMPT_TOKENS) % model.vocab_size
-    embeds, positions = (
-        run(star.session("token_embedding"), {"input_ids": ids})["inputs_embeds"],
-        text_positions(2, PROMPT_TOKENS),
+    loop = star.image_loop(num_images=1, length=PROMPT_TOKENS, tokens=star.model.image_tokens)
+    calls, synchronize = calls_of(star, loop), loop.image_ids[0].read
+    seconds = in_turns(calls, repeats=repeats, synchronize=synchronize, progress=progress)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return Benchmark(
+        model=star.model.name,
+        precision=star.bundle.manifest.precision,
+        backend=star.backend,
+        device=device,
+        bandwidth=bandwidth,
+        tokens=loop.tokens,
+        seconds_per_image=median["image"] + median["vq_decoder"],
+        timings=timings_of(star, loop, median, bandwidth),
+        ratios={PEERS[peer]: ratio(seconds, "runtime", peer) for peer in PEERS if peer in seconds},
     )
-    settings = {
-        "guidance": 1.1,
-        "top_k": min(1000, model.codebook_size),
-        "top_p": 0.8,
-        "uniforms": uniforms(seed=100, tokens=tokens, num_images=1),
-    }
-    loop = star.image_loop(num_images=1, length=PROMPT_TOKENS, tokens=tokens)
-    drawn = loop.draw(embeds, positions, **settings)
-    plain = PlainLoop(loop, star) if star.backend == "onnxruntime" else None
-    kinds: dict[str, Callable[[], object]] = {
-        "image": lambda: loop.draw(embeds, positions, **settings),
-        "runtime": lambda: rewound(loop, settings["uniforms"]),
+
+
+def calls_of(star: Star, loop: ImageLoop) -> dict[str, Callable[[], object]]:
+    """What is measured, by name: an image, its decode steps in several loops, and single steps."""
+    model = star.model
+    ids = np.arange(2 * PROMPT_TOKENS, dtype=np.int64).reshape(2, PROMPT_TOKENS) % model.vocab_size
+    embeds = run(star.session("token_embedding"), {"input_ids": ids})["inputs_embeds"]
+    draws = uniforms(seed=100, tokens=loop.tokens, num_images=1)
+    draw = functools.partial(
+        loop.draw,
+        embeds,
+        text_positions(2, PROMPT_TOKENS),
+        guidance=1.1,
+        top_k=min(1000, model.codebook_size),
+        top_p=0.8,
+        uniforms=draws,
+    )
+    drawn = draw()
+    calls: dict[str, Callable[[], object]] = {
+        "image": draw,
+        "runtime": lambda: rewound(loop, draws),
         "bare": lambda: bare_decode(loop),
     }
-    kinds |= {"plain": plain.decode} if plain else {}
-    kinds |= {
+    if star.backend == "onnxruntime":
+        calls["plain"] = PlainLoop(loop, star).decode
+    return calls | {
         "base_ar": loop.base_step,
         "stacked_ar": loop.stacked_step,
         "image_head": loop.head_steps[0],
         "vq_decoder": lambda: run(star.session("vq_decoder"), {"image_ids": drawn}),
     }
-    seconds = in_turns(
-        kinds, repeats=repeats, synchronize=lambda: loop.image_ids[0].read(), progress=progress
-    )
-    steps = tokens - 1
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    timings = [
-        timing(name, median[name], bytes_read(star, loop, name), bandwidth)
-        for name in ("base_ar", "stacked_ar", "image_head")
-    ]
-    total = sum(s.read_bytes for s in timings)
-    timings += [
-        timing("decode step", median["runtime"] / steps, total, bandwidth),
+
+
+def timings_of(star: Star, loop: ImageLoop, median: dict[str, float], bandwidth: float) -> tuple[Timing, ...]:
+    """The timings of single steps and of a whole image, from the `median` seconds of each call."""
+    components = ("base_ar", "stacked_ar", "image_head")
+    steps = [timing(name, median[name], bytes_read(star, loop, name), bandwidth) for name in components]
+    step_bytes = sum(step.read_bytes for step in steps)
+    return (
+        *steps,
+        timing("decode step", median["runtime"] / (loop.tokens - 1), step_bytes, bandwidth),
         timing("vq_decoder", median["vq_decoder"], 0, bandwidth),
-    ]
-    timings += [timing("prefill and decode of an image", median["image"], 0, bandwidth)]
-    ratios = {"the same sessions in a bare loop": ratio(seconds, "runtime", "bare")}
-    ratios |= (
-        {"ONNX Runtime's plain run, caches returned as new arrays": ratio(seconds, "runtime", "plain")}
-        if plain
-        else {}
-    )
-    return Benchmark(
-        model.name,
-        star.bundle.manifest.precision,
-        star.backend,
-        device,
-        bandwidth,
-        tokens,
-        median["image"] + median["vq_decoder"],
-        tuple(timings),
-        ratios,
+        timing("prefill and decode of an image", median["image"], 0, bandwidth),
     )
 
 
 def in_turns(
-    kinds: dict[str, Callable[[], object]],
+    calls: dict[str, Callable[[], object]],
     *,
     repeats: int,
     synchronize: Callable[[], object],
     progress: Progress = silent,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, measured in turns: name -> one figure per repeat. The first turn warms up and is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    """Measure the calls in turns: name -> seconds, one figure per repeat.
+
+    The first turn warms up and is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         progress("turns", turn, repeats + 1)
-        for name, call in kinds.items():
+        for name, call in calls.items():
             synchronize()
             started = time.perf_counter()
             call()
@@ -141,18 +158,18 @@ def in_turns(
 
 
 def ratio(seconds: dict[str, list[float]], name: str, peer: str) -> float:
-    """Median over the turns of `name` over `peer` in the same turn."""
+    """Median over the turns of the time of `name` divided by that of `peer` in the same turn."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[peer]))
 
 
 def rewound(loop: ImageLoop, draws: np.ndarray) -> None:
-    """The decode steps of an image again, by the runtime's loop."""
+    """Repeat the decode steps of an image with the runtime's loop."""
     loop.slots.rewind(PROMPT_TOKENS)
     loop.decode(PROMPT_TOKENS, draws)
 
 
 def bare_decode(loop: ImageLoop) -> None:
-    """As many calls of the same bound steps, and nothing else: what no runtime on these sessions can beat."""
+    """Call the same bound steps as often, and do nothing else. No runtime on these sessions can be faster."""
     for i, head_step in enumerate(loop.head_steps):
         if i:
             loop.base_step()
@@ -161,7 +178,10 @@ def bare_decode(loop: ImageLoop) -> None:
 
 
 class PlainLoop:
-    """The peer: the same ONNX Runtime sessions called with arrays, without binding; every step returns new arrays for all caches."""
+    """A peer: the same ONNX Runtime sessions called with arrays, without binding.
+
+    Every step returns new arrays for all caches.
+    """
 
     def __init__(self, loop: ImageLoop, star: Star):
         self.steps = loop.tokens - 1
@@ -175,7 +195,7 @@ class PlainLoop:
         ]
 
     def decode(self) -> None:
-        """All decode steps of an image."""
+        """Run all decode steps of an image."""
         base, stacked, head = self.feeds
         for _ in range(self.steps):
             stacked["inputs_embeds"] = self._decoder(0)
@@ -191,21 +211,24 @@ class PlainLoop:
 
 
 def bytes_read(star: Star, loop: ImageLoop, component: str) -> int:
-    """Bytes that a decode step of `component` must read: stored weights, and the filled part of the caches (none in a head)."""
+    """Bytes that a decode step of `component` must read: the stored weights and the filled part of its
+    caches.
+    """
     files = star.bundle.manifest.files
     weights = sum(files[name].size for name in star.bundle.weights(component))
-    spec, used = star.session(component).spec, PROMPT_TOKENS + loop.tokens // 2  # on average over the image
-    caches = [t for t in bound_tensors(spec) if present_name(t.name)]
-    per_item = {"float32": 4, "float16": 2, "bfloat16": 2}
-    return weights + sum(2 * used * t.shape[1] * t.shape[3] * per_item[t.dtype] for t in caches)  # two rows
+    used = {"B": 2, "C": PROMPT_TOKENS + loop.tokens // 2}  # two rows; slots on average over the image
+    caches = [t for t in bound_tensors(star.session(component).spec) if present_name(t.name)]
+    sizes = [math.prod(shape_from_symbols(t.shape, used)) * ITEM_BYTES[t.dtype] for t in caches]
+    return weights + sum(sizes)
 
 
 def timing(name: str, seconds: float, read_bytes: int, bandwidth: float) -> Timing:
+    """The timing of a call that takes `seconds`, on a device of `bandwidth` bytes per second."""
     return Timing(name, seconds * 1e3, read_bytes, read_bytes / bandwidth / seconds)
 
 
 def device_bandwidth(backend: str) -> tuple[str, float]:
-    """(name of the device that `backend` computes on, its measured read bandwidth in bytes per second)."""
+    """(name of the device that `backend` runs on, its measured read bandwidth in bytes per second)."""
     if backend == "onnxruntime":
         return f"{os.cpu_count()} CPU cores", host_bandwidth()
     from .tensorrt.device import gpus, read_bandwidth
@@ -214,7 +237,7 @@ def device_bandwidth(backend: str) -> tuple[str, float]:
 
 
 def host_bandwidth() -> float:
-    """Bytes per second that all cores together read from memory: a sum over 256 MiB per core, best of 7."""
+    """Bytes per second that all cores together read from memory: sums of 256 MiB per core, best of 7."""
     cores = os.cpu_count() or 1
     blocks = [np.ones(BANDWIDTH_BYTES // 8) for _ in range(cores)]
     best = 0.0

@@ -1,4 +1,4 @@
-"""What this machine has, and what it can build and run: facts, for the command line to print."""
+"""Facts about this machine and what it can build and run, for the command line to print."""
 
 from __future__ import annotations
 
@@ -14,30 +14,16 @@ from .tensorrt.build import check_buildable
 from .tensorrt.device import Gpu, driver_version, gpus
 from .tensorrt.module import check_runnable, tensorrt_of
 
-PACKAGES = (
-    "numpy",
-    "pillow",
-    "tokenizers",
-    "jinja2",
-    "tqdm",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt-rtx-cu13",
-    "tensorrt",
-    "cuda-python",
-    "torch",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "safetensors",
-    "transformers",
-)
+RUNTIME = ("numpy", "pillow", "tokenizers", "jinja2", "tqdm")
 ORT = ("onnxruntime", "onnxruntime-gpu")
+TENSORRT = ("tensorrt-rtx-cu13", "tensorrt", "cuda-python")
+EXPORT = ("torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "transformers")
+PACKAGES = RUNTIME + ORT + TENSORRT + EXPORT
 
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """Whether plans of a target can be built and run here; else the reason, one line."""
+    """Why plans of a target cannot be built or run here, on one line; None where they can."""
 
     name: str
     device: str
@@ -47,8 +33,11 @@ class TargetFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that `doctor` knows. `packages` maps names to versions, None for what is not installed; `driver` is the newest CUDA
-    that the driver supports; `no_gpu` says why `gpus` is empty; `advice` is what to do."""
+    """All facts that `doctor` reports.
+
+    `packages` maps names to versions, or to None for packages that are not installed. `driver` is the newest
+    CUDA version that the driver supports. `no_gpu` tells why `gpus` is empty. `advice` tells what to do.
+    """
 
     python: str
     platform: str
@@ -62,9 +51,10 @@ class Facts:
 
 
 def facts() -> Facts:
-    """Look at this machine. Imports executors, loads no model, raises nothing for what is missing."""
+    """Inspect this machine. Imports executors but loads no model, and never raises for a missing part."""
     packages = {name: installed_version(name) for name in PACKAGES}
-    devices, no_gpu, driver = (), None, None
+    devices: tuple[Gpu, ...] = ()
+    no_gpu, driver = None, None
     try:
         driver = driver_version()
         devices = gpus()
@@ -93,7 +83,7 @@ def facts() -> Facts:
 
 
 def installed_version(name: str) -> str | None:
-    """Version of an installed distribution."""
+    """Version of a distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -101,15 +91,14 @@ def installed_version(name: str) -> str | None:
 
 
 def check_plugin(target: Target) -> None:
-    """The library that decoders of a classic target need is here, for its TensorRT, or StarError."""
+    """Raise StarError if a classic target's plugin library is missing or built for another TensorRT."""
     if target.dialect == "classic":
-        plugins.check_library(
-            plugins.find_library(), abi=plugins.ABI, tensorrt=tensorrt_of(target).__version__
-        )
+        version = tensorrt_of(target).__version__
+        plugins.check_library(plugins.find_library(), abi=plugins.ABI, tensorrt=version)
 
 
 def refusal(target: Target, *checks: Callable[[Target], None]) -> str | None:
-    """What the first of `checks` that does not pass has against `target`, on one line."""
+    """The message of the first of `checks` that fails for `target`, on one line; None if all pass."""
     try:
         for check in checks:
             check(target)
@@ -125,20 +114,21 @@ def one_line(error: StarError) -> str:
 def advice(
     packages: dict[str, str | None], targets: tuple[TargetFacts, ...], *, has_gpu: bool
 ) -> tuple[str, ...]:
-    """What to install or remove so that something runs here."""
+    """What to install or remove so that this machine can run a bundle."""
     lines = []
     if all(packages[name] for name in ORT):
         lines.append("onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, then install one")
     runs_plans = any(target.no_run is None for target in targets)
     if not any(packages[name] for name in ORT) and not runs_plans:
         lines.append(
-            "nothing here runs a bundle: pip install 'star-export[cpu]' (or [cuda], [rtx], [jetpack], [tensorrt])"
+            "no installed executor runs a bundle: "
+            "pip install 'star-export[cpu]' (or [cuda], [rtx], [jetpack], [tensorrt])"
         )
     if not packages["tensorrt-rtx-cu13"] and host_platform() in RTX_PLATFORMS:
-        lines.append("to build plans for RTX GPUs (it needs no GPU): pip install 'star-export[rtx]'")
+        lines.append("to build plans for RTX GPUs, which needs no GPU: pip install 'star-export[rtx]'")
     if has_gpu and not runs_plans:
         lines.append(
-            "the GPU here runs no plans: install the TensorRT of its target (RTX: [rtx]; JetPack before 7.2: [jetpack] and "
-            "the plugin; else [tensorrt])"
+            "this GPU cannot run plans yet: install the TensorRT of its target "
+            "(RTX: [rtx]; JetPack before 7.2: [jetpack] and the plugin; else [tensorrt])"
         )
     return tuple(lines)

@@ -1,7 +1,8 @@
-"""The device table: what a plan is built for, by whom, in which dialect, and what the device can hold and read per second.
+"""The device table: for each target its builder, dialect, precisions, memory and bandwidth.
 
-Everything that differs between targets is a row here. Memory and bandwidth are the vendors' nominal figures. The precisions of
-SM 7.5, 8.6, 8.9 and 12.0 were built with TensorRT for RTX 1.7.1; the others' are in NVIDIA's support matrices.
+Everything that differs between targets is a row here. Memory and bandwidth are the vendors' nominal figures.
+The precisions of SM 7.5, 8.6, 8.9 and 12.0 were built with TensorRT for RTX 1.7.1; those of the others come
+from NVIDIA's support matrices.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import platform
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import UsageError
 
@@ -23,18 +25,19 @@ _PROCESSORS = {"amd64": "x86_64", "arm64": "aarch64"}
 
 @dataclass(frozen=True)
 class Target:
-    """One device. A plan belongs to its `compute_capability`, its TensorRT and its platform.
+    """One device. A plan is valid for its `compute_capability`, TensorRT version and platform.
 
-    `builder` is the module that builds and runs its plans: `tensorrt_rtx` builds on any CPU of `platforms`, `tensorrt` only on
-    the device. `tensorrt` is the oldest version of that module that will do. `precisions` are the bundle precisions it takes.
+    `builder` is the module that builds and runs its plans: `tensorrt_rtx` builds on any CPU of `platforms`,
+    `tensorrt` only on the device. `tensorrt` is the oldest version of that module that works. `precisions`
+    are the bundle precisions that the device supports.
     """
 
     name: str
     device: str
     compute_capability: tuple[int, int]
-    builder: str  # tensorrt_rtx tensorrt
+    builder: str  # tensorrt_rtx or tensorrt
     tensorrt: str
-    dialect: str  # modern classic
+    dialect: str  # modern or classic
     precisions: tuple[str, ...]
     platforms: tuple[str, ...]
     memory_bytes: int
@@ -47,73 +50,59 @@ class Target:
         return sm_from_capability(self.compute_capability)
 
 
-def _rtx(name, device, capability, precisions, memory_gb, bandwidth_gb, platforms=RTX_PLATFORMS) -> Target:
+class _Software(NamedTuple):
+    builder: str
+    tensorrt: str
+    dialect: str
+    platforms: tuple[str, ...]
+    jetpack: str | None = None
+
+
+def _row(name, device, capability, software: _Software, precisions, memory_gb, gigabytes_per_s) -> Target:
     return Target(
         name=name,
         device=device,
         compute_capability=capability,
-        builder="tensorrt_rtx",
-        tensorrt="1.7",
-        dialect="modern",
         precisions=precisions,
-        platforms=platforms,
         memory_bytes=memory_gb * 10**9,
-        bandwidth_bytes_per_s=round(bandwidth_gb * 10**9),
+        bandwidth_bytes_per_s=round(gigabytes_per_s * 10**9),
+        **software._asdict(),
     )
 
 
-def _on_device(
-    name, device, capability, tensorrt, dialect, precisions, memory_gb, bandwidth_gb, jetpack=None
-) -> Target:
-    return Target(
-        name=name,
-        device=device,
-        compute_capability=capability,
-        builder="tensorrt",
-        tensorrt=tensorrt,
-        dialect=dialect,
-        precisions=precisions,
-        platforms=ARM if jetpack else RTX_PLATFORMS,
-        memory_bytes=memory_gb * 10**9,
-        bandwidth_bytes_per_s=round(bandwidth_gb * 10**9),
-        jetpack=jetpack,
-    )
-
+_RTX = _Software("tensorrt_rtx", "1.7", "modern", RTX_PLATFORMS)
+_SPARK = _Software("tensorrt_rtx", "1.7", "modern", ARM)
+_SERVER = _Software("tensorrt", "10.15", "modern", RTX_PLATFORMS)
+_JETPACK_62 = _Software("tensorrt", "10.3", "classic", ARM, "6.2")
+_JETPACK_71 = _Software("tensorrt", "10.13", "classic", ARM, "7.1")
+_JETPACK_72 = _Software("tensorrt", "11.4", "modern", ARM, "7.2.2")
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        _rtx("rtx-2080-ti", "GeForce RTX 2080 Ti", (7, 5), TURING, 11, 616),
-        _rtx("a100", "A100 80 GB", (8, 0), AMPERE, 80, 2039),
-        _rtx("rtx-3060", "GeForce RTX 3060 12 GB", (8, 6), AMPERE, 12, 360),
-        _rtx("rtx-3090", "GeForce RTX 3090", (8, 6), AMPERE, 24, 936),
-        _rtx("rtx-4060", "GeForce RTX 4060", (8, 9), ADA, 8, 272),
-        _rtx("rtx-4090", "GeForce RTX 4090", (8, 9), ADA, 24, 1008),
-        _rtx("rtx-5070", "GeForce RTX 5070", (12, 0), BLACKWELL, 12, 672),
-        _rtx("rtx-5090", "GeForce RTX 5090", (12, 0), BLACKWELL, 32, 1792),
-        _rtx("dgx-spark", "DGX Spark (GB10)", (12, 1), BLACKWELL, 128, 273, ARM),
-        _on_device("h100", "H100 SXM", (9, 0), "10.15", "modern", ADA, 80, 3350),
-        _on_device("h200", "H200 SXM", (9, 0), "10.15", "modern", ADA, 141, 4800),
-        _on_device(
-            "orin-nano-jp62", "Jetson Orin Nano Super 8 GB", (8, 7), "10.3", "classic", AMPERE, 8, 68, "6.2"
-        ),
-        _on_device(
-            "orin-nx-jp62", "Jetson Orin NX 16 GB", (8, 7), "10.3", "classic", AMPERE, 16, 102.4, "6.2"
-        ),
-        _on_device(
-            "orin-agx-jp62", "Jetson AGX Orin 64 GB", (8, 7), "10.3", "classic", AMPERE, 64, 204.8, "6.2"
-        ),
-        _on_device(
-            "orin-agx-jp72", "Jetson AGX Orin 64 GB", (8, 7), "11.4", "modern", AMPERE, 64, 204.8, "7.2.2"
-        ),
-        _on_device("thor-jp71", "Jetson AGX Thor", (11, 0), "10.13", "classic", BLACKWELL, 128, 273, "7.1"),
-        _on_device("thor-jp72", "Jetson AGX Thor", (11, 0), "11.4", "modern", BLACKWELL, 128, 273, "7.2.2"),
+        _row("rtx-2080-ti", "GeForce RTX 2080 Ti", (7, 5), _RTX, TURING, 11, 616),
+        _row("a100", "A100 80 GB", (8, 0), _RTX, AMPERE, 80, 2039),
+        _row("rtx-3060", "GeForce RTX 3060 12 GB", (8, 6), _RTX, AMPERE, 12, 360),
+        _row("rtx-3090", "GeForce RTX 3090", (8, 6), _RTX, AMPERE, 24, 936),
+        _row("rtx-4060", "GeForce RTX 4060", (8, 9), _RTX, ADA, 8, 272),
+        _row("rtx-4090", "GeForce RTX 4090", (8, 9), _RTX, ADA, 24, 1008),
+        _row("rtx-5070", "GeForce RTX 5070", (12, 0), _RTX, BLACKWELL, 12, 672),
+        _row("rtx-5090", "GeForce RTX 5090", (12, 0), _RTX, BLACKWELL, 32, 1792),
+        _row("dgx-spark", "DGX Spark (GB10)", (12, 1), _SPARK, BLACKWELL, 128, 273),
+        _row("h100", "H100 SXM", (9, 0), _SERVER, ADA, 80, 3350),
+        _row("h200", "H200 SXM", (9, 0), _SERVER, ADA, 141, 4800),
+        _row("orin-nano-jp62", "Jetson Orin Nano Super 8 GB", (8, 7), _JETPACK_62, AMPERE, 8, 68),
+        _row("orin-nx-jp62", "Jetson Orin NX 16 GB", (8, 7), _JETPACK_62, AMPERE, 16, 102.4),
+        _row("orin-agx-jp62", "Jetson AGX Orin 64 GB", (8, 7), _JETPACK_62, AMPERE, 64, 204.8),
+        _row("orin-agx-jp72", "Jetson AGX Orin 64 GB", (8, 7), _JETPACK_72, AMPERE, 64, 204.8),
+        _row("thor-jp71", "Jetson AGX Thor", (11, 0), _JETPACK_71, BLACKWELL, 128, 273),
+        _row("thor-jp72", "Jetson AGX Thor", (11, 0), _JETPACK_72, BLACKWELL, 128, 273),
     )
 }
 
 
 def target_from_name(name: str) -> Target:
-    """The row `name`. Raises UsageError listing the valid names."""
+    """The row `name`. Raises UsageError with the valid names."""
     if name not in TARGETS:
         raise UsageError(
             "No such target",
@@ -129,7 +118,7 @@ def sm_from_capability(capability: tuple[int, int]) -> str:
 
 
 def host_platform() -> str:
-    """System and processor of this machine in the table's words: `linux-x86_64`, `windows-x86_64`, `linux-aarch64`."""
+    """This machine's platform as the table names it: `linux-x86_64`, `windows-x86_64` or `linux-aarch64`."""
     system = "windows" if sys.platform == "win32" else sys.platform
     machine = platform.machine().lower()
     return f"{system}-{_PROCESSORS.get(machine, machine)}"

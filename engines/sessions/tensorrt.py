@@ -20,7 +20,7 @@ from .. import plugins
 from ..bundle.bfloat16 import float32_from_bits
 from ..bundle.manifest import ComponentSpec
 from ..bundle.reader import Bundle
-from ..bundle.tensors import check_array, check_binding, present_name, shape_from_symbols
+from ..bundle.tensors import ITEM_BYTES, check_array, check_binding, present_name, shape_from_symbols
 from ..errors import InputError
 from ..targets import target_from_name
 from ..tensorrt import device
@@ -29,15 +29,13 @@ from ..tensorrt.plan import read_plan
 from ..tensorrt.profiles import CAPACITY, Profile, fits, largest
 from . import Buffer, busy, closed, own_buffers
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
-
 
 class DeviceBuffer:
     """A tensor in device memory, zeroed. The memory is released with the object."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str):
         self.shape, self.dtype = tuple(shape), dtype
-        self.size_bytes = math.prod(self.shape) * _ITEM_BYTES[dtype]
+        self.size_bytes = math.prod(self.shape) * ITEM_BYTES[dtype]
         self.address = device.allocate(max(self.size_bytes, 1))
         self._free = weakref.finalize(self, device.release, self.address)
 
