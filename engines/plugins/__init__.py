@@ -1,8 +1,8 @@
-"""The KV-cache attention plugin's library: what it can do, where it is, and the checks before it is loaded or a plan needs it.
+"""The library of the KV-cache attention plugin: its limits, its place, and the checks before it is loaded.
 
-The library is native code, built on the machine it runs on (README.md in this folder). It is found at `$STAR_PLUGIN`, else where
-the documented command builds it. Before it is loaded its bytes are read: they say which ABI it has and for which TensorRT it was
-built, and a plan records their SHA-256.
+The library is native code, built on the machine that runs it (README.md in this folder). It is found at
+`$STAR_PLUGIN`, else where the documented command builds it. Its bytes are read before it is loaded: they
+tell its ABI and the TensorRT that it was built for, and a plan records their SHA-256.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ _MARKER = re.compile(rb"star-plugin abi=(\d+) tensorrt=(\d+)\.(\d+);")
 
 @dataclass(frozen=True)
 class Library:
-    """A plugin library on disk: its ABI, the TensorRT that it was built against, and the SHA-256 of its bytes."""
+    """A plugin library on disk: its ABI, the TensorRT that it was built against, and the SHA-256 of its
+    bytes.
+    """
 
     path: Path
     abi: int
@@ -47,7 +49,7 @@ def needs_plugin(target: Target, spec: ComponentSpec) -> bool:
 
 
 def check_limits(manifest: Manifest, component: str, *, rows: int, capacity_tokens: int) -> None:
-    """The plugin computes this decoder, or InputError that names the limit."""
+    """Check that the plugin can compute this decoder. Raises InputError naming the limit that it exceeds."""
     cache = manifest.model.cache[component]
 
     def check(good: bool, what: str, expected: str, got: object, fix: str) -> None:
@@ -60,48 +62,46 @@ def check_limits(manifest: Manifest, component: str, *, rows: int, capacity_toke
 
     other, precision = "use a target with TensorRT 10.15 or newer, or ONNX Runtime", manifest.precision
     check(cache.head_dim in HEAD_DIMS, "head_dim", " or ".join(map(str, HEAD_DIMS)), cache.head_dim, other)
-    check(
-        precision in PRECISIONS,
-        "precision",
-        f"one of {', '.join(PRECISIONS)}",
-        precision,
-        "export with --precision bf16",
-    )
+    known, bf16 = f"one of {', '.join(PRECISIONS)}", "export with --precision bf16"
+    check(precision in PRECISIONS, "precision", known, precision, bf16)
     check(1 <= rows <= MAX_ROWS, "rows", f"1 to {MAX_ROWS}", rows, "build with fewer rows")
     fits = 1 <= capacity_tokens <= MAX_CAPACITY
     check(fits, "capacity", f"1 to {MAX_CAPACITY} tokens", capacity_tokens, "build with a smaller capacity")
 
 
 def find_library() -> Library:
-    """The library of this machine. Raises MissingError when it is not built, InputError when the file is something else."""
+    """The library of this machine.
+
+    Raises MissingError when it is not built, InputError when the file is not the plugin.
+    """
     path = Path(os.environ.get(VARIABLE) or BUILT)
     if not path.is_file():
         raise MissingError(
             "The KV-cache plugin is not built",
             fix=f"{COMMAND}; or set {VARIABLE} to its path",
-            where=f"{path}: expected {BUILT.name}, got nothing",
+            where=f"{path}: expected {BUILT.name}, got no file",
         )
     return library_from_file(path)
 
 
 def library_from_file(path: Path) -> Library:
-    """Read the marker in the bytes of `path`, without loading it. Raises InputError when it has none."""
+    """Read the marker in the bytes of `path` without loading it. Raises InputError when it has none."""
     data = read_regular(path, limit_bytes=_LIMIT_BYTES, where="plugin")
     marker = _MARKER.search(data)
     if marker is None:
         raise InputError(
-            "This is not the KV-cache plugin",
+            "This file is not the KV-cache plugin",
             fix=f"build it: {COMMAND}",
             where=f"{path}: expected its marker, got {len(data)} bytes without it",
         )
-    abi, *version = map(int, marker.groups())
-    return Library(path, abi, tuple(version), hashlib.sha256(data).hexdigest())
+    abi, major, minor = map(int, marker.groups())
+    return Library(path, abi, (major, minor), hashlib.sha256(data).hexdigest())
 
 
 def check_library(library: Library, *, abi: int, tensorrt: str) -> None:
-    """The library has the ABI that the bundle's manifest names, and was built for the major version of this TensorRT.
+    """Check that the library has the manifest's ABI and was built for the major version of this TensorRT.
 
-    Raises MissingError with both.
+    Raises MissingError naming what was expected and found.
     """
     major = int(tensorrt.split(".")[0])
     if library.abi != abi:
@@ -120,11 +120,11 @@ def check_library(library: Library, *, abi: int, tensorrt: str) -> None:
 
 
 def check_plan_library(library: Library, sha256: str | None, *, where: str, fix: str) -> None:
-    """The library is the one that the plan was built with, or InputError."""
+    """Check that the library is the one that the plan was built with. Raises InputError."""
     if library.sha256 != sha256:
         known = f"{sha256[:16]}..." if sha256 else "none"
         raise InputError(
-            "This plan is stale: the KV-cache plugin has changed since",
+            "This plan is stale: the KV-cache plugin has changed since it was built",
             fix=fix,
             where=f"{where}: built with sha256 {known}, now {library.sha256[:16]}... ({library.path})",
         )
@@ -132,7 +132,7 @@ def check_plan_library(library: Library, sha256: str | None, *, where: str, fix:
 
 def library_for(target: Target, spec: ComponentSpec, *, tensorrt: str) -> Library | None:
     """The checked library that a plan of this component for `target` needs; None where it needs none."""
-    if not needs_plugin(target, spec):
+    if spec.plugin_abi is None or not needs_plugin(target, spec):
         return None
     library = find_library()
     check_library(library, abi=spec.plugin_abi, tensorrt=tensorrt)
@@ -140,7 +140,7 @@ def library_for(target: Target, spec: ComponentSpec, *, tensorrt: str) -> Librar
 
 
 def load(library: Library) -> ctypes.CDLL:
-    """Load a checked library, once per process; loading registers the plugin. Raises MissingError when that fails."""
+    """Load a checked library once per process; this registers the plugin. Raises MissingError on failure."""
     return _loaded(str(library.path.resolve()), library.sha256)
 
 
@@ -154,7 +154,7 @@ def _loaded(path: str, sha256: str) -> ctypes.CDLL:
         ) from None
     if not native.star_plugin_registered():
         raise MissingError(
-            "TensorRT did not take the KV-cache plugin",
+            "TensorRT did not register the KV-cache plugin",
             fix="use one plugin library per process",
             where=f"{path}: expected {NAME} version {ABI} to be registered, got a refusal",
         )
@@ -166,15 +166,18 @@ _LOADED: list[ctypes.CDLL] = []
 
 
 def take_overflow() -> bool:
-    """Whether a write since the last call did not fit its cache. Ask when the device's work was waited for."""
-    return any([native.star_plugin_take_overflow() for native in _LOADED])
+    """Whether a write since the last call did not fit its cache. Wait for the device's work before asking."""
+    flags = [
+        native.star_plugin_take_overflow() for native in _LOADED
+    ]  # asking clears a flag, so ask them all
+    return any(flags)
 
 
 def check_overflow() -> None:
-    """`take_overflow`, as an InputError."""
+    """Raise InputError if `take_overflow`."""
     if take_overflow():
         raise InputError(
             "A write did not fit the cache",
             fix="shorten the prompt, or build with a larger capacity",
-            where="cache: expected slots within the capacity, got more; nothing was written",
+            where="cache: expected slots within the capacity, got slots beyond it; nothing was written",
         )

@@ -1,5 +1,5 @@
-// The library's entry points. It registers its creator when it is loaded (`trtexec --plugins`, dlopen, Python's ctypes.CDLL);
-// `getCreators` serves IPluginRegistry::loadLibrary, for registries of their own.
+// The library's entry points. Loading it (`trtexec --plugins`, dlopen, Python's ctypes.CDLL) registers its
+// creator; `getCreators` serves IPluginRegistry::loadLibrary, for a registry of a builder or runtime.
 #include "plugin_fields.h"
 
 #define STAR_EXPORT __attribute__((visibility("default")))
@@ -13,11 +13,11 @@ bool const registered = getPluginRegistry() != nullptr && getPluginRegistry()->r
 
 extern "C" {
 
-// Read from the file's bytes before it is loaded (engines/plugins/__init__.py).
+// engines/plugins/__init__.py reads this marker from the file's bytes before it loads the library.
 STAR_EXPORT extern char const star_plugin_marker[];
 char const star_plugin_marker[] = "star-plugin abi=" STAR_TEXT(STAR_ABI) " tensorrt=" STAR_TENSORRT ";";
 
-// Whether a write since the last call did not fit its cache. Ask after the stream was waited for.
+// Whether a write since the last call did not fit its cache. Wait for the stream before asking.
 STAR_EXPORT int star_plugin_take_overflow()
 {
     int *host = nullptr, *device = nullptr;
@@ -27,7 +27,7 @@ STAR_EXPORT int star_plugin_take_overflow()
     return raised;
 }
 
-// Whether TensorRT took the creator when the library was loaded.
+// Whether TensorRT accepted the creator when the library was loaded.
 STAR_EXPORT int star_plugin_registered() { return registered; }
 
 STAR_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder*) {}

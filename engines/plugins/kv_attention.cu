@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kResident) kernel(Call c
     Work::run(call, m_tiles);
 }
 
-constexpr int kWaits = 90;  // code for this architecture and newer can await the kernel before (warp.cuh)
+constexpr int kWaits = 90;  // code for this architecture and newer can wait for the preceding kernel (warp.cuh)
 
 struct Runner {
     Call const& call;

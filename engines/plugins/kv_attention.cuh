@@ -1,9 +1,11 @@
-// Attention over a KV cache, one block's work: tiles of keys stream through shared memory, scores and weighted values are
-// tensor-core products, and the softmax runs along with a maximum and a total per query row (Dao, FlashAttention-2, 2023).
+// Attention over a KV cache, the work of one block: tiles of keys stream through shared memory, scores and
+// weighted values are tensor-core products, and the softmax is computed online, with a maximum and a total
+// per query row (Dao, FlashAttention-2, 2023).
 //
-// A block has one row of the batch, one key head and a tile of the query rows that share it (grouped queries are packed).
-// The next tile, K and V, arrives while one is worked on. Warps that have the rows share its tiles, and meet once a tile; warps
-// that have other keys each load their own and never wait for one another before the end.
+// A block has one row of the batch, one key head and a tile of the query rows that share it (grouped queries
+// are packed). The next tile of K and V arrives while the current one is worked on. Warps that divide the
+// rows share the tiles and synchronise once per tile. Warps that divide the keys load their own and do not
+// wait for one another until the end.
 #pragma once
 
 #include "warp.cuh"
@@ -11,21 +13,21 @@
 namespace star {
 
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr float kSlack = 8;  // powers of 2 that weights may exceed 1 by before a row's maximum, and all its sums, follow
+constexpr float kSlack = 8;  // weights may grow to 2^kSlack before a row's maximum and sums are rescaled
 
-// Element index of 16-byte chunk `chunk` of row `row` in a tile of kChunks chunks a row. The exclusive or spreads eight rows
-// of one column over all banks.
+// Element index of 16-byte chunk `chunk` of row `row` in a tile of kChunks chunks per row. The exclusive or
+// spreads eight rows of one column over all banks.
 template <int kChunks>
 STAR_DEVICE int swizzled(int row, int chunk) { return (row * kChunks + (chunk ^ (row & 7))) * 8; }
 
-// First new slot of batch row `b`, or -1 where the new positions do not fit.
+// The first new slot of batch row `b`, or -1 where the new positions do not fit.
 STAR_DEVICE int first_slot(Call const& call, int b)
 {
     int64_t const first = call.write_indices[b];
     return first < 0 || first > call.shape.capacity - call.shape.new_tokens ? -1 : int(first);
 }
 
-// Start of the plane of (b, kv) in a cache, in bytes.
+// The start of the plane of (b, kv) in a cache, in bytes.
 template <int kDim, bool kInt8>
 STAR_DEVICE size_t plane(Shape const& shape, int b, int kv)
 {
@@ -43,8 +45,8 @@ struct Attend {
     static constexpr bool kOwnKeys = kWarpsN > 1, kFollows = true;
     static constexpr int kLoaders = kOwnKeys ? 32 : kThreads, kLoadedKeys = kOwnKeys ? kWarpKeys : kKeys;
     static constexpr int kStep = kLoaders / kChunks, kSteps = kLoadedKeys / kStep;  // in keys; of a thread's chunks of a tile
-    // Shared memory, in elements: the query, of an int8 cache K and V of the tile at work as elements, and two stages of what
-    // arrives: K, V and the scales of each.
+    // Shared memory, in elements: the query; for an int8 cache, K and V of the current tile converted to
+    // elements; and two stages of arriving data, each K, V and their scales.
     static constexpr int kTile = kKeys * kDim, kLanded = kInt8 ? kTile / 2 : kTile, kScales = 2 * kLanded;
     static constexpr int kQuery = 0, kWork = kTileRows * kDim, kStages = kWork + (kInt8 ? 2 * kTile : 0);
     static constexpr int kStage = kScales + (kInt8 ? 4 * kKeys : 0);
@@ -60,7 +62,7 @@ struct Attend {
     float scores[kFragments][kWarpKeys / 8][4], sums[kFragments][kDim / 8][4];
     float top[kFragments][2], total[kFragments][2];
 
-    // Blocks of the last query rows, which see most keys, start first.
+    // The blocks of the last query rows start first, because they see the most keys.
     STAR_DEVICE Attend(Call const& c, int m_tiles)
         : call(c), b(block_x() / c.shape.kv_heads), kv(block_x() % c.shape.kv_heads), group(c.shape.group()),
           split(block_y() % c.splits), m_tile(m_tiles - 1 - block_y() / c.splits), first(first_slot(c, b)),
@@ -78,7 +80,7 @@ struct Attend {
     STAR_DEVICE static int least(int a, int b) { return a < b ? a : b; }
     STAR_DEVICE int row_of(int f, int h) const { return m_tile * kTileRows + (warp_m * kFragments + f) * 16 + h * 8 + lane / 4; }
 
-    // Tiles of keys that the block's last query row may see; none where the new positions do not fit, so that 0 / 0 comes out.
+    // How many key tiles the last query row may see: 0 if the new positions do not fit, so 0 / 0 results.
     STAR_DEVICE int tiles() const
     {
         int const last = least(call.shape.packed(), (m_tile + 1) * kTileRows) - 1;
@@ -102,7 +104,7 @@ struct Attend {
         }
     }
 
-    // The threads of one tile meet: the block's or, where it has its own keys, the warp's.
+    // Synchronise the threads that share a tile: the block's, or the warp's if each has its own keys.
     STAR_DEVICE static void meet()
     {
         if constexpr (kOwnKeys) sync_warp();
@@ -110,13 +112,13 @@ struct Attend {
     }
 
     STAR_DEVICE static int stage(int t) { return kStages + (t & 1) * kStage; }
-    STAR_DEVICE int first_key() const { return warp_n * kWarpKeys; }  // of a tile, that this warp uses
+    STAR_DEVICE int first_key() const { return warp_n * kWarpKeys; }  // of a tile, for this warp
 
-    // K and V of tile `t` into its stage. Slots from first + new_tokens on are zeros and never read.
+    // Load K and V of tile `t` into its stage. Slots from first + new_tokens on become zeros, never read.
     STAR_DEVICE void load_tile(int t) const
     {
         bool const has_new = (t + 1) * kKeys > first, had_new = t > begin && t * kKeys > first;
-        if (has_new && !had_new) await_kernel_before();  // it stores the new slots
+        if (has_new && !had_new) await_kernel_before();  // which stores the new slots
         load_slots(call.key_cache, t, stage(t), stage(t) + kScales);
         load_slots(call.value_cache, t, stage(t) + kLanded, stage(t) + kScales + 2 * kKeys);
     }
@@ -146,10 +148,10 @@ struct Attend {
         }
     }
 
-    // Where a thread's chunk lies, given its first one's place: kStep keys on, a few times.
+    // The place of a thread's chunk, `steps` times kStep keys after its first chunk at `at`.
     STAR_DEVICE static int steps_on(int at, int steps) { return (at ^ steps * kStep % 8 * 8) + steps * kStep * kDim; }
 
-    // An int8 slot means round(code * scale) in the element type.
+    // An int8 slot stands for round(code * scale) in the element type.
     STAR_DEVICE void convert(int codes_at, int scales_at, int to) const
     {
         int const key = first_key() + loader / kChunks, chunk = loader % kChunks, at = to + swizzled<kChunks>(key, chunk);
@@ -158,7 +160,7 @@ struct Attend {
         STAR_UNROLL for (int i = 0; i < kSteps; ++i) {
             uint2 const codes = codes_from[i * kStep * kChunks];
             float const scale = scales_from[i * kStep];
-            uint32_t const words[2] = {codes.x ^ 0x80808080, codes.y ^ 0x80808080};  // plus 128, without a sign
+            uint32_t const words[2] = {codes.x ^ 0x80808080, codes.y ^ 0x80808080};  // code + 128, unsigned
             uint32_t packed[4];
             STAR_UNROLL for (int j = 0; j < 4; ++j) {
                 float const low = float_from_byte(words[j / 2], j % 2 * 2), high = float_from_byte(words[j / 2], j % 2 * 2 + 1);
@@ -172,7 +174,7 @@ struct Attend {
     {
         let_next_kernel_start();
         Attend(call, m_tiles).attend();
-        await_kernel_before();  // so that whoever awaits this kernel has awaited that one
+        await_kernel_before();  // so that waiting for this kernel includes the preceding one
     }
 
     STAR_DEVICE void attend()
@@ -181,10 +183,10 @@ struct Attend {
         load_query();
         if (begin < end) load_tile(begin);
         wait_copies();
-        if constexpr (kOwnKeys) sync();  // the query, which the warps share
+        if constexpr (kOwnKeys) sync();  // the warps share the query
         for (int t = begin; t < end; ++t) {
             wait_copies();
-            meet();  // this tile is there, and no warp reads the last one any more
+            meet();  // this tile has arrived, and no warp reads the previous one any more
             if (t + 1 < end) load_tile(t + 1);
             int keys = stage(t);
             if constexpr (kInt8) {
@@ -207,8 +209,9 @@ struct Attend {
         else store_fragments();
     }
 
-    // Byte of shared memory where a chunk of the tile at element `tile` lies; and the same a few times 16 rows and 2 chunks
-    // farther. Tiles start on a multiple of a row, so that the exclusive or reaches only the chunk.
+    // The byte of shared memory where a chunk of the tile at element `tile` starts; and the byte `rows` times
+    // 16 rows and `chunks` times 2 chunks farther. Tiles start on a multiple of a row, so the exclusive or
+    // affects only the chunk.
     STAR_DEVICE static int place(int tile, int row, int chunk) { return 2 * (tile + swizzled<kChunks>(row, chunk)); }
     STAR_DEVICE static int farther(int at, int rows, int chunks) { return (at ^ 32 * chunks) + rows * 32 * kDim; }
 
@@ -245,7 +248,7 @@ struct Attend {
             }
     }
 
-    // scores become exp(score - top). Where a score is far above top, top and what was summed so far follow it.
+    // Turn scores into exp(score - top). Where a score is far above top, raise top and rescale the sums.
     STAR_DEVICE void soften()
     {
         float kept[kFragments][2];
@@ -273,7 +276,7 @@ struct Attend {
                 STAR_UNROLL for (int e = 0; e < 4; ++e) sums[f][n][e] *= kept[f][e / 2];
     }
 
-    // sums [16 rows, kDim] += weights value: the scores' fragments are, packed, the left operand's.
+    // sums [16 rows, kDim] += weights value. The scores' fragments, packed, are those of the left operand.
     STAR_DEVICE void accumulate(int values_at)
     {
         int const b_at = place(values_at, first_key() + lane % 16, lane / 16);
@@ -294,7 +297,7 @@ struct Attend {
         }
     }
 
-    // Where one packed row's result goes: to the output or, of a split, this split's share of it to the workspace.
+    // Where one packed row's result goes: the output, or, with several splits, its share in the workspace.
     struct Target {
         bool whole;
         uint16_t* output;
@@ -314,7 +317,7 @@ struct Attend {
             1 / row_total};
     }
 
-    STAR_DEVICE size_t split_index(int row) const  // of this split's share of packed row `row`
+    STAR_DEVICE size_t split_index(int row) const  // the index of this split's share of packed row `row`
     {
         Shape const& s = call.shape;
         return (size_t(split) * s.rows * s.kv_heads + b * s.kv_heads + kv) * s.packed() + row;
@@ -325,7 +328,7 @@ struct Attend {
         *reinterpret_cast<float2*>(call.stats + 2 * split_index(row)) = float2{row_top * call.scale_log2, row_total};
     }
 
-    // The share of a split without keys: a total of 0, by which the merge knows that there are no sums.
+    // The share of a split without keys: a total of 0 tells the merge that there are no sums.
     STAR_DEVICE void store_nothing() const
     {
         for (int row = m_tile * kTileRows + thread(); row < least(call.shape.packed(), (m_tile + 1) * kTileRows); row += kThreads)
@@ -345,13 +348,13 @@ struct Attend {
             }
     }
 
-    // The warps saw different keys of the same 16 query rows: their results meet in shared memory.
+    // The warps saw different keys of the same 16 query rows, so their results are merged in shared memory.
     STAR_DEVICE void merge_warps()
     {
         auto* tops = reinterpret_cast<float*>(shared() + kQuery);           // [kWarpsN, 16]
         auto* totals = tops + kWarpsN * 16;                                 // [kWarpsN, 16]
         auto* parts = reinterpret_cast<float*>(shared() + kWork);           // [kWarpsN, 16, kDim]
-        sync();  // no warp reads a tile any more
+        sync();  // wait until no warp reads a tile any more
         STAR_UNROLL for (int h = 0; h < 2; ++h) {
             int const row = warp_n * 16 + h * 8 + lane / 4;
             if (lane % 4 == 0) tops[row] = top[0][h], totals[row] = total[0][h];

@@ -1,10 +1,10 @@
-// star::KVCacheAttention on a GPU: what a call is given, its limits, and how it is laid out over blocks.
+// star::KVCacheAttention on a GPU: the arguments of a call, its limits, and its distribution over blocks.
 //
-// The operation is defined in numpy in engines/kv_cache.py. Layouts, all contiguous, heads first:
+// engines/runtime/kv_cache.py defines the operation in numpy. Layouts, all contiguous, heads first:
 //   query, output [rows, heads, new, dim]    key, value [rows, kv_heads, new, dim]    write_indices [rows]
-//   caches [rows, kv_heads, capacity, dim] of the element type, or int8 [rows, kv_heads, capacity, dim + 4]: then every
-//   [row, kv head] is a plane of capacity * dim codes followed by capacity float32 scales (one per slot).
-// Only plain C++ here: the tests compile it without CUDA.
+//   caches [rows, kv_heads, capacity, dim] of the element type, or int8 [rows, kv_heads, capacity, dim + 4],
+//   where every [row, kv head] is a plane of capacity * dim codes, then capacity float32 scales (one per slot).
+// This header is plain C++, so that the tests can compile it without CUDA.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ enum class Element : int { kHalf = 0, kBfloat16 = 1 };
 enum class Cache : int { kElement = 0, kInt8 = 1 };
 
 constexpr int kMaxRows = 8, kMaxCapacity = 4096;
-constexpr int kInt8Align = 4;   // capacity of an int8 cache: a multiple, so that every plane starts on 16 bytes
+constexpr int kInt8Align = 4;   // an int8 capacity is a multiple of it, so that every plane starts on 16 bytes
 constexpr int kScaleBytes = 4;  // one float32 per slot of an int8 plane
 
 struct Shape {
@@ -33,8 +33,9 @@ struct Shape {
     STAR_BOTH int packed() const { return new_tokens * group(); }
 };
 
-// How query rows and keys are shared out within a block: `warps_m` groups of warps over query rows, each warp `fragments` times
-// 16 of them; `warps_n` over the `keys` of a tile. `resident` blocks shall fit a multiprocessor.
+// How a block divides its query rows and keys among warps: `warps_m` groups of warps divide the rows, and
+// each warp takes 16 * `fragments` of them; `warps_n` warps divide the `keys` of a tile. `resident` is how
+// many blocks should fit a multiprocessor.
 struct Config {
     int warps_m, warps_n, fragments, keys, resident;
 
@@ -45,7 +46,7 @@ constexpr Config kConfigs[] = {{1, 4, 1, 64, 3}, {4, 1, 1, 64, 2}, {4, 1, 2, 64,
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 enum { kDecode, kShort, kLong };
 
-// `splits` blocks share the keys of each tile of query rows; more than one leave partial results, which are merged.
+// `splits` blocks divide the keys of each tile of query rows. The partial results of several are merged.
 struct Plan {
     int config;  // of kConfigs
     int m_tiles, splits;
@@ -56,7 +57,7 @@ struct Plan {
 
 inline int divided_up(int a, int b) { return (a + b - 1) / b; }
 
-// `config` with as many splits as wanted, from 1 to one for each tile of keys.
+// A plan for `config` with the wanted number of splits, within 1 and the number of tiles of keys.
 inline Plan plan_with(Shape const& shape, int config, int wanted)
 {
     int const packed = shape.packed(), most = divided_up(shape.capacity, kConfigs[config].keys);
@@ -65,8 +66,9 @@ inline Plan plan_with(Shape const& shape, int config, int wanted)
     return {config, divided_up(packed, kConfigs[config].tile_rows()), splits, outputs * shape.dim, outputs * 2};
 }
 
-// Few query rows: every warp takes other keys. Many: every warp takes other rows. A cache is split until the device is full, not
-// further: a block that has to wait for another's end would take as long again. Only where much would stay idle is it filled twice.
+// With few query rows, the warps take different keys; with many, they take different rows. A cache is split
+// until the device is full and no further, because a block that waits for another one to end doubles the
+// time. The device is filled twice only where much of it would stay idle otherwise.
 inline Plan plan_from_shape(Shape const& shape, int multiprocessors)
 {
     int const packed = shape.packed(), pairs = shape.rows * shape.kv_heads;
@@ -79,7 +81,8 @@ inline Plan plan_from_shape(Shape const& shape, int multiprocessors)
     return plan_with(shape, config, 4 * splits * blocks >= 3 * places ? splits : 2 * places / blocks);
 }
 
-// Everything that a kernel reads. `partial` and `stats` are the workspace; `flag` becomes 1 when a write would pass the capacity.
+// The arguments of every kernel. `partial` and `stats` are the workspace; `flag` becomes 1 when a write would
+// pass the capacity.
 struct Call {
     void const *query, *key, *value;
     void *key_cache, *value_cache;
@@ -101,7 +104,7 @@ inline void set_workspace(Call& call, Plan const& plan, void* workspace)
 
 inline bool supported_dim(int dim) { return dim == 64 || dim == 128; }
 
-// What keeps `shape` from being computed, with the limit, or nullptr.
+// Why `shape` cannot be computed, with the limit, or nullptr.
 inline char const* refusal(Shape const& shape, Cache cache)
 {
     if (!supported_dim(shape.dim)) return "head_dim: expected 64 or 128";
@@ -113,7 +116,8 @@ inline char const* refusal(Shape const& shape, Cache cache)
     return nullptr;
 }
 
-// Implemented in kv_attention.cu (in the tests: by an emulator). All return 0 or a cudaError_t; `stream` is a cudaStream_t.
+// Implemented in kv_attention.cu, and by an emulator in the tests. All but `multiprocessors` return 0 or a
+// cudaError_t; `stream` is a cudaStream_t.
 int multiprocessors();
 int launch(Call const& call, Plan const& plan, Element element, Cache cache, void* stream);
 int copy_cache(void* to, void const* from, size_t bytes, void* stream);

@@ -1,5 +1,5 @@
-// From run-time values to the kernels compiled for them. `Runner` starts one: on a GPU kv_attention.cu's; the tests' is an
-// emulator.
+// From run-time values to the kernels compiled for them. `Runner` starts a kernel: on a GPU it is
+// kv_attention.cu's, in the tests an emulator's.
 #pragma once
 
 #include "kv_rows.cuh"
@@ -10,7 +10,7 @@ struct Grid {
     int x, y, z;
 };
 
-// The compiled configuration that has number `config`.
+// Run the compiled configuration with the number `config`.
 template <Element kElement, int kDim, bool kInt8, int kIndex = 0, class Runner>
 int run_attend(Runner& runner, int config, Grid grid)
 {
@@ -19,8 +19,9 @@ int run_attend(Runner& runner, int config, Grid grid)
     return -1;
 }
 
-// Write, attend and, where the keys were split, merge; returns the first status that is not 0. A kernel with `kFollows` may start
-// before the one ahead of it ends, so every thread of it awaits that one before it ends.
+// Write, attend and, where the keys were split, merge; return the first status that is not 0. A kernel with
+// `kFollows` may start before the preceding one ends, so each of its threads waits for that one before it
+// ends itself.
 template <Element kElement, int kDim, bool kInt8, class Runner>
 int run_kernels(Runner& runner, Call const& call, Plan const& plan)
 {
@@ -43,7 +44,7 @@ int run_element(Runner& runner, Call const& call, Plan const& plan, Cache cache)
     return int8 ? run_kernels<kElement, 128, true>(runner, call, plan) : run_kernels<kElement, 128, false>(runner, call, plan);
 }
 
-// The caller has asked `refusal` first.
+// The caller must have checked the shape with `refusal`.
 template <class Runner>
 int run_call(Runner& runner, Call const& call, Plan const& plan, Element element, Cache cache)
 {

@@ -1,17 +1,19 @@
-// The two small kernels around the attention: writing new rows into the caches before it, merging split results after it.
+// The two small kernels around the attention: one writes new rows into the caches before it, the other merges
+// split results after it.
 #pragma once
 
 #include "kv_attention.cuh"
 
 namespace star {
 
-constexpr int kRowThreads = 128, kRowsPerBlock = kRowThreads / 32;  // a warp has one row
+constexpr int kRowThreads = 128, kRowsPerBlock = kRowThreads / 32;  // one row per warp
 
-// One new row of key or value into its slot, as it is or as int8: scale = max |x| / 127, code = round half to even (x / scale).
+// Write one new row of key or value into its slot, unchanged or as int8: scale = max |x| / 127, code = x /
+// scale, rounded half to even.
 template <Element kElement, int kDim, bool kInt8>
 struct Write {
     static constexpr int kThreads = kRowThreads, kResident = 1, kSharedBytes = 0;
-    static constexpr int kWords = kDim / 64;  // of two elements, per thread
+    static constexpr int kWords = kDim / 64;  // per thread, of two elements each
     static constexpr bool kFollows = false;
 
     struct alignas(4 * kWords) Words {
@@ -52,9 +54,10 @@ struct Write {
     }
 };
 
-// The splits' shares of one packed query row, weighted by how far each one's maximum is below the highest. Splits without a key
-// the row may see have total 0, and their sums are not read. A block has one row; each of its parts takes other splits, a thread
-// four columns, and what it reads of kBatch splits is under way together.
+// Merge the splits' shares of one packed query row, weighted by how far each split's maximum is below the
+// highest one. A split without a key that the row may see has a total of 0, and its sums are not read. A
+// block has one row; its parts take different splits, a thread takes four columns, and the loads of kBatch
+// splits are in flight together.
 template <Element kElement, int kDim>
 struct Merge {
     static constexpr int kThreads = kRowThreads, kResident = 6, kParts = kThreads / (kDim / 4), kBatch = 8;

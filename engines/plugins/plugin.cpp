@@ -1,12 +1,15 @@
-// The TensorRT plugin KVCacheAttention: what the ONNX function star::KVCacheAttention becomes where TensorRT has no such layers.
+// The TensorRT plugin KVCacheAttention, which implements the ONNX function star::KVCacheAttention for a
+// TensorRT without KV-cache layers.
 //
-// inputs   query [B,h,S,D]  key, value [B,KV,S,D]  past_key, past_value [B,KV,C,D]  write_indices int64 [B]  mask bool [B,1,S,C]
+// inputs   query [B,h,S,D]  key, value [B,KV,S,D]  past_key, past_value [B,KV,C,D]  write_indices int64 [B]
+//          mask bool [B,1,S,C]
 // outputs  output [B,h,S,D]  present_key, present_value as past
-// fields   num_heads, num_kv_heads, head_dim, cache_type (0 as the query, 1 int8 [B,KV,C,D+4]) int32; scale float32; in a plan
-//          multiprocessors int32 too, the building device's
+// fields   int32 num_heads, num_kv_heads, head_dim, cache_type (0 as the query, 1 int8 [B,KV,C,D+4]);
+//          float32 scale; in a plan also int32 multiprocessors, the building device's
 //
-// The mask says what write_indices say, and is not read. past and present are meant to be bound to one address; where they are
-// not, the cache is copied first. No alias is declared: that makes TensorRT keep a second copy of the cache.
+// The mask repeats what write_indices say and is not read. past and present should be bound to one address;
+// where they are not, the cache is copied first. No alias is declared, because TensorRT would then keep a
+// second copy of the cache.
 #include <array>
 #include <cstring>
 #include <new>
@@ -79,7 +82,7 @@ public:
         return 0;
     }
 
-    // The largest over all shapes of the profile: fewer new positions can need more splits.
+    // The largest workspace of all shapes in the profile, because fewer new positions can need more splits.
     size_t getWorkspaceSize(
         DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t) const noexcept override
     {
@@ -126,7 +129,7 @@ public:
     IPluginV3* attachToContext(IPluginResourceContext*) noexcept override
     {
         int *host = nullptr, *device = nullptr;
-        overflow_flag(&host, &device);  // allocated now: not while a graph is captured
+        overflow_flag(&host, &device);  // now, because graph capture allows no allocation
         return clone();
     }
 

@@ -1,4 +1,4 @@
-// The plugin's fields, and the checks of them and of the tensors' shapes.
+// The plugin's fields, and the checks of the fields and of the tensors' shapes.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -12,7 +12,7 @@
 
 #define STAR_TEXT_(x) #x
 #define STAR_TEXT(x) STAR_TEXT_(x)
-#define STAR_ABI 1  // the plugin's version: another when a graph's fields, its tensors or their meaning differ
+#define STAR_ABI 1  // the plugin's version: it changes with the fields, the tensors or their meaning
 
 namespace star {
 
@@ -24,8 +24,9 @@ enum Input { kQuery, kKey, kValue, kPastKey, kPastValue, kWriteIndices, kMask, k
 inline constexpr Input kRank4[] = {kQuery, kKey, kValue, kPastKey, kPastValue, kMask};
 enum Output { kOutput, kPresentKey, kPresentValue, kOutputs };
 
-// `multiprocessors` are the building device's, and stay with the plan: its workspace is as large as they need, and a device that
-// runs it with more of them (of another size, or in another power mode) would else split the cache further than that holds.
+// `multiprocessors` is the building device's number and stays with the plan, whose workspace is sized for it.
+// A device with more of them (a larger one, or in another power mode) would otherwise split the cache into
+// more parts than the workspace holds.
 struct Fields {
     int32_t num_heads = 0, num_kv_heads = 0, head_dim = 0, cache_type = 0, multiprocessors = 0;
     float scale = 0;
@@ -34,7 +35,7 @@ struct Fields {
     int cache_dim() const { return cache() == Cache::kInt8 ? head_dim + kScaleBytes : head_dim; }
 };
 
-// The whole numbers by name; a graph gives the first kGraphNumbers of them.
+// The integer fields by name; a graph gives the first kGraphNumbers of them.
 struct Number {
     char const* name;
     int32_t Fields::*at;
@@ -70,7 +71,7 @@ inline bool same(Dims const& a, Dims const& b)
     return a.nbDims == b.nbDims && std::equal(a.d, a.d + a.nbDims, b.d);
 }
 
-// The call's sizes from the tensors' (all of them fixed), or false after saying what is wrong.
+// The call's sizes from those of the tensors, all of them fixed; or print what is wrong and return false.
 inline bool shape_from_dims(Fields const& f, Dims const* (&dims)[kInputs + kOutputs], Shape& shape)
 {
     for (Input i : kRank4)

@@ -1,5 +1,6 @@
-// What a thread of a GPU can do beyond C++, one function each. The tests put an emulator in place of this half
-// (STAR_EMULATED), so that the kernels' own source runs, fragment by fragment, on a machine without a GPU.
+// The instructions of a GPU thread beyond C++, one function each. The tests replace this half with an
+// emulator (STAR_EMULATED), so that the kernels' own source runs, fragment by fragment, on a machine without
+// a GPU.
 //
 // Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "ldmatrix".
 #pragma once
@@ -26,7 +27,8 @@ STAR_DEVICE void sync_warp() { __syncwarp(); }
 STAR_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 STAR_DEVICE bool any(bool x) { return __any_sync(0xffffffffu, x); }
 
-// A kernel that `follows` another (kv_dispatch.cuh) may start before that one ends, and waits here for all that it stored.
+// A kernel that follows another (kFollows in kv_dispatch.cuh) may start before that one ends, and waits here
+// for everything that it stored.
 STAR_DEVICE void await_kernel_before()
 {
 #if __CUDA_ARCH__ >= 900
@@ -58,7 +60,7 @@ STAR_DEVICE float exp2_of(float x)
 
 STAR_DEVICE uint32_t shared_address(void const* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// 16 bytes to shared memory in the background: the first `bytes` are read, the others zeros.
+// Copy 16 bytes to shared memory in the background: the first `bytes` are read, the others are zeros.
 STAR_DEVICE void copy_async(void* to, void const* from, int bytes)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
@@ -66,7 +68,8 @@ STAR_DEVICE void copy_async(void* to, void const* from, int bytes)
 
 STAR_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Four 8x8 matrices of 16-bit elements; lane i gives the byte of shared memory where row i % 8 of matrix i / 8 starts.
+// Load four 8x8 matrices of 16-bit elements. Lane i gives the byte of shared memory where row i % 8 of matrix
+// i / 8 starts.
 STAR_DEVICE void load_matrices(uint32_t (&r)[4], int row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -105,7 +108,8 @@ STAR_DEVICE uint32_t packed_from_floats(float low, float high)
     return d;
 }
 
-// Byte `i` of `word` as a number of 8 bits, less 128: 2^23 + byte has it as its last bits. (Conversion has a quarter of the rate.)
+// Byte `i` of `word` as an unsigned number, less 128: the float 2^23 + byte has the byte as its last bits. (A
+// conversion instruction has a quarter of the rate.)
 STAR_DEVICE float float_from_byte(uint32_t word, int i)
 {
     return __uint_as_float(__byte_perm(word, 0x4B000000, 0x7650 + i)) - 8388736.0f;
