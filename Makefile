@@ -1,9 +1,10 @@
-# Two commands: `make demo` shows what the project does, `make test` shows that it is right. Both install into .venv first.
+# `make demo` shows what the project does, `make test` shows that it is right, `make lint` that it reads alike.
+# All install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 TARGET ?= rtx-4090
 
-.PHONY: setup demo test
+.PHONY: setup demo lint test
 
 setup: .venv/installed
 
@@ -19,13 +20,20 @@ demo: setup
 	$(BIN)/star-export build demo/bundle --target $(TARGET)
 	$(BIN)/star-export validate demo/bundle --report demo/report.html
 	$(BIN)/star-export score demo/bundle --pictures demo
-	$(BIN)/star-export generate demo/bundle "two blue circles and a small red star on a yellow background" -o demo/image.png
-	$(BIN)/star-export edit demo/bundle demo/image.png "change the color of the star to green" -o demo/image-edited.png
-	$(BIN)/star-export ask demo/bundle demo/image-edited.png "how many circles are there?"
-	$(BIN)/star-export generate demo/bundle "as many red circles as a triangle has corners" --reason -o demo/riddle.png
+	$(BIN)/star-export generate demo/bundle -o demo/image.png \
+		"a green triangle to the left of a purple circle on a white background"
+	$(BIN)/star-export edit demo/bundle demo/image.png -o demo/image-edited.png "replace the triangle with a red star"
+	$(BIN)/star-export ask demo/bundle demo/image-edited.png "what color is the star?"
+	$(BIN)/star-export generate demo/bundle -o demo/riddle.png --reason \
+		"as many yellow stars as a dog has legs, on a blue background"
 	@echo "bundle and plans: demo/bundle   parity report: demo/report.html"
 	@echo "drawn, edited, answered and reasoned, each with its verdict: demo/generated.png edited.png answered.png reasoned.png"
 	@echo "made just now: demo/image.png image-edited.png riddle.png"
 
-test: setup
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
 	$(BIN)/python -m pytest
