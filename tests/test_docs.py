@@ -64,7 +64,7 @@ def test_every_link_leads_to_a_file_of_this_repository(name: str) -> None:
 
 
 def test_every_path_that_is_named_exists() -> None:
-    """In documents those in backticks, in sources those with a suffix. The plugin's build folder comes later."""
+    """In documents those in backticks, in sources those with a suffix."""
     words = {name: re.findall(r"`([^`\n]+)`", prose(name)) for name in DOCUMENTS}
     words |= {name: [text(name)] for name in SOURCES}
     found = [(name, path) for name in words for word in words[name] for path in PATH.findall(word)]
