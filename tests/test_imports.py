@@ -129,6 +129,15 @@ def test_the_runtime_and_the_command_line_import_bare(blocked: set[str]) -> None
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("package", ["engines", "star_export"])
+def test_importing_a_package_loads_nothing_from_outside_of_the_standard_library(package: str) -> None:
+    """The public names are imported on first use."""
+    code = f"import sys; before = set(sys.modules); import {package}; print(*set(sys.modules) - before)"
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    loaded = {name.partition(".")[0] for name in output.split()}
+    assert loaded - set(sys.stdlib_module_names) <= OURS
+
+
 RUN = (
     REFUSE
     + """

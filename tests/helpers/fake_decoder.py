@@ -45,6 +45,8 @@ class Buffer:
 class FakeDecoder:
     """`fault(step, cache_key, cache_value, state)` may spoil things; `step` counts calls of one token."""
 
+    capacity_tokens = prefill_tokens = None
+
     def __init__(self, fault: str = "", cache: str = "float32"):
         self.spec, self.fault = spec(cache), fault
         self.weights = np.random.default_rng(0).standard_normal((3, H, H)).astype(np.float32) / 3
@@ -55,6 +57,9 @@ class FakeDecoder:
     def bind(self, tensors):
         check_binding(self.spec, tensors)
         return lambda: self.step({name: buffer.array for name, buffer in tensors.items()})
+
+    def close(self):
+        pass
 
     def step(self, t):
         x, position, write = t["inputs_embeds"], t["position_ids"][0], t["write_indices"]

@@ -83,7 +83,7 @@ class Buffer:
     dtype = "float32"
 
     def __init__(self, array: np.ndarray):
-        self.array = array
+        self.array, self.shape = array, array.shape
 
     def write(self, array: np.ndarray) -> None:
         self.array = array
@@ -95,11 +95,16 @@ class Buffer:
 class Head:
     """An `image_head` that returns these outputs, whatever it is given."""
 
+    capacity_tokens = prefill_tokens = None
+
     def __init__(self, bundle: Bundle, outputs: dict[str, np.ndarray]):
         self.spec, self.outputs = bundle.component("image_head"), outputs
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        return Buffer(np.zeros(shape))
+        return Buffer(np.zeros(shape, dtype))
+
+    def close(self) -> None:
+        pass
 
     def bind(self, buffers: dict[str, Buffer]):
         return lambda: [buffers[name].write(array) for name, array in self.outputs.items()]

@@ -1,0 +1,81 @@
+"""Nothing reads an attribute of a session or buffer that its protocol does not declare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engines.bundle.reader import Bundle
+from engines.runtime.star import Star
+from engines.sessions import Buffer, Session, open_session
+from star_export.golden.cases import component_cases
+from star_export.golden.run_case import run_case
+from tests.helpers.fake_decoder import FakeDecoder
+
+
+def declared(protocol: type) -> set[str]:
+    """The members of a protocol, attributes and methods."""
+    return set(protocol.__annotations__) | {name for name in vars(protocol) if not name.startswith("_")}
+
+
+class DeclaredOnly:
+    """Sessions and buffers reduced to the members that their protocols declare."""
+
+    def __init__(self) -> None:
+        self.wrapped: dict[int, tuple[object, Buffer]] = {}  # keeps every view alive, so that ids stay unique
+
+    def session(self, session: Session) -> SimpleNamespace:
+        def bind(tensors: Mapping[str, object]):
+            return session.bind({name: self.wrapped[id(view)][1] for name, view in tensors.items()})
+
+        def buffer(shape: tuple[int, ...], dtype: str):
+            return self.buffer(session.buffer(shape, dtype))
+
+        members = {name: getattr(session, name) for name in declared(Session)}
+        return SimpleNamespace(**members | {"bind": bind, "buffer": buffer})
+
+    def buffer(self, buffer: Buffer) -> SimpleNamespace:
+        view = SimpleNamespace(**{name: getattr(buffer, name) for name in declared(Buffer)})
+        self.wrapped[id(view)] = view, buffer
+        return view
+
+
+def test_the_protocols_declare_what_the_design_says():
+    assert declared(Buffer) == {"shape", "dtype", "write", "read"}
+    assert declared(Session) == {"spec", "capacity_tokens", "prefill_tokens", "buffer", "bind", "close"}
+
+
+def test_the_runtime_reads_only_what_the_protocols_declare(mini_bundle, monkeypatch):
+    image = np.arange(60 * 60 * 3, dtype=np.uint8).reshape(60, 60, 3)
+
+    def results() -> list[np.ndarray]:
+        with Star(mini_bundle) as star:
+            drawn, edited = star.generate("a red cat"), star.edit(image, "blue")
+            return [drawn.image_ids, edited.image_ids, star.ask(image, "what?", max_new_tokens=2).ids]
+
+    wanted, only = results(), DeclaredOnly()
+    monkeypatch.setattr(
+        "engines.runtime.star.open_session", lambda *a, **k: only.session(open_session(*a, **k))
+    )
+    for expected, got in zip(wanted, results()):
+        np.testing.assert_array_equal(got, expected)
+    assert only.wrapped
+
+
+@pytest.mark.parametrize("component", ["base_ar", "image_head"])
+def test_a_recorded_case_reads_only_what_the_protocols_declare(mini_bundle, component):
+    bundle = Bundle.open(mini_bundle)
+    spec = bundle.component(component)
+    case = next(iter(component_cases(bundle.file(spec.golden), spec).values()))
+    session = DeclaredOnly().session(open_session(bundle, component))
+    results = run_case(session, case, tolerances=dict.fromkeys(case.outputs, 1e-3) | {"present": 1e-3})
+    assert results and all(result.passed for result in results)
+
+
+def test_the_fake_sessions_of_the_tests_have_the_declared_members():
+    fake = FakeDecoder()
+    assert declared(Session) <= set(dir(fake))
+    assert declared(Buffer) <= set(dir(fake.buffer((1,), "float32")))
