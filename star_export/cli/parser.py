@@ -116,7 +116,9 @@ def _export(commands) -> None:
         metavar="SOURCE",
         help="a folder in the release layout, its config JSON, nano (shipped here), or a hub id",
     )
-    c.add_argument("--out", required=True, metavar="BUNDLE", help="the bundle to create; it must not exist")
+    c.add_argument(
+        "--out", required=True, metavar="BUNDLE", help="the bundle to create; absent or an empty folder"
+    )
     c.add_argument(
         "--precision", default="fp32", choices=("fp32", "fp16", "bf16", "int8", "int4"), help="default: fp32"
     )
@@ -202,7 +204,11 @@ def _generate(commands) -> None:
         "--reason", action="store_true", help="let the base model answer first, and draw the answer"
     )
     c.add_argument(
-        "--max-new-tokens", type=count, default=256, metavar="N", help="longest answer (default: 256)"
+        "--max-new-tokens",
+        type=count,
+        default=256,
+        metavar="N",
+        help="most tokens of the answer (default: 256)",
     )
 
 
@@ -228,7 +234,11 @@ def _ask(commands) -> None:
     c.add_argument("image", metavar="IMAGE", help="PNG or JPEG")
     c.add_argument("question", metavar="QUESTION")
     c.add_argument(
-        "--max-new-tokens", type=count, default=256, metavar="N", help="longest answer (default: 256)"
+        "--max-new-tokens",
+        type=count,
+        default=256,
+        metavar="N",
+        help="most tokens of the answer (default: 256)",
     )
     c.add_argument(
         "--greedy",

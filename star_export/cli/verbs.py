@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engines.bundle.reader import Bundle
 from engines.errors import MissingError, UsageError
@@ -17,6 +18,11 @@ from engines.errors import MissingError, UsageError
 from .drawing import ask, edit, generate, open_star
 from .outputs import Outcome, check_files, check_folder, table, text_from_bytes
 from .progress_bar import ProgressBar
+
+if TYPE_CHECKING:
+    from engines.tensorrt.build import BuiltPlan
+
+    from ..validator.certificate import Rung
 
 __all__ = [
     "ask",
@@ -104,18 +110,7 @@ def build(
             rows=rows or ROWS,
             progress=bar,
         )
-    data = [
-        {
-            "target": plan.target,
-            "component": plan.component,
-            "plan": str(plan.path),
-            "bytes": plan.spec.plan.size,
-            "seconds": plan.spec.seconds,
-            "kv_cache_updates": plan.spec.kv_cache_updates,
-            "skipped": plan.skipped,
-        }
-        for plan in plans
-    ]
+    data = {"plans": [_data_from_plan(plan) for plan in plans]}
     lines = [
         (
             plan.target,
@@ -126,7 +121,19 @@ def build(
         )
         for plan in plans
     ]
-    return Outcome({"plans": data}, table(("target", "component", "plan", "took", ""), lines))
+    return Outcome(data, table(("target", "component", "plan", "took", ""), lines))
+
+
+def _data_from_plan(plan: BuiltPlan) -> dict:
+    return {
+        "target": plan.target,
+        "component": plan.component,
+        "plan": str(plan.path),
+        "bytes": plan.spec.plan.size,
+        "seconds": plan.spec.seconds,
+        "kv_cache_updates": plan.spec.kv_cache_updates,
+        "skipped": plan.skipped,
+    }
 
 
 def validate(
@@ -277,7 +284,7 @@ def _yes_or_no(refusal: str | None) -> str:
     return "yes" if refusal is None else f"no: {refusal.partition(' (')[0]}"
 
 
-def _nearest(rung) -> str:
+def _nearest(rung: Rung) -> str:
     """The result of a rung that uses the largest share of its tolerance."""
     from ..golden.compare import excess
 

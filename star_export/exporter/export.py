@@ -67,11 +67,7 @@ def export(
             write_component(model, tensors, PRECISIONS[precision], stage / name)
         step("record golden tensors")
         oracle = rounded_star(config, tensors, PRECISIONS[precision], rope_bf16=rope_bf16)
-        compute = getattr(torch, PRECISIONS[precision].dtype_name)
-        for name in names:
-            golden.component_golden(name, oracle, stage / name / "golden.safetensors", compute=compute)
-        if len(names) == len(COMPONENTS):
-            golden.run_golden(oracle, stage / "golden.safetensors")
+        record_golden(oracle, names, PRECISIONS[precision], stage)
         step("hash and publish")
         for file_name, data in (tokenizer_files(files) | score_files(files)).items():
             (stage / file_name).write_bytes(data)
@@ -103,6 +99,15 @@ def write_component(
         twin = twin_from_graph(ir.load(folder / "model.onnx"))
         (folder / "twin.onnx").write_bytes(ir.to_proto(twin).SerializeToString())
     lint.check_graph(folder / "model.onnx")
+
+
+def record_golden(oracle: FoldedStar, names: list[str], precision: Precision, stage: Path) -> None:
+    """Record the golden tensors of the named components, and whole runs if these are all components."""
+    for name in names:
+        path = stage / name / "golden.safetensors"
+        golden.component_golden(name, oracle, path, compute=precision.torch_dtype)
+    if len(names) == len(COMPONENTS):
+        golden.run_golden(oracle, stage / "golden.safetensors")
 
 
 def component_spec(name: str, config: StarConfig, precision: Precision) -> ComponentSpec:
