@@ -12,12 +12,9 @@ import math
 import types
 import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 SCHEMA = 2
 
@@ -153,7 +150,7 @@ class Manifest:
     files: dict[str, FileSpec]
 
 
-def json_from_manifest(manifest: DataclassInstance) -> str:
+def json_from_manifest(manifest: Any) -> str:
     """Serialise any dataclass of this module as JSON text."""
     return json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False) + "\n"
 
