@@ -12,7 +12,15 @@ import numpy as np
 
 WIDTH, HEIGHT, MARGIN = 460, 280, 46  # of a chart, in pixels
 LETTER, LINE, GAP = 6.5, 12, 8  # of a grid's captions, in pixels: width of a letter, height of a line, space
-INKS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
+INKS = (
+    (31, 119, 180),
+    (214, 39, 40),
+    (44, 160, 44),
+    (148, 103, 189),
+    (255, 127, 14),
+    (23, 190, 207),
+    (140, 86, 75),
+)
 Series = dict[str, list[tuple[float, float]]]  # name -> points
 
 
