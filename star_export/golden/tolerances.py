@@ -39,7 +39,8 @@ def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray])
     if missing := sorted(measured - noise.keys()):
         raise InputError(
             "The golden set cannot prove anything in 16 bits",
-            where=f"{component}: expected the reference's {compute} noise of {', '.join(missing)}, got none",
+            where=f"{component}: expected the reference's own noise in {compute} "
+            f"of {', '.join(missing)}, got none",
             fix="export the bundle again",
         )
     found = table | {name: MARGIN * float(noise[name]) for name in measured}

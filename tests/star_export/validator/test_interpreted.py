@@ -123,8 +123,8 @@ def test_without_the_device_the_networks_are_interpreted_and_the_certificate_say
     } <= checks
     assert {(name, "steps against prefill, B=2") for name in ("base_ar", "stacked_ar")} <= checks
     assert {
-        ("image_head", "case greedy, ties the other way"),
-        ("vq_encoder", "case 3, ties the other way"),
+        ("image_head", "case greedy, ties reversed"),
+        ("vq_encoder", "case 3, ties reversed"),
         ("vq_decoder", "case 3"),
     } <= checks
     assert {row.check.partition(":")[0] for row in rung.rows} == {
