@@ -165,7 +165,7 @@ def _validate(commands) -> None:
     c = _command(
         commands,
         "validate",
-        "prove with numbers that a bundle computes what the reference computes",
+        "show with numbers that a bundle computes what the reference computes",
         "star-3b-bf16 --report parity.html",
         "star-3b-bf16 --target rtx-4090",
     )
