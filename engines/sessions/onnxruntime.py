@@ -215,6 +215,8 @@ def _runtime(device: str):
     if PROVIDERS[device] not in onnxruntime.get_available_providers():
         available = ", ".join(onnxruntime.get_available_providers())
         raise _missing(device, f"onnxruntime {onnxruntime.__version__} with {available}")
+    if device == "cuda":
+        onnxruntime.preload_dlls()  # finds CUDA and cuDNN in pip's nvidia packages, where the loader does not look
     return onnxruntime
 
 
