@@ -137,9 +137,9 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def base_json() -> dict[str, dict]:
-    """The base model's JSON files by name."""
-    config = {
+def base_config() -> dict:
+    """The base model's `config.json`."""
+    return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
         "hidden_size": HIDDEN,
@@ -173,6 +173,10 @@ def base_json() -> dict[str, dict]:
         "use_cache": True,
         "vision_config": VISION,
     }
+
+
+def base_json() -> dict[str, dict]:
+    """The base model's JSON files by name."""
     generation = {
         "bos_token_id": 151643,
         "pad_token_id": 151643,
@@ -201,7 +205,7 @@ def base_json() -> dict[str, dict]:
         "clean_up_tokenization_spaces": False,
     }
     return {
-        "config.json": config,
+        "config.json": base_config(),
         "generation_config.json": generation,
         "preprocessor_config.json": preprocessor,
         "tokenizer_config.json": tokenizer,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -48,10 +48,9 @@ def read_config(root: Path) -> StarConfig:
     return config_from_files(root / f"{recipe.NAME}.json", root / recipe.BASE_FOLDER)
 
 
-def base_json(token_id) -> dict[str, dict]:
-    """The base model's JSON files by name; `token_id` maps a special token to its id."""
-    end, start = token_id("<|im_end|>"), token_id("<|endoftext|>")
-    config = {
+def base_config(token_id: Callable[[str], int]) -> dict:
+    """The base model's `config.json`; `token_id` maps a special token to its id."""
+    return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
         "hidden_size": recipe.HIDDEN,
@@ -73,8 +72,8 @@ def base_json(token_id) -> dict[str, dict]:
         "initializer_range": 0.02,
         "torch_dtype": "float16",
         "use_cache": True,
-        "bos_token_id": start,
-        "eos_token_id": end,
+        "bos_token_id": token_id("<|endoftext|>"),
+        "eos_token_id": token_id("<|im_end|>"),
         "vision_start_token_id": token_id("<|vision_start|>"),
         "vision_end_token_id": token_id("<|vision_end|>"),
         "vision_token_id": token_id("<|vision_pad|>"),
@@ -82,6 +81,11 @@ def base_json(token_id) -> dict[str, dict]:
         "video_token_id": token_id("<|video_pad|>"),
         "vision_config": recipe.VISION,
     }
+
+
+def base_json(token_id: Callable[[str], int]) -> dict[str, dict]:
+    """The base model's JSON files by name; `token_id` maps a special token to its id."""
+    end, start = token_id("<|im_end|>"), token_id("<|endoftext|>")
     # No repetition penalty: answers here naturally repeat words ("two red stars and a red cross").
     generation = {
         "bos_token_id": start,
@@ -110,7 +114,7 @@ def base_json(token_id) -> dict[str, dict]:
         "clean_up_tokenization_spaces": False,
     }
     return {
-        "config.json": config,
+        "config.json": base_config(token_id),
         "generation_config.json": generation,
         "preprocessor_config.json": preprocessor,
         "tokenizer_config.json": tokenizer,
