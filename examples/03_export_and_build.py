@@ -3,7 +3,8 @@
     .venv/bin/python examples/03_export_and_build.py [CHECKPOINT]
 
 CHECKPOINT is `nano` (default), a folder in the release layout, or a hub id. The script writes the
-folder `bundle`, which must not exist yet. TensorRT for RTX builds on any CPU; other targets build on their device.
+folder `bundle`, which must not exist yet. TensorRT for RTX builds on any CPU; other targets build on
+their device.
 """
 
 from __future__ import annotations
