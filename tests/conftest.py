@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,17 +15,29 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together on one worker what shares expensive fixtures.
+# The first trace of a checkpoint takes longer than most files. Files that trace the same one run in one process,
+# which does it once.
+TRACES_MINIATURE = re.compile(r"\b(mini_bundle|bundle_of|graph_from_config|export\(str\(mini)")
+TRACES_NANO = ("validator/test_nano.py", "validator/test_score.py", "plugins/test_tensorrt.py")
 
-    These are the tests of a file, and all that need a bundle of the miniature checkpoint: tracing it for the
-    first time takes longer than most files. Files that trace STAR-Nano say so by a mark.
-    """
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            group = "bundles" if "bundle_of" in getattr(item, "fixturenames", ()) else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Keep together on one worker the tests of a file, and the files that trace the same checkpoint."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByCheckpoint(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(config.rootpath / nodeid.partition("::")[0])
+
+    return ByCheckpoint(config, log)
+
+
+@functools.cache
+def group_of(file: Path) -> str:
+    """The name of the group that `file` runs with, its own where it shares nothing."""
+    if file.as_posix().endswith(TRACES_NANO):
+        return "STAR-Nano"
+    return "miniature" if TRACES_MINIATURE.search(file.read_text()) else str(file)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,6 @@ from star_export.graph.classic import classic_from_graph
 from tests.helpers.emulated import FLAGS, HERE, ROOT, SOURCES, compiler
 from tests.helpers.plugin_in_tensorrt import COMPONENT
 
-pytestmark = pytest.mark.xdist_group("nano bundles")
 libraries = pytest.importorskip("tensorrt_rtx_libs")
 FOLDER, FILE = Path(libraries.__file__).parent, "libtensorrt_rtx.so.1"
 LAYERS = 4  # of the component

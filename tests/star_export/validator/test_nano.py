@@ -12,8 +12,6 @@ from star_export.exporter.export import export
 from star_export.validator.ladder import validate
 from star_export.validator.score import SCORE
 
-pytestmark = pytest.mark.xdist_group("nano bundles")
-
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:

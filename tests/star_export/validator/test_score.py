@@ -27,7 +27,6 @@ from star_export.cli.parser import main
 from star_export.validator import score as scoring
 from star_export.validator.ladder import Subject, score_of_tasks
 
-pytestmark = pytest.mark.xdist_group("nano bundles")
 SAMPLING = {
     "generate": {"guidance": 2.0, "top_k": 100, "top_p": 0.9},
     "edit": {"guidance": 1.5, "top_k": 3, "top_p": 0.8},
