@@ -15,8 +15,8 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
-# The first trace of a checkpoint takes longer than most files. Files that trace the same one run in one process,
-# which does it once.
+# The first trace of a checkpoint takes longer than most files. Files that trace the same one run in one
+# process, which traces it once.
 TRACES_MINIATURE = re.compile(r"\b(mini_bundle|bundle_of|graph_from_config|export\(str\(mini)")
 TRACES_NANO = ("validator/test_nano.py", "validator/test_score.py", "plugins/test_tensorrt.py")
 
