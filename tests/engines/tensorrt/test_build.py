@@ -311,9 +311,9 @@ def test_all_components_are_built_for_three_targets_as_the_manifest_says(bundle_
     shutil.copytree(bundle_of(precision), tmp_path / "bundle")
     bundle = Bundle.open(tmp_path / "bundle")
     for target in ("rtx-3090", "rtx-4090", "rtx-5090"):
-        started = time.monotonic()
+        started = time.process_time()  # not of the clock: other tests run beside this one
         results = build.build_plans(bundle, [target])
-        seconds = time.monotonic() - started
+        seconds = time.process_time() - started
         assert seconds < 30, f"{target}: {seconds:.1f} s"
         assert [r.component for r in results] == list(bundle.manifest.components)
         for r in results:

@@ -33,7 +33,7 @@ class Runtime:
         (35, 0, "expected a driver for CUDA 13.4, got none"),
         (35, 12020, "expected a driver for CUDA 13.4, got one for CUDA 12.2"),
         (34, 0, "got none"),
-        (100, 13040, "There is no NVIDIA GPU"),
+        (100, 13040, "This machine has no NVIDIA GPU"),
     ],
 )
 def test_without_driver_or_gpu_the_message_names_what_is_missing(monkeypatch, code, driver, words):

@@ -56,7 +56,7 @@ def small_root(nano_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name, value in SMALL.items():
         monkeypatch.setattr(recipe, name, value)
     for name, stage in STAGES.items():
-        monkeypatch.setitem(STAGES, name, dataclasses.replace(stage, steps=4, batch=8, warmup=1))
+        monkeypatch.setitem(STAGES, name, dataclasses.replace(stage, steps=2, batch=8, warmup=1))
     base = tmp_path / "small" / recipe.BASE_FOLDER
     base.mkdir(parents=True)
     shutil.copy(nano_root / recipe.BASE_FOLDER / "tokenizer.json", base)
