@@ -27,6 +27,7 @@ from tests.helpers.emulated import (
 )
 
 
+@pytest.mark.slow
 def test_two_thousand_random_shapes_are_as_defined() -> None:
     library()
 

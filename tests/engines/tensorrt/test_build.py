@@ -306,6 +306,7 @@ def test_a_missing_plugin_is_named_before_anything_is_built(bundle, monkeypatch,
     assert not (bundle.path / "plans").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "int4"])
 def test_all_components_are_built_for_three_targets_as_the_manifest_says(bundle_of, tmp_path, precision):
     shutil.copytree(bundle_of(precision), tmp_path / "bundle")

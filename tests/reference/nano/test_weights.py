@@ -38,6 +38,7 @@ def painter(tmp_path_factory: pytest.TempPathFactory) -> Painter:
     return Painter.from_checkpoint(out)
 
 
+@pytest.mark.slow
 def test_what_was_recorded_is_reached(painter: Painter) -> None:
     """On the small set, up to what chance does to a reference's own share."""
     recorded = score_from_bytes((WEIGHTS / SCORE).read_bytes(), "small", where=SCORE)

@@ -18,8 +18,9 @@ from engines.tensorrt import build
 from star_export.golden.cases import Case, cases_from_file, component_cases
 from star_export.golden.run_case import run_case, where_ids_agree
 from star_export.golden.tolerances import compute_type, tolerances_of
-from star_export.validator import interpreted
+from star_export.validator import interpreted, rungs
 from star_export.validator import ladder as validate
+from star_export.validator.subject import RUNS
 
 pytest.importorskip("tensorrt_rtx")
 TARGET, CAPACITY = "rtx-4090", 128
@@ -69,12 +70,12 @@ def test_the_graphs_of_the_targets_dialect_are_checked(bundle_of):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_ids_of_a_generation_an_answer_and_an_edit_are_onnx_runtimes(bundle_of, precision):
     bundle = Bundle.open(bundle_of(precision))
-    case = cases_from_file(bundle.file(validate.RUNS))["generate"]
+    case = cases_from_file(bundle.file(RUNS))["generate"]
     ids = {}
     for backend in ("onnxruntime", f"interpreter-fp32:{TARGET}"):
         with Star(bundle, backend=backend) as star:
             ids[backend] = [
-                validate._generate(star, case)["image_ids"],
+                rungs._generate(star, case)["image_ids"],
                 interpreted.asked_ids(star)[None],
                 interpreted.edited_ids(star),
                 interpreted.forced_ids(star, case),
@@ -216,7 +217,7 @@ def test_a_forced_run_goes_on_along_the_recorded_ids(mini_bundle):
     """Where recorded ids are not the arg-max,
     each step still answers for itself: only steps that see them differ."""
     bundle = Bundle.open(mini_bundle)
-    case = cases_from_file(bundle.file(validate.RUNS))["generate"]
+    case = cases_from_file(bundle.file(RUNS))["generate"]
     other = case.outputs["image_ids"].copy()
     other[0, 2] = (other[0, 2] + 5) % bundle.manifest.model.codebook_size
     with Star(bundle, backend=f"interpreter:{TARGET}") as star:

@@ -23,6 +23,7 @@ def test_the_bundle_holds_what_the_reference_reached_and_how_it_draws(bundle: Pa
     assert SCORE in manifest.files and manifest.model.name == "STAR-Nano" and manifest.precision == "bf16"
 
 
+@pytest.mark.slow
 def test_every_rung_passes(bundle: Path) -> None:
     certificate = validate(bundle)
     assert certificate.passed

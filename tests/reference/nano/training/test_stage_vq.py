@@ -80,12 +80,13 @@ def test_the_decoder_misreads_some_ids_of_half_of_the_images_as_near_ones(
     assert steps == [5] and torch.equal(decoded[0], entries[7][:, None, None].expand(64, -1, 8, 8))
 
 
+@pytest.mark.slow
 def test_the_vq_model_learns_images_by_heart(small_root: Path) -> None:
     """First whole, then made local, then the decoder alone from a new codebook."""
     star, _ = small_star(small_root)
     batch, device = scenes_of(0, batch=4), torch.device("cpu")
     found = {}
-    for name, steps in {"vq": 80, "local": 60, "decoder": 40}.items():
+    for name, steps in {"vq": 60, "local": 60, "decoder": 24}.items():
         trainer = VQ_TRAINERS[name](
             star, Stage(name, steps=steps, batch=4, learning_rate=3e-3, warmup=10), device
         )

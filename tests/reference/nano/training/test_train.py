@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from reference import tasks
@@ -34,6 +35,7 @@ def test_a_wider_stage_sees_as_many_samples() -> None:
     assert wide.steps * wide.batch == 2 * stage.steps * stage.batch
 
 
+@pytest.mark.slow
 def test_all_stages_run_and_leave_the_frozen_base_bit_for_bit(small_root: Path) -> None:
     out, seconds = small_root, None
     options = {"device": torch.device("cpu"), "workers": 0, "scale": 1.0, "seconds": seconds}
