@@ -144,8 +144,8 @@ def tell(line: dict) -> None:
     print(json.dumps(line), flush=True)
 
 
-def timed(call, *, before) -> float:
-    """Microseconds, the median over ROUNDS, with `before()` ahead of each and not counted."""
+def timed(call, *, before) -> list[float]:
+    """Microseconds of each of ROUNDS calls, with `before()` ahead of each and not counted."""
     times = []
     for _ in range(ROUNDS + 5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -155,7 +155,7 @@ def timed(call, *, before) -> float:
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end))
-    return statistics.median(times[5:])
+    return times[5:]
 
 
 def graph_of(calls: list) -> torch.cuda.CUDAGraph:
@@ -175,13 +175,22 @@ def measure(shape: Shape, *, bandwidth: float, flush) -> None:
     """A line for the kernels and for each peer, and one for the goals."""
     found = {}
     for peer, (make, backend) in PEERS.items():
-        line = {"shape": shape.name, "peer": peer, "rows": shape.rows, "new": shape.new, "used": shape.used}
+        line = {
+            "shape": shape.name,
+            "peer": peer,
+            "rows": shape.rows,
+            "kv_heads": shape.kv_heads,
+            "new": shape.new,
+            "used": shape.used,
+        }
         try:
             with sdpa_kernel(backend) if backend else contextlib.nullcontext():
                 call, moved = make(shape), shape.moved_bytes(peer)
-                found[peer] = timed(call, before=flush)
+                rounds = timed(call, before=flush)
+                found[peer] = statistics.median(rounds)
                 calls = [make(shape) for _ in range(min(GRAPH_CALLS, 1 + GRAPH_BYTES // moved))]
-                in_graph = timed(graph_of(calls).replay, before=flush) / len(calls)
+                graph_rounds = [us / len(calls) for us in timed(graph_of(calls).replay, before=flush)]
+                in_graph = statistics.median(graph_rounds)
         except (RuntimeError, ImportError) as error:
             tell(line | {"unavailable": str(error).splitlines()[0][:80]})
             continue
@@ -195,6 +204,8 @@ def measure(shape: Shape, *, bandwidth: float, flush) -> None:
                 "graph_us": round(in_graph, 2),
                 "share_of_copy_bandwidth": round(moved / found[peer] * 1e6 / bandwidth, 3),
                 "graph_share": round(moved / in_graph * 1e6 / bandwidth, 3),
+                "rounds_us": [round(us, 2) for us in rounds],
+                "graph_rounds_us": [round(us, 3) for us in graph_rounds],
             }
         )
     ours = found.pop("star")
@@ -241,7 +252,7 @@ def try_configurations(shape: Shape, *, bandwidth: float, flush) -> None:
         if call.plan in seen:
             continue
         seen.add(call.plan)
-        us = timed(call, before=flush)
+        us = statistics.median(timed(call, before=flush))
         tell(
             {
                 "shape": shape.name,
@@ -321,7 +332,8 @@ def main() -> None:
     def flush():  # by reading: after writing, the GPU would be busy with it for a while
         cold.sum()
 
-    bandwidth = 2 * COLD_BYTES / timed(lambda: target.copy_(cold), before=flush) * 1e6
+    copies = [2 * COLD_BYTES / us * 1e6 for us in timed(lambda: target.copy_(cold), before=flush)]
+    bandwidth = statistics.median(copies)
     tell(
         {
             "gpu": torch.cuda.get_device_name(),
@@ -329,6 +341,7 @@ def main() -> None:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "copy_bytes_per_s": round(bandwidth),
+            "copies_bytes_per_s": [round(copy) for copy in copies],
         }
     )
     for shape in SHAPES:

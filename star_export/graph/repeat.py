@@ -1,0 +1,166 @@
+"""A decoder traced with two layers -> the same decoder with any number of equal layers.
+
+Tracing costs seconds per layer, and all layers of a decoder are alike: only the names of their weights and
+caches differ. So the second layer of a short trace is the pattern, and every further layer is a copy of it
+that reads its own weights and caches.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from engines.bundle.tensors import PAST, PRESENT
+from reference.config import DecoderConfig, StarConfig
+
+from .trace import graph_from_config
+
+TRACED_LAYERS = 2  # the first is fed by the embedding, the second by a layer, as all that follow
+_LAYER = re.compile(rf"((?:^|\.)layers\.|^{re.escape(PAST)}|^{re.escape(PRESENT)})(\d+)\.")
+
+
+def repeated_graph(name: str, config: StarConfig, *, rope_bf16: bool) -> ir.Model:
+    """The graph of the decoder `name` (`base_ar` or `stacked_ar`), as `trace.graph_from_config` gives it but
+    for the names of inner values, in the time of two layers."""
+    decoder: DecoderConfig = getattr(config, name)
+    short = replace(config, **{name: replace(decoder, num_layers=min(decoder.num_layers, TRACED_LAYERS))})
+    model = graph_from_config(name, short, rope_bf16=rope_bf16)
+    if decoder.num_layers > TRACED_LAYERS:
+        repeat_layers(model, decoder.num_layers)
+    return model
+
+
+def repeat_layers(model: ir.Model, layers: int) -> None:
+    """Extend a decoder of two layers, fresh from tracing, to `layers` of them, in place.
+
+    The copies follow the second layer; what followed it is fed by the last copy. Raises ValueError when the
+    two layers are not alike.
+    """
+    first, second, rest = _split(model)
+    following = {before: after for a, b in zip(first, second) for before, after in zip(a.outputs, b.outputs)}
+    own = [value for node in second for value in node.outputs]
+    previous = {
+        value: value for value in own
+    }  # value of the second layer -> the same of the layer before the one being made
+    at = second[-1]
+    for layer in range(TRACED_LAYERS, layers):
+        made: dict[ir.Value, ir.Value] = {}
+        for node in second:
+            inputs = [
+                None
+                if value is None
+                else made[value]
+                if value in made
+                else previous[following[value]]
+                if value in following
+                else _leaf(model, value, layer)
+                for value in node.inputs
+            ]
+            copy = _copy(node, inputs, layer)
+            made.update(zip(node.outputs, copy.outputs))
+            model.graph.insert_after(at, copy)
+            at = copy
+        model.graph.outputs.extend(made[value] for value in own if value.is_graph_output())
+        previous = made
+    for node in rest:
+        for i, value in enumerate(node.inputs):
+            if value in previous:
+                node.replace_input_with(i, previous[value])
+    _move_last(model, [value for node in rest for value in node.inputs if value is not None])
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a weight, cache or present belongs to by its name; None for what belongs to none."""
+    match = _LAYER.search(name)
+    return int(match[2]) if match else None
+
+
+def in_layer(name: str, layer: int) -> str:
+    """The same name in another layer; an inner value's name gets the layer as its suffix."""
+    return (
+        _LAYER.sub(rf"\g<1>{layer}.", name, count=1)
+        if layer_of(name) is not None
+        else f"{name}.layer_{layer}"
+    )
+
+
+def _split(model: ir.Model) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
+    """(nodes of the first layer, of the second, and what comes after them); what comes before belongs to all.
+
+    A node belongs to the highest layer that it depends on. What only asks for a shape does not depend on
+    numbers.
+    """
+    depth: dict[ir.Value, int] = {}
+    by_layer: dict[int, list[ir.Node]] = {}
+    for node in model.graph:
+        known = [
+            depth.get(v, -1) if v.producer() else _layer_or_none(v) for v in node.inputs if v is not None
+        ]
+        layer = -1 if node.op_type == "Shape" else max(known, default=-1)
+        depth.update(dict.fromkeys(node.outputs, layer))
+        by_layer.setdefault(layer, []).append(node)
+    first, second = by_layer.get(0, []), by_layer.get(1, [])
+    second, rest = second[: len(first)], second[len(first) :]
+    if max(by_layer) != 1 or not first or [_kind(node) for node in first] != [_kind(node) for node in second]:
+        raise ValueError(
+            f"{model.graph.name}: expected a graph of two equal layers, got {max(by_layer) + 1} layers of "
+            f"{', '.join(str(len(nodes)) for layer, nodes in sorted(by_layer.items()) if layer >= 0)} nodes"
+        )
+    return first, second, rest
+
+
+def _layer_or_none(value: ir.Value) -> int:
+    layer = layer_of(value.name)
+    return -1 if layer is None else layer
+
+
+def _kind(node: ir.Node) -> tuple[str, str, int]:
+    return node.domain, node.op_type, len(node.inputs)
+
+
+def _leaf(model: ir.Model, value: ir.Value, layer: int) -> ir.Value:
+    """What a copy for `layer` reads where the second layer reads `value`: its own weight or cache, or the
+    same value."""
+    if value.producer() is not None or layer_of(value.name) is None:
+        return value
+    name = in_layer(value.name, layer)
+    existing = model.graph.initializers.get(name) or next(
+        (i for i in model.graph.inputs if i.name == name), None
+    )
+    if existing is not None:
+        return existing
+    leaf = ir.Value(name=name, type=value.type, shape=value.shape)
+    leaf.metadata_props.update(value.metadata_props)
+    if value.is_initializer():
+        model.graph.initializers.add(leaf)
+    else:
+        model.graph.inputs.append(leaf)
+    return leaf
+
+
+def _copy(node: ir.Node, inputs: list[ir.Value | None], layer: int) -> ir.Node:
+    copy = ir.Node(
+        node.domain,
+        node.op_type,
+        inputs,
+        list(node.attributes.values()),
+        overload=node.overload,
+        num_outputs=len(node.outputs),
+        version=node.version,
+        name=in_layer(node.name, layer),
+    )
+    for value, made in zip(node.outputs, copy.outputs):
+        made.name, made.type, made.shape = in_layer(value.name, layer), value.type, value.shape
+    return copy
+
+
+def _move_last(model: ir.Model, values: list[ir.Value]) -> None:
+    """Weights after the layers are stored after theirs, as in a whole trace."""
+    for value in values:
+        source = (
+            value.producer().inputs[0] if value.producer() and value.producer().op_type == "Cast" else value
+        )
+        if source.is_initializer() and source.const_value is None:
+            model.graph.initializers.add(model.graph.initializers.pop(source.name))

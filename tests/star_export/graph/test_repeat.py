@@ -1,0 +1,125 @@
+"""A decoder of copied layers is the decoder traced whole: the same nodes, weights and numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from reference.config import StarConfig, config_from_files
+from reference.weights import named_tensors, resolve_checkpoint
+from star_export.graph.quantize import PRECISIONS, attach_weights, set_precision
+from star_export.graph.repeat import TRACED_LAYERS, in_layer, layer_of, repeat_layers, repeated_graph
+from star_export.graph.trace import graph_from_config
+
+
+@pytest.fixture(scope="module")
+def files(mini_checkpoint: Path):
+    return resolve_checkpoint(str(mini_checkpoint), checkpoint=None, base=None, vq=None)
+
+
+@pytest.fixture(scope="module")
+def config(files) -> StarConfig:
+    return config_from_files(files.config_json, files.qwen_folder)
+
+
+def canonical(model: ir.Model) -> list[tuple]:
+    """The graph without the names of inner values: each node with the places of its inputs."""
+    place = {value: value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    place |= {
+        value: ("constant", value.const_value.numpy().tobytes())
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    }
+    nodes = []
+    for i, node in enumerate(model.graph):
+        attributes = sorted((a.name, a.type, str(a.value)) for a in node.attributes.values())
+        nodes.append(
+            (node.domain, node.op_type, node.overload, [place.get(v) for v in node.inputs], attributes)
+        )
+        place |= {value: (i, j) for j, value in enumerate(node.outputs)}
+    return nodes
+
+
+@pytest.mark.parametrize("name", ["base_ar", "stacked_ar"])
+def test_the_copied_graph_is_the_traced_one(config: StarConfig, name: str) -> None:
+    whole, copied = (
+        graph_from_config(name, config, rope_bf16=True),
+        repeated_graph(name, config, rope_bf16=True),
+    )
+    assert [v.name for v in copied.graph.inputs] == [v.name for v in whole.graph.inputs]
+    assert [v.name for v in copied.graph.outputs] == [v.name for v in whole.graph.outputs]
+    for ours, theirs in zip(
+        (*copied.graph.inputs, *copied.graph.outputs), (*whole.graph.inputs, *whole.graph.outputs)
+    ):
+        assert (ours.dtype, str(ours.shape)) == (theirs.dtype, str(theirs.shape))
+    weights = [
+        [
+            (v.name, v.dtype, str(v.shape), dict(v.metadata_props))
+            for v in m.graph.initializers.values()
+            if v.const_value is None
+        ]
+        for m in (copied, whole)
+    ]
+    assert weights[0] == weights[1]
+    assert canonical(copied) == canonical(whole)
+    values = [v.name for node in copied.graph for v in node.outputs]
+    assert len(set(values)) == len(values), "two values share a name"
+
+
+def test_the_copied_graph_computes_the_same_numbers(config: StarConfig, files, tmp_path: Path) -> None:
+    tensors, decoder = named_tensors(files, config), config.base_ar
+    random = np.random.default_rng(0)
+    feeds = {
+        "inputs_embeds": random.standard_normal((2, 3, decoder.hidden_size), np.float32),
+        "write_indices": np.array([4, 2]),
+        "position_ids": np.broadcast_to(np.arange(3), (3, 2, 3)).copy(),
+    }
+    shape = (2, decoder.num_kv_heads, 9, decoder.head_dim)
+    feeds |= {
+        f"past_key_values.{i}.{part}": random.standard_normal(shape, np.float32)
+        for i in range(decoder.num_layers)
+        for part in ("key", "value")
+    }
+    outputs = []
+    for kind, graph in (("whole", graph_from_config), ("copied", repeated_graph)):
+        model = graph("base_ar", config, rope_bf16=True)
+        set_precision(model, PRECISIONS["fp32"].compute)
+        attach_weights(model, tensors, PRECISIONS["fp32"])
+        ir.save(model, tmp_path / f"{kind}.onnx")
+        session = onnxruntime.InferenceSession(
+            str(tmp_path / f"{kind}.onnx"), providers=["CPUExecutionProvider"]
+        )
+        outputs.append(session.run(None, feeds))
+    assert len(outputs[0]) == 1 + 2 * decoder.num_layers and np.std(outputs[0][0]) > 0.1
+    assert all(np.array_equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_layers_that_differ_are_refused(config: StarConfig) -> None:
+    short = replace(config, base_ar=replace(config.base_ar, num_layers=TRACED_LAYERS))
+    model = graph_from_config("base_ar", short, rope_bf16=True)
+    last = [node for node in model.graph if node.op_type == "Sigmoid"][-1]
+    tanh = ir.node("Tanh", list(last.inputs), name="planted")
+    tanh.outputs[0].name = "planted"
+    model.graph.insert_before(last, tanh)
+    last.outputs[0].replace_all_uses_with(tanh.outputs[0])
+    model.graph.remove(last, safe=True)
+    with pytest.raises(ValueError, match="two equal layers"):
+        repeat_layers(model, 5)
+    with pytest.raises(ValueError, match="got 4 layers"):
+        repeat_layers(graph_from_config("base_ar", config, rope_bf16=True), 6)
+
+
+def test_names_carry_their_layer() -> None:
+    names = ["base_ar.layers.1.mlp.up_proj.weight", "past_key_values.1.key", "present.1.value", "linear_3"]
+    assert [layer_of(name) for name in names] == [1, 1, 1, None]
+    assert [in_layer(name, 12) for name in names] == [
+        "base_ar.layers.12.mlp.up_proj.weight",
+        "past_key_values.12.key",
+        "present.12.value",
+        "linear_3.layer_12",
+    ]
