@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TARGET ?= rtx-4090
 
-.PHONY: setup demo lint test
+.PHONY: setup demo lint test gpu-check
 
 setup: .venv/installed
 
@@ -37,3 +37,6 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+gpu-check: setup  # what only a GPU can show, within 8 minutes: docs/gpu_check.md
+	$(BIN)/python -m tests.gpu --out gpu-check

@@ -216,7 +216,7 @@ def _runtime(device: str):
         available = ", ".join(onnxruntime.get_available_providers())
         raise _missing(device, f"onnxruntime {onnxruntime.__version__} with {available}")
     if device == "cuda":
-        onnxruntime.preload_dlls()  # finds CUDA and cuDNN in pip's nvidia packages, where the loader does not look
+        onnxruntime.preload_dlls()  # CUDA and cuDNN lie in pip's nvidia packages, unknown to the loader
     return onnxruntime
 
 

@@ -49,7 +49,7 @@ def _inlined(model: ir.Model, call: ir.Node, types: dict) -> list[tuple[ir.Node,
     """The nodes of a function with the values that they would read where it is called."""
     function = model.functions[(call.domain, call.op_type, "")]
     actual = dict(zip(function.inputs, call.inputs))
-    actual |= {formal: given for formal, given in zip(function.outputs, call.outputs)}
+    actual |= dict(zip(function.outputs, call.outputs))
     return [(node, [actual.get(value, value) for value in node.inputs]) for node in function]
 
 

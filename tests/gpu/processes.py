@@ -4,6 +4,7 @@ themselves.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,10 +18,8 @@ from .machine import ROOT
 def kill_tree(pid: int) -> None:
     """Kill a process and all its descendants (Linux: by /proc). What has gone meanwhile is no error."""
     for each in [pid, *descendants(pid)]:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def descendants(pid: int) -> list[int]:

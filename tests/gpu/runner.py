@@ -8,6 +8,7 @@ the others.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -120,10 +121,8 @@ def poll(process: subprocess.Popen, seconds: float) -> int | None:
 def kill_group(process: subprocess.Popen) -> None:
     """Kill the step's process and its children, also those that it left behind."""
     kill_tree(process.pid)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

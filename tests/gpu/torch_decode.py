@@ -3,6 +3,7 @@ captured in a CUDA graph."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from reference.config import StarConfig
@@ -91,7 +92,7 @@ def modules_of(config: StarConfig, *, device: str, dtype: str) -> dict:
     torch.manual_seed(0)
     kind, hidden = getattr(torch, dtype), config.base_ar.hidden_size
     modules = {
-        name: _materialized(lambda c=getattr(config, name): Decoder(c), device, kind)
+        name: _materialized(functools.partial(Decoder, getattr(config, name)), device, kind)
         for name in ("base_ar", "stacked_ar")
     }
 
