@@ -5,7 +5,8 @@ latter flat, 5.x nests it under `text_config`. `generation_config.json` states h
 Unknown, missing, mistyped, duplicated and non-finite values are rejected with the path of their key. Sizes
 have bounds, so that a wrong file cannot demand all memory.
 
-Sources: STAR.md 1; MM-MVR/STAR, star/configs/; transformers, models/qwen2_5_vl/configuration_qwen2_5_vl.py.
+Sources: docs/star.md 1; MM-MVR/STAR, star/configs/; transformers,
+models/qwen2_5_vl/configuration_qwen2_5_vl.py.
 """
 
 from __future__ import annotations

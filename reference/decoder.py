@@ -5,7 +5,7 @@ One forward serves prefill, decode and rewind: new tokens are written to the slo
 a cache of fixed capacity, and the mask follows from that index alone. Slots that were never written may hold
 anything, even NaN.
 
-Source: STAR.md 1.1 and 1.2; transformers 4.51.0, models/qwen2_5_vl/modeling_qwen2_5_vl.py.
+Source: docs/star.md 1.1 and 1.2; transformers 4.51.0, models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def rotary_frequencies(config: DecoderConfig, *, rope_bf16: bool) -> Tensor:
     """theta^(-2i/D) for i < D/2, float32 [D/2] on the CPU.
 
     `rope_bf16` rounds them through bfloat16, which is what the released scripts end up computing with
-    (STAR.md 0.2).
+    (docs/star.md 0.2).
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents

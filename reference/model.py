@@ -1,6 +1,6 @@
 """STAR: its components and how they fit together. `tasks.py` holds what one does with them.
 
-Source: STAR.md 1; MM-MVR/STAR, star/models/model.py.
+Source: docs/star.md 1; MM-MVR/STAR, star/models/model.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Star(nn.Module):
 
     `attention` and `rotate` are the two operations that a compiler may replace by its own (signatures:
     `decoder.kv_cache_attention`, `layers.rotate_half`). `rope_bf16` rounds the rotary frequencies as the
-    release does (STAR.md 0.2). Build the model under `torch.device("meta")` and let `weights.load_star`
+    release does (docs/star.md 0.2). Build the model under `torch.device("meta")` and let `weights.load_star`
     assign the weights.
     """
 
@@ -55,7 +55,7 @@ class Star(nn.Module):
             self.text_head.weight = self.token_embedding.weight
 
     def image_embedding(self, image_ids: Tensor) -> Tensor:
-        """image_ids [...] -> the embeddings that the decoders are fed for them, [..., H] (STAR.md 1.3)."""
+        """image_ids [...] -> the embeddings that the decoders take, [..., H] (docs/star.md 1.3)."""
         return self.pixel_adapter(self.codebook(image_ids))
 
     def constants(self) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Our names are those of `Star.state_dict()`. The release uses the names of transf
 5.x have two longer prefixes, which are shortened first. The rest is a table of prefixes that is read in both
 directions.
 
-Source: STAR.md 2.2 and 2.3.
+Source: docs/star.md 2.2 and 2.3.
 """
 
 from __future__ import annotations

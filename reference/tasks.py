@@ -1,9 +1,10 @@
 """The model's tasks: answer, generate and edit. These are slow, obvious loops, the oracle of every fast path.
 
 They work on ids, positions and tensors. Prompts, tokenising and image files are up to the caller. Implicit
-reasoning is `answer` followed by `generate`, with the ids of the answer in place of the prompt (STAR.md 3.5).
+reasoning is `answer` followed by `generate`, with the ids of the answer in place of the prompt
+(docs/star.md 3.5).
 
-Source: STAR.md 3; MM-MVR/STAR, star/models/model.py; transformers 4.51.0, generation/logits_process.py.
+Source: docs/star.md 3; MM-MVR/STAR, star/models/model.py; transformers 4.51.0, generation/logits_process.py.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def ranked_probabilities(logits: Tensor, *, top_k: int, top_p: float) -> tuple[T
     """Filtered probabilities in descending order, ties by lower id, and the ids in that order: two of [N, V].
 
     top-k keeps all ids that tie with the k-th (0 keeps every id). top-p, applied next if below 1, keeps the
-    ids up to and including the first whose cumulative probability exceeds it (STAR.md 3.4).
+    ids up to and including the first whose cumulative probability exceeds it (docs/star.md 3.4).
     """
     ranked, order = logits.float().sort(dim=-1, descending=True, stable=True)
     if top_k > 0:
@@ -206,8 +207,8 @@ def guidance_rows(input_ids: Tensor, special: SpecialIds) -> Tensor:
     """Each prompt and its unconditional twin, in which `<|fim_pad|>` replaces the ids between the first and
     the last four.
 
-    input_ids [N, L] ending in `<|vision_start|>` -> [2N, L] (STAR.md 3.3; editing masks before it inserts the
-    image).
+    input_ids [N, L] ending in `<|vision_start|>` -> [2N, L] (docs/star.md 3.3; editing masks before it
+    inserts the image).
     """
     unconditional = input_ids.clone()
     unconditional[:, 1:-4] = special.fim_pad
@@ -220,7 +221,7 @@ def edit_ids(
     """Prompt rows with places for the image: `<|vision_pad|>` for its image ids, `<|image_pad|>` for its
     merged patches.
 
-    rows [2, L0], `insert_at` after "<|im_start|>user\\n" -> [2, L] (STAR.md 3.6).
+    rows [2, L0], `insert_at` after "<|im_start|>user\\n" -> [2, L] (docs/star.md 3.6).
     """
     image = [
         special.vision_start,

@@ -4,7 +4,7 @@ Patches stay in the image processor's order: 2x2 blocks of neighbours, so that f
 one merged token. The release permutes patches into windows and back; here a windowed block masks by window
 number, which computes the same.
 
-Source: STAR.md 1.1; transformers 4.51.0, models/qwen2_5_vl/modeling_qwen2_5_vl.py.
+Source: docs/star.md 1.1; transformers 4.51.0, models/qwen2_5_vl/modeling_qwen2_5_vl.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def rotary_angles(config: VisionConfig, *, grid_h: int, grid_w: int, rope_bf16: 
     its column.
 
     `rope_bf16` rounds frequencies, positions and their products through bfloat16, as the release does
-    (STAR.md 1.1).
+    (docs/star.md 1.1).
     """
     dims = config.hidden_size // config.num_heads // 2
     dtype = torch.bfloat16 if rope_bf16 else torch.float32

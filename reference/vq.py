@@ -1,6 +1,6 @@
 """STAR-VQ: image <-> image ids. A convolutional encoder and decoder share one codebook.
 
-Source: STAR.md 1.5; MM-MVR/STAR, star/models/pixel_encoder/vq_model.py.
+Source: docs/star.md 1.5; MM-MVR/STAR, star/models/pixel_encoder/vq_model.py.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """Default sampling settings of one task. The field defaults are the release's (STAR.md 3.1)."""
+    """Default sampling settings of one task. The field defaults are the release's (docs/star.md 3.1)."""
 
     guidance: float = 1.1
     top_k: int = 1000

@@ -1,8 +1,8 @@
 """Converting images to the encoders' inputs, and the VQ decoder's output to images. No file access.
 
 Sources: transformers 4.51.0 `Qwen2VLImageProcessor` (the slow processor) and
-`Qwen2_5_VisionTransformer.rot_pos_emb`; qwen-vl-utils `fetch_image`; STAR.md 3.2 (`ask` resizes twice) and
-3.6 (`edit` uses two encoders).
+`Qwen2_5_VisionTransformer.rot_pos_emb`; qwen-vl-utils `fetch_image`; docs/star.md 3.2 (`ask` resizes twice)
+and 3.6 (`edit` uses two encoders).
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def rotary_angles(
 ) -> np.ndarray:
     """Rotary angles of every patch, float32 [P, head_dim/2]: head_dim/4 for its row, then for its column.
 
-    `rope_bf16` rounds frequencies, positions and their products to bfloat16, as the release does (STAR.md
-    1.1).
+    `rope_bf16` rounds frequencies, positions and their products to bfloat16, as the release does
+    (docs/star.md 1.1).
     """
     dims = vision.head_dim // 2
     exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)

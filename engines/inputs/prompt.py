@@ -1,7 +1,7 @@
 """Prompts: the token ids and positions that each task feeds the decoder.
 
-This module applies the bundle's tokenizer and chat template and the rules of STAR.md 3.2 to 3.6. It knows
-nothing of sessions, and only the grid size of images. Rows alternate: conditional, unconditional,
+This module applies the bundle's tokenizer and chat template and the rules of docs/star.md 3.2 to 3.6. It
+knows nothing of sessions, and only the grid size of images. Rows alternate: conditional, unconditional,
 conditional, ...
 """
 
@@ -104,18 +104,18 @@ class Chat:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def generate_prompt(self, text: str, *, num_images: int) -> Prompt:
-        """The prompt that draws `text`: 2N rows that end in `<|vision_start|>` (STAR.md 3.3)."""
+        """The prompt that draws `text`: 2N rows that end in `<|vision_start|>` (docs/star.md 3.3)."""
         return Prompt.of_text(self._pairs(self._generate_ids(text), num_images))
 
     def question_prompt(self, text: str) -> Prompt:
-        """`text` as a question to the base model, one row: the first step of implicit reasoning (STAR.md
+        """`text` as a question to the base model, one row: the first step of implicit reasoning (docs/star.md
         3.5).
         """
         self._check_prompt(text)
         return Prompt.of_text(np.array([self.ids(self._render(text))], np.int64))
 
     def reason_prompt(self, text: str, answer: str, *, num_images: int) -> Prompt:
-        """The prompt that draws the base model's `answer` in place of `text`: 2N rows (STAR.md 3.5).
+        """The prompt that draws the base model's `answer` in place of `text`: 2N rows (docs/star.md 3.5).
 
         An empty answer leaves `text`.
         """
@@ -126,7 +126,7 @@ class Chat:
         return Prompt.of_text(self._pairs(ids, num_images))
 
     def edit_prompt(self, text: str, *, grid_h: int, grid_w: int) -> Prompt:
-        """The prompt that edits an image by `text`: two rows (STAR.md 3.6).
+        """The prompt that edits an image by `text`: two rows (docs/star.md 3.6).
 
         A row holds the prefix, the image tokens, `grid_h` x `grid_w` merged patches, and the text.
         """

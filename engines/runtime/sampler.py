@@ -1,6 +1,6 @@
 """Sampling in numpy: the reference for `image_head`, and the repetition penalty of text answers.
 
-The filters and the draw define what `image_head` computes in its graph (STAR.md 3.4; official
+The filters and the draw define what `image_head` computes in its graph (docs/star.md 3.4; official
 `top_k_top_p_filtering`). The random numbers and the repetition penalty are used at run time.
 """
 

@@ -106,7 +106,7 @@ class Star:
         max_new_tokens: int = 256,
         progress: Progress = silent,
     ) -> Images:
-        """Draw `num_images` images of `prompt` (STAR.md 3.3).
+        """Draw `num_images` images of `prompt` (docs/star.md 3.3).
 
         With `reason`, the base model first answers the prompt in at most `max_new_tokens`, and the answer is
         drawn (3.5). The same seed draws the same images; `greedy` takes the arg-max after guidance. `cfg`,
@@ -144,7 +144,7 @@ class Star:
         max_pixels: int = MAX_PIXELS,
         progress: Progress = silent,
     ) -> Images:
-        """Edit `image`, a PNG or JPEG file or uint8 [H, W, 3], as `instruction` says (STAR.md 3.6).
+        """Edit `image`, a PNG or JPEG file or uint8 [H, W, 3], as `instruction` says (docs/star.md 3.6).
 
         The settings are those of `generate`; `min_pixels` and `max_pixels` bound the vision encoder's input.
         """
@@ -171,7 +171,7 @@ class Star:
         max_pixels: int = MAX_PIXELS,
         progress: Progress = silent,
     ) -> Answer:
-        """Answer `question` about `image`, a file or array as in `edit` (STAR.md 3.2).
+        """Answer `question` about `image`, a file or array as in `edit` (docs/star.md 3.2).
 
         The answer is greedy, with the checkpoint's repetition penalty.
         """

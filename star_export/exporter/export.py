@@ -46,7 +46,7 @@ def export(
     """Export `source` to the new bundle `out`, and return the bundle's path.
 
     `source` is a folder in the release layout, its config JSON, `nano`, or a hub id; `checkpoint`, `base` and
-    `vq` override parts of it. `rope_bf16=False` keeps the rotary frequencies in float32 (STAR.md 0.2).
+    `vq` override parts of it. `rope_bf16=False` keeps the rotary frequencies in float32 (docs/star.md 0.2).
     `components` limits the export to some rows of the table. Raises UsageError for unknown names, InputError
     for an `out` that is not empty or cannot be written, and CheckpointError for invalid files.
     """

@@ -109,7 +109,7 @@ class TextHead(nn.Module):
 
 
 class ImageHead(nn.Module):
-    """Guidance, top-k, top-p and the draw (STAR.md 3.4), in float32 from the logits on.
+    """Guidance, top-k, top-p and the draw (docs/star.md 3.4), in float32 from the logits on.
 
     The draw inverts the cumulative distribution of the kept probabilities in descending order, at one uniform
     number per image; top_k = 1 with uniform = 0 is the arg-max. At most TOP_K_LIMIT candidates are ranked.

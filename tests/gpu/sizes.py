@@ -1,5 +1,5 @@
-"""The released sizes as configurations (STAR.md 1), and a tiny one on which everything here is tried without
-a GPU."""
+"""The released sizes as configurations (docs/star.md 1), and a tiny one on which everything here is tried
+without a GPU."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Configuration files of the released models,
-STAR-3B and STAR-7B on Qwen2.5-VL: facts of their pages (STAR.md 1)."""
+STAR-3B and STAR-7B on Qwen2.5-VL: facts of their pages (docs/star.md 1)."""
 
 from __future__ import annotations
 

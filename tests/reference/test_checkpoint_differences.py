@@ -1,5 +1,5 @@
 """Weights and configuration must fit exactly;
-all differences are reported at once, before any read (BAD_INPUTS 6, 10)."""
+all differences are reported at once, before any read (docs/bad_inputs.md 6, 10)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Configuration files are read strictly:
-what is not understood is refused by file and key path (BAD_INPUTS 9)."""
+what is not understood is refused by file and key path (docs/bad_inputs.md 9)."""
 
 from __future__ import annotations
 

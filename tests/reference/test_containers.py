@@ -1,5 +1,5 @@
 """Files that are not what they seem are refused at once,
-by name, and no pickle runs (BAD_INPUTS 1 to 5, 7, 8)."""
+by name, and no pickle runs (docs/bad_inputs.md 1 to 5, 7, 8)."""
 
 from __future__ import annotations
 

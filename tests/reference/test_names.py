@@ -37,7 +37,7 @@ def test_trained_and_vq_tensors_equal_the_released_lists(size: str, tmp_path: Pa
 def test_base_tensors_have_the_known_number_and_size(
     size: str, tensors: int, parameters: int, tmp_path: Path
 ) -> None:
-    """STAR.md 2.2 counts 825 for 3B with the tied head, which no file holds."""
+    """docs/star.md 2.2 counts 825 for 3B with the tied head, which no file holds."""
     base = stored_shapes(expected_tensors(write_configs(tmp_path, star_json(size), qwen_json(size)))["base"])
     assert len(base) == tensors and sum(map(math.prod, base.values())) == parameters
     assert ("lm_head.weight" in base) == (size == "7B")

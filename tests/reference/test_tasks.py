@@ -87,7 +87,7 @@ def test_the_unconditional_row_keeps_first_and_last_four() -> None:
 
 
 def test_edit_positions_of_the_release_example() -> None:
-    """STAR.md 3.6: a merged grid of 24x16 and 7 prompt ids give 992 ids,
+    """docs/star.md 3.6: a merged grid of 24x16 and 7 prompt ids give 992 ids,
     the last at 631; fed back: 632 to 1206."""
     rows = tasks.guidance_rows(torch.arange(14 + 7 + 6)[None], SPECIAL)
     ids = tasks.edit_ids(rows, SPECIAL, insert_at=14, newline=198, image_tokens=576, merged_patches=24 * 16)

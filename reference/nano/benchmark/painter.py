@@ -162,7 +162,7 @@ class Painter:
 
 
 def images_of(image: Tensor) -> list[np.ndarray]:
-    """Decoded images [N, 3, 64, 64] as bytes, clipped and truncated as in the release (STAR.md 3.3)."""
+    """Decoded images [N, 3, 64, 64] as bytes, clipped and truncated as in the release (docs/star.md 3.3)."""
     levels = ((image + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
     return list(levels.permute(0, 2, 3, 1).cpu().contiguous().numpy())
 

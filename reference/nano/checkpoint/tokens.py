@@ -16,7 +16,7 @@ from ..world import edits, prompts, questions, riddles
 from ..world.world import random_scene
 
 SYSTEM = "You are a helpful assistant."
-# The release appends this to a reasoned answer (STAR.md 3.5).
+# The release appends this to a reasoned answer (docs/star.md 3.5).
 MAGIC_SUFFIX = " Ultra HD, 4K, cinematic composition"
 CORPUS_ROUNDS = 3000
 
@@ -59,8 +59,8 @@ def write_tokenizer(path: Path) -> None:
 
 
 class Rows:
-    """Texts as rows of ids in the layout of STAR.md 3.2 to 3.6. A test proves that they equal the runtime's
-    rows."""
+    """Texts as rows of ids in the layout of docs/star.md 3.2 to 3.6. A test proves that they equal the
+    runtime's rows."""
 
     def __init__(self, tokenizer, special: SpecialIds):
         self.tokenizer, self.special = tokenizer, special

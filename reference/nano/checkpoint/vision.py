@@ -19,7 +19,7 @@ from ...vision import VisionAttention, VisionEncoder, rotary_cos_sin, window_ids
 from .layout import IMAGE_MEAN, IMAGE_STD
 
 SEEN_PIXELS = 112  # an image of 64 is below the encoder's minimum and is enlarged to this size
-ASKED_PIXELS = 56  # `ask` reduces the image to this size first (STAR.md 3.2: it resizes twice)
+ASKED_PIXELS = 56  # `ask` reduces the image to this size first (docs/star.md 3.2: it resizes twice)
 MERGED_SIDE = 4  # merged patches per side
 
 

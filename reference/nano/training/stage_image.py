@@ -3,7 +3,8 @@
 The frozen base is the one on file: training reads it in float16, as it is shipped, so the generating parts
 are trained on exactly the base that they will meet, and its answers cannot change.
 
-Source: STAR.md 1.2 (the stack starts as a copy of the base's last layers) and 4 (task-progressive training).
+Source: docs/star.md 1.2 (the stack starts as a copy of the base's last layers) and 4 (task-progressive
+training).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ EMBEDDED = 8.0  # size of a new adapter's embeddings
 
 
 def stack_from_base(star: Star) -> None:
-    """Start the stack as the base's last layers and final norm (STAR.md 1.2)."""
+    """Start the stack as the base's last layers and final norm (docs/star.md 1.2)."""
     skipped = len(star.base_ar.layers) - len(star.stacked_ar.layers)
     for index, layer in enumerate(star.stacked_ar.layers):
         layer.load_state_dict(star.base_ar.layers[index + skipped].state_dict())

@@ -1,4 +1,4 @@
-"""Bundle: nothing in it is used before it is what the manifest says (BAD_INPUTS rows 19 to 22)."""
+"""Bundle: nothing in it is used before it is what the manifest says (docs/bad_inputs.md rows 19 to 22)."""
 
 import json
 import os

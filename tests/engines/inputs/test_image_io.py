@@ -1,4 +1,4 @@
-"""Image files: refused, or one defined meaning (BAD_INPUTS rows 44 and 45)."""
+"""Image files: refused, or one defined meaning (docs/bad_inputs.md rows 44 and 45)."""
 
 import io
 import os

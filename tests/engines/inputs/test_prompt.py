@@ -79,7 +79,7 @@ def test_edit_rows_and_positions_are_the_official_ones(chat, official, cases, ta
 
 
 def test_edit_positions_of_the_specification(chat):
-    # STAR.md 3.6: 576 image tokens, 24x16 merged grid, 7 prompt ids: L = 992, last position 631.
+    # docs/star.md 3.6: 576 image tokens, 24x16 merged grid, 7 prompt ids: L = 992, last position 631.
     positions = positions_with_grid(992, start=593, grid_h=24, grid_w=16)
     assert positions.shape == (3, 1, 992) and positions[:, 0, -1].tolist() == [631] * 3
     assert positions[:, 0, 593].tolist() == [593] * 3 and positions[:, 0, 593 + 17].tolist() == [

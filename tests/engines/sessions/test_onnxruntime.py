@@ -1,4 +1,7 @@
-"""ONNX Runtime sessions share memory, update caches in place, check what is bound (BAD_INPUTS 23, 41, 43)."""
+"""ONNX Runtime sessions share memory, update caches in place, check what is bound.
+
+docs/bad_inputs.md 23, 41, 43.
+"""
 
 import subprocess
 import sys

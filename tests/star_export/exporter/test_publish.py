@@ -1,4 +1,4 @@
-"""Publishing: the final name is absent, or complete. BAD_INPUTS 12."""
+"""Publishing: the final name is absent, or complete. docs/bad_inputs.md 12."""
 
 from __future__ import annotations
 
