@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "int64": torch.int64, "bfloat16": torch.bflo
 EXACT = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # constants that every compute type represents exactly
 
 
-@functools.lru_cache(maxsize=2 * len(COMPONENTS))
+@functools.lru_cache(maxsize=8 * len(COMPONENTS))
 def _traced(name: str, config: StarConfig, rope_bf16: bool) -> ir.Model:
     return graph_from_component(name, meta_star(config, rope_bf16=rope_bf16))
 
