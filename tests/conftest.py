@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-# set before torch is imported, here and in the processes that tests start: workers share the cores
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
-
+# Set before numpy and torch are imported, and inherited by the workers and by what tests start: models this
+# small are fastest on one thread, by far where workers fill the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The first trace of a checkpoint takes longer than most files. Files that trace the same one run in one
 # process, which traces it once.
