@@ -1,5 +1,5 @@
-# `make demo` shows what the project does, `make test` shows that it is right, `make lint` that it reads alike.
-# All install into .venv first.
+# `make demo` shows what the project does, `make test` shows that it is right, `make lint` that it reads
+# alike. All install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 TARGET ?= rtx-4090
@@ -22,12 +22,14 @@ demo: setup
 	$(BIN)/star-export score demo/bundle --pictures demo
 	$(BIN)/star-export generate demo/bundle -o demo/image.png \
 		"a green triangle to the left of a purple circle on a white background"
-	$(BIN)/star-export edit demo/bundle demo/image.png -o demo/image-edited.png "replace the triangle with a red star"
+	$(BIN)/star-export edit demo/bundle demo/image.png -o demo/image-edited.png \
+		"replace the triangle with a red star"
 	$(BIN)/star-export ask demo/bundle demo/image-edited.png "what color is the star?"
 	$(BIN)/star-export generate demo/bundle -o demo/riddle.png --reason \
 		"as many yellow stars as a dog has legs, on a blue background"
 	@echo "bundle and plans: demo/bundle   parity report: demo/report.html"
-	@echo "drawn, edited, answered and reasoned, each with its verdict: demo/generated.png edited.png answered.png reasoned.png"
+	@echo "drawn, edited, answered and reasoned, each with its verdict:" \
+		"demo/generated.png edited.png answered.png reasoned.png"
 	@echo "made just now: demo/image.png image-edited.png riddle.png"
 
 lint: setup

@@ -7,7 +7,8 @@
 
 namespace {
 
-bool const registered = getPluginRegistry() != nullptr && getPluginRegistry()->registerCreator(star::creator(), "");
+bool const registered =
+    getPluginRegistry() != nullptr && getPluginRegistry()->registerCreator(star::creator(), "");
 
 }  // namespace
 

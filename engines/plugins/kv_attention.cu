@@ -12,7 +12,8 @@ __global__ void __launch_bounds__(Work::kThreads, Work::kResident) kernel(Call c
     Work::run(call, m_tiles);
 }
 
-constexpr int kWaits = 90;  // code for this architecture and newer can wait for the preceding kernel (warp.cuh)
+// Code for this architecture and newer can wait for the preceding kernel (warp.cuh).
+constexpr int kWaits = 90;
 
 struct Runner {
     Call const& call;

@@ -44,7 +44,8 @@ struct Attend {
     static constexpr int kWarpKeys = kKeys / kWarpsN;  // keys of a tile that one warp takes
     static constexpr bool kOwnKeys = kWarpsN > 1, kFollows = true;
     static constexpr int kLoaders = kOwnKeys ? 32 : kThreads, kLoadedKeys = kOwnKeys ? kWarpKeys : kKeys;
-    static constexpr int kStep = kLoaders / kChunks, kSteps = kLoadedKeys / kStep;  // in keys; of a thread's chunks of a tile
+    // A thread's chunks of a tile are kStep keys apart, and there are kSteps of them.
+    static constexpr int kStep = kLoaders / kChunks, kSteps = kLoadedKeys / kStep;
     // Shared memory, in elements: the query; for an int8 cache, K and V of the current tile converted to
     // elements; and two stages of arriving data, each K, V and their scales.
     static constexpr int kTile = kKeys * kDim, kLanded = kInt8 ? kTile / 2 : kTile, kScales = 2 * kLanded;
@@ -66,8 +67,9 @@ struct Attend {
     STAR_DEVICE Attend(Call const& c, int m_tiles)
         : call(c), b(block_x() / c.shape.kv_heads), kv(block_x() % c.shape.kv_heads), group(c.shape.group()),
           split(block_y() % c.splits), m_tile(m_tiles - 1 - block_y() / c.splits), first(first_slot(c, b)),
-          begin(tiles() * split / c.splits), end(tiles() * (split + 1) / c.splits), seen(first + m_tile * kTileRows / group),
-          warp_m(thread() / 32 % kWarpsM), warp_n(thread() / 32 / kWarpsM), lane(thread() % 32), loader(thread() % kLoaders)
+          begin(tiles() * split / c.splits), end(tiles() * (split + 1) / c.splits),
+          seen(first + m_tile * kTileRows / group), warp_m(thread() / 32 % kWarpsM),
+          warp_n(thread() / 32 / kWarpsM), lane(thread() % 32), loader(thread() % kLoaders)
     {
         STAR_UNROLL for (int f = 0; f < kFragments; ++f)
             STAR_UNROLL for (int h = 0; h < 2; ++h) {
@@ -78,7 +80,10 @@ struct Attend {
     }
 
     STAR_DEVICE static int least(int a, int b) { return a < b ? a : b; }
-    STAR_DEVICE int row_of(int f, int h) const { return m_tile * kTileRows + (warp_m * kFragments + f) * 16 + h * 8 + lane / 4; }
+    STAR_DEVICE int row_of(int f, int h) const
+    {
+        return m_tile * kTileRows + (warp_m * kFragments + f) * 16 + h * 8 + lane / 4;
+    }
 
     // How many key tiles the last query row may see: 0 if the new positions do not fit, so 0 / 0 results.
     STAR_DEVICE int tiles() const
@@ -93,17 +98,6 @@ struct Attend {
         return (size_t(b * s.heads + kv * group + row % group) * s.new_tokens + row / group) * kDim;
     }
 
-    STAR_DEVICE void load_query() const
-    {
-        auto const* query = static_cast<uint16_t const*>(call.query);
-        for (int i = thread(); i < kTileRows * kChunks; i += kThreads) {
-            int const row = i / kChunks, chunk = i % kChunks, packed = m_tile * kTileRows + row;
-            bool const valid = packed < call.shape.packed();
-            auto const* from = query + (valid ? query_offset(packed) + chunk * 8 : 0);
-            copy_async(shared() + kQuery + swizzled<kChunks>(row, chunk), from, valid ? 16 : 0);
-        }
-    }
-
     // Synchronise the threads that share a tile: the block's, or the warp's if each has its own keys.
     STAR_DEVICE static void meet()
     {
@@ -114,61 +108,17 @@ struct Attend {
     STAR_DEVICE static int stage(int t) { return kStages + (t & 1) * kStage; }
     STAR_DEVICE int first_key() const { return warp_n * kWarpKeys; }  // of a tile, for this warp
 
-    // Load K and V of tile `t` into its stage. Slots from first + new_tokens on become zeros, never read.
-    STAR_DEVICE void load_tile(int t) const
-    {
-        bool const has_new = (t + 1) * kKeys > first, had_new = t > begin && t * kKeys > first;
-        if (has_new && !had_new) await_kernel_before();  // which stores the new slots
-        load_slots(call.key_cache, t, stage(t), stage(t) + kScales);
-        load_slots(call.value_cache, t, stage(t) + kLanded, stage(t) + kScales + 2 * kKeys);
-    }
-
-    STAR_DEVICE void load_slots(void const* cache, int t, int to, int scales_to) const
-    {
-        auto const* from = static_cast<uint8_t const*>(cache) + plane<kDim, kInt8>(call.shape, b, kv);
-        int const used = first + call.shape.new_tokens - t * kKeys;  // of this tile's slots
-        if constexpr (kInt8) {
-            auto const* scales = from + size_t(call.shape.capacity) * kDim + size_t(t) * kKeys * kScaleBytes;
-            from += size_t(t) * kKeys * kDim;
-            constexpr int kCodeChunks = kDim / 16, kCodeStep = kLoaders / kCodeChunks;
-            STAR_UNROLL for (int i = 0; i < (kLoadedKeys + kCodeStep - 1) / kCodeStep; ++i) {
-                int const key = loader / kCodeChunks + i * kCodeStep, at = first_key() * kCodeChunks + loader + i * kLoaders;
-                if (key < kLoadedKeys) copy_async(shared() + to + at * 8, from + at * 16, first_key() + key < used ? 16 : 0);
-            }
-            int const four = first_key() / 4 + loader, left = least(4, used - four * 4);
-            if (loader < kLoadedKeys / 4)
-                copy_async(shared() + scales_to + four * 8, scales + four * 16, left > 0 ? left * kScaleBytes : 0);
-        } else {
-            int const key = first_key() + loader / kChunks, chunk = loader % kChunks, at = to + swizzled<kChunks>(key, chunk);
-            from += (size_t(t) * kKeys + key) * kDim * 2 + chunk * 16;
-            STAR_UNROLL for (int i = 0; i < kSteps; ++i) {
-                int const bytes = key + i * kStep < used ? 16 : 0;
-                copy_async(shared() + steps_on(at, i), from + i * kStep * kDim * 2, bytes);
-            }
-        }
-    }
-
     // The place of a thread's chunk, `steps` times kStep keys after its first chunk at `at`.
-    STAR_DEVICE static int steps_on(int at, int steps) { return (at ^ steps * kStep % 8 * 8) + steps * kStep * kDim; }
-
-    // An int8 slot stands for round(code * scale) in the element type.
-    STAR_DEVICE void convert(int codes_at, int scales_at, int to) const
+    STAR_DEVICE static int steps_on(int at, int steps)
     {
-        int const key = first_key() + loader / kChunks, chunk = loader % kChunks, at = to + swizzled<kChunks>(key, chunk);
-        auto const* codes_from = reinterpret_cast<uint2 const*>(shared() + codes_at) + key * kChunks + chunk;
-        auto const* scales_from = reinterpret_cast<float const*>(shared() + scales_at) + key;
-        STAR_UNROLL for (int i = 0; i < kSteps; ++i) {
-            uint2 const codes = codes_from[i * kStep * kChunks];
-            float const scale = scales_from[i * kStep];
-            uint32_t const words[2] = {codes.x ^ 0x80808080, codes.y ^ 0x80808080};  // code + 128, unsigned
-            uint32_t packed[4];
-            STAR_UNROLL for (int j = 0; j < 4; ++j) {
-                float const low = float_from_byte(words[j / 2], j % 2 * 2), high = float_from_byte(words[j / 2], j % 2 * 2 + 1);
-                packed[j] = packed_from_floats<kElement>(low * scale, high * scale);
-            }
-            *reinterpret_cast<uint4*>(shared() + steps_on(at, i)) = uint4{packed[0], packed[1], packed[2], packed[3]};
-        }
+        return (at ^ steps * kStep % 8 * 8) + steps * kStep * kDim;
     }
+
+    // In kv_tiles.cuh:
+    STAR_DEVICE void load_query() const;
+    STAR_DEVICE void load_tile(int t) const;
+    STAR_DEVICE void load_slots(void const* cache, int t, int to, int scales_to) const;
+    STAR_DEVICE void convert(int codes_at, int scales_at, int to) const;
 
     STAR_DEVICE static void run(Call const& call, int m_tiles)
     {
@@ -212,8 +162,14 @@ struct Attend {
     // The byte of shared memory where a chunk of the tile at element `tile` starts; and the byte `rows` times
     // 16 rows and `chunks` times 2 chunks farther. Tiles start on a multiple of a row, so the exclusive or
     // affects only the chunk.
-    STAR_DEVICE static int place(int tile, int row, int chunk) { return 2 * (tile + swizzled<kChunks>(row, chunk)); }
-    STAR_DEVICE static int farther(int at, int rows, int chunks) { return (at ^ 32 * chunks) + rows * 32 * kDim; }
+    STAR_DEVICE static int place(int tile, int row, int chunk)
+    {
+        return 2 * (tile + swizzled<kChunks>(row, chunk));
+    }
+    STAR_DEVICE static int farther(int at, int rows, int chunks)
+    {
+        return (at ^ 32 * chunks) + rows * 32 * kDim;
+    }
 
     // scores [16 rows, kWarpKeys] = query key^T
     STAR_DEVICE void score(int keys_at)
@@ -241,7 +197,8 @@ struct Attend {
     {
         STAR_UNROLL for (int f = 0; f < kFragments; ++f)
             STAR_UNROLL for (int h = 0; h < 2; ++h) {
-                int const last = first + row_of(f, h) / group - (t * kKeys + warp_n * kWarpKeys + lane % 4 * 2);
+                int const last =
+                    first + row_of(f, h) / group - (t * kKeys + warp_n * kWarpKeys + lane % 4 * 2);
                 STAR_UNROLL for (int n = 0; n < kWarpKeys / 8; ++n)
                     STAR_UNROLL for (int e = 0; e < 2; ++e)
                         if (n * 8 + e > last) scores[f][n][2 * h + e] = -kInfinity;
@@ -264,7 +221,8 @@ struct Attend {
                 kept[f][h] = far ? exp2_of((top[f][h] - highest) * call.scale_log2) : 1;
                 top[f][h] = far ? highest : top[f][h];
                 moved = moved || far;
-                float const base = top[f][h] == -kInfinity ? 0 : top[f][h] * call.scale_log2;  // a row that sees no key yet
+                // A row that sees no key yet has no maximum.
+                float const base = top[f][h] == -kInfinity ? 0 : top[f][h] * call.scale_log2;
                 STAR_UNROLL for (int n = 0; n < kWarpKeys / 8; ++n)
                     STAR_UNROLL for (int e = 2 * h; e < 2 * h + 2; ++e)
                         added += scores[f][n][e] = exp2_of(scores[f][n][e] * call.scale_log2 - base);
@@ -306,15 +264,18 @@ struct Attend {
 
         STAR_DEVICE void store(int column, float x, float y) const
         {
-            if (whole) *reinterpret_cast<uint32_t*>(output + column) = packed_from_floats<kElement>(x * inverse_total, y * inverse_total);
-            else *reinterpret_cast<float2*>(partial + column) = float2{x, y};
+            if (whole)
+                *reinterpret_cast<uint32_t*>(output + column) =
+                    packed_from_floats<kElement>(x * inverse_total, y * inverse_total);
+            else
+                *reinterpret_cast<float2*>(partial + column) = float2{x, y};
         }
     };
 
     STAR_DEVICE Target target(int row, float row_total) const
     {
-        return {call.splits == 1, static_cast<uint16_t*>(call.output) + query_offset(row), call.partial + split_index(row) * kDim,
-            1 / row_total};
+        return {call.splits == 1, static_cast<uint16_t*>(call.output) + query_offset(row),
+            call.partial + split_index(row) * kDim, 1 / row_total};
     }
 
     STAR_DEVICE size_t split_index(int row) const  // the index of this split's share of packed row `row`
@@ -325,13 +286,15 @@ struct Attend {
 
     STAR_DEVICE void store_stats(int row, float row_top, float row_total) const
     {
-        *reinterpret_cast<float2*>(call.stats + 2 * split_index(row)) = float2{row_top * call.scale_log2, row_total};
+        *reinterpret_cast<float2*>(call.stats + 2 * split_index(row)) =
+            float2{row_top * call.scale_log2, row_total};
     }
 
     // The share of a split without keys: a total of 0 tells the merge that there are no sums.
     STAR_DEVICE void store_nothing() const
     {
-        for (int row = m_tile * kTileRows + thread(); row < least(call.shape.packed(), (m_tile + 1) * kTileRows); row += kThreads)
+        for (int row = m_tile * kTileRows + thread();
+             row < least(call.shape.packed(), (m_tile + 1) * kTileRows); row += kThreads)
             store_stats(row, -kInfinity, 0);
     }
 
@@ -381,3 +344,5 @@ struct Attend {
 };
 
 }  // namespace star
+
+#include "kv_tiles.cuh"

@@ -3,7 +3,8 @@
 // engines/runtime/kv_cache.py defines the operation in numpy. Layouts, all contiguous, heads first:
 //   query, output [rows, heads, new, dim]    key, value [rows, kv_heads, new, dim]    write_indices [rows]
 //   caches [rows, kv_heads, capacity, dim] of the element type, or int8 [rows, kv_heads, capacity, dim + 4],
-//   where every [row, kv head] is a plane of capacity * dim codes, then capacity float32 scales (one per slot).
+//   where every [row, kv head] is a plane of capacity * dim codes,
+//   then capacity float32 scales (one per slot).
 // This header is plain C++, so that the tests can compile it without CUDA.
 #pragma once
 
@@ -22,7 +23,7 @@ enum class Element : int { kHalf = 0, kBfloat16 = 1 };
 enum class Cache : int { kElement = 0, kInt8 = 1 };
 
 constexpr int kMaxRows = 8, kMaxCapacity = 4096;
-constexpr int kInt8Align = 4;   // an int8 capacity is a multiple of it, so that every plane starts on 16 bytes
+constexpr int kInt8Align = 4;  // an int8 capacity is a multiple of it, so that every plane starts on 16 bytes
 constexpr int kScaleBytes = 4;  // one float32 per slot of an int8 plane
 
 struct Shape {
@@ -63,7 +64,8 @@ inline Plan plan_with(Shape const& shape, int config, int wanted)
     int const packed = shape.packed(), most = divided_up(shape.capacity, kConfigs[config].keys);
     int const splits = wanted < 1 ? 1 : wanted < most ? wanted : most;
     size_t const outputs = splits > 1 ? size_t(splits) * shape.rows * shape.kv_heads * packed : 0;
-    return {config, divided_up(packed, kConfigs[config].tile_rows()), splits, outputs * shape.dim, outputs * 2};
+    return {
+        config, divided_up(packed, kConfigs[config].tile_rows()), splits, outputs * shape.dim, outputs * 2};
 }
 
 // With few query rows, the warps take different keys; with many, they take different rows. A cache is split
@@ -109,10 +111,13 @@ inline char const* refusal(Shape const& shape, Cache cache)
 {
     if (!supported_dim(shape.dim)) return "head_dim: expected 64 or 128";
     if (shape.rows < 1 || shape.rows > kMaxRows) return "rows: expected 1 to 8";
-    if (shape.kv_heads < 1 || shape.heads < 1 || shape.heads % shape.kv_heads) return "heads: expected a multiple of kv_heads";
+    if (shape.kv_heads < 1 || shape.heads < 1 || shape.heads % shape.kv_heads)
+        return "heads: expected a multiple of kv_heads";
     if (shape.capacity < 1 || shape.capacity > kMaxCapacity) return "capacity: expected 1 to 4096";
-    if (shape.new_tokens < 1 || shape.new_tokens > shape.capacity) return "new positions: expected 1 to the capacity";
-    if (cache == Cache::kInt8 && shape.capacity % kInt8Align != 0) return "capacity of an int8 cache: expected a multiple of 4";
+    if (shape.new_tokens < 1 || shape.new_tokens > shape.capacity)
+        return "new positions: expected 1 to the capacity";
+    if (cache == Cache::kInt8 && shape.capacity % kInt8Align != 0)
+        return "capacity of an int8 cache: expected a multiple of 4";
     return nullptr;
 }
 
@@ -121,6 +126,7 @@ inline char const* refusal(Shape const& shape, Cache cache)
 int multiprocessors();
 int launch(Call const& call, Plan const& plan, Element element, Cache cache, void* stream);
 int copy_cache(void* to, void const* from, size_t bytes, void* stream);
-int overflow_flag(int** host, int** device);  // the process's one flag, in host memory that the device can write
+// The process's one flag, in host memory that the device can write.
+int overflow_flag(int** host, int** device);
 
 }  // namespace star

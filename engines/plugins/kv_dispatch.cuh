@@ -15,7 +15,8 @@ template <Element kElement, int kDim, bool kInt8, int kIndex = 0, class Runner>
 int run_attend(Runner& runner, int config, Grid grid)
 {
     if (config == kIndex) return runner.template run<Attend<kElement, kDim, kInt8, kIndex>>(grid);
-    if constexpr (kIndex + 1 < kConfigCount) return run_attend<kElement, kDim, kInt8, kIndex + 1>(runner, config, grid);
+    if constexpr (kIndex + 1 < kConfigCount)
+        return run_attend<kElement, kDim, kInt8, kIndex + 1>(runner, config, grid);
     return -1;
 }
 
@@ -28,7 +29,8 @@ int run_kernels(Runner& runner, Call const& call, Plan const& plan)
     Shape const& s = call.shape;
     int const y = s.kv_heads, z = s.rows;
     Grid const attend{y * z, plan.m_tiles * plan.splits, 1};
-    int status = runner.template run<Write<kElement, kDim, kInt8>>(Grid{divided_up(2 * s.new_tokens, kRowsPerBlock), y, z});
+    int status = runner.template run<Write<kElement, kDim, kInt8>>(
+        Grid{divided_up(2 * s.new_tokens, kRowsPerBlock), y, z});
     if (status == 0) status = run_attend<kElement, kDim, kInt8>(runner, plan.config, attend);
     if (status == 0 && plan.splits > 1)
         status = runner.template run<Merge<kElement, kDim>>(Grid{s.packed(), y, z});
@@ -40,8 +42,10 @@ int run_element(Runner& runner, Call const& call, Plan const& plan, Cache cache)
 {
     bool const int8 = cache == Cache::kInt8;
     if (call.shape.dim == 64)
-        return int8 ? run_kernels<kElement, 64, true>(runner, call, plan) : run_kernels<kElement, 64, false>(runner, call, plan);
-    return int8 ? run_kernels<kElement, 128, true>(runner, call, plan) : run_kernels<kElement, 128, false>(runner, call, plan);
+        return int8 ? run_kernels<kElement, 64, true>(runner, call, plan)
+                    : run_kernels<kElement, 64, false>(runner, call, plan);
+    return int8 ? run_kernels<kElement, 128, true>(runner, call, plan)
+                : run_kernels<kElement, 128, false>(runner, call, plan);
 }
 
 // The caller must have checked the shape with `refusal`.

@@ -32,8 +32,10 @@ struct Write {
         if (first < 0) return raise_flag(call.flag);
         void const* const source = row % 2 ? call.value : call.key;
         size_t const from = (size_t(b * call.shape.kv_heads + kv) * call.shape.new_tokens + token) * kDim;
-        Words const words = reinterpret_cast<Words const*>(static_cast<uint16_t const*>(source) + from)[thread() % 32];
-        auto* to = static_cast<uint8_t*>(row % 2 ? call.value_cache : call.key_cache) + plane<kDim, kInt8>(call.shape, b, kv);
+        Words const words =
+            reinterpret_cast<Words const*>(static_cast<uint16_t const*>(source) + from)[thread() % 32];
+        auto* to = static_cast<uint8_t*>(row % 2 ? call.value_cache : call.key_cache) +
+                   plane<kDim, kInt8>(call.shape, b, kv);
         if constexpr (kInt8) return store_codes(to, words, first + token, call.shape.capacity);
         reinterpret_cast<Words*>(to + size_t(first + token) * kDim * 2)[thread() % 32] = words;
     }
@@ -45,10 +47,12 @@ struct Write {
             x[i] = float_from_bits<kElement>(uint16_t(words.word[i / 2] >> (i % 2 * 16)));
             highest = fmaxf(highest, fabsf(x[i]));
         }
-        STAR_UNROLL for (int mask = 16; mask > 0; mask /= 2) highest = fmaxf(highest, shuffle_xor(highest, mask));
+        STAR_UNROLL for (int mask = 16; mask > 0; mask /= 2)
+            highest = fmaxf(highest, shuffle_xor(highest, mask));
         float const scale = highest / 127;
         Codes codes;
-        STAR_UNROLL for (int i = 0; i < 2 * kWords; ++i) codes.code[i] = scale > 0 ? int8_t(rintf(x[i] / scale)) : int8_t(0);
+        STAR_UNROLL for (int i = 0; i < 2 * kWords; ++i)
+            codes.code[i] = scale > 0 ? int8_t(rintf(x[i] / scale)) : int8_t(0);
         reinterpret_cast<Codes*>(to + size_t(slot) * kDim)[thread() % 32] = codes;
         if (thread() % 32 == 0) reinterpret_cast<float*>(to + size_t(capacity) * kDim)[slot] = scale;
     }
@@ -72,11 +76,14 @@ struct Merge {
         size_t const stride = size_t(s.rows) * s.kv_heads * s.packed();
         size_t const index = size_t(b * s.kv_heads + kv) * s.packed() + row;
         auto const* stats = reinterpret_cast<float2 const*>(call.stats) + index;
-        auto const* shares = reinterpret_cast<float4 const*>(call.partial + index * kDim) + thread() % (kDim / 4);
+        auto const* shares =
+            reinterpret_cast<float4 const*>(call.partial + index * kDim) + thread() % (kDim / 4);
         float highest = -kInfinity, total = 0;
         float4 sums{0, 0, 0, 0};
-        for (int split = thread() % 32; split < call.splits; split += 32) highest = fmaxf(highest, stats[split * stride].x);
-        STAR_UNROLL for (int mask = 16; mask > 0; mask /= 2) highest = fmaxf(highest, shuffle_xor(highest, mask));
+        for (int split = thread() % 32; split < call.splits; split += 32)
+            highest = fmaxf(highest, stats[split * stride].x);
+        STAR_UNROLL for (int mask = 16; mask > 0; mask /= 2)
+            highest = fmaxf(highest, shuffle_xor(highest, mask));
         for (int from = part; from < call.splits; from += kParts * kBatch) {
             float2 stat[kBatch];
             float4 share[kBatch];
@@ -85,7 +92,8 @@ struct Merge {
                 stat[i] = split < call.splits ? stats[split * stride] : float2{0, 0};
             }
             STAR_UNROLL for (int i = 0; i < kBatch; ++i)
-                share[i] = stat[i].y > 0 ? shares[(from + i * kParts) * stride * (kDim / 4)] : float4{0, 0, 0, 0};
+                share[i] =
+                    stat[i].y > 0 ? shares[(from + i * kParts) * stride * (kDim / 4)] : float4{0, 0, 0, 0};
             STAR_UNROLL for (int i = 0; i < kBatch; ++i) {
                 float const weight = stat[i].y > 0 ? exp2_of(stat[i].x - highest) : 0;
                 sums.x += weight * share[i].x, sums.y += weight * share[i].y;
@@ -104,7 +112,8 @@ struct Merge {
             whole += all[kParts * kDim + i];
         }
         int const group = s.group();
-        size_t const to = (size_t(b * s.heads + kv * group + row % group) * s.new_tokens + row / group) * kDim;
+        size_t const to =
+            (size_t(b * s.heads + kv * group + row % group) * s.new_tokens + row / group) * kDim;
         auto* out = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(call.output) + to);
         out[thread()] = packed_from_floats<kElement>(x / whole, y / whole);
     }

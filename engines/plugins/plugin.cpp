@@ -19,7 +19,10 @@
 namespace star {
 namespace {
 
-class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
+class Plugin final : public IPluginV3,
+                     public IPluginV3OneCore,
+                     public IPluginV3OneBuild,
+                     public IPluginV3OneRuntime {
 public:
     explicit Plugin(Fields const& fields) : mFields(fields) {}
 
@@ -39,24 +42,30 @@ public:
     AsciiChar const* getPluginNamespace() const noexcept override { return ""; }
     int32_t getNbOutputs() const noexcept override { return kOutputs; }
 
-    int32_t getOutputDataTypes(DataType* types, int32_t outputs, DataType const* inputs, int32_t count) const noexcept override
+    int32_t getOutputDataTypes(
+        DataType* types, int32_t outputs, DataType const* inputs, int32_t count) const noexcept override
     {
-        if (count != kInputs || outputs != kOutputs) return !complain("expected 7 inputs and 3 outputs; inputs", count);
-        types[kOutput] = inputs[kQuery], types[kPresentKey] = inputs[kPastKey], types[kPresentValue] = inputs[kPastValue];
+        if (count != kInputs || outputs != kOutputs)
+            return !complain("expected 7 inputs and 3 outputs; inputs", count);
+        types[kOutput] = inputs[kQuery], types[kPresentKey] = inputs[kPastKey],
+        types[kPresentValue] = inputs[kPastValue];
         return 0;
     }
 
-    int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs, int32_t outs,
-        IExprBuilder&) noexcept override
+    int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t,
+        DimsExprs* outputs, int32_t outs, IExprBuilder&) noexcept override
     {
-        if (count != kInputs || outs != kOutputs) return !complain("expected 7 inputs and 3 outputs; inputs", count);
+        if (count != kInputs || outs != kOutputs)
+            return !complain("expected 7 inputs and 3 outputs; inputs", count);
         for (Input i : kRank4)
             if (inputs[i].nbDims != 4) return !complain("rank of an input: expected 4", inputs[i].nbDims);
-        outputs[kOutput] = inputs[kQuery], outputs[kPresentKey] = inputs[kPastKey], outputs[kPresentValue] = inputs[kPastValue];
+        outputs[kOutput] = inputs[kQuery], outputs[kPresentKey] = inputs[kPastKey],
+        outputs[kPresentValue] = inputs[kPastValue];
         return 0;
     }
 
-    bool supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* tensors, int32_t inputs, int32_t) noexcept override
+    bool supportsFormatCombination(
+        int32_t pos, DynamicPluginTensorDesc const* tensors, int32_t inputs, int32_t) noexcept override
     {
         PluginTensorDesc const& desc = tensors[pos].desc;
         if (desc.format != TensorFormat::kLINEAR) return false;
@@ -68,13 +77,15 @@ public:
         return desc.type == element && (element == DataType::kHALF || element == DataType::kBF16);
     }
 
-    int32_t configurePlugin(
-        DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const* out, int32_t outputs) noexcept override
+    int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t inputs,
+        DynamicPluginTensorDesc const* out, int32_t outputs) noexcept override
     {
-        if (inputs != kInputs || outputs != kOutputs) return !complain("expected 7 inputs and 3 outputs; inputs", inputs);
+        if (inputs != kInputs || outputs != kOutputs)
+            return !complain("expected 7 inputs and 3 outputs; inputs", inputs);
         Dims const* dims[kInputs + kOutputs];
         Shape shape{};
-        for (Dims DynamicPluginTensorDesc::*side : {&DynamicPluginTensorDesc::min, &DynamicPluginTensorDesc::max}) {
+        for (Dims DynamicPluginTensorDesc::*side :
+             {&DynamicPluginTensorDesc::min, &DynamicPluginTensorDesc::max}) {
             for (int i = 0; i < kInputs; ++i) dims[i] = &(in[i].*side);
             for (int i = 0; i < kOutputs; ++i) dims[kInputs + i] = &(out[i].*side);
             if (!shape_from_dims(mFields, dims, shape)) return 1;
@@ -83,23 +94,25 @@ public:
     }
 
     // The largest workspace of all shapes in the profile, because fewer new positions can need more splits.
-    size_t getWorkspaceSize(
-        DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t) const noexcept override
+    size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*,
+        int32_t) const noexcept override
     {
         auto const most = [&](Input input, int axis) { return static_cast<int>(in[input].max.d[axis]); };
         size_t bytes = 0;
         for (int rows = 1; rows <= most(kQuery, 0); ++rows)
             for (int tokens = 1; tokens <= most(kQuery, 2); ++tokens) {
-                Shape const shape{rows, mFields.num_heads, mFields.num_kv_heads, tokens, most(kPastKey, 2), mFields.head_dim};
+                Shape const shape{rows, mFields.num_heads, mFields.num_kv_heads, tokens, most(kPastKey, 2),
+                    mFields.head_dim};
                 bytes = std::max(bytes, plan_from_shape(shape, mFields.multiprocessors).workspace_bytes());
             }
         return bytes;
     }
 
-    int32_t onShapeChange(
-        PluginTensorDesc const* in, int32_t inputs, PluginTensorDesc const* out, int32_t outputs) noexcept override
+    int32_t onShapeChange(PluginTensorDesc const* in, int32_t inputs, PluginTensorDesc const* out,
+        int32_t outputs) noexcept override
     {
-        if (inputs != kInputs || outputs != kOutputs) return !complain("expected 7 inputs and 3 outputs; inputs", inputs);
+        if (inputs != kInputs || outputs != kOutputs)
+            return !complain("expected 7 inputs and 3 outputs; inputs", inputs);
         Dims const* dims[kInputs + kOutputs];
         for (int i = 0; i < kInputs; ++i) dims[i] = &in[i].dims;
         for (int i = 0; i < kOutputs; ++i) dims[kInputs + i] = &out[i].dims;
@@ -108,13 +121,13 @@ public:
         return 0;
     }
 
-    int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs,
-        void* workspace, cudaStream_t stream) noexcept override
+    int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs,
+        void* const* outputs, void* workspace, cudaStream_t stream) noexcept override
     {
         int* unused = nullptr;
         Call call{inputs[kQuery], inputs[kKey], inputs[kValue], outputs[kPresentKey], outputs[kPresentValue],
-            static_cast<int64_t const*>(inputs[kWriteIndices]), outputs[kOutput], nullptr, nullptr, nullptr, mShape, 1,
-            mFields.scale * 1.4426950408889634f};  // log2(e)
+            static_cast<int64_t const*>(inputs[kWriteIndices]), outputs[kOutput], nullptr, nullptr, nullptr,
+            mShape, 1, mFields.scale * 1.4426950408889634f};  // log2(e)
         set_workspace(call, mPlan, workspace);
         int status = overflow_flag(&unused, &call.flag);
         Element const element = in[kQuery].type == DataType::kHALF ? Element::kHalf : Element::kBfloat16;
@@ -136,7 +149,8 @@ public:
     PluginFieldCollection const* getFieldsToSerialize() noexcept override
     {
         for (int i = 0; i < kNumberCount; ++i)
-            mSerialized[i] = PluginField{kNumbers[i].name, &(mFields.*kNumbers[i].at), PluginFieldType::kINT32, 1};
+            mSerialized[i] =
+                PluginField{kNumbers[i].name, &(mFields.*kNumbers[i].at), PluginFieldType::kINT32, 1};
         mSerialized[kNumberCount] = PluginField{kScale, &mFields.scale, PluginFieldType::kFLOAT32, 1};
         mCollection = {kNumberCount + 1, mSerialized.data()};
         return &mCollection;
@@ -152,15 +166,18 @@ private:
 
 class Creator final : public IPluginCreatorV3One {
 public:
-    IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* given, TensorRTPhase phase) noexcept override
+    IPluginV3* createPlugin(
+        AsciiChar const*, PluginFieldCollection const* given, TensorRTPhase phase) noexcept override
     {
         Fields fields;
         for (int i = 0; given != nullptr && i < given->nbFields; ++i) {
             PluginField const& field = given->fields[i];
-            if (field.length != 1 || field.data == nullptr) return complain("a field: expected one value", field.name), nullptr;
+            if (field.length != 1 || field.data == nullptr)
+                return complain("a field: expected one value", field.name), nullptr;
             bool const real = std::strcmp(field.name, kScale) == 0;
             void* const value = real ? &fields.scale : static_cast<void*>(number_of(fields, field.name));
-            if (value == nullptr) return complain("fields: expected those of this plugin", field.name), nullptr;
+            if (value == nullptr)
+                return complain("fields: expected those of this plugin", field.name), nullptr;
             if (field.type != (real ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32))
                 return complain("a field: expected its own type", field.name), nullptr;
             std::memcpy(value, field.data, 4);
@@ -173,7 +190,8 @@ public:
     {
         static auto const names = [] {
             std::array<PluginField, kGraphNumbers + 1> all;
-            for (int i = 0; i < kGraphNumbers; ++i) all[i] = PluginField{kNumbers[i].name, nullptr, PluginFieldType::kINT32, 1};
+            for (int i = 0; i < kGraphNumbers; ++i)
+                all[i] = PluginField{kNumbers[i].name, nullptr, PluginFieldType::kINT32, 1};
             all[kGraphNumbers] = PluginField{kScale, nullptr, PluginFieldType::kFLOAT32, 1};
             return all;
         }();

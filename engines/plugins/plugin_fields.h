@@ -40,8 +40,9 @@ struct Number {
     char const* name;
     int32_t Fields::*at;
 };
-inline constexpr Number kNumbers[] = {{"num_heads", &Fields::num_heads}, {"num_kv_heads", &Fields::num_kv_heads},
-    {"head_dim", &Fields::head_dim}, {"cache_type", &Fields::cache_type}, {"multiprocessors", &Fields::multiprocessors}};
+inline constexpr Number kNumbers[] = {{"num_heads", &Fields::num_heads},
+    {"num_kv_heads", &Fields::num_kv_heads}, {"head_dim", &Fields::head_dim},
+    {"cache_type", &Fields::cache_type}, {"multiprocessors", &Fields::multiprocessors}};
 inline constexpr int kNumberCount = sizeof(kNumbers) / sizeof(kNumbers[0]), kGraphNumbers = 4;
 inline constexpr char const* kScale = "scale";
 
@@ -76,16 +77,20 @@ inline bool shape_from_dims(Fields const& f, Dims const* (&dims)[kInputs + kOutp
 {
     for (Input i : kRank4)
         if (dims[i]->nbDims != 4) return complain("rank of an input: expected 4", dims[i]->nbDims);
-    if (dims[kWriteIndices]->nbDims != 1) return complain("rank of write_indices: expected 1", dims[kWriteIndices]->nbDims);
+    if (dims[kWriteIndices]->nbDims != 1)
+        return complain("rank of write_indices: expected 1", dims[kWriteIndices]->nbDims);
     auto const size = [&](Input input, int axis) { return static_cast<int>(dims[input]->d[axis]); };
-    shape = {size(kQuery, 0), size(kQuery, 1), size(kKey, 1), size(kQuery, 2), size(kPastKey, 2), size(kQuery, 3)};
+    shape = {
+        size(kQuery, 0), size(kQuery, 1), size(kKey, 1), size(kQuery, 2), size(kPastKey, 2), size(kQuery, 3)};
     if (shape.heads != f.num_heads) return complain("query heads: expected num_heads", shape.heads);
     if (shape.kv_heads != f.num_kv_heads) return complain("key heads: expected num_kv_heads", shape.kv_heads);
     if (shape.dim != f.head_dim) return complain("query size: expected head_dim", shape.dim);
-    if (size(kPastKey, 3) != f.cache_dim()) return complain("cache row: expected head_dim, 4 more for int8", size(kPastKey, 3));
+    if (size(kPastKey, 3) != f.cache_dim())
+        return complain("cache row: expected head_dim, 4 more for int8", size(kPastKey, 3));
     Dims const key{4, {shape.rows, shape.kv_heads, shape.new_tokens, shape.dim}};
     Dims const past{4, {shape.rows, shape.kv_heads, shape.capacity, f.cache_dim()}};
-    bool const news = same(*dims[kKey], key) && same(*dims[kValue], key) && size(kWriteIndices, 0) == shape.rows;
+    bool const news =
+        same(*dims[kKey], key) && same(*dims[kValue], key) && size(kWriteIndices, 0) == shape.rows;
     if (!news || !same(*dims[kPastKey], past) || !same(*dims[kPastValue], past))
         return complain("shapes: expected rows, heads, positions and capacity that agree", "others");
     if (char const* what = refusal(shape, f.cache())) return complain(what, "another");

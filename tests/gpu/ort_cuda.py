@@ -17,6 +17,7 @@ import numpy as np
 
 from engines.bench import in_turns
 
+from .bundles import components_of, config_of, graph_of, runtime_of
 from .measuring import Parts, check_device, forked, synchronize
 from .report import Report
 
@@ -289,50 +290,6 @@ def export_nano(precision: str, out: Path) -> Path:
         mock.patch.object(module.golden, "run_golden", lambda oracle, path: path.write_bytes(b"")),
     ):
         return module.export(NANO, out=out, precision=precision)
-
-
-def components_of(bundle: Path) -> list[str]:
-    """Names of a bundle's components."""
-    from engines.bundle.reader import Bundle
-
-    return list(Bundle.open(bundle).manifest.components)
-
-
-def graph_of(bundle: Path, component: str) -> Path:
-    return bundle / component / "model.onnx"
-
-
-def config_of(bundle: Path):
-    """(sizes of the decoders and the head that a bundle holds, the type of its caches)."""
-    from engines.bundle.reader import Bundle
-
-    from .sizes import star
-
-    manifest = Bundle.open(bundle).manifest
-    model, cache = manifest.model, manifest.model.cache
-    dtype = next(
-        t.dtype for t in manifest.components["base_ar"].inputs if t.name.startswith("past_key_values.")
-    )
-    return star(
-        model.name,
-        hidden=model.hidden_size,
-        layers=cache["base_ar"].layers,
-        stacked=cache["stacked_ar"].layers,
-        heads=model.hidden_size // cache["base_ar"].head_dim,
-        kv_heads=cache["base_ar"].kv_heads,
-        intermediate=1,
-        vocab=model.vocab_size,
-        codes=model.codebook_size,
-    ), dtype
-
-
-def runtime_of(bundle: Path, backend: str):
-    from engines.runtime.star import Star
-
-    from .ort_decode import onnxruntime_with_libraries
-
-    onnxruntime_with_libraries()
-    return Star(bundle, backend=backend)
 
 
 def drawn(star) -> dict[str, list[np.ndarray]]:

@@ -1,9 +1,10 @@
 // A block of GPU threads on a CPU: the device half of warp.cuh, for tests.
 //
-// Every thread is a fiber with its own stack and runs the kernel's own code. Operations of a warp (shuffle, ldmatrix, mma) wait
-// until all 32 lanes have come and are then computed from the lanes' registers in the layouts of the PTX ISA. Asynchronous copies
-// happen at their wait and not before; shared memory is full of NaN at first; for random whiles, by a seed, only some warps run.
-// So a missing wait, a missing barrier, an access outside shared memory and a wrong fragment show as wrong numbers or an abort.
+// Every thread is a fiber with its own stack and runs the kernel's own code. Operations of a warp (shuffle,
+// ldmatrix, mma) wait until all 32 lanes have come and are then computed from the lanes' registers in the
+// layouts of the PTX ISA. Asynchronous copies happen at their wait and not before; shared memory is full of
+// NaN at first; for random whiles, by a seed, only some warps run. So a missing wait, a missing barrier, an
+// access outside shared memory and a wrong fragment show as wrong numbers or an abort.
 #pragma once
 
 #include <setjmp.h>
@@ -125,10 +126,13 @@ struct Block {
     {
         x = block_x, y = block_y, z = block_z, work = std::move(body), block = this;
         std::fill(memory.begin(), memory.end(), uint16_t(0x7fff));  // NaN as fp16 and bf16
-        for (Fiber& fiber : fibers) fiber.started = fiber.done = fiber.awaited = false, fiber.waits_for = nullptr, fiber.copies.clear();
+        for (Fiber& fiber : fibers)
+            fiber.started = fiber.done = fiber.awaited = false,
+            fiber.waits_for = nullptr, fiber.copies.clear();
         size_t left = fibers.size();
         for (int idle = 0, passes = 0, active = -1; left > 0; --passes) {
-            if (passes <= 0) passes = 1 + random() % 64, active = int(random());  // for a while only some warps run
+            if (passes <= 0)
+                passes = 1 + random() % 64, active = int(random());  // for a while only some warps run
             if (idle > 0) active = -1;
             if (idle > 4) fail("deadlock: threads wait for others that do not come");
             size_t const before = left;
@@ -188,7 +192,10 @@ struct Block {
         if (!inside || (p - base) % 16 != 0) fail("an address outside shared memory, or not on 16 bytes");
     }
 
-    uint16_t* aligned() const { return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16); }
+    uint16_t* aligned() const
+    {
+        return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);
+    }
 };
 
 inline int thread() { return block->current; }
@@ -208,7 +215,8 @@ inline float shuffle_xor(float x, int mask)
 {
     float y;
     block->together(&x, &y, [mask](Fiber* lanes) {
-        for (int i = 0; i < 32; ++i) *static_cast<float*>(lanes[i].takes) = *static_cast<float const*>(lanes[i ^ mask].gives);
+        for (int i = 0; i < 32; ++i)
+            *static_cast<float*>(lanes[i].takes) = *static_cast<float const*>(lanes[i ^ mask].gives);
     });
     return y;
 }
@@ -217,7 +225,8 @@ inline bool any(bool x)
 {
     bool y;
     block->together(&x, &y, [](Fiber* lanes) {
-        bool const found = std::any_of(lanes, lanes + 32, [](Fiber const& lane) { return *static_cast<bool const*>(lane.gives); });
+        bool const found = std::any_of(
+            lanes, lanes + 32, [](Fiber const& lane) { return *static_cast<bool const*>(lane.gives); });
         for (int i = 0; i < 32; ++i) *static_cast<bool*>(lanes[i].takes) = found;
     });
     return y;
@@ -251,7 +260,8 @@ inline void wait_copies()
     block->fibers[block->current].copies.clear();
 }
 
-// Lane i gets elements (i / 4, 2 * (i % 4)) and the next of each matrix; transposed: (2 * (i % 4), i / 4) and the one below.
+// Lane i gets elements (i / 4, 2 * (i % 4)) and the next of each matrix; transposed: (2 * (i % 4), i / 4) and
+// the one below.
 inline void gather_matrices(uint32_t (&r)[4], int at, bool transposed)
 {
     void const* const row = block->aligned() + at / 2;
@@ -276,7 +286,10 @@ inline void load_transposed(uint32_t (&r)[4], int row) { gather_matrices(r, row,
 inline float float_from_byte(uint32_t word, int i) { return float(word >> 8 * i & 255) - 128; }
 
 template <Element kElement>
-float float_from_bits(uint16_t bits) { return kElement == Element::kHalf ? float_from_half(bits) : float_from_bfloat16(bits); }
+float float_from_bits(uint16_t bits)
+{
+    return kElement == Element::kHalf ? float_from_half(bits) : float_from_bfloat16(bits);
+}
 
 template <Element kElement>
 uint32_t packed_from_floats(float low, float high)
@@ -285,8 +298,9 @@ uint32_t packed_from_floats(float low, float high)
     return bits(low) | uint32_t(bits(high)) << 16;
 }
 
-// mma.m16n8k16: a[i] of lane l holds row l / 4 + i % 2 * 8, columns l % 4 * 2 + i / 2 * 8 and the next; b0 and b1 hold rows
-// l % 4 * 2 (+ 8) and the next of column l / 4; d[i] is row l / 4 + i / 2 * 8, column l % 4 * 2 + i % 2.
+// mma.m16n8k16: a[i] of lane l holds row l / 4 + i % 2 * 8, columns l % 4 * 2 + i / 2 * 8 and the next; b0
+// and b1 hold rows l % 4 * 2 (+ 8) and the next of column l / 4; d[i] is row l / 4 + i / 2 * 8,
+// column l % 4 * 2 + i % 2.
 template <Element kElement>
 void multiply_add(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1)
 {
@@ -298,8 +312,11 @@ void multiply_add(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b
         for (int l = 0; l < 32; ++l) {
             auto const& o = *static_cast<Operands const*>(lanes[l].gives);
             for (int half = 0; half < 2; ++half) {
-                auto const number = [half](uint32_t two) { return float_from_bits<kElement>(uint16_t(two >> 16 * half)); };
-                for (int i = 0; i < 4; ++i) left[l / 4 + i % 2 * 8][l % 4 * 2 + i / 2 * 8 + half] = number(o.a[i]);
+                auto const number = [half](uint32_t two) {
+                    return float_from_bits<kElement>(uint16_t(two >> 16 * half));
+                };
+                for (int i = 0; i < 4; ++i)
+                    left[l / 4 + i % 2 * 8][l % 4 * 2 + i / 2 * 8 + half] = number(o.a[i]);
                 for (int i = 0; i < 2; ++i) right[l % 4 * 2 + i * 8 + half][l / 4] = number(o.b[i]);
             }
         }
@@ -308,7 +325,8 @@ void multiply_add(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b
             for (int k = 0; k < 16; ++k)
                 for (int n = 0; n < 8; ++n) product[m][n] += left[m][k] * right[k][n];
         for (int l = 0; l < 32; ++l)
-            for (int i = 0; i < 4; ++i) static_cast<float*>(lanes[l].takes)[i] += product[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+            for (int i = 0; i < 4; ++i)
+                static_cast<float*>(lanes[l].takes)[i] += product[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
     });
 }
 

@@ -20,9 +20,11 @@ struct Emulated {
             std::iota(order.begin(), order.end(), 0);
             std::shuffle(order.begin(), order.end(), emulated.random);  // blocks run in any order
             for (int i : order) {
-                emulated.run(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y, [&] { Work::run(call, m_tiles); });
+                emulated.run(
+                    i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y, [&] { Work::run(call, m_tiles); });
                 for (Fiber const& fiber : emulated.fibers)
-                    if (Work::kFollows && !fiber.awaited) Block::fail("a thread ends before the kernel that it follows");
+                    if (Work::kFollows && !fiber.awaited)
+                        Block::fail("a thread ends before the kernel that it follows");
             }
         };
         return 0;
@@ -64,11 +66,11 @@ int overflow_flag(int** host, int** device)
 
 }  // namespace star
 
-// sizes: rows, heads, kv_heads, new, capacity, dim. pointers: query, key, value, key cache, value cache, write indices, output.
-// Returns -1 for a shape that is refused, or the plan: config + 16 * splits; bit 30: a write did not fit. Workspace and flag are
-// made here; NaN fills the workspace first.
-extern "C" int star_emulate(int const* sizes, void* const* pointers, int element, int cache, float scale, int processors,
-                            unsigned seed)
+// sizes: rows, heads, kv_heads, new, capacity, dim. pointers: query, key, value, key cache, value cache,
+// write indices, output. Returns -1 for a shape that is refused, or the plan: config + 16 * splits; bit 30: a
+// write did not fit. Workspace and flag are made here; NaN fills the workspace first.
+extern "C" int star_emulate(int const* sizes, void* const* pointers, int element, int cache, float scale,
+    int processors, unsigned seed)
 {
     using namespace star;
     Shape const shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
@@ -77,8 +79,8 @@ extern "C" int star_emulate(int const* sizes, void* const* pointers, int element
     std::vector<float> workspace(plan.workspace_bytes() / 4 + 1, NAN);
     int raised = 0;
     auto const* indices = static_cast<int64_t const*>(pointers[5]);
-    Call call{pointers[0], pointers[1], pointers[2], pointers[3], pointers[4], indices, pointers[6], nullptr, nullptr, &raised,
-              shape,       1,           scale * 1.4426950408889634f};
+    Call call{pointers[0], pointers[1], pointers[2], pointers[3], pointers[4], indices, pointers[6], nullptr,
+        nullptr, &raised, shape, 1, scale * 1.4426950408889634f};
     set_workspace(call, plan, workspace.data());
     Emulated runner{call, plan.m_tiles, seed};
     run_call(runner, call, plan, Element(element), Cache(cache));

@@ -43,7 +43,7 @@ inline uint16_t half_from_float(float x)
     uint32_t const bits = bits_of(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
     if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to 65536 or more
-    if (magnitude < 0x38800000) {                                 // subnormal: in units of 2^-24, rounded by the addition
+    if (magnitude < 0x38800000) {  // subnormal: in units of 2^-24, rounded by the addition
         float const shifted = float_of(magnitude) + 0.5f;
         return uint16_t(sign | (bits_of(shifted) - bits_of(0.5f)));
     }

@@ -1,4 +1,5 @@
-// One head dim and element type of every kernel: enough to see on each architecture that the source compiles, and into what.
+// One head dim and element type of every kernel: enough to see on each architecture that the source
+// compiles, and into what.
 #include "kv_dispatch.cuh"
 
 namespace star {

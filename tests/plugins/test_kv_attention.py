@@ -109,13 +109,13 @@ MUTANTS = {
     "one key too many": ("kv_attention.cuh", "if (n * 8 + e > last)", "if (n * 8 + e > last + 1)"),
     "a barrier is missing": ("kv_attention.cuh", "meet();  //", "//"),
     "unused slots are read": (
-        "kv_attention.cuh",
+        "kv_tiles.cuh",
         "i * kStep < used ? 16 : 0",
         "i * kStep < call.shape.capacity - t * kKeys ? 16 : 0",
     ),
     "splits are not weighted": ("kv_rows.cuh", "? exp2_of(stat[i].x - highest) : 0", "? 1 : 0"),
     "new slots are read too early": (
-        "kv_attention.cuh",
+        "kv_tiles.cuh",
         "if (has_new && !had_new)",
         "if (has_new && !had_new && t < 0)",
     ),

@@ -1,12 +1,16 @@
 // The kernels for Python without TensorRT: tests and benchmarks call this with addresses of device memory.
 //
-// `sizes` are rows, heads, kv_heads, new, capacity, dim. `layout` are the multiprocessors to plan for, 0: as many as there are; and
-// a configuration and splits, to be taken instead of the plan's where splits are not 0.
+// `sizes` are rows, heads, kv_heads, new, capacity, dim. `layout` are the multiprocessors to plan for, 0: as
+// many as there are; and a configuration and splits, to be taken instead of the plan's where splits
+// are not 0.
 #include "kv_attention.h"
 
 namespace {
 
-star::Shape shape_from(int const* sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]}; }
+star::Shape shape_from(int const* sizes)
+{
+    return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+}
 
 star::Plan plan_from(int const* sizes, int const* layout)
 {
@@ -33,9 +37,10 @@ extern "C" long long star_workspace_bytes(int const* sizes, int cache, int const
     return static_cast<long long>(plan_from(sizes, layout).workspace_bytes());
 }
 
-// pointers: query, key, value, key cache, value cache, write indices, output, workspace, flag; all on the device.
-extern "C" int star_run(
-    int const* sizes, void* const* pointers, int element, int cache, float scale, int const* layout, void* stream)
+// pointers: query, key, value, key cache, value cache, write indices, output, workspace, flag; all on
+// the device.
+extern "C" int star_run(int const* sizes, void* const* pointers, int element, int cache, float scale,
+    int const* layout, void* stream)
 {
     star::Plan const plan = plan_from(sizes, layout);
     star::Call call{};
@@ -45,5 +50,6 @@ extern "C" int star_run(
     star::set_workspace(call, plan, pointers[7]);
     call.flag = static_cast<int*>(pointers[8]);
     call.shape = shape_from(sizes), call.scale_log2 = scale * 1.4426950408889634f;  // log2(e)
-    return star::launch(call, plan, static_cast<star::Element>(element), static_cast<star::Cache>(cache), stream);
+    return star::launch(
+        call, plan, static_cast<star::Element>(element), static_cast<star::Cache>(cache), stream);
 }

@@ -1,7 +1,8 @@
-// A declaration of the TensorRT interfaces that the plugin uses, written for its tests: so that a compile error, and how the
-// plugin answers its callers, show on machines without TensorRT's headers. Names and signatures are the documented ones of 10.3.
-// Virtual functions stand in TensorRT for RTX 1.7's order, so that a plugin compiled with this is one for that library
-// (test_tensorrt.py). What is loaded on a device is built against the device's own headers.
+// A declaration of the TensorRT interfaces that the plugin uses, written for its tests: so that a compile
+// error, and how the plugin answers its callers, show on machines without TensorRT's headers. Names and
+// signatures are the documented ones of 10.3. Virtual functions stand in TensorRT for RTX 1.7's order, so
+// that a plugin compiled with this is one for that library (test_tensorrt.py). What is loaded on a device is
+// built against the device's own headers.
 #pragma once
 
 #include <cstddef>
@@ -56,8 +57,8 @@ struct PluginField {
     PluginFieldType type;
     int32_t length;
 
-    PluginField(AsciiChar const* n = nullptr, void const* v = nullptr, PluginFieldType t = PluginFieldType::kFLOAT32,
-        int32_t l = 0)
+    PluginField(AsciiChar const* n = nullptr, void const* v = nullptr,
+        PluginFieldType t = PluginFieldType::kFLOAT32, int32_t l = 0)
         : name(n), data(v), type(t), length(l)
     {
     }
@@ -107,9 +108,10 @@ public:
     virtual int32_t configurePlugin(
         DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*, int32_t) noexcept = 0;
     virtual int32_t getOutputDataTypes(DataType*, int32_t, DataType const*, int32_t) const noexcept = 0;
-    virtual int32_t getOutputShapes(
-        DimsExprs const*, int32_t, DimsExprs const*, int32_t, DimsExprs*, int32_t, IExprBuilder&) noexcept = 0;
-    virtual bool supportsFormatCombination(int32_t, DynamicPluginTensorDesc const*, int32_t, int32_t) noexcept = 0;
+    virtual int32_t getOutputShapes(DimsExprs const*, int32_t, DimsExprs const*, int32_t, DimsExprs*, int32_t,
+        IExprBuilder&) noexcept = 0;
+    virtual bool supportsFormatCombination(
+        int32_t, DynamicPluginTensorDesc const*, int32_t, int32_t) noexcept = 0;
     virtual int32_t getNbOutputs() const noexcept = 0;
     virtual size_t getWorkspaceSize(
         DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*, int32_t) const noexcept
@@ -127,9 +129,10 @@ class IPluginV3OneRuntime : public IPluginCapability {
 public:
     InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN_V3ONE_RUNTIME", 1, 0}; }
     virtual int32_t setTactic(int32_t) noexcept { return 0; }
-    virtual int32_t onShapeChange(PluginTensorDesc const*, int32_t, PluginTensorDesc const*, int32_t) noexcept = 0;
-    virtual int32_t enqueue(PluginTensorDesc const*, PluginTensorDesc const*, void const* const*, void* const*, void*,
-        cudaStream_t) noexcept = 0;
+    virtual int32_t onShapeChange(
+        PluginTensorDesc const*, int32_t, PluginTensorDesc const*, int32_t) noexcept = 0;
+    virtual int32_t enqueue(PluginTensorDesc const*, PluginTensorDesc const*, void const* const*,
+        void* const*, void*, cudaStream_t) noexcept = 0;
     virtual IPluginV3* attachToContext(IPluginResourceContext*) noexcept = 0;
     virtual PluginFieldCollection const* getFieldsToSerialize() noexcept = 0;
 };
@@ -137,7 +140,8 @@ public:
 class IPluginCreatorV3One : public IPluginCreatorInterface {
 public:
     InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN CREATOR_V3ONE", 1, 0}; }
-    virtual IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const*, TensorRTPhase) noexcept = 0;
+    virtual IPluginV3* createPlugin(
+        AsciiChar const*, PluginFieldCollection const*, TensorRTPhase) noexcept = 0;
     virtual PluginFieldCollection const* getFieldNames() noexcept = 0;
     virtual AsciiChar const* getPluginName() const noexcept = 0;
     virtual AsciiChar const* getPluginVersion() const noexcept = 0;
@@ -153,7 +157,8 @@ public:
     virtual void setParentSearchEnabled(bool) {}
     virtual void* loadLibrary(AsciiChar const*) noexcept { return nullptr; }
     virtual void deregisterLibrary(void*) noexcept {}
-    virtual bool registerCreator(IPluginCreatorInterface& creator, AsciiChar const* pluginNamespace) noexcept = 0;
+    virtual bool registerCreator(
+        IPluginCreatorInterface& creator, AsciiChar const* pluginNamespace) noexcept = 0;
 };
 
 }  // namespace nvinfer1
