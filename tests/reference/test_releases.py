@@ -3,7 +3,12 @@ checked."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,8 +30,10 @@ from tests.helpers.released import (
     without_set_aside,
     write_configs,
 )
+from tests.helpers.served_hub import served
 
-SPECIFICATION = (Path(__file__).parents[2] / "docs" / "star.md").read_text()
+ROOT = Path(__file__).parents[2]
+SPECIFICATION = (ROOT / "docs" / "star.md").read_text()
 BASE = "Qwen2.5-VL-3B-Instruct"
 
 
@@ -239,3 +246,67 @@ def test_given_parts_replace_a_releases_and_are_not_hashed(
     assert hashed == ["VQ-Model.pt"]
     with refused("no such file or folder", "absent.pt"):
         resolve_checkpoint("star-3b", checkpoint="absent.pt")
+
+
+FETCH = """
+import dataclasses, json, sys
+from pathlib import Path
+from reference import releases
+from reference.weights import resolve_checkpoint
+config, *hashes = json.loads(sys.argv[1])
+real = releases.RELEASES["star-3b"]
+star, vq = (dataclasses.replace(part, sha256=sha) for part, sha in zip((real.star, real.vq), hashes))
+releases.RELEASES["star-3b"] = dataclasses.replace(real, config_json=Path(config), star=star, vq=vq)
+files = resolve_checkpoint("star-3b")
+print(*(path.read_bytes() == Path(config).with_name(name).read_bytes() for path, name in (
+    (files.star_pt, "STAR-mini.pt"), (files.vq_pt, "VQ-Model.pt"))), files.qwen_folder)
+"""
+
+
+def fetch(release: Release, hub: Path, address: str) -> subprocess.CompletedProcess[str]:
+    """Find the parts of `star-3b`, in a process whose hub is at `address` and whose cache is `hub`."""
+    ours = {"HF_ENDPOINT": address, "HF_HUB_CACHE": str(hub), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    argument = json.dumps([str(release.config_json), release.star.sha256, release.vq.sha256])
+    return subprocess.run(
+        [sys.executable, "-c", FETCH, argument],
+        cwd=ROOT,
+        env=os.environ | ours | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_what_is_missing_is_downloaded_once(mini_checkpoint: Path, release: Release, tmp_path: Path) -> None:
+    """By the hub's own library, from a hub on this machine; the cache holds VQ-Model.pt already."""
+    hub, base = tmp_path / "hub", by_name(mini_checkpoint / "Qwen2.5-VL-mini")
+    cached(hub, "MM-MVR/STAR-VQ", {"VQ-Model.pt": mini_checkpoint / "VQ-Model.pt"})
+    page = {"README.md": mini_checkpoint / "STAR-mini.json"}
+    repositories = {
+        "MM-MVR/STAR-3B": page | {"STAR-3B.pt": mini_checkpoint / "STAR-mini.pt"},
+        release.base.repository: page | base,
+    }
+    with served(repositories) as (address, downloaded):
+        first, second = (fetch(release, hub, address) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith(f"True True {hub / 'models--Qwen--Qwen2.5-VL-3B-Instruct'}")
+    assert sorted(downloaded) == sorted(
+        ["MM-MVR/STAR-3B/STAR-3B.pt", *(f"{release.base.repository}/{name}" for name in base)]
+    )
+    assert "downloading about 15.5 GB to the hub's cache: STAR-3B.pt (8 GB), Qwen2.5-VL-3B" in first.stderr
+    assert (second.stdout, second.stderr) == (first.stdout, "")
+
+
+def test_a_damaged_download_is_replaced_as_the_error_says(
+    mini_checkpoint: Path, release: Release, tmp_path: Path
+) -> None:
+    hub, damaged = tmp_path / "hub", tmp_path / "damaged.pt"
+    damaged.write_bytes((mini_checkpoint / "STAR-mini.pt").read_bytes()[:-1])
+    cached(hub, "MM-MVR/STAR-VQ", {"VQ-Model.pt": mini_checkpoint / "VQ-Model.pt"})
+    cached(hub, release.base.repository, by_name(mini_checkpoint / "Qwen2.5-VL-mini"))
+    with served({"MM-MVR/STAR-3B": {"STAR-3B.pt": damaged}}) as (address, _):
+        refusal = fetch(release, hub, address)
+    assert refusal.returncode and "STAR-3B.pt is not the file of the release" in refusal.stderr
+    (named,) = re.findall(r"  fix: delete (.+) and run the command again", refusal.stderr)
+    Path(named).unlink()
+    with served({"MM-MVR/STAR-3B": {"STAR-3B.pt": mini_checkpoint / "STAR-mini.pt"}}) as (address, _):
+        assert fetch(release, hub, address).stdout.startswith("True True ")
