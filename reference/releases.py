@@ -199,6 +199,8 @@ def downloaded(part: Part) -> Path:
     try:
         return from_hub(part, local_files_only=False)
     except Exception as error:  # as above
+        while isinstance(error.__cause__, Exception):  # the hub's own message does not say why
+            error = error.__cause__
         raise CheckpointError(
             f"{part.name} is not on this machine and cannot be downloaded",
             where=f"{part.repository}, {part.gigabytes:g} GB: {first_line(error)}",

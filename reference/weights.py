@@ -101,7 +101,8 @@ def local(source: str | Path) -> Path:
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(
             "no such file or folder",
-            where=f"{source}: expected a path or a hub id (owner/name)",
+            where=f"{source}: expected a path or a hub id (owner/name); SOURCE may also be "
+            + ", ".join([*SHIPPED, *RELEASES]),
             fix="check the path",
         )
     from huggingface_hub import snapshot_download

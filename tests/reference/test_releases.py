@@ -1,5 +1,5 @@
 """The released models by name: what the data says of them, where their parts are found, and how they are
-checked."""
+checked (docs/bad_inputs.md 49, 50)."""
 
 from __future__ import annotations
 
@@ -151,7 +151,9 @@ def test_without_a_network_the_missing_part_is_named(
 ) -> None:
     cache_star_3b(hub, mini_checkpoint)
     (hub / ("models--" + repository.replace("/", "--"))).rename(hub / "gone")
-    with refused(f"{name} is not on this machine", repository, f"holds {name} with --from FOLDER"):
+    with refused(
+        f"{name} is not on this machine", repository, "offline mode", f"holds {name} with --from FOLDER"
+    ):
         resolve_checkpoint("star-3b")
     part = getattr(release, flag)
     line = f"downloading about {part.gigabytes:g} GB to the hub's cache: {name} ({part.gigabytes:g} GB)\n"
