@@ -7,6 +7,7 @@ differences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .containers import LazyTensor, first_line, tensors_from_pt, tensors_from_sa
 from .errors import CheckpointError
 from .model import Star
 from .names import SET_ASIDE, aliases, expected_tensors, release_name
+from .releases import RELEASES, find_parts, find_release, silent
 from .strict_json import Section, read_object
 
 LOADED_DTYPES = {  # stored -> loaded
@@ -26,6 +28,7 @@ LOADED_DTYPES = {  # stored -> loaded
     torch.float16: torch.float16,
 }
 DOWNLOADED = ["*.json", "*.txt", "*.jinja", "*.pt", "*.safetensors"]
+GIVE_STAR, GIVE_VQ = "give the file with --checkpoint", "give the file with --vq"
 TOLD = 10  # differences that one error names
 SHIPPED = {"nano": Path(__file__).parent / "nano" / "weights"}  # source -> a checkpoint in this package
 
@@ -46,32 +49,47 @@ def resolve_checkpoint(
     checkpoint: str | Path | None = None,
     base: str | Path | None = None,
     vq: str | Path | None = None,
+    from_folder: str | Path | None = None,
+    progress: Callable[[str, int, int], None] = silent,
 ) -> CheckpointFiles:
     """Find the files of a checkpoint.
 
-    `source` is a folder in the release layout, the release's config JSON, `nano` (STAR-Nano, which is part of
-    this package; a folder of that name is `./nano`), or a hub id (`owner/name`, downloaded to the hub's
-    cache). `checkpoint` (STAR-*.pt), `base` (Qwen's folder) and `vq` (VQ-Model.pt), each a path or a hub id,
-    replace what is found beside the JSON or under the paths that it states. Raises CheckpointError naming
-    what was not found, and where.
+    `source` is `star-3b` or `star-7b` (the releases, downloaded to the hub's cache as far as `from_folder`
+    and the cache do not hold them), a folder in the release layout, the release's config JSON, `nano`
+    (STAR-Nano, which is part of this package; a folder of that name is `./nano`), or a hub id (`owner/name`).
+    `checkpoint` (STAR-*.pt), `base` (Qwen's folder) and `vq` (VQ-Model.pt), each a path or a hub id, replace
+    a part of a release, or what is found beside the JSON or under the paths that it states. Raises
+    CheckpointError naming what was not found, and where, and as `find_parts` does.
     """
+    given_star = file_in(local(checkpoint), "STAR*.pt", fix=GIVE_STAR) if checkpoint else None
+    given_base = local(base) if base else None
+    given_vq = file_in(local(vq), "VQ*.pt", fix=GIVE_VQ) if vq else None
+    if release := find_release(source):
+        wanted = [p for p, path in zip(release.parts, (given_star, given_vq, given_base)) if path is None]
+        found = find_parts(wanted, from_folder=from_folder, progress=progress)
+        return CheckpointFiles(
+            config_json=release.config_json,
+            star_pt=given_star or found[release.star],
+            qwen_folder=given_base or found[release.base],
+            vq_pt=given_vq or found[release.vq],
+        )
+    if from_folder:
+        raise CheckpointError(
+            "--from is only for the releases",
+            where=f"--from {from_folder}: expected SOURCE {' or '.join(RELEASES)}, got {source}",
+            fix="leave out --from, and give parts with --checkpoint, --base and --vq",
+        )
     place = SHIPPED.get(str(source)) or local(source)
     config_json = file_in(
         place, "STAR*.json", fix="give the JSON of the release's repository, and --checkpoint"
     )
-    star_pt = file_in(
-        local(checkpoint) if checkpoint else config_json.parent,
-        "STAR*.pt",
-        fix="give the file with --checkpoint",
-    )
     values = Section(read_object(config_json), source=config_json)
-    qwen = local(base) if base else stated(values.section("language_model"), flag="--base")
-    vq_place = local(vq) if vq else stated(values.section("pixel_encoder"), flag="--vq")
     return CheckpointFiles(
         config_json=config_json,
-        star_pt=star_pt,
-        qwen_folder=qwen,
-        vq_pt=file_in(vq_place, "VQ*.pt", fix="give the file with --vq"),
+        star_pt=given_star or file_in(config_json.parent, "STAR*.pt", fix=GIVE_STAR),
+        qwen_folder=given_base or stated(values.section("language_model"), flag="--base"),
+        vq_pt=given_vq
+        or file_in(stated(values.section("pixel_encoder"), flag="--vq"), "VQ*.pt", fix=GIVE_VQ),
     )
 
 
@@ -83,7 +101,8 @@ def local(source: str | Path) -> Path:
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(
             "no such file or folder",
-            where=f"{source}: expected a path or a hub id (owner/name)",
+            where=f"{source}: expected a path or a hub id (owner/name); SOURCE may also be "
+            + ", ".join([*SHIPPED, *RELEASES]),
             fix="check the path",
         )
     from huggingface_hub import snapshot_download

@@ -109,12 +109,14 @@ def _export(commands) -> None:
         "export",
         "export a checkpoint to a bundle of ONNX components with golden tensors",
         "nano --out star-nano",
-        "MM-MVR/STAR-3B --base Qwen/Qwen2.5-VL-3B-Instruct --out star-3b-bf16 --precision bf16",
+        "star-3b --out star-3b --precision int4",
+        "star-7b --from downloads --out star-7b --precision int4",
     )
     c.add_argument(
         "source",
         metavar="SOURCE",
-        help="a folder in the release layout, its config JSON, nano (shipped here), or a hub id",
+        help="star-3b, star-7b (downloaded as far as needed), nano (shipped here), a folder in the release "
+        "layout, its config JSON, or a hub id",
     )
     c.add_argument(
         "--out", required=True, metavar="BUNDLE", help="the bundle to create; absent or an empty folder"
@@ -124,6 +126,13 @@ def _export(commands) -> None:
     )
     for part, what in (("checkpoint", "STAR-*.pt"), ("base", "the Qwen2.5-VL folder"), ("vq", "VQ-Model.pt")):
         c.add_argument(f"--{part}", metavar="PATH", help=f"{what} to use instead of the one in SOURCE")
+    c.add_argument(
+        "--from",
+        dest="from_folder",
+        metavar="FOLDER",
+        help="a folder with parts of star-3b or star-7b: STAR-*.pt, VQ-Model.pt, Qwen2.5-VL-*-Instruct/; "
+        "only what it lacks is downloaded",
+    )
     c.add_argument("--components", type=words, metavar="A,B", help="only these components (default: all)")
     c.add_argument(
         "--rope",

@@ -39,14 +39,16 @@ def export(
     checkpoint: str | None = None,
     base: str | None = None,
     vq: str | None = None,
+    from_folder: str | None = None,
     rope_bf16: bool = True,
     components: list[str] | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Export `source` to the new bundle `out`, and return the bundle's path.
 
-    `source` is a folder in the release layout, its config JSON, `nano`, or a hub id; `checkpoint`, `base` and
-    `vq` override parts of it. `rope_bf16=False` keeps the rotary frequencies in float32 (docs/star.md 0.2).
+    `source` is `star-3b`, `star-7b`, a folder in the release layout, its config JSON, `nano`, or a hub id;
+    `checkpoint`, `base` and `vq` override parts of it. `from_folder` holds parts of `star-3b` or `star-7b`
+    that need not be downloaded. `rope_bf16=False` keeps the rotary frequencies in float32 (docs/star.md 0.2).
     `components` limits the export to some rows of the table. Raises UsageError for unknown names, InputError
     for an `out` that is not empty or cannot be written, and CheckpointError for invalid files.
     """
@@ -55,7 +57,9 @@ def export(
     _check_names("component", names, COMPONENTS)
     out = Path(out)
     check_out(out)
-    files = resolve_checkpoint(source, checkpoint=checkpoint, base=base, vq=vq)
+    files = resolve_checkpoint(
+        source, checkpoint=checkpoint, base=base, vq=vq, from_folder=from_folder, progress=progress
+    )
     config = config_from_files(files.config_json, files.qwen_folder)
     tensors = named_tensors(files, config)
     tensors |= {TABLE: image_table(tensors, config, files.star_pt)}

@@ -1,5 +1,5 @@
-"""Configuration files of the released models,
-STAR-3B and STAR-7B on Qwen2.5-VL: facts of their pages (docs/star.md 1)."""
+"""Configuration files and tensor names of the released models,
+STAR-3B and STAR-7B on Qwen2.5-VL: facts of their pages (docs/star.md 1 and 2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 from reference.config import StarConfig, config_from_files
-from tests.helpers.official import SPECIAL
+from reference.names import SET_ASIDE
+from tests.helpers.official import GOLDEN, SPECIAL
 
 SIZES = {
     "3B": {
@@ -178,3 +179,19 @@ def write_configs(folder: Path, star: dict, qwen: dict, generation: dict = GENER
     (folder / "qwen" / "generation_config.json").write_text(json.dumps(generation))
     (folder / "qwen" / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     return config_from_files(folder / "STAR.json", folder / "qwen")
+
+
+def listed(file: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a key list in tests/golden."""
+    rows = [line.split("\t") for line in (GOLDEN / file).read_text().splitlines() if not line.startswith("#")]
+    return {name: tuple(map(int, shape.split("x"))) for name, shape in rows}
+
+
+def stored_shapes(expected: dict) -> dict[str, tuple[int, ...]]:
+    """Name -> shape in the file, of one part of `expected_tensors`."""
+    return {name: stored for name, (_, stored, _) in expected.items()}
+
+
+def without_set_aside(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The tensors that the loader reads."""
+    return {name: shape for name, shape in shapes.items() if not name.startswith(SET_ASIDE)}

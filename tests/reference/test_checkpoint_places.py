@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from reference.weights import CheckpointFiles, resolve_checkpoint
+from tests.helpers.hub import by_name, cached, take_offline
 from tests.helpers.refusals import refused
 
 
@@ -95,34 +96,17 @@ def test_stated_paths_do_not_leave_the_release(folder: Path, stated: str) -> Non
 @pytest.fixture
 def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty hub cache and no network."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
-
-
-def cached(hub: Path, repository: str, files: list[Path]) -> Path:
-    """A snapshot in the hub's cache, made of links."""
-    home = hub / ("models--" + repository.replace("/", "--"))
-    snapshot = home / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text("0" * 40)
-    for file in files:
-        (snapshot / file.name).symlink_to(file)
-    return snapshot
+    return take_offline(tmp_path / "hub", monkeypatch)
 
 
 def test_hub_ids_are_read_from_the_cache(mini_checkpoint: Path, offline_hub: Path) -> None:
     star = cached(
         offline_hub,
         "MM-MVR/STAR-mini",
-        [mini_checkpoint / "STAR-mini.json", mini_checkpoint / "STAR-mini.pt"],
+        {name: mini_checkpoint / name for name in ("STAR-mini.json", "STAR-mini.pt")},
     )
-    qwen = cached(
-        offline_hub, "Qwen/Qwen2.5-VL-mini", sorted((mini_checkpoint / "Qwen2.5-VL-mini").iterdir())
-    )
-    vq = cached(offline_hub, "MM-MVR/STAR-VQ", [mini_checkpoint / "VQ-Model.pt"])
+    qwen = cached(offline_hub, "Qwen/Qwen2.5-VL-mini", by_name(mini_checkpoint / "Qwen2.5-VL-mini"))
+    vq = cached(offline_hub, "MM-MVR/STAR-VQ", {"VQ-Model.pt": mini_checkpoint / "VQ-Model.pt"})
     files = resolve_checkpoint("MM-MVR/STAR-mini", base="Qwen/Qwen2.5-VL-mini", vq="MM-MVR/STAR-VQ")
     assert files == CheckpointFiles(star / "STAR-mini.json", star / "STAR-mini.pt", qwen, vq / "VQ-Model.pt")
     with refused("language_model.model_path does not exist", "hub id with --base"):

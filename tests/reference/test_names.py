@@ -9,26 +9,24 @@ import pytest
 import torch
 
 from reference.model import Star
-from reference.names import SET_ASIDE, aliases, expected_tensors, release_name
-from tests.helpers.official import GOLDEN
-from tests.helpers.released import SIZES, nested_qwen_json, qwen_json, star_json, write_configs
-
-
-def listed(file: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a key list, without what the loader sets aside."""
-    rows = [line.split("\t") for line in (GOLDEN / file).read_text().splitlines() if not line.startswith("#")]
-    return {name: tuple(map(int, shape.split("x"))) for name, shape in rows if not name.startswith(SET_ASIDE)}
-
-
-def stored_shapes(expected: dict) -> dict[str, tuple[int, ...]]:
-    return {name: stored for name, (_, stored, _) in expected.items()}
+from reference.names import aliases, expected_tensors, release_name
+from tests.helpers.released import (
+    SIZES,
+    listed,
+    nested_qwen_json,
+    qwen_json,
+    star_json,
+    stored_shapes,
+    without_set_aside,
+    write_configs,
+)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_trained_and_vq_tensors_equal_the_released_lists(size: str, tmp_path: Path) -> None:
     expected = expected_tensors(write_configs(tmp_path, star_json(size), qwen_json(size)))
-    assert stored_shapes(expected["trained"]) == listed(f"star_keys_STAR-{size}.tsv")
-    assert stored_shapes(expected["vq"]) == listed("star_keys_VQ-Model.tsv")
+    assert stored_shapes(expected["trained"]) == without_set_aside(listed(f"star_keys_STAR-{size}.tsv"))
+    assert stored_shapes(expected["vq"]) == without_set_aside(listed("star_keys_VQ-Model.tsv"))
 
 
 @pytest.mark.parametrize(
