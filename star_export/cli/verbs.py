@@ -37,7 +37,7 @@ __all__ = [
     "targets",
     "validate",
 ]
-EXPORT_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
+EXPORT_PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub")
 
 
 def export(
