@@ -20,10 +20,9 @@ from tests.gpu.runner import PREDICTIONS
 
 
 @pytest.fixture
-def bundle(tmp_path, monkeypatch) -> Path:
+def bundle(tmp_path) -> Path:
     """A decoder of one layer, made by hand."""
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "engines"))
-    from decoder_bundle import write_decoder_bundle
+    from tests.helpers.decoder_bundle import write_decoder_bundle
 
     return write_decoder_bundle(tmp_path / "bundle")
 
