@@ -14,7 +14,6 @@ import pytest
 
 from engines import targets
 from tests.gpu import rtx, rtx_probe
-from tests.gpu.machine import ROOT
 from tests.gpu.report import Report
 from tests.gpu.runner import PREDICTIONS
 
@@ -57,10 +56,9 @@ def test_a_real_library_builds_for_another_chip_and_its_answer_is_recorded(
 
 
 def test_a_plan_that_loads_is_run_once(bundle, tmp_path, monkeypatch) -> None:
-    import test_tensorrt_session as fakes  # the memory and the engine made of numpy
-
     from engines.bundle.reader import Bundle
     from engines.tensorrt import device
+    from tests.engines.sessions import test_tensorrt as fakes  # memory and an engine made of numpy
 
     blocks: dict = {}
     monkeypatch.setattr(
