@@ -4,6 +4,7 @@ crashes is an answer.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from engines import targets
 from tests.gpu import rtx, rtx_probe
 from tests.gpu.report import Report
 from tests.gpu.runner import PREDICTIONS
+from tests.helpers import fake_tensorrt
 
 
 @pytest.fixture
@@ -58,7 +60,6 @@ def test_a_real_library_builds_for_another_chip_and_its_answer_is_recorded(
 def test_a_plan_that_loads_is_run_once(bundle, tmp_path, monkeypatch) -> None:
     from engines.bundle.reader import Bundle
     from engines.tensorrt import device
-    from tests.engines.sessions import test_tensorrt as fakes  # memory and an engine made of numpy
 
     blocks: dict = {}
     monkeypatch.setattr(
@@ -67,22 +68,22 @@ def test_a_plan_that_loads_is_run_once(bundle, tmp_path, monkeypatch) -> None:
         lambda size: blocks.setdefault((block := np.zeros(size, np.uint8)).ctypes.data, block).ctypes.data,
     )
     monkeypatch.setattr(device, "release", lambda address: None)
-    monkeypatch.setattr(device, "stream", lambda: fakes.STREAM)
+    monkeypatch.setattr(device, "stream", lambda: fake_tensorrt.STREAM)
     monkeypatch.setattr(
-        device, "copy_to_device", lambda address, a: fakes.ctypes.memmove(address, a.ctypes.data, a.nbytes)
+        device, "copy_to_device", lambda address, a: ctypes.memmove(address, a.ctypes.data, a.nbytes)
     )
     monkeypatch.setattr(
-        device, "copy_to_host", lambda a, address: fakes.ctypes.memmove(a.ctypes.data, address, a.nbytes)
+        device, "copy_to_host", lambda a, address: ctypes.memmove(a.ctypes.data, address, a.nbytes)
     )
     diagnostics = {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2}
     runtime = SimpleNamespace(
         get_engine_validity=lambda data: (SimpleNamespace(name="SUBOPTIMAL"), 2),
-        deserialize_cuda_engine=lambda data: fakes.Engine(blocks),
+        deserialize_cuda_engine=lambda data: fake_tensorrt.Engine(blocks),
     )
     module = SimpleNamespace(
         Runtime=lambda log: runtime,
         EngineInvalidityDiagnostics=SimpleNamespace(__members__=diagnostics),
-        ExecutionContextAllocationStrategy=fakes.TRT.ExecutionContextAllocationStrategy,
+        ExecutionContextAllocationStrategy=fake_tensorrt.TRT.ExecutionContextAllocationStrategy,
     )
     (tmp_path / "a.plan").write_bytes(b"plan")
     found = rtx_probe.load(module, None, Bundle.open(bundle), "base_ar", "SM80", tmp_path / "a.plan")
