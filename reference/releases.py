@@ -219,7 +219,7 @@ def from_hub(part: Part, *, local_files_only: bool) -> Path:
         snapshot_download(part.repository, allow_patterns=BASE_FILES, local_files_only=local_files_only)
     )
     if absent := absent_from_base(folder):  # the cache may hold single files of a repository
-        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}")
+        raise FileNotFoundError(f"the hub's cache lacks {', '.join(absent)} in {folder}")
     return folder
 
 
