@@ -20,6 +20,7 @@ TRACES_MINIATURE = re.compile(r"\b(mini_bundle|bundle_of|graph_from_config|expor
 TRACES_NANO = ("validator/test_nano.py", "validator/test_score.py", "plugins/test_tensorrt.py")
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest runs without xdist too
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """Keep together on one worker the tests of a file, and the files that trace the same checkpoint."""
     from xdist.scheduler import LoadScopeScheduling
