@@ -1,0 +1,90 @@
+"""What an export and a build take: disk, memory and time, and their refusal before they start.
+
+The constants are the model of `docs/figures.md`, "Plans"; what a refusal demands is less than the expected
+need, because it must hold for every export and every build.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .machine import check_disk, check_memory
+from .sizes import Sizes
+
+# Export: the peak is a base (torch, tracing) and copies of the largest tensor in float32.
+EXPORT_BASE_BYTES, EXPORT_TENSORS = 900_000_000, 3
+EXPORT_BASE_S, EXPORT_S_PER_GB = 30, 75  # seconds, and per gigabyte of the bundle in fp32
+# Build: the peak is a base (TensorRT) and copies of the largest graph's weights.
+BUILD_BASE_BYTES, BUILD_COPIES = 700_000_000, 3
+BUILD_GRAPH_S, BUILD_S_PER_GB = 0.6, 75  # seconds for each component, and per gigabyte of weights
+PLAN_SHARE = 1.0  # size of a plan / its graph's weights
+
+
+def export_memory(largest_tensor_bytes: int) -> int:
+    """Expected peak of an export whose largest tensor has this size in float32."""
+    return EXPORT_BASE_BYTES + EXPORT_TENSORS * largest_tensor_bytes
+
+
+def export_seconds(sizes: Sizes) -> float:
+    """Expected time of an export. Every precision reads, rounds and checks the same tensors."""
+    numbers = {"fp32": 1.0, "int8": 3.0, "int4": 4.0}.get(sizes.precision, 2.0)
+    return EXPORT_BASE_S + EXPORT_S_PER_GB * numbers * sum(sizes.weights.values()) / 1e9
+
+
+def build_memory(sizes: Sizes) -> int:
+    """Expected peak of a build of all components, one after the other."""
+    return BUILD_BASE_BYTES + BUILD_COPIES * max(sizes.largest_part.values())
+
+
+def build_seconds(sizes: Sizes) -> float:
+    """Expected time of a build for one target."""
+    return BUILD_GRAPH_S * len(sizes.weights) + BUILD_S_PER_GB * sum(sizes.weights.values()) / 1e9
+
+
+def plans_bytes(sizes: Sizes) -> int:
+    """Expected size of the plans for one target."""
+    return round(PLAN_SHARE * sum(sizes.weights.values()))
+
+
+def check_export(sizes: Sizes, out: Path, *, staged: Path | None = None) -> None:
+    """Refuse an export whose weights alone are larger than the free disk. Raises MissingError.
+
+    What lies in the folder `staged` is written already.
+    """
+    done = folder_bytes(staged) if staged else 0
+    check_disk(
+        sum(sizes.weights.values()) - done,
+        out.parent,
+        what=f"export {sizes.model.name} in {sizes.precision}",
+        fix="free some space, give --out on another disk, or export with a smaller --precision",
+    )
+
+
+def check_build(sizes: Sizes, bundle: Path, missing: Sequence[str], *, targets: int) -> None:
+    """Refuse a build of the components `missing` whose plans, or whose largest graph, cannot be held.
+
+    Raises MissingError.
+    """
+    if not missing:
+        return
+    what = f"build {sizes.model.name} in {sizes.precision}"
+    check_memory(
+        max(sizes.largest_part[name] for name in missing),
+        what=what,
+        fix="close other programs, or build on a machine with more memory",
+    )
+    check_disk(
+        round(PLAN_FLOOR * targets * sum(sizes.weights[name] for name in missing)),
+        bundle,
+        what=what,
+        fix="free some space, or build fewer targets or --components",
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of the files in a folder and below; 0 where there is none."""
+    return sum(
+        os.lstat(Path(here) / name).st_size for here, _, names in os.walk(folder) for name in names
+    )
