@@ -23,7 +23,6 @@ TASKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "reason": (EMBED, ANSWER, DRAW, DECODE),
 }
 PROMPT_TOKENS = 64  # a sentence in the chat template; the templates of an edit are longer
-ANSWER_TOKENS = 256  # the default of `ask`
 # Bytes that ONNX Runtime's CPU provider holds of a weight for each byte stored. It widens 16-bit weights to
 # float32 on loading, and int8 weights too (`engines.sessions.onnxruntime`).
 CPU_HELD = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 4, "int4": 1}
@@ -47,10 +46,11 @@ class Use:
 class TaskMemory:
     """Bytes that a task takes with all of its components `resident`, and with each stage loaded `in_turn`.
 
-    `largest` names the components of the largest stage.
+    `components` are all that it needs, and `largest` those of the largest stage.
     """
 
     task: str
+    components: tuple[str, ...]
     resident_bytes: int
     in_turn_bytes: int
     largest: tuple[str, ...]
@@ -68,9 +68,7 @@ def loop_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:
     if not decoders:
         return 0
     rows = 1 if "text_head" in components else use.rows
-    caches = sum(
-        sizes.cache_bytes(name, rows=rows, capacity_tokens=use.capacity_tokens) for name in decoders
-    )
+    caches = sum(sizes.cache_bytes(name, rows=rows, capacity_tokens=use.capacity_tokens) for name in decoders)
     if use.on_cpu:  # the fp32 twin keeps its caches in float32
         caches = caches * ITEM_BYTES["float32"] // sizes.cache_item_bytes
     one = rows * sizes.model.hidden_size * ITEM_BYTES["float32"]
@@ -87,10 +85,10 @@ def task_memory(sizes: Sizes, task: str, use: Use) -> TaskMemory:
     """What `task` takes resident and loaded in turn."""
     stages = TASKS[task]
     largest = max(stages, key=lambda stage: stage_bytes(sizes, stage, use))
-    names = {name for stage in stages for name in stage}
+    names = tuple(dict.fromkeys(name for stage in stages for name in stage))
     weights = sum(weight_bytes(sizes, name, on_cpu=use.on_cpu) for name in names)
     loops = max(loop_bytes(sizes, stage, use) for stage in stages)
-    return TaskMemory(task, weights + loops, stage_bytes(sizes, largest, use), largest)
+    return TaskMemory(task, names, weights + loops, stage_bytes(sizes, largest, use), largest)
 
 
 def workspace_bytes(sizes: Sizes, use: Use) -> int:

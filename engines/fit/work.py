@@ -19,7 +19,8 @@ EXPORT_BASE_S, EXPORT_S_PER_GB = 30, 75  # seconds, and per gigabyte of the bund
 # Build: the peak is a base (TensorRT) and copies of the largest graph's weights.
 BUILD_BASE_BYTES, BUILD_COPIES = 700_000_000, 3
 BUILD_GRAPH_S, BUILD_S_PER_GB = 0.6, 75  # seconds for each component, and per gigabyte of weights
-PLAN_SHARE = 1.0  # size of a plan / its graph's weights
+# Size of a plan / that of its graph's weights: what is expected, and the least of any plan seen.
+PLAN_SHARE, PLAN_FLOOR = 2.0, 1.0
 
 
 def export_memory(largest_tensor_bytes: int) -> int:
@@ -85,6 +86,4 @@ def check_build(sizes: Sizes, bundle: Path, missing: Sequence[str], *, targets: 
 
 def folder_bytes(folder: Path) -> int:
     """Size of the files in a folder and below; 0 where there is none."""
-    return sum(
-        os.lstat(Path(here) / name).st_size for here, _, names in os.walk(folder) for name in names
-    )
+    return sum(os.lstat(Path(here) / name).st_size for here, _, names in os.walk(folder) for name in names)

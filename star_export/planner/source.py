@@ -39,7 +39,7 @@ Shapes = dict[str, tuple[int, ...]]  # parameter -> shape, as in the checkpoint
 
 @dataclass(frozen=True)
 class Source:
-    """The configuration of a checkpoint, and the size of the files that its bundle takes from it unchanged."""
+    """The configuration of a checkpoint, and the size of the files that its bundle takes over unchanged."""
 
     config: StarConfig
     copied_bytes: int
@@ -67,9 +67,7 @@ def find_source(source: str) -> Source:
     return Source(config, (files.qwen_folder / "tokenizer.json").stat().st_size)
 
 
-def sizes_from_source(
-    source: Source, precision: str, names: Sequence[str] = tuple(COMPONENTS)
-) -> Sizes:
+def sizes_from_source(source: Source, precision: str, names: Sequence[str] = tuple(COMPONENTS)) -> Sizes:
     """The sizes of the bundle that an export in `precision` would write; `names` limits the components."""
     config, weights, graphs, golden = source.config, {}, 0, 0
     for name in names:
