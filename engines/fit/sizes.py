@@ -34,15 +34,23 @@ class Geometry:
 class Sizes:
     """A model at one precision.
 
-    `weights` maps each component that has a graph to the bytes of its weights as stored, and `largest_part`
-    to those of its largest graph. `bundle_bytes` is the size of the whole bundle.
+    `graphs` maps each graph of the bundle, a component or a part of one, to the bytes of its weights as
+    stored. `bundle_bytes` is the size of the whole bundle.
     """
 
     model: Geometry
     precision: str
-    weights: dict[str, int]
-    largest_part: dict[str, int]
+    graphs: dict[str, int]
     bundle_bytes: int
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Component -> the bytes of its weights as stored, in all of its parts."""
+        found: dict[str, int] = {}
+        for graph, size in self.graphs.items():
+            component = graph.partition("/")[0]
+            found[component] = found.get(component, 0) + size
+        return found
 
     @property
     def cache_item_bytes(self) -> int:
@@ -71,19 +79,12 @@ def geometry_of(model: ModelSpec) -> Geometry:
 def sizes_from_bundle(bundle: Bundle) -> Sizes:
     """The sizes that a bundle's manifest states."""
     manifest = bundle.manifest
-    stored = {
+    graphs = {
         name: sum(manifest.files[file].size for file in bundle.weights(name)) for name in manifest.components
     }
-    weights: dict[str, int] = {}
-    largest: dict[str, int] = {}
-    for name, size in stored.items():
-        component = name.partition("/")[0]
-        weights[component] = weights.get(component, 0) + size
-        largest[component] = max(largest.get(component, 0), size)
     return Sizes(
         model=geometry_of(manifest.model),
         precision=manifest.precision,
-        weights=weights,
-        largest_part=largest,
+        graphs=graphs,
         bundle_bytes=sum(file.size for file in manifest.files.values()),
     )

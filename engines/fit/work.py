@@ -15,10 +15,11 @@ from .sizes import Sizes
 
 # Export: the peak is a base (torch, tracing) and copies of the largest tensor in float32.
 EXPORT_BASE_BYTES, EXPORT_TENSORS = 900_000_000, 3
+EXPORT_FLOOR_BYTES = 100_000_000  # what any export takes beyond the packages that it has imported
 EXPORT_BASE_S, EXPORT_S_PER_GB = 30, 75  # seconds, and per gigabyte of the bundle in fp32
 # Build: the peak is a base (TensorRT) and copies of the largest graph's weights.
 BUILD_BASE_BYTES, BUILD_COPIES = 700_000_000, 3
-BUILD_GRAPH_S, BUILD_S_PER_GB = 0.6, 75  # seconds for each component, and per gigabyte of weights
+BUILD_GRAPH_S, BUILD_S_PER_GB = 0.6, 75  # seconds for each graph, and per gigabyte of weights
 # Size of a plan / that of its graph's weights: what is expected, and the least of any plan seen.
 PLAN_SHARE, PLAN_FLOOR = 2.0, 1.0
 
@@ -36,12 +37,12 @@ def export_seconds(sizes: Sizes) -> float:
 
 def build_memory(sizes: Sizes) -> int:
     """Expected peak of a build of all components, one after the other."""
-    return BUILD_BASE_BYTES + BUILD_COPIES * max(sizes.largest_part.values())
+    return BUILD_BASE_BYTES + BUILD_COPIES * max(sizes.graphs.values())
 
 
 def build_seconds(sizes: Sizes) -> float:
     """Expected time of a build for one target."""
-    return BUILD_GRAPH_S * len(sizes.weights) + BUILD_S_PER_GB * sum(sizes.weights.values()) / 1e9
+    return BUILD_GRAPH_S * len(sizes.graphs) + BUILD_S_PER_GB * sum(sizes.weights.values()) / 1e9
 
 
 def plans_bytes(sizes: Sizes) -> int:
@@ -49,36 +50,40 @@ def plans_bytes(sizes: Sizes) -> int:
     return round(PLAN_SHARE * sum(sizes.weights.values()))
 
 
-def check_export(sizes: Sizes, out: Path, *, staged: Path | None = None) -> None:
-    """Refuse an export whose weights alone are larger than the free disk. Raises MissingError.
+def check_export(sizes: Sizes, out: Path, *, converted_bytes: int, staged: Path | None = None) -> None:
+    """Refuse an export whose weights alone are larger than the free disk, or whose work needs more memory.
 
-    What lies in the folder `staged` is written already.
+    `converted_bytes` is the size in float32 of the largest tensor that is rounded or quantised. What lies in
+    the folder `staged` is written already. Raises MissingError.
     """
-    done = folder_bytes(staged) if staged else 0
+    what = f"export {sizes.model.name} in {sizes.precision}"
+    check_memory(
+        EXPORT_FLOOR_BYTES + converted_bytes,
+        what=what,
+        fix="close other programs, or export on a machine with more memory",
+    )
     check_disk(
-        sum(sizes.weights.values()) - done,
+        sum(sizes.graphs.values()) - (folder_bytes(staged) if staged else 0),
         out.parent,
-        what=f"export {sizes.model.name} in {sizes.precision}",
+        what=what,
         fix="free some space, give --out on another disk, or export with a smaller --precision",
     )
 
 
-def check_build(sizes: Sizes, bundle: Path, missing: Sequence[str], *, targets: int) -> None:
-    """Refuse a build of the components `missing` whose plans, or whose largest graph, cannot be held.
-
-    Raises MissingError.
-    """
-    if not missing:
+def check_build(sizes: Sizes, folder: Path, absent: Sequence[str]) -> None:
+    """Refuse a build of the plans `absent` (a graph's name for each) whose disk in `folder`, or memory for
+    the largest graph, is not free. Raises MissingError."""
+    if not absent:
         return
     what = f"build {sizes.model.name} in {sizes.precision}"
     check_memory(
-        max(sizes.largest_part[name] for name in missing),
+        max(sizes.graphs[name] for name in absent),
         what=what,
         fix="close other programs, or build on a machine with more memory",
     )
     check_disk(
-        round(PLAN_FLOOR * targets * sum(sizes.weights[name] for name in missing)),
-        bundle,
+        round(PLAN_FLOOR * sum(sizes.graphs[name] for name in absent)),
+        folder,
         what=what,
         fix="free some space, or build fewer targets or --components",
     )

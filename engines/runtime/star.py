@@ -16,7 +16,7 @@ from ..bundle.manifest import SamplingSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array
 from ..errors import InputError, UsageError
-from ..fit.memory import Use
+from ..fit.memory import ANSWER, DRAW, Use
 from ..inputs.image_io import check_image, read_image
 from ..inputs.preprocess import (
     MAX_PIXELS,
@@ -210,10 +210,8 @@ class Star:
     def image_loop(self, *, num_images: int, length: int, tokens: int) -> ImageLoop:
         """A decode loop, with its own buffers, for `tokens` image tokens after prompts of `length` tokens."""
         use = self._use("base_ar", rows=2 * num_images, length=length, tokens=tokens)
-        base, stacked, head = self.loaded.sessions("base_ar", "stacked_ar", "image_head", use=use)
-        return ImageLoop(
-            base, stacked, head, num_images=num_images, tokens=tokens, capacity_tokens=use.capacity_tokens
-        )
+        sessions = self.loaded.sessions(*DRAW, use=use)
+        return ImageLoop(*sessions, num_images=num_images, tokens=tokens, capacity_tokens=use.capacity_tokens)
 
     def embedded(
         self, prompt: Prompt, *, vision: VisionInputs | None = None, square: np.ndarray | None = None
@@ -260,7 +258,7 @@ class Star:
         if vision:
             self.loaded.check("ask", use)
         embeds = self.embedded(prompt, vision=vision)
-        sessions = self.loaded.sessions("token_embedding", "base_ar", "text_head", use=use)
+        sessions = self.loaded.sessions(*ANSWER, use=use)
         ids = TextLoop(*sessions, capacity_tokens=use.capacity_tokens).answer(
             prompt.input_ids,
             embeds,

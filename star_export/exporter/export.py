@@ -12,6 +12,7 @@ from engines import plugins
 from engines.bundle.manifest import ComponentSpec
 from engines.bundle.tensors import present_name
 from engines.errors import UsageError
+from engines.fit.work import check_export
 from engines.progress import Progress, silent
 from reference.config import StarConfig, config_from_files
 from reference.containers import LazyTensor
@@ -25,6 +26,7 @@ from ..graph.classic import classic_from_graph
 from ..graph.quantize import PRECISIONS, Precision, attach_weights, rounded, set_precision, twin_from_graph
 from ..graph.trace import graph_from_config
 from ..graph.wrappers import TABLE, FoldedStar
+from ..planner.source import Source, largest_tensor_bytes, sizes_from_source
 from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
 from .publish import check_out, staged, write_manifest
 
@@ -63,6 +65,7 @@ def export(
     config = config_from_files(files.config_json, files.qwen_folder)
     tensors = named_tensors(files, config)
     tensors |= {TABLE: image_table(tensors, config, files.star_pt)}
+    check_room(config, precision, names, out)
     step = _counter(progress, len(names) + 2)
     with staged(out) as stage:
         for name in names:
@@ -82,6 +85,19 @@ def export(
             components={name: component_spec(name, config, PRECISIONS[precision]) for name in names},
         )
     return out
+
+
+def check_room(config: StarConfig, precision: str, names: list[str], out: Path) -> None:
+    """Check that the disk holds the bundle's weights, and the memory the largest decoder weight in float32.
+
+    Raises MissingError with the bytes needed and free.
+    """
+    decoders = [name for name in names if COMPONENTS[name].quantized]
+    check_export(
+        sizes_from_source(Source(config, copied_bytes=0), precision, names),
+        out,
+        converted_bytes=largest_tensor_bytes(config, decoders),
+    )
 
 
 def write_component(

@@ -78,8 +78,7 @@ def sizes_from_source(source: Source, precision: str, names: Sequence[str] = tup
     return Sizes(
         model=geometry_of(config),
         precision=precision,
-        weights=weights,
-        largest_part=dict(weights),
+        graphs=weights,
         bundle_bytes=sum(weights.values()) + graphs + golden + source.copied_bytes,
     )
 
@@ -109,7 +108,7 @@ def stored_tensors(name: str, config: StarConfig, precision: Precision) -> list[
 def largest_tensor_bytes(config: StarConfig, names: Sequence[str] = tuple(COMPONENTS)) -> int:
     """Size of the largest parameter in float32: what an export converts at a time."""
     shapes = [shape for name in names for shape in shapes_of(name, config).values()]
-    return max(map(math.prod, shapes)) * ITEM_BYTES["float32"]
+    return max(map(math.prod, shapes), default=0) * ITEM_BYTES["float32"]
 
 
 def golden_bytes(name: str, config: StarConfig) -> int:
