@@ -64,7 +64,7 @@ class Session(Protocol):
 
 
 def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime") -> Session:
-    """Load `component` of `bundle` on `backend`.
+    """Load `component` of `bundle` on `backend`: all its parts in a chain, or the one part that is named.
 
     `onnxruntime` runs on the CPU and `onnxruntime-cuda` on a GPU; `tensorrt:TARGET` runs the target's plan.
     `interpreter:TARGET` evaluates on the CPU the network that TensorRT parsed, in the network's own dtypes,
@@ -74,6 +74,15 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
     for an invalid file.
     """
     check_backend(backend)
+    if component in bundle.manifest.tables:
+        from .table import TableSession
+
+        return TableSession(bundle, component)
+    if component not in bundle.manifest.components:
+        from .chain import ChainSession
+
+        parts = [open_session(bundle, part, backend=backend) for part in bundle.parts(component)]
+        return ChainSession(component, parts)
     if backend.startswith("tensorrt:"):
         from .tensorrt import open_session as open_tensorrt
 
