@@ -51,6 +51,7 @@ def export(
     from_folder: str | None = None,
     components: list[str] | None = None,
     rope: str = "bf16",
+    part_bytes: int | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Export a checkpoint to a bundle with `star_export.exporter.export.export`.
@@ -64,6 +65,7 @@ def export(
             where=f"expected {', '.join(EXPORT_PACKAGES)}; missing: {', '.join(missing)}",
             fix='pip install "star-export[export]"',
         )
+    from ..exporter.export import PART_BYTES
     from ..exporter.export import export as export_bundle
 
     with ProgressBar("export", shown=progress) as bar:
@@ -77,6 +79,7 @@ def export(
             from_folder=from_folder,
             components=components,
             rope_bf16=rope == "bf16",
+            part_bytes=part_bytes or PART_BYTES,
             progress=bar,
         )
     files = Bundle.open(path).manifest.files
