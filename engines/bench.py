@@ -29,6 +29,7 @@ from .sessions import run
 from .sessions.onnxruntime import OnnxRuntimeSession
 
 PROMPT_TOKENS, REPEATS = 32, 15
+STEP = ("base_ar", "stacked_ar", "image_head")  # the components of a decode step
 BANDWIDTH_BYTES, BANDWIDTH_REPEATS = 1 << 28, 7
 PEERS = {
     "bare": "the same sessions in a bare loop",
@@ -110,7 +111,7 @@ def calls_of(star: Star, loop: ImageLoop) -> dict[str, Callable[[], object]]:
         "runtime": lambda: rewound(loop, draws),
         "bare": lambda: bare_decode(loop),
     }
-    if star.backend == "onnxruntime":
+    if all(isinstance(star.session(name), OnnxRuntimeSession) for name in STEP):  # not one in parts
         calls["plain"] = PlainLoop(loop, star).decode
     return calls | {
         "base_ar": loop.base_step,
@@ -122,8 +123,7 @@ def calls_of(star: Star, loop: ImageLoop) -> dict[str, Callable[[], object]]:
 
 def timings_of(star: Star, loop: ImageLoop, median: dict[str, float], bandwidth: float) -> tuple[Timing, ...]:
     """The timings of single steps and of a whole image, from the `median` seconds of each call."""
-    components = ("base_ar", "stacked_ar", "image_head")
-    steps = [timing(name, median[name], bytes_read(star, loop, name), bandwidth) for name in components]
+    steps = [timing(name, median[name], bytes_read(star, loop, name), bandwidth) for name in STEP]
     step_bytes = sum(step.read_bytes for step in steps)
     return (
         *steps,
@@ -185,7 +185,7 @@ class PlainLoop:
 
     def __init__(self, loop: ImageLoop, star: Star):
         self.steps = loop.tokens - 1
-        sessions = [star.session(name) for name in ("base_ar", "stacked_ar", "image_head")]
+        sessions = [star.session(name) for name in STEP]
         self.sessions = [
             session.inference_session for session in sessions if isinstance(session, OnnxRuntimeSession)
         ]
@@ -212,10 +212,14 @@ class PlainLoop:
 
 def bytes_read(star: Star, loop: ImageLoop, component: str) -> int:
     """Bytes that a decode step of `component` must read: the stored weights and the filled part of its
-    caches.
+    caches. Of the table of image embeddings it reads one row per image, which does not count.
     """
-    files = star.bundle.manifest.files
-    weights = sum(files[name].size for name in star.bundle.weights(component))
+    manifest = star.bundle.manifest
+    files = {file for part in star.bundle.parts(component) for file in star.bundle.weights(part)}
+    weights = sum(manifest.files[name].size for name in files)
+    table = manifest.tables["image_embedding"]
+    if table.file in files:
+        weights -= math.prod(table.shape) * ITEM_BYTES[table.dtype]
     used = {"B": 2, "C": PROMPT_TOKENS + loop.tokens // 2}  # two rows; slots on average over the image
     caches = [t for t in bound_tensors(star.session(component).spec) if present_name(t.name)]
     sizes = [math.prod(shape_from_symbols(t.shape, used)) * ITEM_BYTES[t.dtype] for t in caches]

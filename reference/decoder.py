@@ -168,25 +168,34 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, write_indices: Tensor, past: Cache
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        write_indices: Tensor,
+        past: Cache,
+        layers: range | None = None,
     ) -> tuple[Tensor, Cache]:
-        """One step of S tokens.
+        """One step of S tokens, through all layers or only some consecutive `layers`.
 
         inputs_embeds [B, S, H], position_ids [3, B, S] int64, write_indices [B] int64 (the slot of each row's
         first new token), past: key and value [B, KV, C, D] per layer, updated in place -> (hidden_states [B,
         S, H] after the final norm, present: the same tensors as past). All slots below the write index must
-        have been written before.
+        have been written before. With `layers`, `past` holds their caches only, the residual stream comes in
+        as inputs_embeds, and it goes out without the final norm unless the last layer is among them.
         """
+        layers = layers or range(len(self.layers))
         cos, sin = (t.to(inputs_embeds.dtype) for t in self.rotary(position_ids))
         device = inputs_embeds.device
         last_visible = write_indices[:, None] + torch.arange(inputs_embeds.shape[1], device=device)  # [B, S]
         slots = torch.arange(past[0][0].shape[2], device=device)  # [C]
         mask = (slots <= last_visible[..., None]).unsqueeze(1)  # [B, 1, S, C]
         hidden_states, present = inputs_embeds, []
-        for layer, layer_past in zip(self.layers, past, strict=True):
-            hidden_states, layer_present = layer(hidden_states, cos, sin, layer_past, write_indices, mask)
+        for layer, layer_past in zip(layers, past, strict=True):
+            hidden_states, layer_present = self.layers[layer](
+                hidden_states, cos, sin, layer_past, write_indices, mask
+            )
             present.append(layer_present)
-        return self.norm(hidden_states), present
+        return self.norm(hidden_states) if layers.stop == len(self.layers) else hidden_states, present
 
     def new_cache(self, rows: int, *, capacity_tokens: int) -> Cache:
         """A zero cache for every layer, with the dtype and device of the weights."""

@@ -1,5 +1,7 @@
 """THE TABLE: boundary, dynamic axes, wrapper and tolerances of each component; all that differs between them.
 
+A decoder may be stored in parts of consecutive layers; `Part` names one graph of a bundle.
+
 Axes: `N` images, `B` rows (2N under guidance), `S` new positions, `C` cache capacity, `P` vision patches.
 Sizes that the model fixes come from its configuration. Float tensors cross a boundary in float32 in every
 precision; only the caches have the compute type.
@@ -10,27 +12,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engines.bundle.manifest import TensorSpec
+from engines.bundle.manifest import PART, TensorSpec
 from reference.config import DecoderConfig, StarConfig
 
 TOP_K_LIMIT = 2048  # the candidates that `image_head` ranks; TensorRT's TopK accepts at most 3840
+PART_BYTES = 1 << 30  # a decoder whose weights take more is stored in parts
 # Largest share of an image's ids, or a teacher-forced run's ids, that may differ; measured: 0.0625 in bf16.
 FLIPPED_IDS = 0.25
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of a bundle: a component, or the `layers` of a decoder that the part `name` holds.
+
+    `layers` is None for a component that is stored whole because it cannot be divided.
+    """
+
+    name: str
+    component: str
+    layers: range | None = None
 
 
 @dataclass(frozen=True)
 class Component:
     """One row of the table.
 
-    `boundary(config, compute_type)` returns (inputs, outputs). `tolerances` bound each output's difference in
+    `boundary(config, compute_type, layers)` returns (inputs, outputs); `layers` are those of a part.
+    `decoder` gives the configuration of a component that can be stored in parts. `table` is the weight whose
+    rows a component without a graph looks up. `tolerances` bound each output's difference in
     units of the reference's standard deviation, or for ids the share that differs; `tolerances_16bit` replace
     them for an executor that computes in 16 bits. `quantized` says whether the linear weights take the int8
     and int4 formats.
     """
 
     wrapper: str
-    boundary: Callable[[StarConfig, str], tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]
+    boundary: Callable[[StarConfig, str, range | None], tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]
     tolerances: dict[str, float]
+    decoder: Callable[[StarConfig], DecoderConfig] | None = None
+    table: str | None = None
     quantized: bool = False
     tolerances_16bit: dict[str, float] = field(default_factory=dict)
 
@@ -43,11 +62,15 @@ def i64(name: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name, "int64", shape)
 
 
-def _token_embedding(config: StarConfig, compute: str):
+def _token_embedding(config: StarConfig, compute: str, layers: range | None):
     return (i64("input_ids", "B", "S"),), (f32("inputs_embeds", "B", "S", config.base_ar.hidden_size),)
 
 
-def _vision_encoder(config: StarConfig, compute: str):
+def _image_embedding(config: StarConfig, compute: str, layers: range | None):
+    return (i64("image_ids", "N", "T"),), (f32("inputs_embeds", "N", "T", config.base_ar.hidden_size),)
+
+
+def _vision_encoder(config: StarConfig, compute: str, layers: range | None):
     v = config.vision
     angles = v.hidden_size // v.num_heads // 2
     pixels = 3 * v.temporal_patch_size * v.patch_size**2
@@ -62,24 +85,21 @@ def _vision_encoder(config: StarConfig, compute: str):
     )
 
 
-def _vq_encoder(config: StarConfig, compute: str):
+def _vq_encoder(config: StarConfig, compute: str, layers: range | None):
     size, tokens = config.vq.image_size, config.vq.image_tokens
-    return (
-        (f32("image", "N", 3, size, size),),
-        (i64("image_ids", "N", tokens), f32("inputs_embeds", "N", tokens, config.base_ar.hidden_size)),
-    )
+    return (f32("image", "N", 3, size, size),), (i64("image_ids", "N", tokens),)
 
 
-def _vq_decoder(config: StarConfig, compute: str):
+def _vq_decoder(config: StarConfig, compute: str, layers: range | None):
     size, tokens = config.vq.image_size, config.vq.image_tokens
     return (i64("image_ids", "N", tokens),), (f32("image", "N", 3, size, size),)
 
 
-def _decoder(decoder: DecoderConfig, compute: str):
+def _decoder(decoder: DecoderConfig, compute: str, layers: range | None):
     def caches(side: str):
         return tuple(
             TensorSpec(f"{side}.{i}.{part}", compute, ("B", decoder.num_kv_heads, "C", decoder.head_dim))
-            for i in range(decoder.num_layers)
+            for i in layers or range(decoder.num_layers)
             for part in ("key", "value")
         )
 
@@ -94,13 +114,13 @@ def _decoder(decoder: DecoderConfig, compute: str):
     )
 
 
-def _text_head(config: StarConfig, compute: str):
+def _text_head(config: StarConfig, compute: str, layers: range | None):
     return (f32("hidden_states", "B", 1, config.base_ar.hidden_size),), (
         f32("logits", "B", config.vocab_size),
     )
 
 
-def _image_head(config: StarConfig, compute: str):
+def _image_head(config: StarConfig, compute: str, layers: range | None):
     hidden = config.base_ar.hidden_size
     return (
         (
@@ -119,25 +139,32 @@ def _image_head(config: StarConfig, compute: str):
 
 
 COMPONENTS: dict[str, Component] = {
-    "token_embedding": Component("TokenEmbedding", _token_embedding, {"inputs_embeds": 0.0}),
+    "token_embedding": Component(
+        "TokenEmbedding", _token_embedding, {"inputs_embeds": 0.0}, table="token_embedding.weight"
+    ),
+    "image_embedding": Component(
+        "ImageEmbedding", _image_embedding, {"inputs_embeds": 0.0}, table="image_table.weight"
+    ),
     "vision_encoder": Component("VisionEncoder", _vision_encoder, {"image_embeds": 2e-4}),
     "vq_encoder": Component(
         "VQEncoder",
         _vq_encoder,
-        {"image_ids": 0.0, "inputs_embeds": 0.0},
+        {"image_ids": 0.0},
         tolerances_16bit={"image_ids": FLIPPED_IDS},
     ),
     "vq_decoder": Component("VQDecoder", _vq_decoder, {"image": 2e-4}),
     "base_ar": Component(
         "BaseAR",
-        lambda c, t: _decoder(c.base_ar, t),
+        lambda c, t, layers: _decoder(c.base_ar, t, layers),
         {"hidden_states": 2e-4, "present": 2e-4},
+        decoder=lambda c: c.base_ar,
         quantized=True,
     ),
     "stacked_ar": Component(
         "StackedAR",
-        lambda c, t: _decoder(c.stacked_ar, t),
+        lambda c, t, layers: _decoder(c.stacked_ar, t, layers),
         {"hidden_states": 2e-4, "present": 2e-4},
+        decoder=lambda c: c.stacked_ar,
         quantized=True,
     ),
     "text_head": Component("TextHead", _text_head, {"logits": 2e-4}),
@@ -145,3 +172,36 @@ COMPONENTS: dict[str, Component] = {
         "ImageHead", _image_head, {"image_ids": 0.0, "inputs_embeds": 0.0, "logits": 2e-4}
     ),
 }
+
+
+def boundary(
+    part: Part, config: StarConfig, compute: str
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs and outputs of one graph or table; caches have the type `compute`."""
+    return COMPONENTS[part.component].boundary(config, compute, part.layers)
+
+
+def whole(name: str, config: StarConfig) -> Part:
+    """The component `name` as one graph or table."""
+    decoder = COMPONENTS[name].decoder
+    return Part(name, name, range(decoder(config).num_layers) if decoder else None)
+
+
+def parts_of(name: str, config: StarConfig, *, weight_bytes: int, part_bytes: int) -> list[Part]:
+    """The graphs that component `name`, whose weights are stored in `weight_bytes`, is divided into.
+
+    A decoder above `part_bytes` becomes as few parts as keep below it, with equally many layers, but for the
+    last; a layer is never divided. Every other component stays whole.
+    """
+    part = whole(name, config)
+    if part.layers is None or weight_bytes <= part_bytes:
+        return [part]
+    layers = len(part.layers)
+    each = -(-layers // min(layers, -(-weight_bytes // part_bytes)))
+    starts = range(0, layers, each)
+    if len(starts) == 1:
+        return [part]
+    return [
+        Part(f"{name}{PART}{i}", name, range(start, min(start + each, layers)))
+        for i, start in enumerate(starts)
+    ]

@@ -16,7 +16,8 @@ from typing import Any
 
 from ..errors import InputError
 
-SCHEMA = 2
+SCHEMA = 3
+PART = "/"  # between a component's name and the number of its part: `base_ar/1`
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ComponentSpec:
-    """Files, inputs and outputs of one component.
+    """Files, inputs and outputs of one graph: a component, or a part of one (`base_ar/0`, `base_ar/1`, ...).
+
+    A part holds consecutive layers of a decoder. It takes the residual stream as `inputs_embeds` and hands it
+    on as `hidden_states`; its caches have the numbers that their layers have in the whole decoder.
 
     `twin` is the fp32 twin of a 16-bit graph, for executors without bf16. `classic` is the same graph for
     TensorRT before 10.15, and `plugin_abi` the ABI of the KV-cache plugin that it calls (None when it calls
@@ -47,6 +51,23 @@ class ComponentSpec:
     outputs: tuple[TensorSpec, ...]
     classic: str | None = None
     plugin_abi: int | None = None
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A component that is only a lookup: the host reads rows of a weight, and no graph is needed.
+
+    The weight, `shape` [rows, H] of `dtype`, begins at `offset` bytes of `file`, which may be the weights of
+    a graph that uses it too. The input is ids, the output their rows in float32.
+    """
+
+    file: str
+    offset: int
+    shape: tuple[int, int]
+    dtype: str
+    golden: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -137,17 +158,39 @@ class FileSpec:
 
 
 @dataclass(frozen=True)
+class GoldenSpec:
+    """How much was recorded of the reference: a large model has fewer and shorter cases.
+
+    Up to `images` images at once, and whole runs of `image_tokens` and `answer_tokens`.
+    """
+
+    images: int
+    image_tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of `manifest.json`.
 
-    `files` lists all files but the manifest itself, plans and certificates.
+    `components` maps a graph's name to its spec, the parts of a component in their order. `tables` are the
+    components without a graph. `part_bytes` is the size above which a decoder was stored in parts. `golden`
+    says what was recorded. `files` lists all files but the manifest itself, plans and certificates.
     """
 
     schema: int
     precision: str
     model: ModelSpec
     components: dict[str, ComponentSpec]
+    tables: dict[str, TableSpec]
+    part_bytes: int
+    golden: GoldenSpec
     files: dict[str, FileSpec]
+
+
+def component_of(name: str) -> str:
+    """The component that a graph's name belongs to: `base_ar` of `base_ar/1`, and `text_head` of itself."""
+    return name.partition(PART)[0]
 
 
 def json_from_manifest(manifest: Any) -> str:

@@ -7,17 +7,20 @@ them.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError, UsageError, listed
 from .files import check_regular, check_relative, read_regular, resolve_inside, sha256_of
-from .manifest import ComponentSpec, Manifest, manifest_from_json
+from .manifest import ComponentSpec, Manifest, TableSpec, component_of, manifest_from_json
+from .tensors import ITEM_BYTES
 
 MANIFEST = "manifest.json"
 MADE_LATER = ("plans", "certificates")
 MANIFEST_LIMIT_BYTES = 16 << 20
+TABLE_DTYPES = ("float32", "float16", "bfloat16")
 _RESTORE = "copy the bundle again, or export it again"
 
 
@@ -120,16 +123,31 @@ class Bundle:
             self._verified[relative] = stamp
         return path
 
+    def parts(self, component: str) -> list[str]:
+        """The names of the graphs that make up `component`, in order: its own, or those of its parts.
+
+        Raises UsageError with the valid names.
+        """
+        names = [name for name in self.manifest.components if component_of(name) == component]
+        return names or [self._known(component)]
+
+    def table(self, name: str) -> tuple[TableSpec, Path]:
+        """The spec of the table `name` and its file, after checking the file's SHA-256. Raises InputError."""
+        spec = self.manifest.tables[name]
+        return spec, self.file(spec.file)
+
     def component(self, name: str) -> ComponentSpec:
-        """The spec of the component `name`. Raises UsageError with the valid names."""
-        spec = self.manifest.components.get(name)
-        if spec is None:
+        """The spec of the graph `name`, a component or a part. Raises UsageError with the valid names."""
+        return self.manifest.components[self._known(name)]
+
+    def _known(self, name: str) -> str:
+        if name not in self.manifest.components:
             raise UsageError(
                 "The bundle has no such component",
                 where=f"{self.path}: expected one of {', '.join(self.manifest.components)}, got {name!r}",
                 fix="use one of these names",
             )
-        return spec
+        return name
 
     def graph(self, name: str, *, twin: bool = False, dialect: str = "modern") -> Path:
         """Verify the component's ONNX file and weights, and return the file's path.
@@ -168,16 +186,33 @@ class Bundle:
 
 
 def check_components(manifest: Manifest, *, where: str) -> None:
-    """Raise InputError unless `files` lists every file that a component names."""
-    for name, spec in manifest.components.items():
-        for field in ("graph", "twin", "golden", "classic"):
-            relative = getattr(spec, field)
-            if relative is not None and relative not in manifest.files:
-                raise InputError(
-                    "A component names a file that the manifest does not list",
-                    where=f"{where}: components: {name}: {field}: expected a key of files, got {relative!r}",
-                    fix="export the bundle again",
-                )
+    """Raise InputError unless `files` lists every file that a component names, and holds every table."""
+    named = [
+        (f"components: {name}: {field}", getattr(spec, field))
+        for name, spec in manifest.components.items()
+        for field in ("graph", "twin", "golden", "classic")
+    ] + [
+        (f"tables: {name}: {field}", getattr(spec, field))
+        for name, spec in manifest.tables.items()
+        for field in ("file", "golden")
+    ]
+    for key, relative in named:
+        if relative is not None and relative not in manifest.files:
+            raise InputError(
+                "A component names a file that the manifest does not list",
+                where=f"{where}: {key}: expected a key of files, got {relative!r}",
+                fix="export the bundle again",
+            )
+    for name, table in manifest.tables.items():
+        size = manifest.files[table.file].size
+        end = table.offset + math.prod(table.shape) * ITEM_BYTES.get(table.dtype, 0)
+        if table.dtype not in TABLE_DTYPES or not 0 <= table.offset < end <= size:
+            raise InputError(
+                "A table does not lie within its file",
+                where=f"{where}: tables: {name}: expected rows of {', '.join(TABLE_DTYPES)} within "
+                f"{size} bytes, got {table.dtype}{list(table.shape)} from byte {table.offset}",
+                fix="export the bundle again",
+            )
 
 
 def files_present(root: Path) -> list[str]:

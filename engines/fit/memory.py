@@ -18,7 +18,7 @@ DECODE = ("vq_decoder",)
 # Task -> its stages in order: the components of a stage are needed at the same time.
 TASKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "generate": (EMBED, DRAW, DECODE),
-    "edit": (EMBED, ("vq_encoder",), ("vision_encoder",), DRAW, DECODE),
+    "edit": (EMBED, ("vq_encoder",), ("image_embedding",), ("vision_encoder",), DRAW, DECODE),
     "ask": (EMBED, ("vision_encoder",), ANSWER),
     "reason": (EMBED, ANSWER, DRAW, DECODE),
 }
@@ -57,7 +57,7 @@ class TaskMemory:
 
 
 def weight_bytes(sizes: Sizes, component: str, *, on_cpu: bool) -> int:
-    """Bytes that an executor holds of the component's weights."""
+    """Bytes that an executor holds of the component's weights; none of a table's."""
     held = CPU_HELD if component in sizes.model.cache else CPU_HELD_DENSE
     return sizes.weights.get(component, 0) * (held[sizes.precision] if on_cpu else 1)
 

@@ -7,8 +7,9 @@ a checkpoint, so all further arithmetic is that of this folder.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
-from ..bundle.manifest import CacheSpec, ModelSpec
+from ..bundle.manifest import CacheSpec, ModelSpec, component_of
 from ..bundle.reader import Bundle
 from ..bundle.tensors import ITEM_BYTES
 
@@ -35,22 +36,29 @@ class Sizes:
     """A model at one precision.
 
     `graphs` maps each graph of the bundle, a component or a part of one, to the bytes of its weights as
-    stored. `bundle_bytes` is the size of the whole bundle.
+    stored, and `tables` each component that is a table to the bytes that only it stores: the host reads rows
+    from the file and holds none. `bundle_bytes` is the size of the whole bundle.
     """
 
     model: Geometry
     precision: str
     graphs: dict[str, int]
+    tables: dict[str, int]
     bundle_bytes: int
 
     @property
     def weights(self) -> dict[str, int]:
-        """Component -> the bytes of its weights as stored, in all of its parts."""
+        """Component with a graph -> the bytes of its weights as stored, in all of its parts."""
         found: dict[str, int] = {}
         for graph, size in self.graphs.items():
-            component = graph.partition("/")[0]
+            component = component_of(graph)
             found[component] = found.get(component, 0) + size
         return found
+
+    @property
+    def weights_bytes(self) -> int:
+        """All weights as stored, those of tables included."""
+        return sum(self.graphs.values()) + sum(self.tables.values())
 
     @property
     def cache_item_bytes(self) -> int:
@@ -86,5 +94,11 @@ def sizes_from_bundle(bundle: Bundle) -> Sizes:
         model=geometry_of(manifest.model),
         precision=manifest.precision,
         graphs=graphs,
+        tables={
+            name: 0
+            if PurePosixPath(table.file).parent.as_posix() in graphs
+            else manifest.files[table.file].size
+            for name, table in manifest.tables.items()
+        },
         bundle_bytes=sum(file.size for file in manifest.files.values()),
     )

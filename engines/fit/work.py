@@ -32,7 +32,7 @@ def export_memory(largest_tensor_bytes: int) -> int:
 def export_seconds(sizes: Sizes) -> float:
     """Expected time of an export. Every precision reads, rounds and checks the same tensors."""
     numbers = {"fp32": 1.0, "int8": 3.0, "int4": 4.0}.get(sizes.precision, 2.0)
-    return EXPORT_BASE_S + EXPORT_S_PER_GB * numbers * sum(sizes.weights.values()) / 1e9
+    return EXPORT_BASE_S + EXPORT_S_PER_GB * numbers * sizes.weights_bytes / 1e9
 
 
 def build_memory(sizes: Sizes) -> int:
@@ -42,12 +42,12 @@ def build_memory(sizes: Sizes) -> int:
 
 def build_seconds(sizes: Sizes) -> float:
     """Expected time of a build for one target."""
-    return BUILD_GRAPH_S * len(sizes.graphs) + BUILD_S_PER_GB * sum(sizes.weights.values()) / 1e9
+    return BUILD_GRAPH_S * len(sizes.graphs) + BUILD_S_PER_GB * sum(sizes.graphs.values()) / 1e9
 
 
 def plans_bytes(sizes: Sizes) -> int:
     """Expected size of the plans for one target."""
-    return round(PLAN_SHARE * sum(sizes.weights.values()))
+    return round(PLAN_SHARE * sum(sizes.graphs.values()))
 
 
 def check_export(sizes: Sizes, out: Path, *, converted_bytes: int, staged: Path | None = None) -> None:
@@ -63,7 +63,7 @@ def check_export(sizes: Sizes, out: Path, *, converted_bytes: int, staged: Path 
         fix="close other programs, or export on a machine with more memory",
     )
     check_disk(
-        sum(sizes.graphs.values()) - (folder_bytes(staged) if staged else 0),
+        sizes.weights_bytes - (folder_bytes(staged) if staged else 0),
         out.parent,
         what=what,
         fix="free some space, give --out on another disk, or export with a smaller --precision",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bundle.files import read_regular
-from ..bundle.manifest import ComponentSpec, Manifest
+from ..bundle.manifest import ComponentSpec, Manifest, component_of
 from ..errors import InputError, MissingError
 from ..targets import Target
 
@@ -50,7 +50,7 @@ def needs_plugin(target: Target, spec: ComponentSpec) -> bool:
 
 def check_limits(manifest: Manifest, component: str, *, rows: int, capacity_tokens: int) -> None:
     """Check that the plugin can compute this decoder. Raises InputError naming the limit that it exceeds."""
-    cache = manifest.model.cache[component]
+    cache = manifest.model.cache[component_of(component)]
 
     def check(good: bool, what: str, expected: str, got: object, fix: str) -> None:
         if not good:

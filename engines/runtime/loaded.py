@@ -72,7 +72,7 @@ class Loaded:
         """The slots that the decoder's caches have, where a plan or network fixes them."""
         if self.backend.startswith("interpreter"):
             return self.sessions(decoder)[0].capacity_tokens
-        return plan_capacity(self.bundle, decoder, backend=self.backend)
+        return plan_capacity(self.bundle, self.bundle.parts(decoder)[0], backend=self.backend)
 
     def use(self, *, rows: int, tokens: int, prompt_tokens: int) -> Use:
         """What a loop of `rows` rows over `tokens` slots after a prompt takes, on this backend."""

@@ -223,7 +223,8 @@ class Star:
         """
         embeds = run(self.session("token_embedding"), {"input_ids": prompt.input_ids})["inputs_embeds"]
         if square is not None:
-            embeds[:, prompt.vq_tokens] = run(self.session("vq_encoder"), {"image": square})["inputs_embeds"]
+            ids = run(self.session("vq_encoder"), {"image": square})
+            embeds[:, prompt.vq_tokens] = run(self.session("image_embedding"), ids)["inputs_embeds"]
         if vision is not None:
             encoded = run(self.session("vision_encoder"), vision.feeds())
             embeds[:, prompt.vision_tokens] = encoded["image_embeds"]

@@ -66,7 +66,7 @@ class Session(Protocol):
 
 
 def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime") -> Session:
-    """Load `component` of `bundle` on `backend`.
+    """Load `component` of `bundle` on `backend`: all its parts in a chain, or the one part that is named.
 
     `onnxruntime` runs on the CPU and `onnxruntime-cuda` on a GPU; `tensorrt:TARGET` runs the target's plan.
     `interpreter:TARGET` evaluates on the CPU the network that TensorRT parsed, in the network's own dtypes,
@@ -76,6 +76,15 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
     for an invalid file.
     """
     check_backend(backend)
+    if component in bundle.manifest.tables:
+        from .table import TableSession
+
+        return TableSession(bundle, component)
+    if component not in bundle.manifest.components:
+        from .chain import ChainSession
+
+        parts = [open_session(bundle, part, backend=backend) for part in bundle.parts(component)]
+        return ChainSession(component, parts)
     if backend.startswith("tensorrt:"):
         from .tensorrt import open_session as open_tensorrt
 
@@ -90,10 +99,10 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
     return OnnxRuntimeSession(bundle, component, device="cuda" if backend.endswith("-cuda") else "cpu")
 
 
-def plan_capacity(bundle: Bundle, component: str, *, backend: str) -> int | None:
-    """The slots that the component's plan has in its caches, from the plan's record: nothing is loaded.
+def plan_capacity(bundle: Bundle, graph: str, *, backend: str) -> int | None:
+    """The slots that the plan of a graph has in its caches, from the plan's record: nothing is loaded.
 
-    None for a backend without plans, and for a component without caches. Raises UsageError for an unknown
+    None for a backend without plans, and for a graph without caches. Raises UsageError for an unknown
     target, InputError without a plan.
     """
     if not backend.startswith("tensorrt:"):
@@ -102,8 +111,8 @@ def plan_capacity(bundle: Bundle, component: str, *, backend: str) -> int | None
     from ..tensorrt.profiles import CAPACITY, largest
 
     target = target_from_name(backend.removeprefix("tensorrt:"))
-    _, plan = plan_spec(bundle, target.name, component)
-    return largest(plan.profiles, bundle.component(component), axis=CAPACITY)
+    _, plan = plan_spec(bundle, target.name, graph)
+    return largest(plan.profiles, bundle.component(graph), axis=CAPACITY)
 
 
 def free_memory(backend: str) -> int | None:

@@ -140,7 +140,7 @@ def parsed_component(bundle: Bundle, component: str, *, target: str) -> tuple[Pa
     """
     row = target_from_name(target)
     trt, spec = tensorrt_of(row), bundle.component(component)
-    caches = bundle.manifest.model.cache.get(component)
+    caches = sum(present_name(t.name) is not None for t in spec.inputs)
     plan = _plan(bundle, component, target)
     capacity: int | None = None
     prefill: int | None = None
@@ -152,7 +152,7 @@ def parsed_component(bundle: Bundle, component: str, *, target: str) -> tuple[Pa
         builder = trt.Builder(log_of(trt))
         graph = bundle.graph(component, dialect=row.dialect)
         network, parser = network_from_onnx(trt, builder, graph, capacity_tokens=capacity)
-        check_network(trt, network, spec, capacity_tokens=capacity, caches=2 * caches.layers if caches else 0)
+        check_network(trt, network, spec, capacity_tokens=capacity, caches=caches)
         parsed = parsed_from_network(trt, network, owner=(builder, parser))
     if plan is not None and plan.network is not None and (got := network_hash(parsed)) != plan.network:
         raise InputError(

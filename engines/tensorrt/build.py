@@ -24,7 +24,7 @@ from ..targets import Target, target_from_name
 from .compiler import Look, compile_plan
 from .module import check_gpu, check_platform, tensorrt_of, version_tuple
 from .network import CAPACITY
-from .plan import BUILD, Build, PlanSpec, build_header, onnx_hashes, plan_name, plan_state, read_build
+from .plan import Build, PlanSpec, build_header, build_name, onnx_hashes, plan_name, plan_state, read_build
 from .profiles import (
     ROWS,
     Limits,
@@ -80,7 +80,9 @@ def build_plans(
         raise UsageError(
             "No target is named", where="target: expected at least one, got none", fix="star-export targets"
         )
-    names = list(bundle.manifest.components) if components is None else list(dict.fromkeys(components))
+    names = list(bundle.manifest.components)
+    if components is not None:
+        names = [part for name in dict.fromkeys(components) for part in _graphs(bundle, name)]
     limits = limits_from_options(
         bundle.manifest.model, capacity_tokens=capacity_tokens, prefill_tokens=prefill_tokens, rows=rows
     )
@@ -190,7 +192,7 @@ def build_plan(
     )
     build = _present(bundle, header)  # read again, because another process may have added to it
     build = replace(build, components=build.components | {component: made})
-    write_atomic(path.parent / BUILD, json_from_manifest(build).encode())
+    write_atomic(bundle.path / build_name(target.name), json_from_manifest(build).encode())
     return BuiltPlan(target.name, component, path, False, made)
 
 
@@ -211,6 +213,11 @@ def plugin_of(
         return None
     plugins.load(library)
     return library.sha256
+
+
+def _graphs(bundle: Bundle, name: str) -> list[str]:
+    """The graphs that `name` means: itself, or the parts of a component. Raises UsageError."""
+    return [name] if name in bundle.manifest.components else bundle.parts(name)
 
 
 def _profiles(

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from .. import plugins
 from ..bundle.manifest import FileSpec
 from ..bundle.reader import Bundle
+from ..bundle.tensors import present_name
 from ..errors import InputError, MissingError
 from ..interpreter import network_hash, parsed_from_network
 from ..interpreter.parsed import Parsed
@@ -46,14 +47,12 @@ def compile_plan(
     GPU's memory is too small, and what `look` raises.
     """
     trt, spec = tensorrt_of(target), bundle.component(component)
-    caches = bundle.manifest.model.cache.get(component)
+    caches = sum(present_name(t.name) is not None for t in spec.inputs)
     capacity = largest(profiles, spec, axis=CAPACITY)
     with log_of(trt).collect() as errors:
         builder = trt.Builder(log_of(trt))
         network, parser = network_from_onnx(trt, builder, graph, capacity_tokens=capacity)
-        updates = check_network(
-            trt, network, spec, capacity_tokens=capacity, caches=2 * caches.layers if caches else 0
-        )
+        updates = check_network(trt, network, spec, capacity_tokens=capacity, caches=caches)
         digest = _inspected(trt, network, component, look, owner=(builder, parser))
         config = _config(trt, builder, target, profiles)
         writer = _stream_writer(trt, file)

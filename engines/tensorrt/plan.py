@@ -78,6 +78,11 @@ def plan_name(target: str, component: str) -> str:
     return f"plans/{target}/{component}.plan"
 
 
+def build_name(target: str) -> str:
+    """The record of a target's plans, relative to the bundle."""
+    return f"plans/{target}/{BUILD}"
+
+
 def onnx_hashes(bundle: Bundle, component: str, *, dialect: str = "modern") -> dict[str, str]:
     """The SHA-256 of a component's graph in `dialect` and of its weights, from the manifest."""
     files, graph = bundle.manifest.files, bundle.graph_name(component, dialect=dialect)
@@ -86,7 +91,7 @@ def onnx_hashes(bundle: Bundle, component: str, *, dialect: str = "modern") -> d
 
 def read_build(bundle: Bundle, target: str) -> Build:
     """Strictly parse `plans/<target>/build.json`. Raises InputError when it is absent or invalid."""
-    relative = f"plans/{target}/{BUILD}"
+    relative = build_name(target)
     if not os.path.lexists(bundle.path / relative):
         raise InputError(
             f"There are no plans for {target}",

@@ -68,6 +68,14 @@ def describe_bundle(path: Path) -> dict:
         }
         for name, spec in manifest.components.items()
     }
+    tables = {
+        name: {
+            "inputs": _signatures(spec.inputs),
+            "outputs": _signatures(spec.outputs),
+            "rows": f"{spec.dtype}[{','.join(map(str, spec.shape))}] at byte {spec.offset} of {spec.file}",
+        }
+        for name, spec in manifest.tables.items()
+    }
     plans = {
         folder.name: describe_plans(folder)
         for folder in sorted((path / "plans").glob("*"))
@@ -81,6 +89,7 @@ def describe_bundle(path: Path) -> dict:
         "image_tokens": manifest.model.image_tokens,
         "files": len(manifest.files),
         "components": components,
+        "tables": tables,
         "plans": {
             name: {c: p["state"] for c, p in plan["components"].items()} for name, plan in plans.items()
         },
@@ -140,7 +149,11 @@ def describe_networks(path: Path, target: str, component: str | None = None) -> 
             fix="star-export inspect BUNDLE --target T",
         )
     bundle = Bundle.open(path)
-    names = [component] if component else list(bundle.manifest.components)
+    names = list(bundle.manifest.components)
+    if component in names:
+        names = [component]
+    elif component:
+        names = bundle.parts(component)
     return {
         "bundle": str(path),
         "networks": {name: describe_component(bundle, name, target=target) for name in names},

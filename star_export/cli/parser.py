@@ -136,6 +136,12 @@ def _export(commands) -> None:
     )
     c.add_argument("--components", type=words, metavar="A,B", help="only these components (default: all)")
     c.add_argument(
+        "--part-bytes",
+        type=count,
+        metavar="N",
+        help="store a decoder of more bytes in parts of at most N (default: 1 GiB)",
+    )
+    c.add_argument(
         "--rope",
         default="bf16",
         choices=("bf16", "fp32"),

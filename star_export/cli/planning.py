@@ -60,7 +60,7 @@ def text_from_plan(answer: Plan) -> str:
         f"caches of {answer.capacity_tokens} tokens",
         "",
         table(
-            ("bundle", "disk", "export: memory", "time", "here: disk free", "memory free"),
+            ("bundle", "disk", "export: disk", "memory", "time", "here: disk free", "memory free"),
             [_store_line(store) for store in answer.stores],
         ),
         "",
@@ -90,6 +90,7 @@ def _store_line(store: Store) -> tuple[str, ...]:
     return (
         store.precision,
         text_from_bytes(store.bundle_bytes),
+        _bytes(store.export_disk_bytes),
         _bytes(store.export_memory_bytes, about=True),
         _minutes(store.export_seconds),
         _bytes(store.free_disk_bytes),

@@ -53,6 +53,7 @@ def export(
     from_folder: str | None = None,
     components: list[str] | None = None,
     rope: str = "bf16",
+    part_bytes: int | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Export a checkpoint to a bundle with `star_export.exporter.export.export`.
@@ -66,6 +67,7 @@ def export(
             where=f"expected {', '.join(EXPORT_PACKAGES)}; missing: {', '.join(missing)}",
             fix='pip install "star-export[export]"',
         )
+    from ..exporter.export import PART_BYTES
     from ..exporter.export import export as export_bundle
 
     with ProgressBar("export", shown=progress) as bar:
@@ -79,6 +81,7 @@ def export(
             from_folder=from_folder,
             components=components,
             rope_bf16=rope == "bf16",
+            part_bytes=part_bytes or PART_BYTES,
             progress=bar,
         )
     files = Bundle.open(path).manifest.files

@@ -1,36 +1,53 @@
-"""Export a checkpoint to a bundle: the function behind `star-export export`."""
+"""Export a checkpoint to a bundle: the function behind `star-export export`.
+
+An export is a list of steps that follow from the configuration. Each writes some files of the bundle from the
+memory-mapped checkpoint, one weight at a time, so that a model of any size needs the memory of one layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from safetensors.torch import save_file
 
 from engines import plugins
-from engines.bundle.manifest import ComponentSpec
+from engines.bundle.files import sha256_of
+from engines.bundle.manifest import SCHEMA, ComponentSpec, Manifest, TableSpec
 from engines.bundle.tensors import present_name
 from engines.errors import UsageError
 from engines.fit.work import check_export
 from engines.progress import Progress, silent
 from reference.config import StarConfig, config_from_files
-from reference.containers import LazyTensor
+from reference.containers import LazyTensor, tensors_from_safetensors
 from reference.model import pixel_adapter
-from reference.weights import named_tensors, resolve_checkpoint
+from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 
-from ..components import COMPONENTS
+from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
 from ..golden import record as golden
 from ..graph import lint
 from ..graph.classic import classic_from_graph
-from ..graph.quantize import PRECISIONS, Precision, attach_weights, rounded, set_precision, twin_from_graph
-from ..graph.trace import graph_from_config
-from ..graph.wrappers import TABLE, FoldedStar
+from ..graph.quantize import (
+    INLINE_BYTES,
+    PRECISIONS,
+    Precision,
+    attach_weights,
+    set_precision,
+    stored_bytes,
+    twin_from_graph,
+)
+from ..graph.repeat import graph_from_config
+from ..graph.wrappers import TABLE
 from ..planner.source import Source, largest_tensor_bytes, sizes_from_source
 from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
-from .publish import check_out, staged, write_manifest
+from .publish import Stage, check_out, stage_path, staged, write_manifest
 
-INLINE_BYTES = 1024  # smaller tensors are shapes and scalars, and stay in model.onnx
+TABLE_FILE = "table.data"
+ROWS = 4096  # of a table that are computed or written at once
 
 
 def export(
@@ -44,6 +61,7 @@ def export(
     from_folder: str | None = None,
     rope_bf16: bool = True,
     components: list[str] | None = None,
+    part_bytes: int = PART_BYTES,
     progress: Progress = silent,
 ) -> Path:
     """Export `source` to the new bundle `out`, and return the bundle's path.
@@ -51,12 +69,21 @@ def export(
     `source` is `star-3b`, `star-7b`, a folder in the release layout, its config JSON, `nano`, or a hub id;
     `checkpoint`, `base` and `vq` override parts of it. `from_folder` holds parts of `star-3b` or `star-7b`
     that need not be downloaded. `rope_bf16=False` keeps the rotary frequencies in float32 (docs/star.md 0.2).
-    `components` limits the export to some rows of the table. Raises UsageError for unknown names, InputError
-    for an `out` that is not empty or cannot be written, and CheckpointError for invalid files.
+    `components` limits the export to some rows of the table. A decoder of more than `part_bytes` is stored in
+    parts of at most that size.
+
+    A run that was killed goes on where it stopped when it is repeated. Raises UsageError for unknown names,
+    InputError for an `out` that is not empty or cannot be written, and CheckpointError for invalid files.
     """
     _check_names("precision", [precision], PRECISIONS)
-    names = list(COMPONENTS) if components is None else components
+    names = list(COMPONENTS) if components is None else list(dict.fromkeys(components))
     _check_names("component", names, COMPONENTS)
+    if part_bytes < 1:
+        raise UsageError(
+            "part_bytes is out of range",
+            where=f"export: part_bytes: expected at least 1, got {part_bytes}",
+            fix="omit it to use the default",
+        )
     out = Path(out)
     check_out(out)
     files = resolve_checkpoint(
@@ -64,40 +91,201 @@ def export(
     )
     config = config_from_files(files.config_json, files.qwen_folder)
     tensors = named_tensors(files, config)
-    tensors |= {TABLE: image_table(tensors, config, files.star_pt)}
-    check_room(config, precision, names, out)
-    step = _counter(progress, len(names) + 2)
-    with staged(out) as stage:
-        for name in names:
-            step(f"export {name}")
-            model = graph_from_config(name, config, rope_bf16=rope_bf16)
-            write_component(model, tensors, PRECISIONS[precision], stage / name)
-        step("record golden tensors")
-        oracle = rounded_star(config, tensors, PRECISIONS[precision], rope_bf16=rope_bf16)
-        record_golden(oracle, names, PRECISIONS[precision], stage)
-        step("hash and publish")
-        for file_name, data in (tokenizer_files(files) | score_files(files)).items():
-            (stage / file_name).write_bytes(data)
+    check_room(config, precision, names, out, part_bytes=part_bytes)
+    host_files = tokenizer_files(files) | score_files(files)
+    model = model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16)
+    inputs = {
+        "checkpoint": checkpoint_hashes(files, progress),
+        "precision": precision,
+        "rope_bf16": rope_bf16,
+        "components": names,
+        "part_bytes": part_bytes,
+        "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
+    }
+    with staged(out, inputs) as stage:
+        job = Job(stage, config, tensors, PRECISIONS[precision], names, part_bytes, rope_bf16)
+        steps = job.steps()
+        for i, (name, write) in enumerate(steps.items()):
+            progress(name, i, len(steps))
+            stage.step(name, write)
+        progress("publish", len(steps), len(steps))
+        stage.step("files of the host", lambda: _write_files(stage.bundle, host_files))
         write_manifest(
             stage,
-            precision=precision,
-            model=model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16),
-            components={name: component_spec(name, config, PRECISIONS[precision]) for name in names},
+            Manifest(
+                schema=SCHEMA,
+                precision=precision,
+                model=model,
+                components={part.name: component_spec(part, config, job.precision) for part in job.parts},
+                tables={name: job.table_spec(name) for name in job.tables},
+                part_bytes=part_bytes,
+                golden=job.oracle.spec,
+                files=stage.files(),
+            ),
         )
     return out
 
 
-def check_room(config: StarConfig, precision: str, names: list[str], out: Path) -> None:
+def check_room(config: StarConfig, precision: str, names: list[str], out: Path, *, part_bytes: int) -> None:
     """Check that the disk holds the bundle's weights, and the memory the largest decoder weight in float32.
 
     Raises MissingError with the bytes needed and free.
     """
     decoders = [name for name in names if COMPONENTS[name].quantized]
     check_export(
-        sizes_from_source(Source(config, copied_bytes=0), precision, names),
+        sizes_from_source(Source(config, copied_bytes=0), precision, names, part_bytes=part_bytes),
         out,
         converted_bytes=largest_tensor_bytes(config, decoders),
+        staged=stage_path(out),
     )
+
+
+VERSIONS = ("star-export", "torch", "onnx", "onnx-ir", "onnxscript")  # what decides the bytes of a bundle
+
+
+class Job:
+    """One export: its parts and tables, and the steps that write their files to `stage`."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: StarConfig,
+        tensors: Mapping[str, LazyTensor],
+        precision: Precision,
+        names: list[str],
+        part_bytes: int,
+        rope_bf16: bool,
+    ):
+        self.stage, self.config, self.precision, self.rope_bf16 = stage, config, precision, rope_bf16
+        self.names = names
+        self.tables = [name for name in names if COMPONENTS[name].table]
+        self.parts = [
+            part
+            for name in names
+            if name not in self.tables
+            for part in parts_of(
+                name,
+                config,
+                weight_bytes=sum(
+                    stored_bytes(weight, lazy.shape, precision)
+                    for weight, lazy in tensors.items()
+                    if weight.startswith(f"{name}.")
+                ),
+                part_bytes=part_bytes,
+            )
+        ]
+        self.image_table = stage.scratch / "image_table.safetensors"
+        self.tensors = dict(tensors) | {TABLE: self._stored_image_table()}
+        self.oracle = golden.oracle_of(config, self.tensors, precision, rope_bf16=rope_bf16)
+
+    def steps(self) -> dict[str, Callable[[], None]]:
+        """Name of a step -> what writes its files, in the order in which they run."""
+        steps: dict[str, Callable[[], None]] = {"image table": self._write_image_table}
+        for part in self.parts:
+            steps[f"export {part.name}"] = partial(self._write_part, part)
+            steps[f"golden tensors of {part.name}"] = partial(self._record, part)
+        for name in self.tables:
+            steps[f"export {name}"] = partial(self._write_table, name)
+            steps[f"golden tensors of {name}"] = partial(self._record, whole(name, self.config))
+        if len(self.names) == len(COMPONENTS):
+            runs = self.stage.bundle / "golden.safetensors"
+            steps["golden tensors of whole runs"] = partial(golden.run_golden, self.oracle, runs)
+        return steps
+
+    def table_spec(self, name: str) -> TableSpec:
+        """The manifest's entry of a table, which lies in the weights of a graph if one uses it too."""
+        shared, weight = self._shared(name), self.tensors[COMPONENTS[name].table or ""]
+        file, offset = shared or (f"{name}/{TABLE_FILE}", 0)
+        inputs, outputs = boundary(whole(name, self.config), self.config, self.precision.dtype_name)
+        return TableSpec(
+            file=file,
+            offset=offset,
+            shape=(weight.shape[0], weight.shape[1]),
+            dtype=self.precision.dtype_name,
+            golden=f"{name}/golden.safetensors",
+            inputs=inputs,
+            outputs=outputs,
+        )
+
+    def _write_part(self, part: Part) -> None:
+        model = graph_from_config(part, self.config, rope_bf16=self.rope_bf16)
+        write_component(model, self.tensors, self.precision, self.stage.bundle / part.name)
+
+    def _record(self, part: Part) -> None:
+        before = self._before(part)
+        folder = self.stage.bundle / part.name
+        folder.mkdir(parents=True, exist_ok=True)
+        golden.component_golden(
+            part, self.oracle, folder / "golden.safetensors", before=before and before / "golden.safetensors"
+        )
+
+    def _before(self, part: Part) -> Path | None:
+        """The folder of the part that hands its residual stream to `part`."""
+        chain = [other for other in self.parts if other.component == part.component]
+        at = chain.index(part) if part in chain else 0
+        return self.stage.bundle / chain[at - 1].name if at else None
+
+    def _write_table(self, name: str) -> None:
+        """Write the rows of a table that no graph of this bundle uses."""
+        if self._shared(name):
+            return
+        (self.stage.bundle / name).mkdir(parents=True, exist_ok=True)
+        rows = self.tensors[COMPONENTS[name].table or ""].load()
+        with open(self.stage.bundle / name / TABLE_FILE, "wb") as file:
+            for some in rows.split(ROWS):
+                file.write(
+                    some.to(self.precision.torch_dtype).contiguous().view(torch.uint8).numpy().tobytes()
+                )
+
+    def _shared(self, name: str) -> tuple[str, int] | None:
+        """The file and offset at which a graph of this bundle stores the weight of the table `name`."""
+        for part in self.parts:
+            graph = self.stage.bundle / part.name / "model.onnx"
+            for weight in ir.load(graph).graph.initializers.values() if part.layers is None else ():
+                if weight.name == COMPONENTS[name].table and isinstance(
+                    weight.const_value, ir.ExternalTensor
+                ):
+                    return f"{part.name}/{lint.DATA_FILE}", weight.const_value.offset or 0
+        return None
+
+    def _write_image_table(self) -> None:
+        """Compute adapter(codebook) once: it takes as many operations as thousands of decode steps."""
+        config, tensors = self.config, self.tensors
+        adapter = pixel_adapter(
+            config.vq.codebook_dim, config.base_ar.hidden_size, depth=config.adapter_depth
+        )
+        adapter.load_state_dict(
+            {name: tensors[f"pixel_adapter.{name}"].load().float() for name in adapter.state_dict()}
+        )
+        codebook = tensors["codebook.weight"].load()
+        with torch.inference_mode():
+            table = torch.cat([adapter(rows.float()) for rows in codebook.split(ROWS)])
+        save_file({TABLE: table}, self.image_table)
+
+    def _stored_image_table(self) -> LazyTensor:
+        """adapter(codebook) [codebook_size, H] in float32, read from the stage."""
+        config = self.config
+        shape = (config.vq.codebook_size, config.base_ar.hidden_size)
+
+        def read() -> torch.Tensor:
+            return tensors_from_safetensors(self.image_table)[TABLE].load()
+
+        return LazyTensor(TABLE, shape, torch.float32, self.image_table, read)
+
+
+def checkpoint_hashes(files: CheckpointFiles, progress: Progress = silent) -> dict[str, str]:
+    """File name -> SHA-256 of every file of the checkpoint that an export reads."""
+    paths = [
+        files.config_json,
+        files.star_pt,
+        files.vq_pt,
+        *sorted(path for path in files.qwen_folder.iterdir() if path.suffix in (".json", ".safetensors")),
+    ]
+    found = {}
+    for i, path in enumerate(paths):
+        progress(f"hash {path.name}", i, len(paths))
+        found[path.name] = sha256_of(path)
+    return found
 
 
 def write_component(
@@ -107,7 +295,7 @@ def write_component(
 
     Then write the classic graph and, for a 16-bit graph, the fp32 twin, which share the weights.
     """
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     set_precision(model, precision.compute)
     attach_weights(model, tensors, precision)
     lint.check_graph(model)
@@ -121,59 +309,25 @@ def write_component(
     lint.check_graph(folder / "model.onnx")
 
 
-def record_golden(oracle: FoldedStar, names: list[str], precision: Precision, stage: Path) -> None:
-    """Record the golden tensors of the named components, and whole runs if these are all components."""
-    for name in names:
-        path = stage / name / "golden.safetensors"
-        golden.component_golden(name, oracle, path, compute=precision.torch_dtype)
-    if len(names) == len(COMPONENTS):
-        golden.run_golden(oracle, stage / "golden.safetensors")
-
-
-def component_spec(name: str, config: StarConfig, precision: Precision) -> ComponentSpec:
-    """Build the manifest's entry of component `name`."""
-    inputs, outputs = COMPONENTS[name].boundary(config, precision.dtype_name)
-    twin = None if precision.compute == ir.DataType.FLOAT else f"{name}/twin.onnx"
+def component_spec(part: Part, config: StarConfig, precision: Precision) -> ComponentSpec:
+    """Build the manifest's entry of one graph."""
+    inputs, outputs = boundary(part, config, precision.dtype_name)
+    twin = None if precision.compute == ir.DataType.FLOAT else f"{part.name}/twin.onnx"
     abi = plugins.ABI if any(present_name(t.name) for t in inputs) else None
     return ComponentSpec(
-        graph=f"{name}/model.onnx",
+        graph=f"{part.name}/model.onnx",
         twin=twin,
-        golden=f"{name}/golden.safetensors",
+        golden=f"{part.name}/golden.safetensors",
         inputs=inputs,
         outputs=outputs,
-        classic=f"{name}/classic.onnx",
+        classic=f"{part.name}/classic.onnx",
         plugin_abi=abi,
     )
 
 
-def rounded_star(
-    config: StarConfig, tensors: Mapping[str, LazyTensor], precision: Precision, *, rope_bf16: bool
-) -> FoldedStar:
-    """Load the reference in float32, with every weight rounded as the bundle stores it."""
-    with torch.device("meta"):
-        star = FoldedStar(config, rope_bf16=rope_bf16)
-    weights = {name: rounded(name, tensors[name].load(), precision) for name, _ in star.named_parameters()}
-    star.load_state_dict(weights, assign=True, strict=False)
-    star.tie_text_head()
-    for name, value in star.constants().items():
-        module, _, buffer = name.rpartition(".")
-        setattr(star.get_submodule(module), buffer, value)
-    return star.eval().requires_grad_(False)
-
-
-def image_table(tensors: Mapping[str, LazyTensor], config: StarConfig, source: Path) -> LazyTensor:
-    """adapter(codebook) [codebook_size, H] in float32, computed from the checkpoint when it is loaded."""
-    shape = (config.vq.codebook_size, config.base_ar.hidden_size)
-
-    def compute() -> torch.Tensor:
-        adapter = pixel_adapter(config.vq.codebook_dim, shape[1], depth=config.adapter_depth)
-        adapter.load_state_dict(
-            {name: tensors[f"pixel_adapter.{name}"].load().float() for name in adapter.state_dict()}
-        )
-        with torch.inference_mode():
-            return adapter(tensors["codebook.weight"].load().float())
-
-    return LazyTensor(TABLE, shape, torch.float32, source, compute)
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
 
 
 def _check_names(kind: str, names: list[str], valid: Mapping[str, object]) -> None:
@@ -185,8 +339,3 @@ def _check_names(kind: str, names: list[str], valid: Mapping[str, object]) -> No
             f"got {', '.join(map(repr, wrong)) or 'none'}",
             fix="use names from the list",
         )
-
-
-def _counter(progress: Progress, total: int) -> Callable[[str], None]:
-    numbers: Iterator[int] = iter(range(total))
-    return lambda what: progress(what, next(numbers), total)

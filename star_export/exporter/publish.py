@@ -1,29 +1,38 @@
-"""Publish a bundle: stage it beside its final place, check, hash, and rename it.
+"""Publish a bundle: stage it beside its final place, step by step, and rename it when it is complete.
 
-The final name does not exist before the rename. This module knows nothing of the files' contents.
+The final name does not exist before the rename. `.NAME.stage` beside it holds the growing bundle, files that
+only the export needs, and a journal of the steps that are done, with the size and SHA-256 of every file. So a
+run that was killed goes on where it stopped. This module knows nothing of the files' contents.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from engines.bundle.files import reason, sha256_of, sync_folder, write_atomic
-from engines.bundle.manifest import SCHEMA, FileSpec, Manifest, json_from_manifest
-from engines.bundle.reader import MANIFEST, Bundle, files_present
-from engines.errors import InputError
+from engines.bundle.manifest import FileSpec, Manifest, json_from_manifest
+from engines.bundle.reader import MANIFEST, Bundle
+from engines.errors import InputError, StarError
+
+JOURNAL, BUNDLE, SCRATCH = "journal.json", "bundle", "scratch"
 
 
 def check_out(out: Path) -> None:
     """Check that `out` is absent or an empty folder, in an existing folder that can be written.
 
-    Raises InputError. Writes nothing.
+    Raises InputError. Writes nothing, but removes the stage of a bundle that is complete: a run can be killed
+    after it renamed the bundle.
     """
+    stage = stage_path(out)
     try:
+        if out.is_dir() and stage.is_dir() and not (stage / BUNDLE).exists():
+            shutil.rmtree(stage, ignore_errors=True)
         if out.is_symlink():
             raise _refusal(out, "a symbolic link")
         if out.is_dir() and any(out.iterdir()):
@@ -47,43 +56,168 @@ def check_out(out: Path) -> None:
         raise _not_written(out, error) from None
 
 
+class Stage:
+    """The folder in which a bundle grows: `bundle` becomes the bundle, `scratch` is thrown away.
+
+    `steps` maps the name of each step that is done to its files, by their names in the folder.
+    """
+
+    def __init__(self, path: Path, inputs: dict[str, Any]):
+        self.path, self.inputs = path, inputs
+        self.bundle, self.scratch = path / BUNDLE, path / SCRATCH
+        self.steps: dict[str, dict[str, FileSpec]] = {}
+
+    def step(self, name: str, write: Callable[[], None]) -> None:
+        """Call `write`, which adds files to the folder, and record them, unless this step is done already."""
+        if name in self.steps:
+            return
+        known = {file for files in self.steps.values() for file in files}
+        write()
+        made = [path for path in _files(self.path) if path.relative_to(self.path).as_posix() not in known]
+        for path in made:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        files = {
+            path.relative_to(self.path).as_posix(): FileSpec(path.stat().st_size, sha256_of(path))
+            for path in made
+        }
+        for folder in {path.parent for path in made}:
+            sync_folder(folder)
+        self.steps[name] = files
+        self._write_journal()
+
+    def files(self) -> dict[str, FileSpec]:
+        """The bundle's files so far, by their names in it."""
+        return {
+            name.removeprefix(f"{BUNDLE}/"): spec
+            for files in self.steps.values()
+            for name, spec in sorted(files.items())
+            if name.startswith(f"{BUNDLE}/")
+        }
+
+    def go_on(self) -> None:
+        """Take over what an earlier run of the same inputs left: its complete steps stay, all else goes.
+
+        Raises InputError if the folder belongs to an export of other inputs.
+        """
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            journal = json.loads((self.path / JOURNAL).read_text())
+            if journal["inputs"] != json.loads(json.dumps(self.inputs)):
+                raise InputError(
+                    "An unfinished export of something else lies here",
+                    where=f"{self.path}: expected an export of the same checkpoint, precision, options and "
+                    f"versions, got another: {_difference(journal['inputs'], self.inputs)}",
+                    fix=f"repeat that export to finish it, or remove it: rm -r '{self.path}'",
+                )
+            recorded = {
+                step: {file: FileSpec(**spec) for file, spec in files.items()}
+                for step, files in journal["steps"].items()
+            }
+            self.steps = {step: files for step, files in recorded.items() if self._complete(files)}
+        kept = {self.path / file for files in self.steps.values() for file in files}
+        for path in _files(self.path):
+            if path not in kept:
+                path.unlink()
+        for folder in (self.bundle, self.scratch):
+            folder.mkdir(exist_ok=True)
+        self._write_journal()
+
+    def _complete(self, files: dict[str, FileSpec]) -> bool:
+        return all(
+            (self.path / name).is_file()
+            and (self.path / name).stat().st_size == spec.size
+            and sha256_of(self.path / name) == spec.sha256
+            for name, spec in files.items()
+        )
+
+    def _write_journal(self) -> None:
+        steps = {
+            step: {name: {"size": spec.size, "sha256": spec.sha256} for name, spec in files.items()}
+            for step, files in self.steps.items()
+        }
+        text = json.dumps({"inputs": self.inputs, "steps": steps}, indent=1)
+        write_atomic(self.path / JOURNAL, text.encode())
+
+
+def stage_path(out: Path) -> Path:
+    """The folder beside `out` in which it is staged."""
+    return out.parent / f".{out.name[:200]}.stage"
+
+
 @contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """Yield a folder beside `out` to fill. It becomes `out` if the block succeeds, else it is removed."""
+def staged(out: Path, inputs: dict[str, Any]) -> Iterator[Stage]:
+    """Yield the stage of `out`, whose bundle becomes `out` if the block succeeds.
+
+    `inputs` identifies what is exported. The stage of an earlier run with the same inputs is taken over; that
+    of another export, or of one that is still running, raises InputError. A StarError in the block removes
+    the stage, because another run would meet it again; so does an interruption before the first step is done.
+    After any other the stage stays, for the next run of the same command.
+    """
     check_out(out)
+    path = stage_path(out)
     try:
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", suffix=".stage", dir=out.parent))
+        path.mkdir(exist_ok=True)
     except OSError as error:
         raise _not_written(out, error) from None
+    with _locked(path):
+        stage = Stage(path, inputs)
+        stage.go_on()
+        try:
+            yield stage
+            stage.bundle.chmod(0o755)
+            os.rename(stage.bundle, out)  # replaces an empty folder, and fails on one filled meanwhile
+            sync_folder(out.parent)
+        except StarError:
+            stage.steps = {}
+            raise
+        except OSError as error:
+            raise _not_written(out, error, resumable=bool(stage.steps)) from error
+        finally:
+            if not stage.steps or not stage.bundle.exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the only lock on a folder. Raises InputError while another process does. Windows has none."""
     try:
-        yield stage
-        _sync(stage)
-        stage.chmod(0o755)
-        os.rename(stage, out)  # replaces an empty folder, and fails on one that has been filled meanwhile
-        sync_folder(out.parent)
-    except OSError as error:
-        raise _not_written(out, error) from error
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                "Another export is writing here",
+                where=f"{path}: expected a folder that no process writes to, got one in use",
+                fix="wait until it ends, or choose another --out",
+            ) from None
+        yield
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        os.close(descriptor)
 
 
-def write_manifest(stage: Path, *, precision: str, model, components) -> None:
-    """Hash every staged file, write the manifest, and open the result as a device would."""
-    files = {}
-    for name in sorted(files_present(stage)):
-        files[name] = FileSpec(size=(stage / name).stat().st_size, sha256=sha256_of(stage / name))
-    manifest = Manifest(schema=SCHEMA, precision=precision, model=model, components=components, files=files)
-    write_atomic(stage / MANIFEST, json_from_manifest(manifest).encode())
-    if Bundle.open(stage).manifest != manifest:
+def write_manifest(stage: Stage, manifest: Manifest) -> None:
+    """Write the manifest, and open the result as a device would."""
+    write_atomic(stage.bundle / MANIFEST, json_from_manifest(manifest).encode())
+    if Bundle.open(stage.bundle).manifest != manifest:
         raise AssertionError("the manifest differs after it is written and parsed")
 
 
-def _sync(stage: Path) -> None:
-    for folder, _, names in os.walk(stage):
-        for name in names:
-            with open(Path(folder) / name, "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(folder))
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path not in (folder / JOURNAL, folder / BUNDLE / MANIFEST)
+    )
+
+
+def _difference(theirs: Any, ours: dict[str, Any]) -> str:
+    found = sorted(key for key in ours if not isinstance(theirs, dict) or theirs.get(key) != ours[key])
+    return ", ".join(found) or "a record of another form"
 
 
 def _refusal(out: Path, got: str) -> InputError:
@@ -94,9 +228,8 @@ def _refusal(out: Path, got: str) -> InputError:
     )
 
 
-def _not_written(out: Path, error: OSError) -> InputError:
-    return InputError(
-        "The bundle cannot be written",
-        where=f"{out}: {reason(error)}",
-        fix="check the name, the permissions and the free space, or choose another --out",
-    )
+def _not_written(out: Path, error: OSError, *, resumable: bool = False) -> InputError:
+    fix = "check the name, the permissions and the free space, or choose another --out"
+    if resumable:
+        fix = f"make room and repeat the command, which goes on from {stage_path(out)}, or remove that folder"
+    return InputError("The bundle cannot be written", where=f"{out}: {reason(error)}", fix=fix)

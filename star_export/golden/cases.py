@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle.manifest import ComponentSpec, value_from_json
+from engines.bundle.manifest import ComponentSpec, TableSpec, value_from_json
 from engines.errors import InputError
 
 from .compare import check_not_vacuous
@@ -86,8 +86,8 @@ def tensors_from_file(path: Path) -> Tensors:
         ) from None
 
 
-def component_cases(path: Path, spec: ComponentSpec) -> dict[str, Case]:
-    """Read the cases of one component, each with exactly the inputs and outputs of `spec`, in their types.
+def component_cases(path: Path, spec: ComponentSpec | TableSpec) -> dict[str, Case]:
+    """Read the cases of one graph or table, each with the inputs and outputs of `spec`, in their types.
 
     Raises InputError for other names or types.
     """

@@ -8,64 +8,127 @@ agrees at rounding level in every precision. A case is one forward call; its key
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
-from torch.func import functional_call
+from safetensors.numpy import load_file, save_file
 
-from engines.bundle.manifest import TensorSpec
+from engines.bundle.manifest import GoldenSpec
 from engines.bundle.tensors import PRESENT, present_name
 from engines.runtime.sampler import uniforms
 from reference import tasks, vision
 from reference.config import DecoderConfig, StarConfig
+from reference.containers import LazyTensor
 
-from ..components import COMPONENTS
+from ..components import COMPONENTS, Part, boundary
 from ..graph import wrappers
+from ..graph.quantize import Precision
 from .cases import POISON
 from .compare import compare, tolerance_of
+from .oracle import resident, streamed_star
 from .run_case import written_slots
 
 Case = dict[str, np.ndarray]  # input name -> value
 CAPACITY = 24
-PROMPT_TOKENS, IMAGE_TOKENS, ANSWER_TOKENS, TRIES = 12, 16, 8, 50
+PROMPT_TOKENS, TRIES = 12, 50
+LARGE = 1 << 30  # weights; recording a model of more takes minutes, so it gets fewer and shorter cases
+SPECS = {False: GoldenSpec(images=3, image_tokens=16, answer_tokens=8), True: GoldenSpec(1, 3, 3)}
 
 
-def component_golden(name: str, star: wrappers.FoldedStar, path: Path, *, compute: torch.dtype) -> None:
-    """Record every case of component `name` of `star` (float32, on CPU, with rounded weights) to `path`.
+@dataclass(frozen=True)
+class Oracle:
+    """The reference in float32 and, for a bundle of 16 bits, the same in its compute type (else None).
 
-    If `compute` has 16 bits, also record the noise of the same module when it computes in that type.
+    `spec` says how much is recorded.
     """
-    module = getattr(wrappers, COMPONENTS[name].wrapper)(star).eval()
-    narrow = {n: p.to(compute) for n, p in module.named_parameters()} if compute != torch.float32 else None
-    inputs, outputs = COMPONENTS[name].boundary(star.config, "float32")
+
+    star: wrappers.FoldedStar
+    narrow: wrappers.FoldedStar | None
+    spec: GoldenSpec
+
+
+def oracle_of(
+    config: StarConfig, tensors: Mapping[str, LazyTensor], precision: Precision, *, rope_bf16: bool
+) -> Oracle:
+    """The oracle of an export in `precision`; it reads weights only while it runs."""
+    narrow = precision.torch_dtype
+    wide = streamed_star(config, tensors, precision, rope_bf16=rope_bf16)
+    return Oracle(
+        wide,
+        None
+        if narrow == torch.float32
+        else streamed_star(config, tensors, precision, rope_bf16=rope_bf16, dtype=narrow),
+        SPECS[sum(parameter.numel() for parameter in wide.parameters()) > LARGE],
+    )
+
+
+def component_golden(
+    part: Part,
+    oracle: Oracle,
+    path: Path,
+    *,
+    before: Path | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Record every case of one graph or table to `path`.
+
+    For an oracle in 16 bits too, also record the noise of the same module when it computes in that type. The
+    cases of a part take the residual stream from the golden tensors of the part before it, at `before`. A
+    decoder runs all cases layer by layer, so that its weights are read once; `tick` is called after each.
+    """
+    config = oracle.star.config
+    inputs, outputs = boundary(part, config, "float32")
+    cases = CASES[part.component](config, _rng(part.name), oracle.spec, part)
+    if before is not None:
+        stream = load_file(before)
+        for case, feeds in cases.items():
+            feeds["inputs_embeds"] = stream[f"{case}/out/hidden_states"]
+    run = _layer_by_layer if part.layers else _at_once
+    wide, narrow = run(part, oracle, cases, tick)
     recorded: Case = {}
-    for case, feeds in CASES[name](star.config, _rng(name)).items():
-        results = _outputs(module, feeds, inputs, outputs)
+    for case, feeds in cases.items():
         recorded |= {f"{case}/in/{spec.name}": np.ascontiguousarray(feeds[spec.name]) for spec in inputs}
-        recorded |= {f"{case}/out/{key}": array for key, array in results.items()}
+        recorded |= {f"{case}/out/{spec.name}": wide[case][spec.name] for spec in outputs}
         if narrow:
-            rounded = _outputs(
-                lambda *given: functional_call(module, narrow, given), feeds, inputs, outputs, compute=compute
-            )
-            noise = _noise(rounded, results, feeds, tolerances=COMPONENTS[name].tolerances)
+            noise = _noise(narrow[case], wide[case], feeds, tolerances=COMPONENTS[part.component].tolerances)
             recorded |= {f"{case}/noise/{key}": np.array(value, np.float32) for key, value in noise.items()}
     save_file(recorded, path)
 
 
-def _outputs(
-    module: Callable,
-    feeds: Case,
-    inputs: Sequence[TensorSpec],
-    outputs: Sequence[TensorSpec],
-    *,
-    compute: torch.dtype = torch.float32,
-) -> Case:
-    """Run a module: returns outputs by name in float32 or int64. Caches are passed in the type `compute`."""
+Results = tuple[dict[str, Case], dict[str, Case]]  # by case: in float32, and in the compute type
+
+
+def _at_once(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[[], None]) -> Results:
+    found: list[dict[str, Case]] = []
+    for star in (oracle.star, oracle.narrow):
+        found.append({case: _outputs(part, star, feeds) for case, feeds in cases.items()} if star else {})
+        tick()
+    return found[0], found[1]
+
+
+def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[[], None]) -> Results:
+    stars = [star for star in (oracle.star, oracle.narrow) if star]
+    found: list[dict[str, Case]] = [{case: {} for case in cases} for _ in stars]
+    for layer in part.layers or ():
+        one = Part(part.name, part.component, range(layer, layer + 1))
+        with resident(*(star.get_submodule(f"{part.component}.layers.{layer}") for star in stars)):
+            for star, results in zip(stars, found):
+                for case, feeds in cases.items():
+                    stream = results[case].get("hidden_states", feeds["inputs_embeds"])
+                    results[case] |= _outputs(one, star, feeds | {"inputs_embeds": stream})
+        tick()
+    return found[0], found[1] if len(found) > 1 else {}
+
+
+def _outputs(part: Part, star: wrappers.FoldedStar, feeds: Case) -> Case:
+    """Run one graph's module of `star`: returns outputs by name in float32 or int64."""
+    inputs, outputs = boundary(part, star.config, "float32")
+    module, dtype = wrappers.wrapper_of(part, star), star.base_ar.norm.weight.dtype
     given = [torch.from_numpy(feeds[spec.name].copy()) for spec in inputs]
-    given = [t.to(compute) if present_name(spec.name) else t for spec, t in zip(inputs, given, strict=True)]
+    given = [t.to(dtype) if present_name(spec.name) else t for spec, t in zip(inputs, given, strict=True)]
     with torch.inference_mode():
         results = module(*given)
     results = results if isinstance(results, tuple) else (results,)
@@ -99,13 +162,18 @@ def _noise(got: Case, wanted: Case, feeds: Case, *, tolerances: dict[str, float]
     return noise
 
 
-def run_golden(star: wrappers.FoldedStar, path: Path) -> None:
-    """Record short whole runs of `reference.tasks`: greedy and sampled image ids, and an answer's ids."""
-    rng, config = _rng("run"), star.config
+def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda: None) -> None:
+    """Record short whole runs of `reference.tasks`: greedy and sampled image ids, and an answer's ids.
+
+    `tick` is called after each run.
+    """
+    star, rng = oracle.star, _rng("run")
+    config = star.config
     positions = np.broadcast_to(np.arange(PROMPT_TOKENS), (3, 1, PROMPT_TOKENS))
-    cond, ids = _telling_answer(star, rng, positions)
+    cond, ids = _telling_answer(oracle, rng, positions)
+    tick()
     rows = np.concatenate([cond, rng.integers(0, config.vocab_size, (1, PROMPT_TOKENS))])
-    tokens = min(IMAGE_TOKENS, config.vq.image_tokens)
+    tokens = min(oracle.spec.image_tokens, config.vq.image_tokens)
     guidance, top_k, top_p = np.float32(3.0), min(100, config.vq.codebook_size), np.float32(0.9)
     draws = uniforms(seed=7, tokens=tokens, num_images=1)
     common = {"input_ids": rows, "guidance": np.array([guidance])}
@@ -119,6 +187,7 @@ def run_golden(star: wrappers.FoldedStar, path: Path) -> None:
             uniforms=None,
             image_tokens=tokens,
         )
+        tick()
         sampled = tasks.generate(
             star,
             torch.from_numpy(rows),
@@ -128,6 +197,7 @@ def run_golden(star: wrappers.FoldedStar, path: Path) -> None:
             uniforms=torch.from_numpy(draws),
             image_tokens=tokens,
         )
+        tick()
     recorded = {f"generate/in/{k}": v for k, v in common.items()} | {
         f"sample/in/{k}": v for k, v in common.items()
     }
@@ -145,21 +215,21 @@ def run_golden(star: wrappers.FoldedStar, path: Path) -> None:
 
 
 def _telling_answer(
-    star: wrappers.FoldedStar, rng: np.random.Generator, positions: np.ndarray
+    oracle: Oracle, rng: np.random.Generator, positions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """A prompt of random ids [1, S] and its answer's ids, the first of up to TRIES that has varied ids.
 
     A trained model may repeat one word over and over, which would prove nothing.
     """
     for _ in range(TRIES):
-        cond = rng.integers(0, star.config.vocab_size, (1, PROMPT_TOKENS))
+        cond = rng.integers(0, oracle.star.config.vocab_size, (1, PROMPT_TOKENS))
         with torch.inference_mode():
             ids = tasks.answer(
-                star,
+                oracle.star,
                 torch.from_numpy(cond),
                 torch.from_numpy(positions.copy()),
                 None,
-                max_new_tokens=ANSWER_TOKENS,
+                max_new_tokens=oracle.spec.answer_tokens,
             ).numpy()
         if len(set(ids.tolist())) > 2:
             break
@@ -174,14 +244,27 @@ def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, dtype=np.float32)
 
 
-def _token_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]:
+def _token_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
     return {
         f"{b}x{s}": {"input_ids": rng.integers(0, config.vocab_size, (b, s))}
         for b, s in ((1, 1), (2, 7), (3, 30))
     }
 
 
-def _vision_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]:
+def _image_token_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    return {
+        f"{n}x{t}": {"image_ids": rng.integers(0, config.vq.codebook_size, (n, t))}
+        for n, t in ((1, 1), (2, 7), (3, 30))
+    }
+
+
+def _vision_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
     pixels = 3 * config.vision.temporal_patch_size * config.vision.patch_size**2
     cases = {}
     for h, w in ((2, 2), (4, 10), (14, 6), (18, 20)):
@@ -195,20 +278,30 @@ def _vision_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Cas
     return cases
 
 
-def _image_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]:
+def _image_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
     size = config.vq.image_size
-    return {f"{n}": {"image": rng.uniform(-1, 1, (n, 3, size, size)).astype(np.float32)} for n in (1, 2, 3)}
-
-
-def _image_id_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]:
     return {
-        f"{n}": {"image_ids": rng.integers(0, config.vq.codebook_size, (n, config.vq.image_tokens))}
-        for n in (1, 2, 3)
+        f"{n}": {"image": rng.uniform(-1, 1, (n, 3, size, size)).astype(np.float32)}
+        for n in range(1, spec.images + 1)
     }
 
 
-def _decoder_cases(decoder: DecoderConfig, rng: np.random.Generator) -> dict[str, Case]:
-    """The cases of a decoder. Slots after the filled ones hold poison."""
+def _image_id_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    return {
+        f"{n}": {"image_ids": rng.integers(0, config.vq.codebook_size, (n, config.vq.image_tokens))}
+        for n in range(1, spec.images + 1)
+    }
+
+
+def _decoder_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    """The cases of a decoder's layers. Slots after the filled ones hold poison."""
+    decoder: DecoderConfig = getattr(config, part.component)
     plan = {  # rows, new positions, write indices, filled slots
         "prefill": (2, 7, (0, 0), 0),
         "decode": (2, 1, (7, 5), 7),
@@ -218,13 +311,14 @@ def _decoder_cases(decoder: DecoderConfig, rng: np.random.Generator) -> dict[str
         "one_row": (1, 4, (2,), 2),
     }
     return {
-        case: _decoder_case(decoder, rng, rows, new, writes, filled)
+        case: _decoder_case(decoder, part.layers or range(0), rng, rows, new, writes, filled)
         for case, (rows, new, writes, filled) in plan.items()
     }
 
 
 def _decoder_case(
     decoder: DecoderConfig,
+    layers: range,
     rng: np.random.Generator,
     rows: int,
     new: int,
@@ -238,19 +332,23 @@ def _decoder_case(
         "position_ids": positions,
         "write_indices": np.array(writes),
     }
-    for i in range(decoder.num_layers):
-        for part in ("key", "value"):
+    for i in layers:
+        for side in ("key", "value"):
             cache = _normal(rng, rows, decoder.num_kv_heads, CAPACITY, decoder.head_dim)
             cache[:, :, filled:] = POISON * np.sign(cache[:, :, filled:])
-            feeds[f"past_key_values.{i}.{part}"] = cache
+            feeds[f"past_key_values.{i}.{side}"] = cache
     return feeds
 
 
-def _hidden_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]:
+def _hidden_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
     return {f"{b}": {"hidden_states": _normal(rng, b, 1, config.base_ar.hidden_size)} for b in (1, 2, 3)}
 
 
-def _draw_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]:
+def _draw_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
     """Greedy, the release's defaults, no guidance, an open filter and a narrow one."""
     size = config.vq.codebook_size
     plan = {  # images, guidance, top_k, top_p, uniform number
@@ -274,11 +372,12 @@ def _draw_cases(config: StarConfig, rng: np.random.Generator) -> dict[str, Case]
 
 CASES = {
     "token_embedding": _token_cases,
+    "image_embedding": _image_token_cases,
     "vision_encoder": _vision_cases,
     "vq_encoder": _image_cases,
     "vq_decoder": _image_id_cases,
-    "base_ar": lambda c, r: _decoder_cases(c.base_ar, r),
-    "stacked_ar": lambda c, r: _decoder_cases(c.stacked_ar, r),
+    "base_ar": _decoder_cases,
+    "stacked_ar": _decoder_cases,
     "text_head": _hidden_cases,
     "image_head": _draw_cases,
 }

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from engines.bundle.manifest import component_of
 from engines.errors import InputError
 
 from ..components import COMPONENTS
@@ -27,12 +28,14 @@ def compute_type(precision: str, *, twin: bool) -> str:
 
 
 def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The tolerance of each output of `component` when it computes in `compute`. Caches share `present`.
+    """The tolerance of each output of `component`, or a part, when it computes in `compute`. Caches share
+    `present`.
 
     `noise` is one case's, or the `largest_noise` of all. Outputs whose tolerance in the table is 0 are exact
     in every type, except the ids that an encoder finds. Raises InputError for 16 bits without recorded noise.
     """
-    table = COMPONENTS[component].tolerances
+    row = COMPONENTS[component_of(component)]
+    table = row.tolerances
     if compute == "fp32":
         return table
     measured = {name for name, tolerance in table.items() if tolerance > 0}
@@ -44,7 +47,7 @@ def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray])
             fix="export the bundle again",
         )
     found = table | {name: MARGIN * float(noise[name]) for name in measured}
-    return found | COMPONENTS[component].tolerances_16bit
+    return found | row.tolerances_16bit
 
 
 def largest_noise(cases: Iterable[Case]) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ would write the whole weight out as bf16 at every step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ from reference.containers import LazyTensor
 from ..components import COMPONENTS
 
 BLOCK_SIZES = (128, 64, 32)  # of int4; the largest one that divides the input features is used
+PIECE = 1 << 17  # numbers that are quantised at once
+INLINE_BYTES = 1024  # smaller tensors are shapes and scalars, and stay in model.onnx
 TRANSPOSED = "transposed"  # metadata of an initializer that stores the transpose of its checkpoint tensor
 
 
@@ -71,31 +74,58 @@ def block_size(name: str, shape: tuple[int, ...], precision: Precision) -> int |
     return next((size for size in BLOCK_SIZES if shape[1] % size == 0), None)
 
 
+def stored_bytes(name: str, shape: tuple[int, ...], precision: Precision) -> int:
+    """The bytes that weight `name` of this shape takes in a bundle, scales included."""
+    width, numbers = precision.compute.itemsize, math.prod(shape)
+    block = block_size(name, shape, precision)
+    if block is None or precision.bits is None:
+        return int(numbers * width)
+    return numbers * precision.bits // 8 + int(numbers // block * width)
+
+
 def blocks_from_weight(
     weight: torch.Tensor, *, bits: int, block: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise weight [K,N] to codes int8 [K,N] in +-(2^(bits-1)-1) and scales [K/block,N] in `dtype`."""
-    top = 2 ** (bits - 1) - 1
-    grouped = weight.float().unflatten(0, (-1, block))  # [K/block, block, N]
-    scales = (grouped.abs().amax(1) / top).to(dtype)
-    safe = torch.where(scales == 0, 1, scales.float())
-    codes = (grouped / safe[:, None]).round().clamp(-top, top)
-    return codes.flatten(0, 1).to(torch.int8), scales
+    """Quantise a linear weight [out, in], as a checkpoint stores it, in blocks along the input features.
+
+    Returns codes int8 [out, in] in +-(2^(bits-1)-1) and scales [out, in/block] in `dtype`.
+    """
+    found = [_blocks(rows, bits, block, dtype) for rows in _pieces(weight)]
+    codes = torch.cat([codes.flatten(1).to(torch.int8) for codes, _ in found])
+    return codes, torch.cat([scales for _, scales in found])
 
 
 def weight_from_blocks(codes: torch.Tensor, scales: torch.Tensor, *, block: int) -> torch.Tensor:
-    """Invert `blocks_from_weight`: returns float32 [K,N]."""
-    return codes.float() * scales.float().repeat_interleave(block, 0)
+    """Invert `blocks_from_weight`: returns float32 [out, in]."""
+    return (codes.float().unflatten(1, (-1, block)) * scales.float()[..., None]).flatten(1)
 
 
 def rounded(name: str, weight: torch.Tensor, precision: Precision) -> torch.Tensor:
     """Round `weight` as the bundle stores it, and widen it to float32; it keeps the checkpoint's shape."""
-    if (block := block_size(name, tuple(weight.shape), precision)) is not None:
-        codes, scales = blocks_from_weight(
-            weight.T, bits=precision.bits, block=block, dtype=precision.torch_dtype
-        )
-        return weight_from_blocks(codes, scales, block=block).T.contiguous()
-    return weight.to(precision.torch_dtype).float()
+    block = block_size(name, tuple(weight.shape), precision)
+    if block is None or precision.bits is None:
+        return weight.to(precision.torch_dtype).float()
+    result = torch.empty(weight.shape)
+    for rows, out in zip(_pieces(weight), _pieces(result)):
+        codes, scales = _blocks(rows, precision.bits, block, precision.torch_dtype)
+        out.copy_(codes.mul_(scales.float()[..., None]).flatten(1))
+    return result
+
+
+def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows of `weight`, few enough for the processor's cache: each is read and written several times."""
+    return weight.split(max(1, PIECE // weight.shape[1]))
+
+
+def _blocks(
+    rows: torch.Tensor, bits: int, block: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes in float32 [n, in/block, block] and scales [n, in/block] of some rows [n, in]."""
+    top = 2 ** (bits - 1) - 1
+    grouped = rows.to(torch.float32, copy=True).unflatten(1, (-1, block))
+    scales = (grouped.abs().amax(-1) / top).to(dtype)
+    safe = torch.where(scales == 0, 1, scales.float())
+    return grouped.div_(safe[..., None]).round_().clamp_(-top, top), scales
 
 
 def set_precision(model: ir.Model, compute: ir.DataType) -> None:
@@ -143,7 +173,7 @@ def attach_weights(model: ir.Model, tensors: Mapping[str, LazyTensor], precision
 
 
 def _dense(tensor: LazyTensor, transposed: bool, precision: Precision) -> Callable[[], torch.Tensor]:
-    return lambda: (tensor.load().T if transposed else tensor.load()).to(precision.torch_dtype)
+    return lambda: (tensor.load().T.contiguous() if transposed else tensor.load()).to(precision.torch_dtype)
 
 
 def _insert_dequantize(
@@ -154,16 +184,14 @@ def _insert_dequantize(
     kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
     layout, shape = ({"axis": 1}, [n]) if bits == 8 else ({"axis": 0, "block_size": block}, [k // block, n])
 
-    def blocks():
-        return blocks_from_weight(tensor.load().T, bits=bits, block=block, dtype=precision.torch_dtype)
-
+    blocks = _Blocks(tensor, bits=bits, block=block, dtype=precision.torch_dtype)
     codes = ir.Value(name=f"{weight.name}.codes", type=ir.TensorType(kind), shape=ir.Shape([k, n]))
-    codes.const_value = _lazy(codes.name, kind, codes.shape, lambda: blocks()[0])
+    codes.const_value = _lazy(codes.name, kind, codes.shape, blocks.codes)
     scales = ir.Value(
         name=f"{weight.name}.scales", type=ir.TensorType(precision.compute), shape=ir.Shape(shape)
     )
     scales.const_value = _lazy(
-        scales.name, precision.compute, scales.shape, lambda: blocks()[1].reshape(shape)
+        scales.name, precision.compute, scales.shape, lambda: blocks.scales().reshape(shape)
     )
     node = ir.node("DequantizeLinear", [codes, scales], layout, name=f"{weight.name}.dequantize")
     dense = node.outputs[0]
@@ -175,13 +203,34 @@ def _insert_dequantize(
     model.graph.initializers.add(scales)
 
 
+class _Blocks:
+    """Codes [in, out] and scales [in/block, out] of one weight, quantised once for both."""
+
+    def __init__(self, tensor: LazyTensor, **options):
+        self.tensor, self.options = tensor, options
+        self.made: dict[int, torch.Tensor] = {}
+
+    def codes(self) -> torch.Tensor:
+        return self._take(0).T
+
+    def scales(self) -> torch.Tensor:
+        return self._take(1).T
+
+    def _take(self, which: int) -> torch.Tensor:
+        if which not in self.made:
+            self.made = dict(enumerate(blocks_from_weight(self.tensor.load(), **self.options)))
+        return self.made.pop(which)
+
+
 def _lazy(name: str, dtype: ir.DataType, shape: ir.Shape, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
-    def evaluate() -> ir.Tensor:
+    def evaluate() -> ir.TensorProtocol:
         tensor = load().contiguous()
         if tuple(tensor.shape) != tuple(shape):
             raise AssertionError(
                 f"{name}: the graph expects shape {tuple(shape)}, the checkpoint has {tuple(tensor.shape)}"
             )
+        if dtype == ir.DataType.INT4:
+            return ir.PackedTensor(_packed(tensor), dtype=dtype, shape=shape, name=name)
         return ir.Tensor(_numpy(tensor, dtype), dtype=dtype, name=name)
 
     return ir.LazyTensor(evaluate, dtype=dtype, shape=shape, name=name)
@@ -190,9 +239,13 @@ def _lazy(name: str, dtype: ir.DataType, shape: ir.Shape, load: Callable[[], tor
 def _numpy(tensor: torch.Tensor, dtype: ir.DataType) -> np.ndarray:
     if dtype == ir.DataType.BFLOAT16:
         return tensor.to(torch.bfloat16).view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    if dtype == ir.DataType.INT4:
-        return tensor.numpy().astype(ml_dtypes.int4)
     return tensor.numpy()
+
+
+def _packed(codes: torch.Tensor) -> np.ndarray:
+    """Two codes per byte, the first in the lower half, as ONNX stores int4."""
+    pairs = codes.view(torch.uint8).view(-1, 2)
+    return (pairs[:, 0] & 15 | pairs[:, 1] << 4).numpy()
 
 
 def twin_from_graph(model: ir.Model) -> ir.Model:

@@ -13,22 +13,38 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from engines.bundle.tensors import PAST, PRESENT
-from reference.config import DecoderConfig, StarConfig
+from reference.config import StarConfig
 
-from .trace import graph_from_config
+from ..components import COMPONENTS, Part
+from .trace import traced_graph
 
 TRACED_LAYERS = 2  # the first is fed by the embedding, the second by a layer, as all that follow
 _LAYER = re.compile(rf"((?:^|\.)layers\.|^{re.escape(PAST)}|^{re.escape(PRESENT)})(\d+)\.")
 
 
-def repeated_graph(name: str, config: StarConfig, *, rope_bf16: bool) -> ir.Model:
-    """The graph of the decoder `name` (`base_ar` or `stacked_ar`), as `trace.graph_from_config` gives it but
-    for the names of inner values, in the time of two layers."""
-    decoder: DecoderConfig = getattr(config, name)
-    short = replace(config, **{name: replace(decoder, num_layers=min(decoder.num_layers, TRACED_LAYERS))})
-    model = graph_from_config(name, short, rope_bf16=rope_bf16)
-    if decoder.num_layers > TRACED_LAYERS:
-        repeat_layers(model, decoder.num_layers)
+def graph_from_config(part: Part, config: StarConfig, *, rope_bf16: bool) -> ir.Model:
+    """The graph of one part or component, with empty initializers; the caller may change it.
+
+    Of a decoder only two layers are traced, whatever the number of its layers: with the final norm for a part
+    that ends with the last layer, without it for all others.
+    """
+    decoder = COMPONENTS[part.component].decoder
+    if decoder is None or part.layers is None:
+        return traced_graph(part, config, rope_bf16=rope_bf16)
+    count = len(part.layers)
+    traced = range(min(count, TRACED_LAYERS))
+    final = part.layers.stop == decoder(config).num_layers
+    short = replace(decoder(config), num_layers=len(traced) + (not final))
+    model = traced_graph(
+        Part(part.component, part.component, traced),
+        replace(config, **{part.component: short}),
+        rope_bf16=rope_bf16,
+    )
+    model.graph.name = part.name
+    if count > TRACED_LAYERS:
+        repeat_layers(model, count)
+    if part.layers.start:
+        _move_layers(model, part.layers.start)
     return model
 
 
@@ -62,13 +78,29 @@ def repeat_layers(model: ir.Model, layers: int) -> None:
             made.update(zip(node.outputs, copy.outputs))
             model.graph.insert_after(at, copy)
             at = copy
-        model.graph.outputs.extend(made[value] for value in own if value.is_graph_output())
+        model.graph.outputs.extend(made[value] for value in own if layer_of(value.name) is not None)
         previous = made
     for node in rest:
         for i, value in enumerate(node.inputs):
             if value in previous:
                 node.replace_input_with(i, previous[value])
+    for i, value in enumerate(model.graph.outputs):
+        if value in previous and layer_of(value.name) is None:  # the residual stream, without a final norm
+            last = previous[value]
+            name, value.name = value.name, in_layer(value.name, TRACED_LAYERS - 1)
+            last.name, model.graph.outputs[i] = name, last
     _move_last(model, [value for node in rest for value in node.inputs if value is not None])
+
+
+def _move_layers(model: ir.Model, by: int) -> None:
+    """Add `by` to the numbers of all layers, in the names of weights and caches."""
+    weights = list(model.graph.initializers.values())
+    model.graph.initializers.clear()
+    for value in (*weights, *model.graph.inputs, *model.graph.outputs):
+        if (layer := layer_of(value.name)) is not None:
+            value.name = in_layer(value.name, layer + by)
+    for value in weights:
+        model.graph.initializers.add(value)
 
 
 def layer_of(name: str) -> int | None:

@@ -12,6 +12,7 @@ import functools
 import io
 import logging
 import warnings
+from collections.abc import Container
 
 import onnx_ir as ir
 import torch
@@ -24,7 +25,7 @@ from engines.bundle.tensors import present_name
 from engines.errors import InputError
 from reference.config import StarConfig
 
-from ..components import COMPONENTS
+from ..components import COMPONENTS, Part, boundary
 from . import ops, wrappers
 from .quantize import TRANSPOSED
 
@@ -34,16 +35,16 @@ EXACT = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # constants that every compute type re
 
 
 @functools.lru_cache(maxsize=8 * len(COMPONENTS))
-def _traced(name: str, config: StarConfig, rope_bf16: bool) -> ir.Model:
-    return graph_from_component(name, meta_star(config, rope_bf16=rope_bf16))
+def _traced(part: Part, config: StarConfig, rope_bf16: bool) -> ir.Model:
+    return graph_from_part(part, meta_star(config, rope_bf16=rope_bf16))
 
 
-def graph_from_config(name: str, config: StarConfig, *, rope_bf16: bool) -> ir.Model:
-    """Return a graph of component `name` that the caller may change.
+def traced_graph(part: Part, config: StarConfig, *, rope_bf16: bool) -> ir.Model:
+    """Return a graph of `part` that the caller may change.
 
     It is traced once per process, because every precision starts from the same graph.
     """
-    return _traced(name, config, rope_bf16).clone()
+    return _traced(part, config, rope_bf16).clone()
 
 
 def meta_star(config: StarConfig, *, rope_bf16: bool) -> wrappers.FoldedStar:
@@ -57,17 +58,17 @@ def meta_star(config: StarConfig, *, rope_bf16: bool) -> wrappers.FoldedStar:
     return star.eval()
 
 
-def graph_from_component(name: str, star: wrappers.FoldedStar) -> ir.Model:
-    """Trace one component of `star` (from `meta_star`).
+def graph_from_part(part: Part, star: wrappers.FoldedStar) -> ir.Model:
+    """Trace one graph of `star` (from `meta_star`), layer by layer.
 
     Raises InputError naming the component if the exporter cannot translate an operation.
     """
-    module = getattr(wrappers, COMPONENTS[name].wrapper)(star).eval()
-    inputs, outputs = COMPONENTS[name].boundary(star.config, "bfloat16")
+    name, module = part.name, wrappers.wrapper_of(part, star)
+    inputs, outputs = boundary(part, star.config, "bfloat16")
     model = _export(name, module, inputs, outputs)
     _name_initializers(model, module, star)
     _optimize(model)
-    _fold_transposes(model)
+    _fold_transposes(model, tables={row.table for row in COMPONENTS.values()})
     _check_constants(name, model)
     _name_axes(name, model, inputs, outputs)
     if any(node.op_type == ops.NAME for node in model.graph):
@@ -173,8 +174,11 @@ def _optimize(model: ir.Model) -> None:
             model.graph.initializers.add(value)
 
 
-def _fold_transposes(model: ir.Model) -> None:
-    """Turn `MatMul(x, Transpose(weight))` into `MatMul(x, weight)`, with the weight stored transposed."""
+def _fold_transposes(model: ir.Model, *, tables: Container[str | None]) -> None:
+    """Turn `MatMul(x, Transpose(weight))` into `MatMul(x, weight)`, with the weight stored transposed.
+
+    A weight whose rows a table looks up keeps its layout: x [B,K] is multiplied by `Gemm` instead.
+    """
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         if (
@@ -184,10 +188,25 @@ def _fold_transposes(model: ir.Model) -> None:
             or len(weight.uses()) != 1
         ):
             continue
+        if weight.name in tables:
+            _multiply_rows(model, node, weight)
+            continue
         node.outputs[0].replace_all_uses_with(weight)
         model.graph.remove(node, safe=True)
         weight.shape = ir.Shape(list(weight.shape)[::-1])
         weight.metadata_props[TRANSPOSED] = "1"
+
+
+def _multiply_rows(model: ir.Model, transpose: ir.Node, weight: ir.Value) -> None:
+    """Replace `MatMul(x, Transpose(weight))` of x [B,K] by `Gemm(x, weight, transB=1)`."""
+    ((matmul, _),) = transpose.outputs[0].uses()
+    old = matmul.outputs[0]
+    gemm = ir.node("Gemm", [matmul.inputs[0], weight], {"transB": 1}, name=matmul.name)
+    new = gemm.outputs[0]
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    model.graph.insert_before(matmul, gemm)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    model.graph.remove([matmul, transpose], safe=True)
 
 
 def _check_constants(name: str, model: ir.Model) -> None:

@@ -1,35 +1,32 @@
 """The components as modules with flat boundaries: float32 in and out, one tensor per cache.
 
-Each wrapper holds parts of one `reference.model.Star` and computes in the type of its weights. Wrappers add
-no arithmetic of their own, with two exceptions: the adapter and the codebook are folded into one table (one
-gather instead of an MLP), and `ImageHead` samples inside the graph.
+Each wrapper holds modules of one `reference.model.Star` and computes in the type of their weights. Wrappers
+add no arithmetic of their own, with two exceptions: the adapter and the codebook are folded into one table
+(one gather instead of an MLP), and `ImageHead` samples inside the graph.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from reference.config import StarConfig
 from reference.model import Star
 
-from ..components import TOP_K_LIMIT
+from ..components import COMPONENTS, TOP_K_LIMIT, Part
 
-TABLE = "image_table"
+TABLE = "image_table.weight"
 
 
 class FoldedStar(Star):
-    """Star with the parameter `image_table` [codebook_size, H] = adapter(codebook) folded in."""
+    """Star with the table adapter(codebook) [codebook_size, H] as `image_table`, in place of the two."""
 
     def __init__(self, config: StarConfig, **options):
         super().__init__(config, **options)
-        self.image_table = nn.Parameter(
-            torch.empty(config.vq.codebook_size, config.base_ar.hidden_size), requires_grad=False
-        )
+        self.image_table = nn.Embedding(config.vq.codebook_size, config.base_ar.hidden_size)
 
     def image_embedding(self, image_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(image_ids, self.image_table)
+        return self.image_table(image_ids)
 
 
 class TokenEmbedding(nn.Module):
@@ -39,6 +36,15 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, input_ids):  # [B,S] -> [B,S,H]
         return self.embedding(input_ids).float()
+
+
+class ImageEmbedding(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.table = star.image_table
+
+    def forward(self, image_ids):  # [N,T] -> [N,T,H]
+        return self.table(image_ids).float()
 
 
 class VisionEncoder(nn.Module):
@@ -55,11 +61,10 @@ class VisionEncoder(nn.Module):
 class VQEncoder(nn.Module):
     def __init__(self, star: FoldedStar):
         super().__init__()
-        self.encoder, self.table = star.vq_encoder, star.image_table
+        self.encoder = star.vq_encoder
 
-    def forward(self, image):  # [N,3,R,R] -> [N,T], [N,T,H]
-        image_ids = self.encoder(image.to(self.table.dtype))
-        return image_ids, F.embedding(image_ids, self.table).float()
+    def forward(self, image):  # [N,3,R,R] -> [N,T]
+        return self.encoder(image.to(next(self.encoder.parameters()).dtype))
 
 
 class VQDecoder(nn.Module):
@@ -72,31 +77,33 @@ class VQDecoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """A decoder with one argument and one result per cache.
+    """A decoder, or consecutive `layers` of it, with one argument and one result per cache.
 
     inputs_embeds [B,S,H], position_ids [3,B,S], write_indices [B], then each layer's key and value [B,KV,C,D]
     -> hidden_states [B,S,H], then each layer's updated key and value.
     """
 
-    def __init__(self, decoder: nn.Module):
+    def __init__(self, decoder: nn.Module, layers: range):
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.layers = decoder, layers
 
     def forward(self, inputs_embeds, position_ids, write_indices, *past):
         dtype = next(self.decoder.parameters()).dtype
         pairs = list(zip(past[::2], past[1::2]))
-        hidden_states, present = self.decoder(inputs_embeds.to(dtype), position_ids, write_indices, pairs)
+        hidden_states, present = self.decoder(
+            inputs_embeds.to(dtype), position_ids, write_indices, pairs, self.layers
+        )
         return hidden_states.float(), *(tensor for pair in present for tensor in pair)
 
 
 class BaseAR(_Decoder):
-    def __init__(self, star: FoldedStar):
-        super().__init__(star.base_ar)
+    def __init__(self, star: FoldedStar, layers: range):
+        super().__init__(star.base_ar, layers)
 
 
 class StackedAR(_Decoder):
-    def __init__(self, star: FoldedStar):
-        super().__init__(star.stacked_ar)
+    def __init__(self, star: FoldedStar, layers: range):
+        super().__init__(star.stacked_ar, layers)
 
 
 class TextHead(nn.Module):
@@ -105,7 +112,7 @@ class TextHead(nn.Module):
         self.head = star.text_head
 
     def forward(self, hidden_states):  # [B,1,H] -> [B,V]
-        return self.head(hidden_states.to(self.head.weight.dtype))[:, -1].float()
+        return self.head(hidden_states[:, -1].to(self.head.weight.dtype)).float()
 
 
 class ImageHead(nn.Module):
@@ -121,7 +128,7 @@ class ImageHead(nn.Module):
         self.candidates = min(TOP_K_LIMIT, star.config.vq.codebook_size)
 
     def forward(self, hidden_states, guidance, top_k, top_p, uniform):
-        logits = self.head(hidden_states.to(self.table.dtype)).float()
+        logits = self.head(hidden_states.to(self.head.weight.dtype)).float()
         pairs = logits.unflatten(0, (-1, 2))[:, :, 0]  # [N,2,V]: cond, uncond
         cond, uncond = pairs[:, 0], pairs[:, 1]
         logits = uncond + guidance * (cond - uncond)  # [N,V]
@@ -137,5 +144,11 @@ class ImageHead(nn.Module):
         drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
         last = (mass > 0).sum(-1, keepdim=True) - 1
         image_ids = order.gather(1, torch.minimum(drawn, last))[:, 0]  # [N]
-        inputs_embeds = F.embedding(image_ids, self.table).float()  # [N,H]
+        inputs_embeds = self.table(image_ids).float()  # [N,H]
         return image_ids, inputs_embeds.repeat_interleave(2, 0)[:, None], logits
+
+
+def wrapper_of(part: Part, star: FoldedStar) -> nn.Module:
+    """The module of one graph or table, with modules of `star`."""
+    wrapper = globals()[COMPONENTS[part.component].wrapper]
+    return (wrapper(star, part.layers) if part.layers else wrapper(star)).eval()

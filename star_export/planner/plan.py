@@ -24,12 +24,15 @@ RESIDENT, IN_TURN, NO = "resident", "in turn", "no"
 class Store:
     """A bundle in one precision: its disk, and what its export takes (None for a bundle that exists).
 
+    `export_disk_bytes` counts the bundle and what the export writes beside it and removes.
+
     `free_disk_bytes` and `free_memory_bytes` are those of this machine, None where unknown.
     """
 
     precision: str
     bundle_bytes: int
     weights: dict[str, int]
+    export_disk_bytes: int | None
     export_memory_bytes: int | None
     export_seconds: float | None
     free_disk_bytes: int | None
@@ -163,20 +166,21 @@ def _known(source: str, precisions: Sequence[str]) -> tuple[dict[str, Sizes], li
                 fix="leave out --precision, or plan the checkpoint that the bundle was exported from",
             )
         return {sizes.precision: sizes}, [_store(sizes, None)]
-    from .source import find_source, largest_tensor_bytes, sizes_from_source
+    from .source import find_source, largest_tensor_bytes, scratch_bytes, sizes_from_source
 
     found = find_source(source)
     known = {precision: sizes_from_source(found, precision) for precision in PRECISIONS}
-    largest = largest_tensor_bytes(found.config)
-    return known, [_store(sizes, largest) for sizes in known.values()]
+    largest, scratch = largest_tensor_bytes(found.config), scratch_bytes(found.config)
+    return known, [_store(sizes, largest, scratch) for sizes in known.values()]
 
 
-def _store(sizes: Sizes, largest_tensor_bytes: int | None) -> Store:
+def _store(sizes: Sizes, largest_tensor_bytes: int | None, scratch_bytes: int = 0) -> Store:
     exported = largest_tensor_bytes is not None
     return Store(
         precision=sizes.precision,
         bundle_bytes=sizes.bundle_bytes,
         weights=sizes.weights,
+        export_disk_bytes=sizes.bundle_bytes + scratch_bytes if exported else None,
         export_memory_bytes=work.export_memory(largest_tensor_bytes) if largest_tensor_bytes else None,
         export_seconds=work.export_seconds(sizes) if exported else None,
         free_disk_bytes=machine.free_disk("."),
@@ -205,7 +209,7 @@ def _place(
         precision=sizes.precision,
         reason=_reason(device, sizes.precision),
         memory_bytes=device.memory_bytes,
-        weights_bytes=sum(sizes.weights.values()),
+        weights_bytes=sizes.weights_bytes,
         caches_bytes=caches,
         workspace_bytes=workspace_bytes(sizes, use),
         tasks=tuple(_task_fit(device, sizes, known, task, use) for task in TASKS),

@@ -23,12 +23,12 @@ from reference.errors import CheckpointError
 from reference.releases import CONFIGS, RELEASES, find_release
 from reference.weights import SHIPPED, named_tensors, resolve_checkpoint
 
-from ..components import COMPONENTS
-from ..golden.record import CASES
+from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
+from ..golden.record import CASES, LARGE, SPECS
 from ..graph import wrappers
-from ..graph.quantize import PRECISIONS, Precision, block_size
+from ..graph.quantize import INLINE_BYTES, PRECISIONS, Precision, block_size
+from ..graph.repeat import layer_of
 
-INLINE_BYTES = 1024  # smaller tensors are shapes and scalars, and stay in model.onnx
 # Estimates of what is not weights: a graph for each stored tensor, the entry of a golden tensor in its file's
 # header, and Qwen2.5's tokenizer where a release is not downloaded.
 GRAPH_BYTES_PER_TENSOR, GOLDEN_ENTRY_BYTES = 1000, 95
@@ -67,37 +67,60 @@ def find_source(source: str) -> Source:
     return Source(config, (files.qwen_folder / "tokenizer.json").stat().st_size)
 
 
-def sizes_from_source(source: Source, precision: str, names: Sequence[str] = tuple(COMPONENTS)) -> Sizes:
+def sizes_from_source(
+    source: Source,
+    precision: str,
+    names: Sequence[str] = tuple(COMPONENTS),
+    *,
+    part_bytes: int = PART_BYTES,
+) -> Sizes:
     """The sizes of the bundle that an export in `precision` would write; `names` limits the components."""
-    config, weights, graphs, golden = source.config, {}, 0, 0
-    for name in names:
-        stored = stored_tensors(name, config, PRECISIONS[precision])
-        weights[name] = sum(size for size in stored if size > INLINE_BYTES)
-        graphs += len(stored) * GRAPH_BYTES_PER_TENSOR * (2 if precision == "fp32" else 3)  # with the twin
-        golden += golden_bytes(name, config)
+    config, shared, graphs, overhead = source.config, set(), {}, source.copied_bytes
+    tables = {name: weight for name in names if (weight := COMPONENTS[name].table)}
+    for part in [part for name in names for part in _parts(name, config, precision, part_bytes)]:
+        overhead += golden_bytes(part, config)
+        if part.component in tables:
+            continue
+        shapes = shapes_of(part, config)
+        stored = stored_tensors(shapes, PRECISIONS[precision])
+        graphs[part.name] = sum(size for size in stored if size > INLINE_BYTES)
+        overhead += len(stored) * GRAPH_BYTES_PER_TENSOR * (2 if precision == "fp32" else 3)  # with the twin
+        shared |= set(shapes)
+    rows = {name: shapes_of(whole(name, config), config)[weight] for name, weight in tables.items()}
+    item = ITEM_BYTES[PRECISIONS[precision].dtype_name]
+    own = {name: 0 if weight in shared else math.prod(rows[name]) * item for name, weight in tables.items()}
     return Sizes(
         model=geometry_of(config),
         precision=precision,
-        graphs=weights,
-        bundle_bytes=sum(weights.values()) + graphs + golden + source.copied_bytes,
+        graphs=graphs,
+        tables=own,
+        bundle_bytes=sum(graphs.values()) + sum(own.values()) + overhead,
     )
 
 
-@functools.lru_cache(maxsize=2 * len(COMPONENTS))
-def shapes_of(name: str, config: StarConfig) -> Shapes:
-    """Name -> shape of every parameter that the graph of component `name` holds."""
+@functools.lru_cache(maxsize=256)
+def shapes_of(part: Part, config: StarConfig) -> Shapes:
+    """Name -> shape of every parameter that one graph or table holds."""
     star = _meta_star(config)
     names = {id(parameter): key for key, parameter in star.named_parameters()}
-    module = getattr(wrappers, COMPONENTS[name].wrapper)(star)
-    return {names[id(parameter)]: tuple(parameter.shape) for parameter in module.parameters()}
+    module = wrappers.wrapper_of(part, star)
+    shapes = {names[id(parameter)]: tuple(parameter.shape) for parameter in module.parameters()}
+    if part.layers is None:
+        return shapes
+    last = part.layers.stop == whole(part.component, config).layers.stop  # type: ignore[union-attr]
+    held = {name: layer_of(name) for name in shapes}
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if (last if held[name] is None else held[name] in part.layers)
+    }
 
 
-def stored_tensors(name: str, config: StarConfig, precision: Precision) -> list[int]:
-    """Sizes of the tensors that component `name` stores: parameters, or their codes and scales."""
-    sizes = []
-    for parameter, shape in shapes_of(name, config).items():
-        numbers, item = math.prod(shape), ITEM_BYTES[precision.dtype_name]
-        block = block_size(parameter, shape, precision)
+def stored_tensors(shapes: Shapes, precision: Precision) -> list[int]:
+    """Sizes of the tensors that parameters of these shapes are stored as: themselves, or codes and scales."""
+    sizes, item = [], ITEM_BYTES[precision.dtype_name]
+    for name, shape in shapes.items():
+        numbers, block = math.prod(shape), block_size(name, shape, precision)
         if block is None or precision.bits is None:
             sizes.append(numbers * item)
         else:
@@ -105,17 +128,24 @@ def stored_tensors(name: str, config: StarConfig, precision: Precision) -> list[
     return sizes
 
 
+def scratch_bytes(config: StarConfig) -> int:
+    """What an export writes beside the bundle and removes: the table of image embeddings in float32."""
+    return config.vq.codebook_size * config.base_ar.hidden_size * ITEM_BYTES["float32"]
+
+
 def largest_tensor_bytes(config: StarConfig, names: Sequence[str] = tuple(COMPONENTS)) -> int:
     """Size of the largest parameter in float32: what an export converts at a time."""
-    shapes = [shape for name in names for shape in shapes_of(name, config).values()]
+    parts = [whole(name, config) for name in names]
+    shapes = [shape for part in parts for shape in shapes_of(part, config).values()]
     return max(map(math.prod, shapes), default=0) * ITEM_BYTES["float32"]
 
 
-def golden_bytes(name: str, config: StarConfig) -> int:
-    """Size of the golden file of component `name`, which hardly depends on the precision."""
-    inputs, outputs = COMPONENTS[name].boundary(config, "float32")
-    total = 0
-    for feeds in CASES[name](config, np.random.default_rng(0)).values():
+def golden_bytes(part: Part, config: StarConfig) -> int:
+    """Size of the golden file of one graph or table, which hardly depends on the precision."""
+    inputs, outputs = boundary(part, config, "float32")
+    numbers = sum(parameter.numel() for parameter in _meta_star(config).parameters())
+    total, spec = 0, SPECS[numbers > LARGE]
+    for feeds in CASES[part.component](config, np.random.default_rng(0), spec, part).values():
         symbols: dict[str, tuple[int, str]] = {}
         for tensor in inputs:
             disagreements(tensor, feeds[tensor.name], symbols)
@@ -142,6 +172,12 @@ def geometry_of(config: StarConfig) -> Geometry:
             for name, decoder in decoders.items()
         },
     )
+
+
+def _parts(name: str, config: StarConfig, precision: str, part_bytes: int) -> list[Part]:
+    """The graphs that the export divides a component into."""
+    stored = sum(stored_tensors(shapes_of(whole(name, config), config), PRECISIONS[precision]))
+    return parts_of(name, config, weight_bytes=stored, part_bytes=part_bytes)
 
 
 @functools.lru_cache(maxsize=2)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.bundle.manifest import ComponentSpec, TableSpec, component_of
 from engines.bundle.tensors import present_name
 from engines.errors import InputError
 from engines.progress import Progress
@@ -81,10 +82,11 @@ def check_onnx(path: Path, *, target: str) -> None:
 
 
 def golden_tensors(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
-    """Compare every component with every case that was recorded for it."""
+    """Compare every graph and table with every case that was recorded for it."""
     rows: list[Row] = []
     left_out: list[str] = []
-    components = subject.bundle.manifest.components
+    manifest = subject.bundle.manifest
+    components: dict[str, ComponentSpec | TableSpec] = {**manifest.components, **manifest.tables}
     for i, (name, spec) in enumerate(components.items()):
         progress(f"{name} against its golden tensors", i, len(components))
         cases = component_cases(subject.bundle.file(spec.golden), spec)
@@ -120,11 +122,11 @@ def decoder_steps(
 ) -> tuple[list[Row], str]:
     """Compare single steps, a rewind and the last slot of every decoder with a prefill, at B=1 and B=2.
 
-    Unused slots hold poison.
+    A decoder in parts is checked part by part. Unused slots hold poison.
     """
     rows: list[Row] = []
     model = subject.bundle.manifest.model
-    decoders = [name for name in model.cache if name in subject.bundle.manifest.components]
+    decoders = [name for name in subject.bundle.manifest.components if component_of(name) in model.cache]
     for i, name in enumerate(decoders):
         spec = subject.bundle.component(name)
         noise = largest_noise(component_cases(subject.bundle.file(spec.golden), spec).values())
@@ -219,7 +221,7 @@ def _fits(subject: Subject, component: str, session, case: Case) -> bool:
         present_name(name) and array.shape[2] > capacity for name, array in case.inputs.items()
     ):
         return False
-    if not subject.backend.startswith("tensorrt:"):
+    if not subject.backend.startswith("tensorrt:") or component in subject.bundle.manifest.tables:
         return True
     shapes = {
         name: (extended(array, capacity) if present_name(name) else array).shape

@@ -126,11 +126,12 @@ def small(kind: int = TensorProto.FLOAT, *, codes: bool = False, bits: int = 4) 
 
         block = 32 if bits == 4 else 128
         codes_, scales = blocks_from_weight(
-            torch.from_numpy(random.standard_normal((128, 6), np.float32)),
+            torch.from_numpy(random.standard_normal((6, 128), np.float32)),
             bits=bits,
             block=block,
             dtype=torch.float32,
         )
+        codes_, scales = codes_.T.contiguous(), scales.T.contiguous()
         weights = [
             ir.Tensor(
                 codes_.numpy().astype("int8" if bits == 8 else __import__("ml_dtypes").int4), name="codes"

@@ -58,18 +58,18 @@ def test_a_generous_budget_keeps_everything(mini_bundle: Path) -> None:
         results(star)
         first = dict(star.loaded.open)
         results(star)
-        assert star.loaded.open == first and len(first) == 8
+        assert star.loaded.open == first and len(first) == 9
 
 
 def test_what_was_used_longest_ago_is_given_back(mini_bundle: Path) -> None:
     with Star(mini_bundle) as star:
         sizes = star.loaded.sizes.weights
-    names = ("token_embedding", "vq_decoder", "vq_encoder")
+    names = ("vision_encoder", "vq_decoder", "vq_encoder")
     with Star(mini_bundle, memory=sum(sizes[name] for name in names)) as star:
         sessions = {name: star.session(name) for name in names}
-        assert star.session("token_embedding") is sessions["token_embedding"]  # used again
-        star.session("image_head")
-        assert "vq_decoder" not in star.loaded.open and "token_embedding" in star.loaded.open
+        assert star.session("vision_encoder") is sessions["vision_encoder"]  # used again
+        star.session("stacked_ar")
+        assert "vq_decoder" not in star.loaded.open and "vision_encoder" in star.loaded.open
         with pytest.raises(Exception, match="closed"):
             sessions["vq_decoder"].bind({})
 

@@ -31,7 +31,7 @@ def test_what_is_staged_already_needs_no_disk(
     mini_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = sizes_from_bundle(Bundle.open(mini_bundle))
-    weights = sum(sizes.weights.values())
+    weights = sizes.weights_bytes
     monkeypatch.setattr(machine, "free_disk", lambda folder: weights - 1000)
     with pytest.raises(MissingError):
         check_export(sizes, tmp_path / "b", converted_bytes=0)

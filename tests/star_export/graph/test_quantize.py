@@ -52,16 +52,16 @@ def linear_graph(inputs: int, outputs: int) -> ir.Model:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block", [32, 64])
 def test_blocks_round_to_nearest_and_keep_within_half_a_step(bits: int, block: int) -> None:
-    weight = torch.randn(128, 24, generator=torch.Generator().manual_seed(bits))
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(bits))
     codes, scales = quantize.blocks_from_weight(weight, bits=bits, block=block, dtype=torch.float32)
     restored = quantize.weight_from_blocks(codes, scales, block=block)
-    step = scales.repeat_interleave(block, 0)
+    step = scales.repeat_interleave(block, 1)
     assert codes.dtype == torch.int8 and int(codes.abs().max()) == 2 ** (bits - 1) - 1
     assert bool(((restored - weight).abs() <= step / 2 * (1 + 1e-6)).all())
 
 
 def test_a_block_of_zeros_stays_zero() -> None:
-    codes, scales = quantize.blocks_from_weight(torch.zeros(64, 3), bits=4, block=32, dtype=torch.bfloat16)
+    codes, scales = quantize.blocks_from_weight(torch.zeros(3, 64), bits=4, block=32, dtype=torch.bfloat16)
     assert not codes.any() and not quantize.weight_from_blocks(codes, scales, block=32).any()
 
 

@@ -10,6 +10,7 @@ import pytest
 from engines.bundle.reader import Bundle
 from engines.fit.sizes import sizes_from_bundle
 from reference.releases import RELEASES
+from star_export.exporter.export import export
 from star_export.planner.source import find_source, largest_tensor_bytes, sizes_from_source
 from tests.helpers.refusals import refused
 from tests.helpers.released import SIZES, qwen_json, star_json, write_configs
@@ -21,9 +22,20 @@ def test_a_source_has_the_sizes_of_its_exported_bundle(
 ) -> None:
     wanted = sizes_from_bundle(Bundle.open(bundle_of(precision)))
     got = sizes_from_source(find_source(str(mini_checkpoint)), precision)
-    assert got.graphs == wanted.graphs
+    assert got.graphs == wanted.graphs and got.tables == wanted.tables
     assert (got.model, got.precision) == (wanted.model, wanted.precision)
     assert got.bundle_bytes == pytest.approx(wanted.bundle_bytes, rel=0.02)
+
+
+def test_a_decoder_in_parts_has_the_sizes_of_its_parts(mini_checkpoint: Path, tmp_path: Path) -> None:
+    options = {"precision": "int4", "components": ["base_ar", "token_embedding"], "part_bytes": 60_000}
+    bundle = export(str(mini_checkpoint), out=tmp_path / "b", **options)
+    wanted = sizes_from_bundle(Bundle.open(bundle))
+    got = sizes_from_source(
+        find_source(str(mini_checkpoint)), "int4", ["base_ar", "token_embedding"], part_bytes=60_000
+    )
+    assert got.graphs == wanted.graphs and len(got.graphs) > 1
+    assert got.tables == wanted.tables and got.tables["token_embedding"] > 0
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -46,6 +58,9 @@ def test_a_release_needs_no_file_and_no_network(
     assert sizes.weights["base_ar"] == pytest.approx(2 * facts["layers"] * layer, rel=1e-4)
     assert sizes.weights["stacked_ar"] == pytest.approx(2 * facts["stacked"] * layer, rel=1e-4)
     assert sizes.weights["text_head"] == 2 * base * facts["vocab"]
+    assert sizes.tables["token_embedding"] == (0 if facts["tied"] else 2 * base * facts["vocab"])
+    assert sizes.tables["image_embedding"] == 0  # the head's file holds it
+    assert sum(name.startswith("base_ar/") for name in sizes.graphs) > 1
     int4 = sizes_from_source(source, "int4").weights["base_ar"]
     assert int4 / sizes.weights["base_ar"] == pytest.approx((0.5 + 2 / 128) / 2, rel=0.01)
     assert largest_tensor_bytes(source.config) == 4 * base * facts["vocab"]

@@ -1,0 +1,87 @@
+"""Sessions of the components that are tables: the host reads rows of a memory-mapped weight.
+
+An engine would hold the whole weight in device memory to read one row of it per step. Only the rows that are
+asked for are read here, and a weight that a graph uses too lies in the bundle once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ..bundle.bfloat16 import float32_from_bits
+from ..bundle.manifest import ComponentSpec
+from ..bundle.reader import Bundle
+from ..bundle.tensors import check_array, check_binding
+from ..errors import InputError
+from . import Buffer, closed
+
+
+class ArrayBuffer:
+    """Zeroed host memory, for callers that need no other session's."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str):
+        self.shape, self.dtype = tuple(shape), dtype
+        self.array = np.zeros(self.shape, dtype)
+
+    def write(self, array: np.ndarray) -> None:
+        """Copy `array` into the buffer. Raises InputError unless its shape, dtype and layout match."""
+        check_array(array, shape=self.shape, dtype=self.dtype)
+        self.array[...] = array
+
+    def read(self) -> np.ndarray:
+        """Return the contents as a view, which the next step changes."""
+        return self.array
+
+
+class TableSession:
+    """One table. `engines.sessions.Session` is its protocol; it takes buffers of every backend."""
+
+    capacity_tokens: int | None = None
+    prefill_tokens: int | None = None
+
+    def __init__(self, bundle: Bundle, name: str):
+        table, path = bundle.table(name)
+        self.name, self.rows = name, table.shape[0]
+        self.spec = ComponentSpec(table.file, None, table.golden, table.inputs, table.outputs)
+        stored = np.dtype("<u2" if table.dtype == "bfloat16" else table.dtype)
+        self._weight: np.ndarray | None = np.memmap(
+            path, stored, mode="r", offset=table.offset, shape=table.shape
+        )
+        self._bits = table.dtype == "bfloat16"
+
+    def buffer(self, shape: tuple[int, ...], dtype: str) -> ArrayBuffer:
+        """Allocate a zeroed buffer on the host."""
+        return ArrayBuffer(shape, dtype)
+
+    def bind(self, tensors: Mapping[str, Buffer]) -> Callable[[], None]:
+        """Check `tensors` and return a step, which reads the ids and writes their rows. Raises InputError.
+
+        The step raises InputError for an id that is not a row.
+        """
+        self._open()
+        check_binding(self.spec, tensors)
+        ids, rows = tensors[self.spec.inputs[0].name], tensors[self.spec.outputs[0].name]
+
+        def step() -> None:
+            wanted = ids.read()
+            if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.rows):
+                raise InputError(
+                    "An id is not a row of the table",
+                    where=f"{self.name}: expected 0 to {self.rows - 1}, got {wanted.min()} to {wanted.max()}",
+                    fix="use ids of this bundle's vocabulary",
+                )
+            found = self._open()[wanted]
+            rows.write(float32_from_bits(found) if self._bits else found.astype(np.float32))
+
+        return step
+
+    def close(self) -> None:
+        """Release the file. Bound steps can no longer run."""
+        self._weight = None
+
+    def _open(self) -> np.ndarray:
+        if self._weight is None:
+            raise closed(self.name)
+        return self._weight

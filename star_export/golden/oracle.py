@@ -1,0 +1,114 @@
+"""The oracle of an export: the reference with its weights rounded as the bundle stores them.
+
+A released model whole in float32 takes 25 GB and more, so the weights stay in the memory-mapped checkpoint:
+those of a module are read and rounded just before it runs, and dropped after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from reference.config import StarConfig
+from reference.containers import LazyTensor
+
+from ..graph.quantize import Precision, rounded
+from ..graph.wrappers import FoldedStar
+
+KEPT = 1 << 16  # numbers; a weight of so few is read once and kept
+
+
+def streamed_star(
+    config: StarConfig,
+    tensors: Mapping[str, LazyTensor],
+    precision: Precision,
+    *,
+    rope_bf16: bool,
+    dtype: torch.dtype = torch.float32,
+) -> FoldedStar:
+    """The reference in `dtype`, on the CPU, with every weight of `tensors` rounded as `precision` stores it.
+
+    Its large weights are on the meta device except while the module that they belong to runs, or while it is
+    `resident`. Running it raises CheckpointError for weights that are not finite.
+    """
+    with torch.device("meta"):
+        star = FoldedStar(config, rope_bf16=rope_bf16)
+    star = star.to(dtype).eval().requires_grad_(False)
+    for name, value in star.constants().items():
+        module, _, buffer = name.rpartition(".")
+        setattr(star.get_submodule(module), buffer, value)
+
+    def read(name: str) -> Tensor:
+        return rounded(name, tensors[name].load(), precision).to(dtype)
+
+    for prefix, module in star.named_modules():
+        names = {key: f"{prefix}.{key}" for key, _ in module.named_parameters(recurse=False)}
+        if isinstance(module, nn.Embedding):
+            _read_rows(module, names["weight"], tensors, precision, dtype)
+            continue
+        for key, name in names.items():
+            if getattr(module, key).numel() <= KEPT:
+                setattr(module, key, nn.Parameter(read(name), requires_grad=False))
+        large = {key: name for key, name in names.items() if getattr(module, key).is_meta}
+        if large:
+            _Streamed(module, module, large, read)
+    _Streamed(
+        star.vq_encoder, star.codebook, {"weight": "codebook.weight"}, read
+    )  # it compares with all rows
+    return star
+
+
+@contextlib.contextmanager
+def resident(*modules: nn.Module) -> Iterator[None]:
+    """Keep the weights of `modules` of a streamed Star in memory during the block, to run them repeatedly."""
+    within = [inner for module in modules for inner in module.modules()]
+    held = [s for inner in within if isinstance(s := getattr(inner, "streamed", None), _Streamed)]
+    try:
+        for streamed in held:
+            streamed.load()
+            streamed.held = True
+        yield
+    finally:
+        for streamed in held:
+            streamed.held = False
+            streamed.drop()
+
+
+class _Streamed:
+    """Loads parameters of `owner` (key -> weight's name) before `module` runs, and drops them after it."""
+
+    def __init__(
+        self, module: nn.Module, owner: nn.Module, names: Mapping[str, str], read: Callable[[str], Tensor]
+    ):
+        self.owner, self.names, self.read, self.held = owner, names, read, False
+        self.empty = {key: getattr(owner, key) for key in names}
+        module.streamed = self  # type: ignore[assignment]
+        module.register_forward_pre_hook(lambda *_: None if self.held else self.load())
+        module.register_forward_hook(lambda *_: None if self.held else self.drop(), always_call=True)
+
+    def load(self) -> None:
+        for key, name in self.names.items():
+            setattr(self.owner, key, nn.Parameter(self.read(name), requires_grad=False))
+
+    def drop(self) -> None:
+        for key, parameter in self.empty.items():
+            setattr(self.owner, key, parameter)
+
+
+def _read_rows(
+    module: nn.Embedding,
+    name: str,
+    tensors: Mapping[str, LazyTensor],
+    precision: Precision,
+    dtype: torch.dtype,
+) -> None:
+    """Let an embedding read only the rows that it is asked for: rounding is row by row."""
+
+    def forward(input: Tensor) -> Tensor:
+        rows = rounded(name, tensors[name].load()[input.reshape(-1)], precision)
+        return rows.to(dtype).unflatten(0, input.shape)
+
+    module.forward = forward  # type: ignore[method-assign]
