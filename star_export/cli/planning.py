@@ -87,12 +87,13 @@ def text_from_plan(answer: Plan) -> str:
 
 
 def _store_line(store: Store) -> tuple[str, ...]:
+    taken = store.export
     return (
         store.precision,
         text_from_bytes(store.bundle_bytes),
-        _bytes(store.export_disk_bytes),
-        _bytes(store.export_memory_bytes, about=True),
-        _minutes(store.export_seconds),
+        _bytes(store.bundle_bytes + taken.scratch_bytes if taken else None),
+        _bytes(taken.memory_bytes if taken else None, about=True),
+        _minutes(taken.seconds if taken else None),
         _bytes(store.free_disk_bytes),
         _bytes(store.free_memory_bytes),
     )

@@ -21,10 +21,17 @@ RESIDENT, IN_TURN, NO = "resident", "in turn", "no"
 
 
 @dataclass(frozen=True)
-class Store:
-    """A bundle in one precision: its disk, and what its export takes (None for a bundle that exists).
+class Export:
+    """What an export takes: the disk that it uses beside the bundle and frees, its memory and its time."""
 
-    `export_disk_bytes` counts the bundle and what the export writes beside it and removes.
+    scratch_bytes: int
+    memory_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Store:
+    """A bundle in one precision, and what its `export` takes (None for a bundle that exists).
 
     `free_disk_bytes` and `free_memory_bytes` are those of this machine, None where unknown.
     """
@@ -32,9 +39,7 @@ class Store:
     precision: str
     bundle_bytes: int
     weights: dict[str, int]
-    export_disk_bytes: int | None
-    export_memory_bytes: int | None
-    export_seconds: float | None
+    export: Export | None
     free_disk_bytes: int | None
     free_memory_bytes: int | None
 
@@ -171,18 +176,16 @@ def _known(source: str, precisions: Sequence[str]) -> tuple[dict[str, Sizes], li
     found = find_source(source)
     known = {precision: sizes_from_source(found, precision) for precision in PRECISIONS}
     largest, scratch = largest_tensor_bytes(found.config), scratch_bytes(found.config)
-    return known, [_store(sizes, largest, scratch) for sizes in known.values()]
+    exported = Export(scratch, work.export_memory(largest), work.export_seconds(known["fp32"]))
+    return known, [_store(sizes, exported) for sizes in known.values()]
 
 
-def _store(sizes: Sizes, largest_tensor_bytes: int | None, scratch_bytes: int = 0) -> Store:
-    exported = largest_tensor_bytes is not None
+def _store(sizes: Sizes, exported: Export | None) -> Store:
     return Store(
         precision=sizes.precision,
         bundle_bytes=sizes.bundle_bytes,
         weights=sizes.weights,
-        export_disk_bytes=sizes.bundle_bytes + scratch_bytes if exported else None,
-        export_memory_bytes=work.export_memory(largest_tensor_bytes) if largest_tensor_bytes else None,
-        export_seconds=work.export_seconds(sizes) if exported else None,
+        export=exported,
         free_disk_bytes=machine.free_disk("."),
         free_memory_bytes=machine.free_memory(),
     )

@@ -140,6 +140,7 @@ def largest_tensor_bytes(config: StarConfig, names: Sequence[str] = tuple(COMPON
     return max(map(math.prod, shapes), default=0) * ITEM_BYTES["float32"]
 
 
+@functools.lru_cache(maxsize=256)
 def golden_bytes(part: Part, config: StarConfig) -> int:
     """Size of the golden file of one graph or table, which hardly depends on the precision."""
     inputs, outputs = boundary(part, config, "float32")
