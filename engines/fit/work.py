@@ -13,8 +13,8 @@ from pathlib import Path
 from .machine import check_disk, check_memory
 from .sizes import Sizes
 
-# Export: the peak is a base (torch, tracing) and copies of the largest tensor in float32. STAR-3B in int4: peak
-# 2.3 GB, and 206 seconds for all but the golden tensors of whole runs, which take longer still.
+# Export: the peak is a base (torch, tracing) and copies of the largest tensor in float32. STAR-3B in int4
+# took at most 2.3 GB, and 206 seconds for all but the golden tensors of whole runs, which take longer.
 EXPORT_BASE_BYTES, EXPORT_TENSORS = 500_000_000, 1.6
 EXPORT_BASE_S, EXPORT_S_PER_GB = 30, 30  # seconds, and per gigabyte of the weights in fp32
 EXPORT_FLOOR_BYTES = 100_000_000  # what any export takes beyond the packages that it has imported

@@ -74,6 +74,7 @@ def test_what_was_used_longest_ago_is_given_back(mini_bundle: Path) -> None:
             sessions["vq_decoder"].bind({})
 
 
+# Row 54
 def test_a_budget_below_the_largest_stage_is_refused_before_loading(mini_bundle: Path) -> None:
     with Star(mini_bundle) as star:
         budget = star.loaded.sizes.weights["base_ar"]

@@ -326,6 +326,7 @@ def test_all_components_are_built_for_three_targets_as_the_manifest_says(bundle_
         assert all(r.skipped for r in build.build_plans(bundle, [target]))
 
 
+# Row 53
 @pytest.mark.parametrize("probe", ["free_disk", "free_memory"])
 def test_too_little_disk_or_memory_is_refused_before_anything_is_built(bundle, monkeypatch, probe):
     monkeypatch.setattr(f"engines.fit.machine.{probe}", lambda *_: 100)

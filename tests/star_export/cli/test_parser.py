@@ -318,10 +318,10 @@ def test_memory_is_in_powers_of_1000() -> None:
 
 
 def test_plan_prints_tables_and_json(mini_bundle: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ["plan", "star-3b", "--target", "h200", "--target", "rtx-4060", "--precision", "int4"]
+    words = ["plan", "star-3b", "--target", "h200", "--target", "rtx-4060", "--precision", "bf16"]
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert "never" in text and "0.06 of the limit" in text and "edit fits only in turn" in text
+    assert "never" in text and "0.24 of the limit" in text and "ask fits only in turn" in text
     assert main([*words, "--json"]) == 0
     assert [p["target"] for p in json.loads(capsys.readouterr().out)["places"]] == ["h200", "rtx-4060"]
     assert main(["plan", str(mini_bundle)]) == 0

@@ -16,6 +16,7 @@ from engines.fit.work import EXPORT_FLOOR_BYTES, check_export
 from star_export.exporter.export import export
 
 
+# Row 51
 @pytest.mark.parametrize("probe", ["free_disk", "free_memory"])
 def test_too_little_disk_or_memory_is_refused_and_nothing_is_left(
     probe: str, mini_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -48,8 +49,8 @@ def memory(field):
     return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
 check_room = exporter.check_room
-def watched(*arguments):
-    check_room(*arguments)
+def watched(*arguments, **options):
+    check_room(*arguments, **options)
     print(memory("VmRSS"), memory("VmSize"))
 exporter.check_room = watched
 exporter.export(sys.argv[1], out=sys.argv[2], components=["base_ar"])

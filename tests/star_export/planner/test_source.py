@@ -70,6 +70,7 @@ def test_the_hub_id_of_a_release_is_the_release() -> None:
     assert find_source(RELEASES["star-3b"].star.repository) == find_source("star-3b")
 
 
+# Row 52
 def test_a_source_that_is_not_here_is_not_downloaded() -> None:
     with refused("downloads nothing", "someone/else", "star-3b"):
         find_source("someone/else")
