@@ -16,6 +16,7 @@ from engines.bundle.manifest import PART, TensorSpec
 from reference.config import DecoderConfig, StarConfig
 
 TOP_K_LIMIT = 2048  # the candidates that `image_head` ranks; TensorRT's TopK accepts at most 3840
+PART_BYTES = 1 << 30  # a decoder whose weights take more is stored in parts
 # Largest share of an image's ids, or a teacher-forced run's ids, that may differ; measured: 0.0625 in bf16.
 FLIPPED_IDS = 0.25
 

@@ -1,7 +1,7 @@
 """STAR on a device: generate, edit and answer. `Star` and its results are the public API of `engines`.
 
 Prompts and images become arrays, and components run in sessions of one backend, which are opened on first use
-and kept. This needs neither torch nor transformers.
+(`loaded.py`). This needs neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..bundle.manifest import SamplingSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array
 from ..errors import InputError, UsageError
+from ..fit.memory import ANSWER, DRAW, Use
 from ..inputs.image_io import check_image, read_image
 from ..inputs.preprocess import (
     MAX_PIXELS,
@@ -27,8 +28,9 @@ from ..inputs.preprocess import (
 )
 from ..inputs.prompt import Chat, Prompt, check_length
 from ..progress import Progress, silent
-from ..sessions import Session, check_backend, open_session, run
+from ..sessions import Session, check_backend, run
 from .decode import ImageLoop, TextLoop
+from .loaded import Loaded
 from .sampler import check_sampling, uniforms
 
 IMAGES_LIMIT = 128  # images in one call; each needs two cache rows
@@ -57,16 +59,20 @@ class Answer:
 class Star:
     """A bundle, ready to run on `backend`: `onnxruntime` (CPU), `onnxruntime-cuda` or `tensorrt:TARGET`.
 
-    A context manager, for one thread at a time. Raises InputError for an invalid bundle and UsageError for an
-    unknown backend; the first use raises MissingError when the executor or device is missing.
+    A context manager, for one thread at a time. `memory` is a budget in bytes for weights, caches and
+    buffers: components are then loaded in turn where they do not fit together. Raises InputError for an
+    invalid bundle and UsageError for an unknown backend; the first use raises MissingError when the executor
+    or device is missing, and a task when its memory is.
     """
 
-    def __init__(self, bundle: str | Path | Bundle, *, backend: str = "onnxruntime"):
+    def __init__(
+        self, bundle: str | Path | Bundle, *, backend: str = "onnxruntime", memory: int | None = None
+    ):
         check_backend(backend)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.backend, self.model = backend, self.bundle.manifest.model
         self.chat = Chat.from_bundle(self.bundle)
-        self._sessions: dict[str, Session] | None = {}
+        self.loaded = Loaded(self.bundle, backend=backend, memory_bytes=memory)
 
     def __enter__(self) -> Star:
         return self
@@ -76,21 +82,12 @@ class Star:
 
     def close(self) -> None:
         """Close all sessions. The object cannot be used again."""
-        sessions, self._sessions = self._sessions or {}, None
-        for session in sessions.values():
-            session.close()
+        self.loaded.close()
 
     def session(self, component: str) -> Session:
         """The session of `component`, which is opened on first use. Raises InputError after `close`."""
-        if self._sessions is None:
-            raise InputError(
-                "This runtime is closed",
-                where=f"{self.bundle.path}: expected an open runtime, got a closed one",
-                fix="open the bundle again: Star(bundle)",
-            )
-        if component not in self._sessions:
-            self._sessions[component] = open_session(self.bundle, component, backend=self.backend)
-        return self._sessions[component]
+        (session,) = self.loaded.sessions(component)
+        return session
 
     def generate(
         self,
@@ -124,6 +121,8 @@ class Star:
         )
         answer = None
         if reason:
+            least = self.loaded.use(rows=2 * num_images, tokens=self.model.image_tokens, prompt_tokens=1)
+            self.loaded.check("reason", least)
             answer = self._answered(self.chat.question_prompt(prompt), max_new_tokens, progress).text
             drawn = self.chat.reason_prompt(prompt, answer, num_images=num_images)
         else:
@@ -210,15 +209,9 @@ class Star:
 
     def image_loop(self, *, num_images: int, length: int, tokens: int) -> ImageLoop:
         """A decode loop, with its own buffers, for `tokens` image tokens after prompts of `length` tokens."""
-        base, stacked, head = (self.session(name) for name in ("base_ar", "stacked_ar", "image_head"))
-        return ImageLoop(
-            base,
-            stacked,
-            head,
-            num_images=num_images,
-            tokens=tokens,
-            capacity_tokens=base.capacity_tokens or length + tokens - 1,
-        )
+        use = self._use("base_ar", rows=2 * num_images, length=length, tokens=tokens)
+        sessions = self.loaded.sessions(*DRAW, use=use)
+        return ImageLoop(*sessions, num_images=num_images, tokens=tokens, capacity_tokens=use.capacity_tokens)
 
     def embedded(
         self, prompt: Prompt, *, vision: VisionInputs | None = None, square: np.ndarray | None = None
@@ -247,7 +240,10 @@ class Star:
         square: np.ndarray | None = None,
         answer: str | None = None,
     ) -> Images:
-        self._check_length(prompt.input_ids.shape[1] + self.model.image_tokens - 1, "base_ar", "stacked_ar")
+        rows, length = prompt.input_ids.shape
+        self._check_length(length + self.model.image_tokens - 1, "base_ar", "stacked_ar")
+        use = self._use("base_ar", rows=rows, length=length, tokens=self.model.image_tokens)
+        self.loaded.check("edit" if vision else "generate", use)
         embeds = self.embedded(prompt, vision=vision, square=square)
         ids = self._draw(embeds, prompt.position_ids, settings, progress)
         decoded = run(self.session("vq_decoder"), {"image_ids": ids})["image"]
@@ -257,13 +253,16 @@ class Star:
         self, prompt: Prompt, max_new_tokens: int, progress: Progress, *, vision: VisionInputs | None = None
     ) -> Answer:
         _between("max_new_tokens", max_new_tokens, self.model.max_positions)
-        needed_tokens = prompt.input_ids.shape[1] + max_new_tokens - 1
-        self._check_length(needed_tokens, "base_ar")
-        embedding, base, head = (self.session(name) for name in ("token_embedding", "base_ar", "text_head"))
-        loop = TextLoop(embedding, base, head, capacity_tokens=base.capacity_tokens or needed_tokens)
-        ids = loop.answer(
+        length = prompt.input_ids.shape[1]
+        self._check_length(length + max_new_tokens - 1, "base_ar")
+        use = self._use("base_ar", rows=1, length=length, tokens=max_new_tokens)
+        if vision:
+            self.loaded.check("ask", use)
+        embeds = self.embedded(prompt, vision=vision)
+        sessions = self.loaded.sessions(*ANSWER, use=use)
+        ids = TextLoop(*sessions, capacity_tokens=use.capacity_tokens).answer(
             prompt.input_ids,
-            self.embedded(prompt, vision=vision),
+            embeds,
             prompt.position_ids,
             max_new_tokens=max_new_tokens,
             eos=self.model.tokens.eos,
@@ -304,10 +303,15 @@ class Star:
             top_k, top_p, draws = 1, 1.0, np.zeros_like(draws)
         return {"guidance": cfg, "top_k": top_k, "top_p": top_p, "uniforms": draws}
 
+    def _use(self, decoder: str, *, rows: int, length: int, tokens: int) -> Use:
+        """What a loop takes that draws `tokens` tokens after a prompt: the last token takes no slot."""
+        slots = self.loaded.capacity(decoder) or length + tokens - 1
+        return self.loaded.use(rows=rows, tokens=slots, prompt_tokens=length)
+
     def _check_length(self, needed_tokens: int, *decoders: str) -> None:
         check_length(needed_tokens, limit_tokens=self.model.max_positions, what="prompt")
         for name in decoders:  # a plan may have smaller caches
-            if capacity := self.session(name).capacity_tokens:
+            if capacity := self.loaded.capacity(name):
                 check_length(needed_tokens, limit_tokens=capacity, what="prompt")
 
 

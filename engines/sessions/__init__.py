@@ -15,7 +15,9 @@ import numpy as np
 from ..bundle.manifest import ComponentSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_binding, present_name, shape_from_symbols
-from ..errors import InputError, UsageError
+from ..errors import InputError, MissingError, UsageError
+from ..fit import machine
+from ..targets import target_from_name
 
 UNTARGETED = ("onnxruntime", "onnxruntime-cuda")
 TARGETED = ("tensorrt:", "interpreter:", "interpreter-fp32:")
@@ -95,6 +97,37 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
     from .onnxruntime import OnnxRuntimeSession
 
     return OnnxRuntimeSession(bundle, component, device="cuda" if backend.endswith("-cuda") else "cpu")
+
+
+def plan_capacity(bundle: Bundle, graph: str, *, backend: str) -> int | None:
+    """The slots that the plan of a graph has in its caches, from the plan's record: nothing is loaded.
+
+    None for a backend without plans, and for a graph without caches. Raises UsageError for an unknown
+    target, InputError without a plan.
+    """
+    if not backend.startswith("tensorrt:"):
+        return None
+    from ..tensorrt.plan import plan_spec
+    from ..tensorrt.profiles import CAPACITY, largest
+
+    target = target_from_name(backend.removeprefix("tensorrt:"))
+    _, plan = plan_spec(bundle, target.name, graph)
+    return largest(plan.profiles, bundle.component(graph), axis=CAPACITY)
+
+
+def free_memory(backend: str) -> int | None:
+    """Bytes of memory that are free where `backend` computes; None if that cannot be found out."""
+    if backend == "onnxruntime":
+        return machine.free_memory()
+    if backend.startswith("interpreter"):  # it keeps nothing but what it reads
+        return None
+    from ..tensorrt.device import call
+
+    try:
+        free, _ = call("cudaMemGetInfo")
+    except MissingError:  # opening a session says what is missing
+        return None
+    return int(free)
 
 
 def check_backend(backend: str) -> None:

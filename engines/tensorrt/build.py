@@ -17,6 +17,8 @@ from ..bundle.files import atomic_file, write_atomic
 from ..bundle.manifest import json_from_manifest
 from ..bundle.reader import Bundle
 from ..errors import InputError, UsageError
+from ..fit.sizes import sizes_from_bundle
+from ..fit.work import check_build
 from ..progress import Progress, silent
 from ..targets import Target, target_from_name
 from .compiler import Look, compile_plan
@@ -93,6 +95,7 @@ def build_plans(
         check_precision(bundle, target)
         for name in names:
             plugin_of(bundle, target, name, plans[name], tensorrt_of(target).__version__)
+    check_room(bundle, chosen, names)
     results: list[BuiltPlan] = []
     for target in chosen:
         for name in names:
@@ -134,6 +137,20 @@ def check_precision(bundle: Bundle, target: Target) -> None:
             where=f"{bundle.path}: precision: expected one of {', '.join(target.precisions)}, "
             f"got {precision}",
         )
+
+
+def check_room(bundle: Bundle, targets: list[Target], names: list[str]) -> None:
+    """Check that this machine has the disk and the memory that the absent plans take at least.
+
+    Raises MissingError with the bytes needed and free. Plans that are there may turn out to be unchanged.
+    """
+    absent = [
+        name
+        for target in targets
+        for name in names
+        if not (bundle.path / plan_name(target.name, name)).exists()
+    ]
+    check_build(sizes_from_bundle(bundle), bundle.path, absent)
 
 
 def build_plan(

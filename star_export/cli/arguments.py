@@ -56,6 +56,12 @@ def add_drawing(c: argparse.ArgumentParser) -> None:
 def add_running(c: argparse.ArgumentParser, ids: str) -> None:
     """What every verb that runs a model on a prompt has; `ids` says what `--save-ids` writes."""
     c.add_argument("--save-ids", type=named(".npy"), metavar="F.npy", help=f"also write {ids}")
+    c.add_argument(
+        "--memory",
+        type=memory,
+        metavar="BYTES",
+        help="load components in turn within this budget, such as 8G or 512M (default: keep all loaded)",
+    )
     add_backend(c)
     add_progress(c)
 
@@ -77,6 +83,20 @@ def add_progress(c: argparse.ArgumentParser) -> None:
 def count(text: str) -> int:
     """A whole number of at least 1."""
     return _integer(text, 1, 10**9)
+
+
+def memory(text: str) -> int:
+    """A size in bytes of at least 1: `8G`, `1.5G`, `512M`, `100K` in powers of 1000, or a plain number."""
+    scale = {"K": 10**3, "M": 10**6, "G": 10**9}.get(text[-1:].upper(), 1)
+    try:
+        size = float(text[:-1] if scale > 1 else text) * scale
+    except ValueError:
+        size = math.nan
+    if not 1 <= size < 2**63:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of bytes, such as 8G, 512M or 100000, got {text!r:.40}"
+        )
+    return int(size)
 
 
 def seed(text: str) -> int:

@@ -26,6 +26,7 @@ def generate(
     reason: bool = False,
     max_new_tokens: int = 256,
     save_ids: str | None = None,
+    memory: int | None = None,
     backend: str = "onnxruntime",
     progress: bool = True,
 ) -> Outcome:
@@ -33,7 +34,7 @@ def generate(
     first = Path(output)
     names = [first, *(first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(1, num_images))]
     check_files(output, save_ids)
-    with open_star(bundle, backend) as star, ProgressBar("generate", shown=progress) as bar:
+    with open_star(bundle, backend, memory) as star, ProgressBar("generate", shown=progress) as bar:
         drawn = star.generate(
             prompt,
             cfg=cfg,
@@ -63,12 +64,13 @@ def edit(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     save_ids: str | None = None,
+    memory: int | None = None,
     backend: str = "onnxruntime",
     progress: bool = True,
 ) -> Outcome:
     """Edit an image with `engines.runtime.star.Star.edit`."""
     check_files(output, save_ids)
-    with open_star(bundle, backend) as star, ProgressBar("edit", shown=progress) as bar:
+    with open_star(bundle, backend, memory) as star, ProgressBar("edit", shown=progress) as bar:
         drawn = star.edit(
             image,
             instruction,
@@ -93,23 +95,24 @@ def ask(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     save_ids: str | None = None,
+    memory: int | None = None,
     backend: str = "onnxruntime",
     progress: bool = True,
 ) -> Outcome:
     """Answer a question about an image with `engines.runtime.star.Star.ask`, which is always greedy."""
     check_files(save_ids)
-    with open_star(bundle, backend) as star, ProgressBar("ask", shown=progress) as bar:
+    with open_star(bundle, backend, memory) as star, ProgressBar("ask", shown=progress) as bar:
         limits = _pixel_limits(min_pixels, max_pixels)
         answer = star.ask(image, question, max_new_tokens=max_new_tokens, progress=bar, **limits)
     write_ids(save_ids, answer.ids)
     return Outcome({"answer": answer.text, "ids": answer.ids.tolist()}, answer.text)
 
 
-def open_star(bundle: str, backend: str) -> Star:
-    """Open `bundle` on `backend`."""
+def open_star(bundle: str, backend: str, memory: int | None = None) -> Star:
+    """Open `bundle` on `backend`, within a budget of `memory` bytes if one is given."""
     from engines.runtime.star import Star
 
-    return Star(bundle, backend=backend)
+    return Star(bundle, backend=backend, memory=memory)
 
 
 def _pixel_limits(min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def build_parser() -> Parser:
         _ask,
         _bench,
         _score,
+        _plan,
         _inspect,
         _targets,
         _doctor,
@@ -296,6 +297,43 @@ def _score(commands) -> None:
     )
     add_backend(c)
     add_progress(c)
+
+
+def _plan(commands) -> None:
+    c = _command(
+        commands,
+        "plan",
+        "say what fits where and how fast it can be, from headers alone",
+        "star-3b --target rtx-4060 --target rtx-4090",
+        "star-7b --target thor-jp72 --precision bf16 --precision int4 --rows 4",
+        "star-3b-int4",
+    )
+    c.add_argument(
+        "source",
+        metavar="SOURCE_OR_BUNDLE",
+        help="a bundle, or what `export` takes; nothing is downloaded and no weight is read",
+    )
+    c.add_argument(
+        "--target",
+        action="append",
+        metavar="T",
+        help="a device of `star-export targets`, or cpu for this host (default); may be repeated",
+    )
+    c.add_argument(
+        "--precision",
+        action="append",
+        choices=("fp32", "fp16", "bf16", "int8", "int4"),
+        help="may be repeated (default: all, of a bundle its own)",
+    )
+    c.add_argument(
+        "--rows", type=count, default=2, metavar="N", help="batch, two rows per image (default: 2)"
+    )
+    c.add_argument(
+        "--capacity-tokens",
+        type=count,
+        metavar="N",
+        help="slots of the KV caches (default: the model's positions, at most 2048)",
+    )
 
 
 def _inspect(commands) -> None:

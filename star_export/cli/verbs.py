@@ -17,6 +17,7 @@ from engines.errors import MissingError, UsageError
 
 from .drawing import ask, edit, generate, open_star
 from .outputs import Outcome, check_files, check_folder, table, text_from_bytes
+from .planning import plan
 from .progress_bar import ProgressBar
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "export",
     "generate",
     "inspect",
+    "plan",
     "score",
     "targets",
     "validate",

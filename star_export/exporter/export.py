@@ -20,17 +20,19 @@ from engines.bundle.files import sha256_of
 from engines.bundle.manifest import SCHEMA, ComponentSpec, Manifest, TableSpec
 from engines.bundle.tensors import present_name
 from engines.errors import UsageError
+from engines.fit.work import check_export
 from engines.progress import Progress, silent
 from reference.config import StarConfig, config_from_files
 from reference.containers import LazyTensor, tensors_from_safetensors
 from reference.model import pixel_adapter
 from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 
-from ..components import COMPONENTS, Part, boundary, parts_of, whole
+from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
 from ..golden import record as golden
 from ..graph import lint
 from ..graph.classic import classic_from_graph
 from ..graph.quantize import (
+    INLINE_BYTES,
     PRECISIONS,
     Precision,
     attach_weights,
@@ -40,11 +42,10 @@ from ..graph.quantize import (
 )
 from ..graph.repeat import graph_from_config
 from ..graph.wrappers import TABLE
+from ..planner.source import Source, largest_tensor_bytes, sizes_from_source
 from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
-from .publish import Stage, check_out, staged, write_manifest
+from .publish import Stage, check_out, stage_path, staged, write_manifest
 
-INLINE_BYTES = 1024  # smaller tensors are shapes and scalars, and stay in model.onnx
-PART_BYTES = 1 << 30  # a decoder whose weights take more is stored in parts
 TABLE_FILE = "table.data"
 ROWS = 4096  # of a table that are computed or written at once
 
@@ -90,6 +91,7 @@ def export(
     )
     config = config_from_files(files.config_json, files.qwen_folder)
     tensors = named_tensors(files, config)
+    check_room(config, precision, names, out, part_bytes=part_bytes)
     host_files = tokenizer_files(files) | score_files(files)
     model = model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16)
     inputs = {
@@ -122,6 +124,20 @@ def export(
             ),
         )
     return out
+
+
+def check_room(config: StarConfig, precision: str, names: list[str], out: Path, *, part_bytes: int) -> None:
+    """Check that the disk holds the bundle's weights, and the memory the largest decoder weight in float32.
+
+    Raises MissingError with the bytes needed and free.
+    """
+    decoders = [name for name in names if COMPONENTS[name].quantized]
+    check_export(
+        sizes_from_source(Source(config, copied_bytes=0), precision, names, part_bytes=part_bytes),
+        out,
+        converted_bytes=largest_tensor_bytes(config, decoders),
+        staged=stage_path(out),
+    )
 
 
 VERSIONS = ("star-export", "torch", "onnx", "onnx-ir", "onnxscript")  # what decides the bytes of a bundle

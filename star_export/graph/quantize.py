@@ -28,6 +28,7 @@ from ..components import COMPONENTS
 
 BLOCK_SIZES = (128, 64, 32)  # of int4; the largest one that divides the input features is used
 PIECE = 1 << 17  # numbers that are quantised at once
+INLINE_BYTES = 1024  # smaller tensors are shapes and scalars, and stay in model.onnx
 TRANSPOSED = "transposed"  # metadata of an initializer that stores the transpose of its checkpoint tensor
 
 

@@ -324,3 +324,23 @@ def test_all_components_are_built_for_three_targets_as_the_manifest_says(bundle_
             assert [p.name for p in r.spec.profiles] == (["prefill", "decode"] if cache else ["all"])
             assert r.path.stat().st_size == r.spec.plan.size > 10_000
         assert all(r.skipped for r in build.build_plans(bundle, [target]))
+
+
+@pytest.mark.parametrize("probe", ["free_disk", "free_memory"])
+def test_too_little_disk_or_memory_is_refused_before_anything_is_built(bundle, monkeypatch, probe):
+    monkeypatch.setattr(f"engines.fit.machine.{probe}", lambda *_: 100)
+    refused(MissingError, bundle, "100 bytes", f"too little {probe.removeprefix('free_')} to build")
+    assert not plan_files(bundle)
+
+
+def test_plans_that_are_there_need_no_room(bundle, monkeypatch):
+    built(bundle)
+    monkeypatch.setattr("engines.fit.machine.free_disk", lambda folder: 0)
+    monkeypatch.setattr("engines.fit.machine.free_memory", lambda: 0)
+    assert built(bundle).skipped
+
+
+def test_a_plan_is_at_least_as_large_as_the_weights_of_its_graph(bundle):
+    """That is what a refusal for want of disk demands."""
+    weights = sum(bundle.manifest.files[name].size for name in bundle.weights("base_ar"))
+    assert built(bundle).spec.plan.size >= weights

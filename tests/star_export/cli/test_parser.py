@@ -31,6 +31,7 @@ VERBS = (
     "ask",
     "bench",
     "score",
+    "plan",
     "inspect",
     "targets",
     "doctor",
@@ -44,6 +45,7 @@ REQUIRED = {
     "ask": ["b", "i.png", "q"],
     "bench": ["b"],
     "score": ["b"],
+    "plan": ["s"],
     "inspect": ["x"],
     "targets": [],
     "doctor": [],
@@ -91,6 +93,9 @@ def test_defaults_are_the_models_and_the_releases() -> None:
         ["generate", "b", "p", "-o", "f.png", "--save-ids", "ids.txt"],
         ["ask", "b", "i", "q", "--max-new-tokens", "0"],
         ["ask", "b", "i", "q", "--max-new-tokens", "-1"],
+        ["generate", "b", "p", "-o", "f.png", "--memory", "0"],
+        ["ask", "b", "i", "q", "--memory", "8 apples"],
+        ["plan", "s", "--precision", "fp7"],
         ["export", "s"],
         ["export", "s", "--out", "o", "--precision", "fp7"],
         ["generate", "b", "p", "-o", "f.png", "--gree"],
@@ -177,6 +182,9 @@ def image(tmp_path: Path) -> str:
         (["inspect", "HTML"], 3, "inspect"),
         (["validate", "BUNDLE", "--report", "nowhere/r.html"], 3, "nowhere"),
         (["build", "BUNDLE", "--target", "rtx-1"], 2, "rtx-4090"),
+        (["plan", "nobody/nothing"], 3, "downloads nothing"),
+        (["plan", "BUNDLE", "--target", "rtx-1"], 2, "rtx-4090"),
+        (["generate", "BUNDLE", "p", "-o", "OUT", "--memory", "1K"], 5, "1000 bytes"),
         (["build", "BUNDLE", "--target", "rtx-4090", "--rows", "1"], 2, "rows"),
         (["build", "BUNDLE", "--target", "rtx-4090"], 3, "fp32"),
     ],
@@ -294,6 +302,30 @@ def test_targets_and_doctor_print_a_table_and_json(capsys: pytest.CaptureFixture
     for verb in ("targets", "doctor"):
         assert main([verb]) == 0 and "rtx-4090" in capsys.readouterr().out
         assert main([verb, "--json"]) == 0 and json.loads(capsys.readouterr().out)
+
+
+def test_memory_is_in_powers_of_1000() -> None:
+    def memory(text: str) -> int:
+        return build_parser().parse_args(["ask", "b", "i", "q", "--memory", text]).memory
+
+    assert [memory(text) for text in ("8G", "1.5g", "512M", "3K", "100000")] == [
+        8 * 10**9,
+        1_500_000_000,
+        512 * 10**6,
+        3000,
+        100_000,
+    ]
+
+
+def test_plan_prints_tables_and_json(mini_bundle: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["plan", "star-3b", "--target", "h200", "--target", "rtx-4060", "--precision", "int4"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "never" in text and "0.06 of the limit" in text and "edit fits only in turn" in text
+    assert main([*words, "--json"]) == 0
+    assert [p["target"] for p in json.loads(capsys.readouterr().out)["places"]] == ["h200", "rtx-4060"]
+    assert main(["plan", str(mini_bundle)]) == 0
+    assert "this" not in capsys.readouterr().err
 
 
 def test_exporting_without_the_hosts_packages_names_the_extra(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from engines.bundle.reader import Bundle
+from engines.fit.sizes import sizes_from_bundle
 from star_export.exporter.export import export
+from star_export.planner.source import find_source, sizes_from_source
 from star_export.validator.ladder import validate
 from star_export.validator.score import SCORE
 
@@ -21,6 +23,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_bundle_holds_what_the_reference_reached_and_how_it_draws(bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
     assert SCORE in manifest.files and manifest.model.name == "STAR-Nano" and manifest.precision == "bf16"
+
+
+def test_the_bundle_has_the_sizes_that_its_plan_predicts(bundle: Path) -> None:
+    wanted, got = sizes_from_bundle(Bundle.open(bundle)), sizes_from_source(find_source("nano"), "bf16")
+    assert (got.graphs, got.tables, got.model) == (wanted.graphs, wanted.tables, wanted.model)
+    assert got.bundle_bytes == pytest.approx(wanted.bundle_bytes, rel=0.02)
 
 
 @pytest.mark.slow

@@ -1,0 +1,99 @@
+"""Memory that a task takes: the components that it needs at the same time, their caches and their buffers.
+
+Loaded in turn, a task needs memory for its largest stage; resident, for all of its components at once. These
+are lower bounds: `workspace_bytes` estimates what an executor takes beyond them and decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..bundle.tensors import ITEM_BYTES
+from .sizes import Sizes
+
+EMBED = ("token_embedding",)
+DRAW = ("base_ar", "stacked_ar", "image_head")
+ANSWER = ("token_embedding", "base_ar", "text_head")
+DECODE = ("vq_decoder",)
+# Task -> its stages in order: the components of a stage are needed at the same time.
+TASKS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "generate": (EMBED, DRAW, DECODE),
+    "edit": (EMBED, ("vq_encoder",), ("image_embedding",), ("vision_encoder",), DRAW, DECODE),
+    "ask": (EMBED, ("vision_encoder",), ANSWER),
+    "reason": (EMBED, ANSWER, DRAW, DECODE),
+}
+PROMPT_TOKENS = 64  # a sentence in the chat template; the templates of an edit are longer
+# Bytes that ONNX Runtime's CPU provider holds of a weight for each byte stored. It widens 16-bit weights to
+# float32 on loading, and int8 weights too (`engines.sessions.onnxruntime`).
+CPU_HELD = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 4, "int4": 1}
+CPU_HELD_DENSE = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 2, "int4": 2}  # of components without caches
+IMAGE_WORKSPACE = 128  # estimate of the VQ model's working memory / bytes of an image in float32
+SCORES_WORKSPACE = 2  # attention scores of one layer that exist at a time, in float32
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a model is used: `rows` of a batch (two per image), the `capacity_tokens` of its caches and the
+    `prefill_tokens` of its longest prompt. `on_cpu` tells whether ONNX Runtime's CPU provider runs it."""
+
+    rows: int
+    capacity_tokens: int
+    prefill_tokens: int
+    on_cpu: bool
+
+
+@dataclass(frozen=True)
+class TaskMemory:
+    """Bytes that a task takes with all of its components `resident`, and with each stage loaded `in_turn`.
+
+    `components` are all that it needs, and `largest` those of the largest stage.
+    """
+
+    task: str
+    components: tuple[str, ...]
+    resident_bytes: int
+    in_turn_bytes: int
+    largest: tuple[str, ...]
+
+
+def weight_bytes(sizes: Sizes, component: str, *, on_cpu: bool) -> int:
+    """Bytes that an executor holds of the component's weights; none of a table's."""
+    held = CPU_HELD if component in sizes.model.cache else CPU_HELD_DENSE
+    return sizes.weights.get(component, 0) * (held[sizes.precision] if on_cpu else 1)
+
+
+def loop_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:
+    """Bytes of the caches of `components`, and of the activations that a decode loop keeps and hands on."""
+    decoders = [name for name in components if name in sizes.model.cache]
+    if not decoders:
+        return 0
+    rows = 1 if "text_head" in components else use.rows
+    caches = sum(sizes.cache_bytes(name, rows=rows, capacity_tokens=use.capacity_tokens) for name in decoders)
+    if use.on_cpu:  # the fp32 twin keeps its caches in float32
+        caches = caches * ITEM_BYTES["float32"] // sizes.cache_item_bytes
+    one = rows * sizes.model.hidden_size * ITEM_BYTES["float32"]
+    return caches + one * (1 + len(decoders)) * (1 + use.prefill_tokens)
+
+
+def stage_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:
+    """Bytes that `components` take together: their weights, caches and buffers."""
+    weights = sum(weight_bytes(sizes, name, on_cpu=use.on_cpu) for name in components)
+    return weights + loop_bytes(sizes, components, use)
+
+
+def task_memory(sizes: Sizes, task: str, use: Use) -> TaskMemory:
+    """What `task` takes resident and loaded in turn."""
+    stages = TASKS[task]
+    largest = max(stages, key=lambda stage: stage_bytes(sizes, stage, use))
+    names = tuple(dict.fromkeys(name for stage in stages for name in stage))
+    weights = sum(weight_bytes(sizes, name, on_cpu=use.on_cpu) for name in names)
+    loops = max(loop_bytes(sizes, stage, use) for stage in stages)
+    return TaskMemory(task, names, weights + loops, stage_bytes(sizes, largest, use), largest)
+
+
+def workspace_bytes(sizes: Sizes, use: Use) -> int:
+    """An estimate of an executor's working memory: the larger of a prefill's attention and the VQ model."""
+    heads = max(sizes.model.hidden_size // c.head_dim for c in sizes.model.cache.values())
+    scores = heads * use.rows * use.prefill_tokens * use.capacity_tokens
+    pixels = 3 * sizes.model.image_size**2 * max(1, use.rows // 2)
+    return max(scores * SCORES_WORKSPACE, pixels * IMAGE_WORKSPACE) * ITEM_BYTES["float32"]

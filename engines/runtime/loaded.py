@@ -1,0 +1,112 @@
+"""The components of a bundle that are loaded, within a budget of memory if there is one.
+
+Components are opened on first use and kept. With a budget, those that were used longest ago are given back
+when others need their memory, and are opened again when they are needed again. What cannot succeed is refused
+before anything is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..bundle.reader import Bundle
+from ..errors import InputError, MissingError, UsageError
+from ..fit.machine import check_memory, sized
+from ..fit.memory import Use, loop_bytes, task_memory, weight_bytes
+from ..fit.sizes import sizes_from_bundle
+from ..sessions import Session, free_memory, open_session, plan_capacity
+
+FIX = "use a bundle of a smaller precision, fewer images or a shorter prompt"
+
+
+class Loaded:
+    """The open sessions of `bundle` on `backend`.
+
+    `memory_bytes` bounds the weights, caches and buffers that are held at a time; None keeps all that was
+    opened.
+    """
+
+    def __init__(self, bundle: Bundle, *, backend: str, memory_bytes: int | None = None):
+        if memory_bytes is not None and memory_bytes < 1:
+            raise UsageError(
+                "memory is out of range",
+                where=f"memory: expected at least 1 byte, got {memory_bytes}",
+                fix="omit it to keep every component loaded",
+            )
+        self.bundle, self.backend, self.memory_bytes = bundle, backend, memory_bytes
+        self.sizes, self.on_cpu = sizes_from_bundle(bundle), backend == "onnxruntime"
+        self.open: dict[str, Session] = {}  # the one used longest ago first
+        self.closed = False
+
+    def close(self) -> None:
+        """Close all sessions. The object cannot be used again."""
+        self.closed = True
+        self._give_back(list(self.open))
+
+    def sessions(self, *components: str, use: Use | None = None) -> list[Session]:
+        """The sessions of `components`, which are needed at the same time, for a loop that is used as `use`.
+
+        Raises MissingError for those that do not fit, and InputError after `close`.
+        """
+        if self.closed:
+            raise InputError(
+                "This runtime is closed",
+                where=f"{self.bundle.path}: expected an open runtime, got a closed one",
+                fix="open the bundle again: Star(bundle)",
+            )
+        buffers = loop_bytes(self.sizes, components, use) if use else 0
+        missing = [name for name in components if name not in self.open]
+        if self.memory_bytes is not None:
+            self._check_budget(self._weights(components) + buffers, components)
+            for name in list(self.open):
+                if self._weights({*self.open, *components}) + buffers > self.memory_bytes:
+                    self._give_back([name] if name not in components else [])
+        if missing:
+            self._check_free(self._weights(missing) + buffers, f"load {', '.join(missing)}", FIX)
+        for name in components:
+            session = self.open.pop(name, None) or open_session(self.bundle, name, backend=self.backend)
+            self.open[name] = session
+        return list(map(self.open.__getitem__, components))
+
+    def capacity(self, decoder: str) -> int | None:
+        """The slots that the decoder's caches have, where a plan or network fixes them."""
+        if self.backend.startswith("interpreter"):
+            return self.sessions(decoder)[0].capacity_tokens
+        return plan_capacity(self.bundle, self.bundle.parts(decoder)[0], backend=self.backend)
+
+    def use(self, *, rows: int, tokens: int, prompt_tokens: int) -> Use:
+        """What a loop of `rows` rows over `tokens` slots after a prompt takes, on this backend."""
+        return Use(rows=rows, capacity_tokens=tokens, prefill_tokens=prompt_tokens, on_cpu=self.on_cpu)
+
+    def check(self, task: str, use: Use) -> None:
+        """Refuse a task that cannot succeed, before anything is loaded for it. Raises MissingError."""
+        taken = task_memory(self.sizes, task, use)
+        if self.memory_bytes is not None:
+            self._check_budget(taken.in_turn_bytes, taken.largest)
+            held = self._weights(self.open)  # could be given back
+            self._check_free(taken.in_turn_bytes - held, task, FIX)
+        else:
+            held = self._weights(name for name in self.open if name in taken.components)
+            in_turn = f"load components in turn: --memory {taken.in_turn_bytes}, or {FIX}"
+            self._check_free(taken.resident_bytes - held, task, in_turn)
+
+    def _weights(self, components: Iterable[str]) -> int:
+        return sum(weight_bytes(self.sizes, name, on_cpu=self.on_cpu) for name in components)
+
+    def _give_back(self, names: list[str]) -> None:
+        for name in names:
+            self.open.pop(name).close()
+
+    def _check_budget(self, needed_bytes: int, components: Iterable[str]) -> None:
+        if self.memory_bytes is not None and needed_bytes > self.memory_bytes:
+            raise MissingError(
+                "The memory budget is too small",
+                where=f"memory: expected at least {sized(needed_bytes)} for {', '.join(components)}, "
+                f"got {sized(self.memory_bytes)}",
+                fix=f"give a larger budget, or {FIX}",
+            )
+
+    def _check_free(self, needed_bytes: int, what: str, fix: str) -> None:
+        free = free_memory(self.backend)
+        if free is not None:
+            check_memory(needed_bytes, what=what, fix=fix, where=self.backend, free_bytes=free)

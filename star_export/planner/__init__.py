@@ -1,0 +1,1 @@
+"""Plans: what an export, its builds and its tasks take, from headers alone."""

@@ -1,0 +1,187 @@
+"""The sizes of a checkpoint's bundle, before it is exported: from shapes, without reading a weight.
+
+The weights are what the export will write, to the byte, and so are the golden tensors but for the headers of
+their files. The graphs are estimated from the number of their tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engines.bundle.manifest import CacheSpec
+from engines.bundle.tensors import ITEM_BYTES, disagreements, shape_from_symbols
+from engines.fit.sizes import Geometry, Sizes
+from reference.config import StarConfig, config_from_files
+from reference.errors import CheckpointError
+from reference.releases import CONFIGS, RELEASES, find_release
+from reference.weights import SHIPPED, named_tensors, resolve_checkpoint
+
+from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
+from ..golden.record import CASES, LARGE, SPECS
+from ..graph import wrappers
+from ..graph.quantize import INLINE_BYTES, PRECISIONS, Precision, block_size
+from ..graph.repeat import layer_of
+
+# Estimates of what is not weights: a graph for each stored tensor, the entry of a golden tensor in its file's
+# header, and Qwen2.5's tokenizer where a release is not downloaded.
+GRAPH_BYTES_PER_TENSOR, GOLDEN_ENTRY_BYTES = 1000, 95
+TOKENIZER_BYTES = 7_000_000
+
+Shapes = dict[str, tuple[int, ...]]  # parameter -> shape, as in the checkpoint
+
+
+@dataclass(frozen=True)
+class Source:
+    """The configuration of a checkpoint, and the size of the files that its bundle takes over unchanged."""
+
+    config: StarConfig
+    copied_bytes: int
+
+
+def find_source(source: str) -> Source:
+    """A release, `nano`, or a checkpoint on this machine, whose headers are compared with its configuration.
+
+    Downloads nothing, and reads no weights. Raises CheckpointError for a source that is not here, and as
+    `named_tensors` does.
+    """
+    if release := find_release(source):
+        folder = CONFIGS / release.base.name  # what of the base model's files the configuration reads
+        return Source(config_from_files(release.config_json, folder), TOKENIZER_BYTES)
+    if source not in SHIPPED and not Path(source).exists():
+        raise CheckpointError(
+            "there is no such source on this machine, and a plan downloads nothing",
+            where=f"{source}: expected a bundle, a folder or JSON of a checkpoint, or one of "
+            f"{', '.join([*SHIPPED, *RELEASES])}",
+            fix="check the spelling, or download the checkpoint and give its folder",
+        )
+    files = resolve_checkpoint(source)
+    config = config_from_files(files.config_json, files.qwen_folder)
+    named_tensors(files, config)
+    return Source(config, (files.qwen_folder / "tokenizer.json").stat().st_size)
+
+
+def sizes_from_source(
+    source: Source,
+    precision: str,
+    names: Sequence[str] = tuple(COMPONENTS),
+    *,
+    part_bytes: int = PART_BYTES,
+) -> Sizes:
+    """The sizes of the bundle that an export in `precision` would write; `names` limits the components."""
+    config, shared, graphs, overhead = source.config, set(), {}, source.copied_bytes
+    tables = {name: weight for name in names if (weight := COMPONENTS[name].table)}
+    for part in [part for name in names for part in _parts(name, config, precision, part_bytes)]:
+        overhead += golden_bytes(part, config)
+        if part.component in tables:
+            continue
+        shapes = shapes_of(part, config)
+        stored = stored_tensors(shapes, PRECISIONS[precision])
+        graphs[part.name] = sum(size for size in stored if size > INLINE_BYTES)
+        overhead += len(stored) * GRAPH_BYTES_PER_TENSOR * (2 if precision == "fp32" else 3)  # with the twin
+        shared |= set(shapes)
+    rows = {name: shapes_of(whole(name, config), config)[weight] for name, weight in tables.items()}
+    item = ITEM_BYTES[PRECISIONS[precision].dtype_name]
+    own = {name: 0 if weight in shared else math.prod(rows[name]) * item for name, weight in tables.items()}
+    return Sizes(
+        model=geometry_of(config),
+        precision=precision,
+        graphs=graphs,
+        tables=own,
+        bundle_bytes=sum(graphs.values()) + sum(own.values()) + overhead,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def shapes_of(part: Part, config: StarConfig) -> Shapes:
+    """Name -> shape of every parameter that one graph or table holds."""
+    star = _meta_star(config)
+    names = {id(parameter): key for key, parameter in star.named_parameters()}
+    module = wrappers.wrapper_of(part, star)
+    shapes = {names[id(parameter)]: tuple(parameter.shape) for parameter in module.parameters()}
+    if part.layers is None:
+        return shapes
+    last = part.layers.stop == whole(part.component, config).layers.stop  # type: ignore[union-attr]
+    held = {name: layer_of(name) for name in shapes}
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if (last if held[name] is None else held[name] in part.layers)
+    }
+
+
+def stored_tensors(shapes: Shapes, precision: Precision) -> list[int]:
+    """Sizes of the tensors that parameters of these shapes are stored as: themselves, or codes and scales."""
+    sizes, item = [], ITEM_BYTES[precision.dtype_name]
+    for name, shape in shapes.items():
+        numbers, block = math.prod(shape), block_size(name, shape, precision)
+        if block is None or precision.bits is None:
+            sizes.append(numbers * item)
+        else:
+            sizes += [numbers * precision.bits // 8, numbers // block * item]
+    return sizes
+
+
+def scratch_bytes(config: StarConfig) -> int:
+    """What an export writes beside the bundle and removes: the table of image embeddings in float32."""
+    return config.vq.codebook_size * config.base_ar.hidden_size * ITEM_BYTES["float32"]
+
+
+def largest_tensor_bytes(config: StarConfig, names: Sequence[str] = tuple(COMPONENTS)) -> int:
+    """Size of the largest parameter in float32: what an export converts at a time."""
+    parts = [whole(name, config) for name in names]
+    shapes = [shape for part in parts for shape in shapes_of(part, config).values()]
+    return max(map(math.prod, shapes), default=0) * ITEM_BYTES["float32"]
+
+
+@functools.lru_cache(maxsize=256)
+def golden_bytes(part: Part, config: StarConfig) -> int:
+    """Size of the golden file of one graph or table, which hardly depends on the precision."""
+    inputs, outputs = boundary(part, config, "float32")
+    numbers = sum(parameter.numel() for parameter in _meta_star(config).parameters())
+    total, spec = 0, SPECS[numbers > LARGE]
+    for feeds in CASES[part.component](config, np.random.default_rng(0), spec, part).values():
+        symbols: dict[str, tuple[int, str]] = {}
+        for tensor in inputs:
+            disagreements(tensor, feeds[tensor.name], symbols)
+        sizes = {symbol: size for symbol, (size, _) in symbols.items()}
+        for tensor in (*inputs, *outputs):
+            total += math.prod(shape_from_symbols(tensor.shape, sizes)) * ITEM_BYTES[tensor.dtype]
+            total += GOLDEN_ENTRY_BYTES
+    return total
+
+
+def geometry_of(config: StarConfig) -> Geometry:
+    """The sizes in a checkpoint's configuration."""
+    decoders = {"base_ar": config.base_ar, "stacked_ar": config.stacked_ar}
+    return Geometry(
+        name=config.name,
+        hidden_size=config.base_ar.hidden_size,
+        vocab_size=config.vocab_size,
+        codebook_size=config.vq.codebook_size,
+        image_tokens=config.vq.image_tokens,
+        image_size=config.vq.image_size,
+        max_positions=config.base_ar.max_positions,
+        cache={
+            name: CacheSpec(decoder.num_layers, decoder.num_kv_heads, decoder.head_dim)
+            for name, decoder in decoders.items()
+        },
+    )
+
+
+def _parts(name: str, config: StarConfig, precision: str, part_bytes: int) -> list[Part]:
+    """The graphs that the export divides a component into."""
+    stored = sum(stored_tensors(shapes_of(whole(name, config), config), PRECISIONS[precision]))
+    return parts_of(name, config, weight_bytes=stored, part_bytes=part_bytes)
+
+
+@functools.lru_cache(maxsize=2)
+def _meta_star(config: StarConfig) -> wrappers.FoldedStar:
+    with torch.device("meta"):
+        return wrappers.FoldedStar(config)

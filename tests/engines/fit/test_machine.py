@@ -1,0 +1,96 @@
+"""What is free is the least of what machine, control groups and limits leave; too little is exit code 5."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engines.errors import MissingError
+from engines.fit import machine
+
+GB = 10**9
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for / with 8 GB available and no limits."""
+    proc = tmp_path / "proc"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\nSwapFree: 0 kB\n")
+    monkeypatch.setattr(machine, "PROC", proc)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    return tmp_path
+
+
+def group(system: Path, path: str, line: str, **files: object) -> None:
+    folder = system / "cgroup" / path
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(str(text))
+    (system / "proc/self/cgroup").write_text(line)
+
+
+def test_the_machine_alone_leaves_what_is_available_and_its_swap(system: Path) -> None:
+    assert machine.free_memory() == 8_000_000 * 1024
+    (system / "proc/meminfo").write_text("MemAvailable: 1000 kB\nSwapFree: 500 kB\n")
+    assert machine.free_memory() == 1500 * 1024
+
+
+def test_a_group_of_version_2_leaves_its_limit_less_its_use_but_for_the_pages_of_files(system: Path) -> None:
+    stat = "anon 1\ninactive_file 200000000\nactive_file 100000000\n"
+    group(system, "a/b", "0::/a/b\n", memory__max="max\n", memory__current=0)
+    assert machine.free_memory() == 8_000_000 * 1024  # no limit
+    group(system, "a", "0::/a/b\n", memory__max=GB, memory__current=900_000_000, memory__stat=stat)
+    assert machine.free_memory() == 400_000_000  # the limit of the group above
+
+
+def test_a_group_of_version_1_is_found_among_other_controllers(system: Path) -> None:
+    line = "5:cpu:/x\n4:memory:/x\n1:name=systemd:/\n"
+    stat = "inactive_file 9\ntotal_inactive_file 50000000\ntotal_active_file 0\n"
+    files = {"memory__limit_in_bytes": GB, "memory__usage_in_bytes": GB, "memory__stat": stat}
+    group(system, "memory/x", line, **files)
+    assert machine.free_memory() == 50_000_000
+    group(system, "memory/x", line, memory__limit_in_bytes=2**63 - 4096)
+    assert machine.free_memory() == 8_000_000 * 1024
+
+
+def test_a_system_that_says_nothing_is_not_checked(system: Path) -> None:
+    (system / "proc/meminfo").unlink()
+    assert machine.free_memory() is None
+    machine.check_memory(10**18, what="do this", fix="f")
+
+
+@pytest.mark.parametrize("kind, field", [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
+def test_a_limit_of_the_process_counts_less_what_the_process_uses(kind: str, field: str) -> None:
+    code = f"""
+import resource
+from engines.fit import machine
+used = machine._fields(machine.PROC / "self/status")["{field}:"] * 1024
+resource.setrlimit(resource.{kind}, (used + 100_000_000, resource.RLIM_INFINITY))
+assert 90_000_000 < machine.free_memory() <= 100_000_000, machine.free_memory()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_disk_of_a_folder_that_does_not_exist_yet_is_its_parents(tmp_path: Path) -> None:
+    assert machine.free_disk(tmp_path / "a" / "b") == pytest.approx(machine.free_disk(tmp_path), rel=0.1)
+
+
+def test_too_little_names_the_bytes_needed_and_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda: 1999)
+    monkeypatch.setattr(machine, "free_disk", lambda folder: 1999)
+    machine.check_memory(1999, what="do this", fix="f")
+    machine.check_disk(1999, "place", what="do this", fix="f")
+    for check in (
+        lambda: machine.check_memory(2000, what="do this", fix="f"),
+        lambda: machine.check_disk(2000, "place", what="do this", fix="f"),
+    ):
+        with pytest.raises(MissingError, match="too little (memory|disk) to do this") as caught:
+            check()
+        assert "2000 bytes" in caught.value.where and "1999 bytes" in caught.value.where
+        assert caught.value.exit_code == 5
