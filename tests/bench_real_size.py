@@ -225,10 +225,10 @@ class Bench:
 
 
 def plain(run: Measured) -> str:
-    """What stays on the terminal when the bars have been wiped."""
+    """What the command said, without its bars."""
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "".join(words for _, words in run.said))
-    lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
-    return "\n".join(line for line in lines if line.strip())
+    lines = re.split(r"[\r\n]+", text)
+    return "\n".join(line for line in lines if line.strip() and not re.search(r"\| .* \[\d+:\d\d", line))
 
 
 def distinct_weights(source: str, precision: str) -> dict[str, int]:
