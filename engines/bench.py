@@ -146,7 +146,7 @@ def in_turns(
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
-        progress("turns", turn, repeats + 1)
+        progress("measure, in turns", turn, repeats + 1)
         for name, call in calls.items():
             synchronize()
             started = time.perf_counter()

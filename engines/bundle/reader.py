@@ -13,6 +13,7 @@ import threading
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError, UsageError, listed
+from ..progress import Progress, Tick, adder, silent, uncounted
 from .files import check_regular, check_relative, read_regular, resolve_inside, sha256_of
 from .manifest import ComponentSpec, Manifest, TableSpec, component_of, manifest_from_json
 from .tensors import ITEM_BYTES
@@ -95,11 +96,11 @@ class Bundle:
                     fix=_RESTORE,
                 )
 
-    def file(self, relative: str) -> Path:
+    def file(self, relative: str, tick: Tick = uncounted) -> Path:
         """Return the path of a listed file after checking its SHA-256.
 
-        The file is hashed on first use, and again when it has changed since. Raises InputError with both hash
-        prefixes when they differ, and when the manifest does not list the file.
+        The file is hashed on first use, and again when it has changed since, ticking in bytes. Raises
+        InputError with both hash prefixes when they differ, and when the manifest does not list the file.
         """
         spec = self.manifest.files.get(relative)
         if spec is None:
@@ -112,8 +113,9 @@ class Bundle:
         with self._lock:
             stamp = _stamp(path)
             if self._verified.get(relative) == stamp:
+                tick(spec.size)
                 return path
-            got = sha256_of(path, where="bundle")
+            got = sha256_of(path, where="bundle", tick=tick)
             if got != spec.sha256 or _stamp(path) != stamp:
                 raise InputError(
                     "This file has changed since the export",
@@ -179,10 +181,11 @@ class Bundle:
             f for f in self.manifest.files if PurePosixPath(f).parent == folder and f.endswith(".data")
         )
 
-    def verify(self) -> None:
+    def verify(self, progress: Progress = silent) -> None:
         """Check the SHA-256 of every file. Raises InputError at the first one that differs."""
+        tick = adder(progress, "hash every file, in bytes", sum(f.size for f in self.manifest.files.values()))
         for relative in self.manifest.files:
-            self.file(relative)
+            self.file(relative, tick)
 
 
 def check_components(manifest: Manifest, *, where: str) -> None:

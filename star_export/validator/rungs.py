@@ -6,10 +6,10 @@ nothing of the ladder that orders the rungs.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import itertools
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from engines.bundle.manifest import ComponentSpec, TableSpec, component_of
 from engines.bundle.tensors import present_name
 from engines.errors import InputError
-from engines.progress import Progress
+from engines.progress import Progress, adder
 from engines.sessions import open_session
 from engines.targets import target_from_name
 from engines.tensorrt.plan import plan_spec
@@ -40,8 +40,7 @@ def files_and_graphs(subject: Subject, progress: Progress) -> tuple[list[Row], s
     Raises InputError.
     """
     manifest = subject.bundle.manifest
-    progress("hash every file", 0, 1)
-    subject.bundle.verify()
+    subject.bundle.verify(progress)
     done = f"{len(manifest.files)} files match their SHA-256"
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir")):
         return [], f"{done}; graphs not checked: onnx is not installed here (export checked them)"
@@ -128,6 +127,7 @@ def decoder_steps(
     model = subject.bundle.manifest.model
     decoders = [name for name in subject.bundle.manifest.components if component_of(name) in model.cache]
     for i, name in enumerate(decoders):
+        progress(f"{name} step by step", i, len(decoders))
         spec = subject.bundle.component(name)
         noise = largest_noise(component_cases(subject.bundle.file(spec.golden), spec).values())
         tolerances = tolerances_of(name, subject.compute, noise)
@@ -137,6 +137,7 @@ def decoder_steps(
             steps, chunk = (
                 min(n, capacity, session.prefill_tokens or capacity) for n in (tokens, chunk_tokens)
             )
+            tick = adder(progress, f"{name} step by step, in steps", 2 * steps)  # at B=1 and B=2
             checks = check_decoder(
                 session,
                 tokens=steps,
@@ -144,7 +145,7 @@ def decoder_steps(
                 capacity_tokens=capacity,
                 tolerances=tolerances,
                 seed=zlib.crc32(name.encode()),
-                tick=_ticker(progress, name, steps, i, len(decoders)),
+                tick=functools.partial(tick, 1),
             )
         finally:
             session.close()
@@ -229,9 +230,3 @@ def _fits(subject: Subject, component: str, session, case: Case) -> bool:
     }
     _, plan = plan_spec(subject.bundle, subject.target, component)
     return any(fits(profile, shapes) for profile in plan.profiles)
-
-
-def _ticker(progress: Progress, name: str, tokens: int, index: int, decoders: int) -> Callable[[], None]:
-    """Count the steps of the decoder `index`: `tokens` of them at B=1, and as many at B=2."""
-    steps = itertools.count(2 * tokens * index + 1)
-    return lambda: progress(f"{name} step by step", next(steps), 2 * tokens * decoders)
