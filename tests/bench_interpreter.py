@@ -31,9 +31,11 @@ def write_layer(folder: Path) -> None:
     from reference.config import config_from_files
     from reference.mini import write_checkpoint
     from reference.weights import resolve_checkpoint
+    from star_export.components import whole
     from star_export.exporter.export import write_component
     from star_export.graph.quantize import PRECISIONS
-    from star_export.graph.trace import graph_from_config, meta_star
+    from star_export.graph.repeat import graph_from_config
+    from star_export.graph.trace import meta_star
 
     write_checkpoint(folder / "mini")
     files = resolve_checkpoint(str(folder / "mini"))
@@ -60,9 +62,8 @@ def write_layer(folder: Path) -> None:
             return torch.randn(self.shape) / self.shape[-1] ** 0.5
 
     tensors = {name: Random(p.shape) for name, p in meta_star(config, rope_bf16=True).named_parameters()}
-    write_component(
-        graph_from_config("base_ar", config, rope_bf16=True), tensors, PRECISIONS["bf16"], folder / "base_ar"
-    )
+    graph = graph_from_config(whole("base_ar", config), config, rope_bf16=True)
+    write_component(graph, tensors, PRECISIONS["bf16"], folder / "base_ar")
 
 
 def peak_bytes(*, reset: bool = False) -> int:

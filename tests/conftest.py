@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The first trace of a checkpoint takes longer than most files. Files that trace the same one run in one
 # process, which traces it once.
-TRACES_MINIATURE = re.compile(r"\b(mini_bundle|bundle_of|graph_from_config|export\(str\(mini)")
+TRACES_MINIATURE = re.compile(r"\b(mini_bundle|bundle_of|graph_from_config|traced_graph|export\(str\(mini)")
 TRACES_NANO = ("validator/test_nano.py", "validator/test_score.py", "plugins/test_tensorrt.py")
 
 

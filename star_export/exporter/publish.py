@@ -30,9 +30,9 @@ def check_out(out: Path) -> None:
     after it renamed the bundle.
     """
     stage = stage_path(out)
-    if out.is_dir() and stage.is_dir() and not (stage / BUNDLE).exists():
-        shutil.rmtree(stage, ignore_errors=True)
     try:
+        if out.is_dir() and stage.is_dir() and not (stage / BUNDLE).exists():
+            shutil.rmtree(stage, ignore_errors=True)
         if out.is_symlink():
             raise _refusal(out, "a symbolic link")
         if out.is_dir() and any(out.iterdir()):

@@ -78,12 +78,17 @@ def repeat_layers(model: ir.Model, layers: int) -> None:
             made.update(zip(node.outputs, copy.outputs))
             model.graph.insert_after(at, copy)
             at = copy
-        model.graph.outputs.extend(made[value] for value in own if value.is_graph_output())
+        model.graph.outputs.extend(made[value] for value in own if layer_of(value.name) is not None)
         previous = made
     for node in rest:
         for i, value in enumerate(node.inputs):
             if value in previous:
                 node.replace_input_with(i, previous[value])
+    for i, value in enumerate(model.graph.outputs):
+        if value in previous and layer_of(value.name) is None:  # the residual stream, without a final norm
+            last = previous[value]
+            name, value.name = value.name, in_layer(value.name, TRACED_LAYERS - 1)
+            last.name, model.graph.outputs[i] = name, last
     _move_last(model, [value for node in rest for value in node.inputs if value is not None])
 
 

@@ -14,9 +14,8 @@ import onnx_ir as ir
 
 from reference.config import StarConfig, config_from_files
 from reference.weights import resolve_checkpoint
-from star_export.components import COMPONENTS
-from star_export.graph.repeat import repeated_graph
-from star_export.graph.trace import graph_from_config
+from star_export.components import COMPONENTS, whole
+from star_export.graph.repeat import graph_from_config
 
 from .sizes import PARTS, SIZES
 
@@ -26,9 +25,7 @@ NANO, WEIGHTS = "nano", "noise.data"
 def graph_of(name: str, config: StarConfig) -> ir.Model:
     """The bf16 graph of a component with empty initializers: what an export of this configuration starts
     from."""
-    if name in ("base_ar", "stacked_ar"):
-        return repeated_graph(name, config, rope_bf16=True)
-    return graph_from_config(name, config, rope_bf16=True)
+    return graph_from_config(whole(name, config), config, rope_bf16=True)
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
@@ -65,11 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     for size in options.sizes:
         config = nano_config() if size == NANO else SIZES[size]
-        for name in COMPONENTS if size == NANO else PARTS:
-            model = (
-                graph_from_config(name, config, rope_bf16=True) if size == NANO else graph_of(name, config)
-            )
-            save_graph(model, options.folder / size / f"{name}.onnx")
+        graphs = [name for name, row in COMPONENTS.items() if not row.table]
+        for name in graphs if size == NANO else PARTS:
+            save_graph(graph_of(name, config), options.folder / size / f"{name}.onnx")
 
 
 def nano_config() -> StarConfig:

@@ -279,13 +279,13 @@ def export_nano(precision: str, out: Path) -> Path:
     graphs = module.graph_from_config
     if "STAR_GPU_GRAPHS" in os.environ and folder.is_dir():
 
-        def graphs(name, config, *, rope_bf16):
-            return load_graph(folder / f"{name}.onnx")
+        def graphs(part, config, *, rope_bf16):
+            return load_graph(folder / f"{part.name}.onnx")
 
     with (
         mock.patch.object(module, "graph_from_config", graphs),
         mock.patch.object(
-            module.golden, "component_golden", lambda name, oracle, path, compute: path.write_bytes(b"")
+            module.golden, "component_golden", lambda part, oracle, path, before: path.write_bytes(b"")
         ),
         mock.patch.object(module.golden, "run_golden", lambda oracle, path: path.write_bytes(b"")),
     ):

@@ -102,7 +102,7 @@ def modules_of(config: StarConfig, *, device: str, dtype: str) -> dict:
         def __init__(self):
             super().__init__()
             self.config, self.image_head = config, torch.nn.Linear(hidden, config.vq.codebook_size)
-            self.image_table = torch.nn.Parameter(torch.empty(config.vq.codebook_size, hidden))
+            self.image_table = torch.nn.Embedding(config.vq.codebook_size, hidden)
 
     return modules | {"image_head": ImageHead(_materialized(HeadParts, device, kind)).eval()}
 

@@ -14,6 +14,7 @@ from engines.bundle.manifest import (
     CacheSpec,
     ComponentSpec,
     FileSpec,
+    GoldenSpec,
     Manifest,
     ModelSpec,
     TensorSpec,
@@ -100,7 +101,13 @@ def write_component(root: Path, name: str, model, inputs, outputs) -> ComponentS
 
 
 def write_manifest(
-    root: Path, components: dict, *, model: ModelSpec = MODEL, precision: str = "fp32", **changes
+    root: Path,
+    components: dict,
+    *,
+    tables: dict | None = None,
+    model: ModelSpec = MODEL,
+    precision: str = "fp32",
+    **changes,
 ) -> None:
     """Hash what lies under `root` and write the manifest."""
     files = {
@@ -108,7 +115,16 @@ def write_manifest(
         for p in sorted(root.rglob("*"))
         if p.is_file() and p.name != "manifest.json"
     }
-    manifest = Manifest(schema=SCHEMA, precision=precision, model=model, components=components, files=files)
+    manifest = Manifest(
+        schema=SCHEMA,
+        precision=precision,
+        model=model,
+        components=components,
+        tables=tables or {},
+        part_bytes=1 << 30,
+        golden=GoldenSpec(images=3, image_tokens=16, answer_tokens=8),
+        files=files,
+    )
     value = json.loads(json_from_manifest(manifest)) | changes
     (root / "manifest.json").write_text(json.dumps(value))
 

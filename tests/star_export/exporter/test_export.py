@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +16,27 @@ from safetensors.numpy import load_file
 
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, UsageError
+from engines.runtime.star import Star
+from engines.sessions import open_session, run
 from reference.config import config_from_files
 from reference.weights import named_tensors, resolve_checkpoint
 from star_export.components import COMPONENTS
-from star_export.exporter.export import export, image_table, rounded_star
+from star_export.exporter import export as exporter
+from star_export.exporter import publish
+from star_export.exporter.export import export
+from star_export.golden.oracle import resident, streamed_star
 from star_export.graph import wrappers
 from star_export.graph.quantize import PRECISIONS
+from star_export.validator.ladder import validate
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
 def test_the_graphs_boundary_is_the_manifests(bundle_of, precision: str) -> None:
     bundle = Bundle.open(bundle_of(precision))
     bundle.verify()
-    assert list(bundle.manifest.components) == list(COMPONENTS)
+    tables = [name for name, row in COMPONENTS.items() if row.table]
+    assert list(bundle.manifest.tables) == tables
+    assert list(bundle.manifest.components) == [name for name in COMPONENTS if name not in tables]
     for name, spec in bundle.manifest.components.items():
         for file in filter(None, (spec.graph, spec.twin)):
             graph = onnx.load(bundle.file(file), load_external_data=False).graph
@@ -76,27 +85,102 @@ def test_nothing_of_this_machine_is_in_a_bundle(mini_checkpoint: Path, mini_bund
             assert not any(path in data for path in paths), file.name
 
 
-def test_the_table_is_the_adapter_of_the_codebook(mini_checkpoint: Path) -> None:
+def test_the_table_is_the_adapter_of_the_codebook(mini_checkpoint: Path, mini_bundle: Path) -> None:
+    from reference.weights import load_star
+
+    star = load_star(resolve_checkpoint(str(mini_checkpoint)))
+    session = open_session(Bundle.open(mini_bundle), "image_embedding")
+    ids = torch.arange(star.config.vq.codebook_size)[None]
+    table = run(session, {"image_ids": ids.numpy()})["inputs_embeds"]
+    with torch.inference_mode():
+        expected = star.image_embedding(ids)
+    torch.testing.assert_close(torch.from_numpy(table), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tables_give_the_rows_that_the_checkpoint_has(bundle_of, mini_checkpoint, precision: str) -> None:
+    files = resolve_checkpoint(str(mini_checkpoint))
+    tensors = named_tensors(files, config_from_files(files.config_json, files.qwen_folder))
+    weight = tensors["token_embedding.weight"].load()
+    expected = weight.to(PRECISIONS[precision].torch_dtype).float()
+    with closing(open_session(Bundle.open(bundle_of(precision)), "token_embedding")) as session:
+        ids = np.array([[0, 5, len(weight) - 1], [7, 7, 1]])
+        rows = run(session, {"input_ids": ids})["inputs_embeds"]
+        np.testing.assert_array_equal(rows, expected.numpy()[ids])
+        for wrong in (-1, len(weight)):
+            with pytest.raises(InputError, match="not a row of the table"):
+                run(session, {"input_ids": np.array([[wrong]])})
+
+
+def test_a_tied_text_head_and_its_embeddings_are_stored_once(tmp_path: Path) -> None:
+    """STAR-Nano's are tied, like STAR-3B's; those of the miniature are not, like STAR-7B's."""
+    names = ["token_embedding", "text_head"]
+    bundle = export("nano", out=tmp_path / "tied", precision="bf16", components=names)
+    table = Bundle.open(bundle).manifest.tables["token_embedding"]
+    assert table.file == "text_head/model.onnx.data" and not (bundle / "token_embedding/table.data").exists()
+    assert (bundle / table.file).stat().st_size < 1.01 * 2 * table.shape[0] * table.shape[1]
+    checked = {row.component for rung in validate(bundle).rungs for row in rung.rows}
+    assert checked == set(names)
+
+
+def test_a_decoder_in_parts_computes_what_it_computes_whole(
+    mini_checkpoint: Path, mini_bundle: Path, tmp_path: Path
+) -> None:
+    """Also: sessions chain the parts, and each part has golden tensors of its own."""
+    parts = export(str(mini_checkpoint), out=tmp_path / "parts", part_bytes=300_000)
+    bundle, whole = Bundle.open(parts), Bundle.open(mini_bundle)
+    assert len(bundle.parts("base_ar")) > 1 and whole.parts("base_ar") == ["base_ar"]
+    assert (
+        max(bundle.manifest.files[w].size for p in bundle.parts("base_ar") for w in bundle.weights(p))
+        < 310_000
+    )
+    certificate = validate(parts)
+    checked = {row.component for rung in certificate.rungs for row in rung.rows}
+    assert {*bundle.parts("base_ar"), *bundle.parts("stacked_ar"), "token_embedding"} <= checked
+    prompt = np.arange(8).reshape(2, 4)
+    settings = {"guidance": 2.0, "top_k": 20, "top_p": 0.9, "uniforms": np.full((6, 1), 0.3, np.float32)}
+    drawn = []
+    for opened in (bundle, whole):
+        with Star(opened) as star:
+            drawn.append(star.generate_ids(prompt, **settings))
+    np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_streamed_oracle_is_the_reference_with_rounded_weights(mini_checkpoint: Path, dtype) -> None:
     from reference.weights import load_star
 
     files = resolve_checkpoint(str(mini_checkpoint))
     star = load_star(files)
-    table = image_table(named_tensors(files, star.config), star.config, files.star_pt).load()
-    ids = torch.arange(star.config.vq.codebook_size)
+    tensors = named_tensors(files, star.config)
+    streamed = streamed_star(star.config, tensors, PRECISIONS["fp32"], rope_bf16=True, dtype=dtype)
+    weight = "base_ar.layers.0.mlp.up_proj.weight"
+    assert streamed.get_parameter(weight).is_meta
+    with resident(streamed.base_ar.layers[0]):
+        torch.testing.assert_close(streamed.get_parameter(weight), star.get_parameter(weight).to(dtype))
+    assert streamed.get_parameter(weight).is_meta, "weights are dropped after the block"
+    image = torch.rand(1, 3, star.config.vq.image_size, star.config.vq.image_size) * 2 - 1
+    ids = torch.arange(star.config.vq.image_tokens)[None]
+    star = star.to(dtype)
     with torch.inference_mode():
-        torch.testing.assert_close(table, star.image_embedding(ids), rtol=0, atol=1e-6)
+        assert torch.equal(streamed.vq_encoder(image.to(dtype)), star.vq_encoder(image.to(dtype)))
+        assert torch.equal(streamed.vq_decoder(ids), star.vq_decoder(ids))
+        assert torch.equal(
+            streamed.text_head(star.token_embedding(ids)), star.text_head(star.token_embedding(ids))
+        )
+    assert all(p.numel() <= 1 << 16 for p in streamed.parameters() if not p.is_meta)
 
 
 def test_rounded_weights_are_rounded_and_float32_ones_are_not(mini_checkpoint: Path) -> None:
     files = resolve_checkpoint(str(mini_checkpoint))
     config = config_from_files(files.config_json, files.qwen_folder)
     tensors = named_tensors(files, config)
-    tensors |= {wrappers.TABLE: image_table(tensors, config, files.star_pt)}
     name = "base_ar.layers.0.mlp.up_proj.weight"
     exact = tensors[name].load()
     for precision, differs in (("fp32", False), ("bf16", True), ("int4", True)):
-        star = rounded_star(config, tensors, PRECISIONS[precision], rope_bf16=True)
-        assert torch.equal(star.get_parameter(name), exact) != differs
+        star = streamed_star(config, tensors, PRECISIONS[precision], rope_bf16=True)
+        with resident(star.base_ar):
+            assert torch.equal(star.get_parameter(name), exact) != differs
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
@@ -141,3 +225,50 @@ def test_a_damaged_checkpoint_leaves_nothing(mini_checkpoint, tmp_path) -> None:
         export(str(broken), out=tmp_path / "out")
     assert getattr(error.value, "exit_code", None) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
+
+
+STOPPED = [
+    "export base_ar",
+    "golden tensors of stacked_ar",
+    "golden tensors of whole runs",
+    "files of the host",
+]
+
+
+@pytest.mark.parametrize("step", STOPPED)
+def test_an_export_that_was_stopped_goes_on_and_gives_the_same_bytes(
+    mini_checkpoint: Path, mini_bundle: Path, tmp_path: Path, monkeypatch, step: str
+) -> None:
+    """A killed process writes nothing more: what it leaves is a stage with half-written files in it."""
+    done: list[str] = []
+    original = publish.Stage.step
+
+    def stopping(stage: publish.Stage, name: str, write) -> None:
+        if name == step and not done:
+            write()
+            raise KeyboardInterrupt
+        original(stage, name, write)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(publish.Stage, "step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        export(str(mini_checkpoint), out=out)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.stage"]
+    with pytest.raises(InputError, match="unfinished export of something else") as error:
+        export(str(mini_checkpoint), out=out, precision="bf16", components=["text_head"])
+    assert "components, precision" in error.value.where and "rm -r" in error.value.fix
+    done.append(step)
+    written: list[str] = []
+    monkeypatch.setattr(exporter, "write_component", recorded(exporter.write_component, written))
+    export(str(mini_checkpoint), out=out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "manifest.json").read_text() == (mini_bundle / "manifest.json").read_text()
+    assert ("base_ar" in written) == (step == "export base_ar"), "only what was not done is done again"
+
+
+def recorded(function, names: list[str]):
+    def called(model, *arguments):
+        names.append(model.graph.name)
+        return function(model, *arguments)
+
+    return called

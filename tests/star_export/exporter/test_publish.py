@@ -12,14 +12,14 @@ from star_export.exporter import publish
 
 
 def fill(stage, data: bytes = b"x") -> None:
-    (stage / "file").write_bytes(data)
+    (stage.bundle / "file").write_bytes(data)
 
 
 @pytest.mark.parametrize(
     "name", ["plain", "with space", "quote'\"s", "semi;colon$(touch pwned)", "ünïcode-模型"]
 )
 def test_any_name_is_only_a_name(tmp_path, name) -> None:
-    with publish.staged(tmp_path / name) as stage:
+    with publish.staged(tmp_path / name, {}) as stage:
         fill(stage)
     assert [p.name for p in tmp_path.iterdir()] == [name]
     assert (tmp_path / name / "file").read_bytes() == b"x"
@@ -28,7 +28,7 @@ def test_any_name_is_only_a_name(tmp_path, name) -> None:
 def test_an_empty_folder_is_taken(tmp_path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with publish.staged(out) as stage:
+    with publish.staged(out, {}) as stage:
         fill(stage)
     assert (out / "file").exists()
 
@@ -57,7 +57,7 @@ def test_a_taken_or_impossible_place_is_refused_before_any_work(tmp_path, kind) 
     with pytest.raises(InputError) as error:
         publish.check_out(out)
     assert str(out.name)[:40] in error.value.where and error.value.fix
-    with pytest.raises(InputError), publish.staged(out):
+    with pytest.raises(InputError), publish.staged(out, {}):
         pytest.fail("the block must not run")
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
 
@@ -70,25 +70,91 @@ def test_a_read_only_parent_is_refused(tmp_path, monkeypatch) -> None:
         publish.check_out(tmp_path / "out")
 
 
-def test_a_full_disk_leaves_nothing(tmp_path) -> None:
-    with pytest.raises(InputError) as error, publish.staged(tmp_path / "out") as stage:
-        fill(stage)
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert "No space left" in error.value.where
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_export_leaves_nothing(tmp_path, kind) -> None:
-    with pytest.raises(kind), publish.staged(tmp_path / "out") as stage:
+@pytest.mark.parametrize("kind", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_what_stops_before_the_first_step_leaves_nothing(tmp_path, kind) -> None:
+    expected = InputError if isinstance(kind, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as error, publish.staged(tmp_path / "out", {}) as stage:
         fill(stage)
         raise kind
+    assert expected is KeyboardInterrupt or "No space left" in error.value.where
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_complete_steps_are_kept_for_the_next_run(tmp_path, kind) -> None:
+    with pytest.raises(BaseException) as error, publish.staged(tmp_path / "out", {"a": 1}) as stage:
+        stage.step("first", lambda: fill(stage))
+        (stage.bundle / "half").write_bytes(b"half of a file")
+        raise kind
+    assert [p.name for p in tmp_path.iterdir()] == [".out.stage"]
+    assert not isinstance(kind, OSError) or ".out.stage" in error.value.fix
+    with publish.staged(tmp_path / "out", {"a": 1}) as stage:
+        assert not (stage.bundle / "half").exists()
+        stage.step("first", lambda: pytest.fail("this step is done"))
+        assert stage.files()["file"].size == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (
+        tmp_path / "out" / "file"
+    ).read_bytes() == b"x"
+
+
+def test_a_file_that_changed_is_written_again(tmp_path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), publish.staged(out, {}) as stage:
+        stage.step("first", lambda: fill(stage))
+        raise KeyboardInterrupt
+    fill(stage, b"y")
+    with publish.staged(out, {}) as stage:
+        stage.step("first", lambda: fill(stage))
+    assert (out / "file").read_bytes() == b"x"
+
+
+def test_another_exports_stage_is_refused_and_kept(tmp_path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), publish.staged(out, {"precision": "int4"}) as stage:
+        stage.step("first", lambda: fill(stage))
+        raise KeyboardInterrupt
+    with pytest.raises(InputError, match="unfinished") as error, publish.staged(out, {"precision": "bf16"}):
+        pytest.fail("the block must not run")
+    assert "precision" in error.value.where and f"rm -r '{stage.path}'" in error.value.fix
+    assert (stage.bundle / "file").exists()
+
+
+def test_two_exports_to_one_place_do_not_meet(tmp_path) -> None:
+    out = tmp_path / "out"
+    with publish.staged(out, {}), pytest.raises(InputError, match="Another export"), publish.staged(out, {}):
+        pytest.fail("the block must not run")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"inputs": {}}', '{"inputs": {}, "steps": {"a": {"b": {}}}}']
+)
+def test_a_damaged_journal_means_a_new_start(tmp_path, text) -> None:
+    out = tmp_path / "out"
+    stage = publish.stage_path(out)
+    (stage / "bundle").mkdir(parents=True)
+    (stage / "bundle" / "file").write_bytes(b"from an earlier run")
+    (stage / "journal.json").write_text(text)
+    with publish.staged(out, {}) as taken_over:
+        assert not list(taken_over.bundle.iterdir())
+        fill(taken_over)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_stage_of_a_complete_bundle_goes(tmp_path) -> None:
+    out = tmp_path / "out"
+    with publish.staged(out, {}) as stage:
+        fill(stage)
+    stage.path.mkdir()
+    (stage.path / "journal.json").write_text("{}")
+    with pytest.raises(InputError, match="already in use"):
+        publish.check_out(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_filled_meanwhile_is_kept(tmp_path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(InputError), publish.staged(out) as stage:
+    with pytest.raises(InputError), publish.staged(out, {}) as stage:
         fill(stage)
         out.mkdir()
         (out / "precious").write_text("keep")

@@ -12,9 +12,11 @@ import pytest
 
 from reference.config import StarConfig, config_from_files
 from reference.weights import named_tensors, resolve_checkpoint
+from star_export.components import Part
+from star_export.components import whole as whole_part
 from star_export.graph.quantize import PRECISIONS, attach_weights, set_precision
-from star_export.graph.repeat import TRACED_LAYERS, in_layer, layer_of, repeat_layers, repeated_graph
-from star_export.graph.trace import graph_from_config
+from star_export.graph.repeat import TRACED_LAYERS, graph_from_config, in_layer, layer_of, repeat_layers
+from star_export.graph.trace import traced_graph
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +49,20 @@ def canonical(model: ir.Model) -> list[tuple]:
 
 @pytest.mark.parametrize("name", ["base_ar", "stacked_ar"])
 def test_the_copied_graph_is_the_traced_one(config: StarConfig, name: str) -> None:
-    whole, copied = (
-        graph_from_config(name, config, rope_bf16=True),
-        repeated_graph(name, config, rope_bf16=True),
-    )
+    part = whole_part(name, config)
+    whole, copied = (make(part, config, rope_bf16=True) for make in (traced_graph, graph_from_config))
+    same_graph(whole, copied)
+
+
+@pytest.mark.parametrize("layers", [range(1), range(3), range(1, 3), range(3, 4), range(1, 4)])
+def test_the_graph_of_a_part_is_the_traced_one(config: StarConfig, layers: range) -> None:
+    part = Part("base_ar/7", "base_ar", layers)
+    whole, copied = (make(part, config, rope_bf16=True) for make in (traced_graph, graph_from_config))
+    assert whole.graph.name == copied.graph.name == "base_ar/7"
+    same_graph(whole, copied)
+
+
+def same_graph(whole: ir.Model, copied: ir.Model) -> None:
     assert [v.name for v in copied.graph.inputs] == [v.name for v in whole.graph.inputs]
     assert [v.name for v in copied.graph.outputs] == [v.name for v in whole.graph.outputs]
     for ours, theirs in zip(
@@ -86,8 +98,8 @@ def test_the_copied_graph_computes_the_same_numbers(config: StarConfig, files, t
         for part in ("key", "value")
     }
     outputs = []
-    for kind, graph in (("whole", graph_from_config), ("copied", repeated_graph)):
-        model = graph("base_ar", config, rope_bf16=True)
+    for kind, graph in (("whole", traced_graph), ("copied", graph_from_config)):
+        model = graph(whole_part("base_ar", config), config, rope_bf16=True)
         set_precision(model, PRECISIONS["fp32"].compute)
         attach_weights(model, tensors, PRECISIONS["fp32"])
         ir.save(model, tmp_path / f"{kind}.onnx")
@@ -101,7 +113,7 @@ def test_the_copied_graph_computes_the_same_numbers(config: StarConfig, files, t
 
 def test_layers_that_differ_are_refused(config: StarConfig) -> None:
     short = replace(config, base_ar=replace(config.base_ar, num_layers=TRACED_LAYERS))
-    model = graph_from_config("base_ar", short, rope_bf16=True)
+    model = traced_graph(whole_part("base_ar", short), short, rope_bf16=True)
     last = [node for node in model.graph if node.op_type == "Sigmoid"][-1]
     tanh = ir.node("Tanh", list(last.inputs), name="planted")
     tanh.outputs[0].name = "planted"
@@ -111,7 +123,7 @@ def test_layers_that_differ_are_refused(config: StarConfig) -> None:
     with pytest.raises(ValueError, match="two equal layers"):
         repeat_layers(model, 5)
     with pytest.raises(ValueError, match="got 4 layers"):
-        repeat_layers(graph_from_config("base_ar", config, rope_bf16=True), 6)
+        repeat_layers(traced_graph(whole_part("base_ar", config), config, rope_bf16=True), 6)
 
 
 def test_names_carry_their_layer() -> None:
