@@ -52,7 +52,7 @@ def rounded(array: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _bf16(array: np.ndarray) -> np.ndarray:
-    """Round to bfloat16, in pieces that stay in the processor's cache: a weight may have a billion numbers."""
+    """Round to bfloat16, in pieces that stay in the processor's cache: a weight is large."""
     flat = np.ascontiguousarray(array, np.float32).reshape(-1)
     result = np.empty_like(flat)
     for first in range(0, flat.size, _PIECE):

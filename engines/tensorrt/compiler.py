@@ -28,7 +28,7 @@ from .network import CAPACITY, check_network, network_from_onnx
 from .profiles import Profile, largest
 
 HOST_RATIO = (
-    3  # the host's memory for a build in TensorRT for RTX, over the graph's weights; 1.4 to 2.7 measured
+    3  # the host's memory of a build in TensorRT for RTX, over its weights; measured: 1.3 to 2.6
 )
 # What TensorRT for RTX logs when an allocation fails; the last is a null pointer in its compiler.
 _SHORT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "check(p) failed")
@@ -181,7 +181,7 @@ def _interruptible(trt: Any, config: Any) -> Iterator[None]:
 
 
 def give_back_memory() -> None:
-    """Return what was freed to the system. glibc keeps it otherwise, up to 0.5 GB after each compiled plan."""
+    """Return what was freed to the system. glibc keeps it otherwise, up to 0.5 GB after a plan."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, or another C library
         ctypes.CDLL(None).malloc_trim(0)
 
