@@ -104,7 +104,7 @@ def read_regular(path: Path, *, limit_bytes: int, where: str) -> bytes:
                 where=f"{where}: {path}: expected at most {limit_bytes} bytes, got {size}",
                 fix="check that this is the right file",
             )
-        return file.read(limit_bytes)
+        return file.read(size)  # not the limit, which Python would allocate
 
 
 def sha256_of(path: Path, *, where: str = "hash", tick: Tick = uncounted) -> str:
