@@ -2,14 +2,14 @@
 
 `open` checks the manifest, every path, presence and size, and that there are no unlisted files. The first use
 of a file checks its SHA-256; a component's weights are hashed while an executor loads them, and nothing is
-computed with them before the hashes were compared. Plans and certificates are created later, on the device, and their readers check
-them.
+computed with them before the hashes were compared. Plans and certificates are created later, on the device,
+and their readers check them.
 """
 
 from __future__ import annotations
 
-import math
 import contextlib
+import math
 import os
 import threading
 from collections import defaultdict

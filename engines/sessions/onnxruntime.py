@@ -115,7 +115,9 @@ class OnnxRuntimeSession:
         providers = [(PROVIDERS[device], _provider_options(device))]
         with bundle.loading(component, twin=on_cpu) as path:
             try:
-                self.inference_session: Any = runtime.InferenceSession(str(path), options, providers=providers)
+                self.inference_session: Any = runtime.InferenceSession(
+                    str(path), options, providers=providers
+                )
             except Exception as error:  # the library raises bare exceptions
                 raise InputError(
                     "ONNX Runtime cannot load this graph",
