@@ -69,8 +69,8 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
 
     `onnxruntime` runs on the CPU, and multiplies int8 and int4 weights in int8 arithmetic;
     `onnxruntime-exact` multiplies them in float32. `onnxruntime-cuda` runs on a GPU; `tensorrt:TARGET` runs
-    the target's plan. `interpreter:TARGET` evaluates on the CPU the network that TensorRT parsed, in the network's own dtypes,
-    and `interpreter-fp32:TARGET` evaluates it in float32 throughout.
+    the target's plan. `interpreter:TARGET` evaluates on the CPU the network that TensorRT parsed, in the
+    network's own dtypes, and `interpreter-fp32:TARGET` evaluates it in float32 throughout.
 
     Raises UsageError for an unknown backend, MissingError for a missing executor or device, and InputError
     for an invalid file.

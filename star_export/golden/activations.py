@@ -20,7 +20,7 @@ from ..graph.quantize import Precision, block_size
 
 @contextlib.contextmanager
 def int8_activations(module: nn.Module, component: str, precision: Precision) -> Iterator[None]:
-    """Round the inputs of the linear layers of `module` that `precision` stores in blocks, during the block."""
+    """Within it, round the inputs of those linear layers of `module` that `precision` stores in blocks."""
     handles = []
     for linear in module.modules():
         if isinstance(linear, nn.Linear):
@@ -37,7 +37,7 @@ def int8_activations(module: nn.Module, component: str, precision: Precision) ->
 
 
 def rounded_to_int8(x: Tensor, block: int) -> Tensor:
-    """Round x [..., K] to 127 steps of the largest magnitude in each `block` numbers; the last may be short."""
+    """Round x [..., K] in blocks to 127 steps of the block's largest magnitude; the last may be short."""
     padded = nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
     scales = padded.abs().amax(-1, keepdim=True) / 127
     rounded = torch.where(scales > 0, (padded / scales).round() * scales, 0.0)

@@ -80,8 +80,9 @@ def component_golden(
     """Record every case of one graph or table to `path`.
 
     For an oracle in 16 bits too, also record the noise of the same module when it computes in that type, and
-    for weights in blocks the noise of int8 activations. The cases of a part take the residual stream from the golden tensors of the part before it, at `before`. A
-    decoder runs all cases layer by layer, so that its weights are read once; `tick` is called after each.
+    for weights in blocks that of int8 activations. The cases of a part take the residual stream from the
+    golden tensors of the part before it, at `before`. A decoder runs all cases layer by layer, so that its
+    weights are read once; `tick` is called after each.
     """
     config = oracle.star.config
     inputs, outputs = boundary(part, config, "float32")
