@@ -4,9 +4,9 @@
 
 A decoder of a few layers and the image head, with weights of noise, are written to a temporary folder and run
 on both backends of the CPU, at one position and, with the last number of rows, at 16. PyTorch runs the same
-decoder in float32; OpenVINO (from the fp32 graph) joins it where it is installed. All variants are measured in
-turns. Before each call two threads read 512 MiB, so that no weight lies in a cache, as in a whole model; the
-fastest such read is the bandwidth. The limit is the stored weights over the bandwidth, and a share is the
+decoder in float32; OpenVINO (from the fp32 graph) joins it where it is installed. All variants are measured
+in turns. Before each call two threads read 512 MiB, so that no weight lies in a cache, as in a whole model;
+the fastest such read is the bandwidth. The limit is the stored weights over the bandwidth, and a share is the
 limit divided by the time. Nothing is asserted, and what runs beside it changes the figures.
 """
 
