@@ -25,7 +25,7 @@ from .progress import Progress, silent
 from .runtime.decode import ImageLoop
 from .runtime.sampler import uniforms
 from .runtime.star import Star
-from .sessions import run
+from .sessions import ON_CPU, run
 from .sessions.onnxruntime import OnnxRuntimeSession
 
 PROMPT_TOKENS, REPEATS = 32, 15
@@ -233,7 +233,7 @@ def timing(name: str, seconds: float, read_bytes: int, bandwidth: float) -> Timi
 
 def device_bandwidth(backend: str) -> tuple[str, float]:
     """(name of the device that `backend` runs on, its measured read bandwidth in bytes per second)."""
-    if backend == "onnxruntime":
+    if backend in ON_CPU:
         return f"{os.cpu_count()} CPU cores", host_bandwidth()
     from .tensorrt.device import gpus, read_bandwidth
 

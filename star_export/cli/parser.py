@@ -18,7 +18,6 @@ from reference.errors import CheckpointError
 from .. import __version__
 from . import verbs
 from .arguments import (
-    DEFAULT_BACKEND,
     add_backend,
     add_drawing,
     add_pixels,
@@ -218,7 +217,10 @@ def _validate(commands) -> None:
         help="validate the plans of this target on this device, or their networks where it cannot run them",
     )
     c.add_argument(
-        "--backend", default=DEFAULT_BACKEND, metavar="NAME", help="what runs the ONNX (default: onnxruntime)"
+        "--backend",
+        default="onnxruntime-exact",
+        metavar="NAME",
+        help="what runs the ONNX (default: onnxruntime-exact)",
     )
     c.add_argument("--report", metavar="FILE.html", help="also write the numbers to an HTML page")
     add_progress(c)
