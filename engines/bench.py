@@ -25,7 +25,7 @@ from .progress import Progress, silent
 from .runtime.decode import ImageLoop
 from .runtime.sampler import uniforms
 from .runtime.star import Star
-from .sessions import run
+from .sessions import ON_CPU, run
 from .sessions.onnxruntime import OnnxRuntimeSession
 
 PROMPT_TOKENS, REPEATS = 32, 15
@@ -146,7 +146,7 @@ def in_turns(
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
-        progress("turns", turn, repeats + 1)
+        progress("measure, in turns", turn, repeats + 1)
         for name, call in calls.items():
             synchronize()
             started = time.perf_counter()
@@ -233,7 +233,7 @@ def timing(name: str, seconds: float, read_bytes: int, bandwidth: float) -> Timi
 
 def device_bandwidth(backend: str) -> tuple[str, float]:
     """(name of the device that `backend` runs on, its measured read bandwidth in bytes per second)."""
-    if backend == "onnxruntime":
+    if backend in ON_CPU:
         return f"{os.cpu_count()} CPU cores", host_bandwidth()
     from .tensorrt.device import gpus, read_bandwidth
 

@@ -11,10 +11,12 @@ Sources: docs/star.md 1.7 and 2.1; MM-MVR/STAR, star/configs/.
 from __future__ import annotations
 
 import hashlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .containers import first_line
 from .errors import CheckpointError
@@ -26,7 +28,7 @@ BASE_JSON = [
     *("config.json", "generation_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json"),
 ]
-BLOCK, MB = 16 << 20, 10**6
+BLOCK = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def find_parts(
     """Part -> its place: in the folder `from_folder`, in the hub's cache, or downloaded to that cache.
 
     What is here already is checked before anything is downloaded, and a line on stderr says what will be
-    downloaded. `progress` is called with the megabytes of a file that have been hashed, and with all of them.
+    downloaded. `progress` is called with the bytes of a part that are downloaded or hashed, and with all.
     Raises CheckpointError if `from_folder` holds a file of another name or an incomplete base model, if a
     part cannot be downloaded, or if a file has another SHA-256.
     """
@@ -131,7 +133,7 @@ def find_parts(
         print(f"downloading about {total:.3g} GB to the hub's cache: {names}", file=sys.stderr, flush=True)
     for part in sorted(parts, key=lambda part: part in missing):
         if part in missing:
-            found[part] = downloaded(part)
+            found[part] = downloaded(part, progress)
         if part.sha256:
             check_hash(part, found[part], progress)
     return found
@@ -194,10 +196,10 @@ def in_cache(part: Part) -> Path | None:
         return None
 
 
-def downloaded(part: Part) -> Path:
+def downloaded(part: Part, progress: Callable[[str, int, int], None]) -> Path:
     """The part, downloaded to the hub's cache. Raises CheckpointError if that does not work."""
     try:
-        return from_hub(part, local_files_only=False)
+        return from_hub(part, local_files_only=False, progress=progress)
     except Exception as error:  # as above
         while isinstance(error.__cause__, Exception):  # the hub's own message does not say why
             error = error.__cause__
@@ -209,18 +211,39 @@ def downloaded(part: Part) -> Path:
         ) from None
 
 
-def from_hub(part: Part, *, local_files_only: bool) -> Path:
+def from_hub(
+    part: Part, *, local_files_only: bool, progress: Callable[[str, int, int], None] = silent
+) -> Path:
     """The part's path in the hub's cache, where a download that was interrupted is resumed."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    bar = reporter(f"download {part.name}, in bytes", progress)
+    options: dict[str, Any] = {"local_files_only": local_files_only, "tqdm_class": bar}
     if part.sha256:
-        return Path(hf_hub_download(part.repository, part.name, local_files_only=local_files_only))
-    folder = Path(
-        snapshot_download(part.repository, allow_patterns=BASE_FILES, local_files_only=local_files_only)
-    )
+        return Path(hf_hub_download(part.repository, part.name, **options))
+    folder = Path(snapshot_download(part.repository, allow_patterns=BASE_FILES, **options))
     if absent := absent_from_base(folder):  # the cache may hold single files of a repository
         raise FileNotFoundError(f"the hub's cache lacks {', '.join(absent)} in {folder}")
     return folder
+
+
+def reporter(what: str, progress: Callable[[str, int, int], None]) -> type:
+    """A class that the hub uses in place of tqdm's: it draws nothing, and tells `progress` of the bytes."""
+    from tqdm import tqdm
+
+    done = 0
+
+    class Reporter(tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options | {"file": io.StringIO()})
+
+        def display(self, *_, **__) -> None:
+            nonlocal done
+            if self.unit == "B" and self.total and self.n >= done:  # the hub counts files and transfers too
+                done = self.n
+                progress(what, done, self.total)
+
+    return Reporter
 
 
 def check_hash(part: Part, path: Path, progress: Callable[[str, int, int], None]) -> None:
@@ -232,7 +255,7 @@ def check_hash(part: Part, path: Path, progress: Callable[[str, int, int], None]
             while block := file.read(BLOCK):
                 digest.update(block)
                 done += len(block)
-                progress(f"check the SHA-256 of {part.name}, in MB", done // MB, size // MB)
+                progress(f"check the SHA-256 of {part.name}, in bytes", done, size)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {part.name}", where=f"{path}: {error.strerror}", fix="check the file"

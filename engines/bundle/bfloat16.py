@@ -15,4 +15,9 @@ def float32_from_bits(bits: np.ndarray) -> np.ndarray:
 def bf16_rounded(x: np.ndarray) -> np.ndarray:
     """Round finite float32 values to the nearest bfloat16 (ties to even), returned as float32."""
     bits = np.asarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    rounded = bits >> 16
+    rounded &= 1  # in place, because weights are large
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded &= np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ..errors import InputError
+from ..progress import Tick, uncounted
 
 _OPEN_FLAGS = (
     os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -103,20 +104,21 @@ def read_regular(path: Path, *, limit_bytes: int, where: str) -> bytes:
                 where=f"{where}: {path}: expected at most {limit_bytes} bytes, got {size}",
                 fix="check that this is the right file",
             )
-        return file.read(limit_bytes)
+        return file.read(size)  # not the limit, which Python would allocate
 
 
-def sha256_of(path: Path, *, where: str = "hash") -> str:
-    """Return the SHA-256 (hex) of a regular file. Raises InputError."""
+def sha256_of(path: Path, *, where: str = "hash", tick: Tick = uncounted) -> str:
+    """Return the SHA-256 (hex) of a regular file, ticking in bytes. Raises InputError."""
     with open_regular(path, where=where) as file:
-        return sha256_from_file(file)
+        return sha256_from_file(file, tick=tick)
 
 
-def sha256_from_file(file: BinaryIO) -> str:
-    """Return the SHA-256 (hex) of the rest of an open file."""
+def sha256_from_file(file: BinaryIO, *, tick: Tick = uncounted) -> str:
+    """Return the SHA-256 (hex) of the rest of an open file, ticking in bytes."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11, and JetPack 6 has 3.10
     while piece := file.read(_PIECE_BYTES):
         digest.update(piece)
+        tick(len(piece))
     return digest.hexdigest()
 
 

@@ -1,18 +1,23 @@
 """A bundle on disk. No file is used before it matches the manifest.
 
 `open` checks the manifest, every path, presence and size, and that there are no unlisted files. The first use
-of a file checks its SHA-256. Plans and certificates are created later, on the device, and their readers check
-them.
+of a file checks its SHA-256; a component's weights are hashed while an executor loads them, and nothing is
+computed with them before the hashes were compared. Plans and certificates are created later, on the device,
+and their readers check them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError, UsageError, listed
+from ..progress import Progress, Tick, adder, silent, uncounted
 from .files import check_regular, check_relative, read_regular, resolve_inside, sha256_of
 from .manifest import ComponentSpec, Manifest, TableSpec, component_of, manifest_from_json
 from .tensors import ITEM_BYTES
@@ -33,7 +38,7 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
         self._verified: dict[str, tuple] = {}
-        self._lock = threading.Lock()
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one per file
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -95,11 +100,11 @@ class Bundle:
                     fix=_RESTORE,
                 )
 
-    def file(self, relative: str) -> Path:
+    def file(self, relative: str, tick: Tick = uncounted) -> Path:
         """Return the path of a listed file after checking its SHA-256.
 
-        The file is hashed on first use, and again when it has changed since. Raises InputError with both hash
-        prefixes when they differ, and when the manifest does not list the file.
+        The file is hashed on first use, and again when it has changed since, ticking in bytes. Raises
+        InputError with both hash prefixes when they differ, and when the manifest does not list the file.
         """
         spec = self.manifest.files.get(relative)
         if spec is None:
@@ -109,11 +114,12 @@ class Bundle:
                 fix=f"use one of {_names(sorted(self.manifest.files))}",
             )
         path = resolve_inside(self.path, relative, where="bundle")
-        with self._lock:
+        with self._locks[relative]:
             stamp = _stamp(path)
             if self._verified.get(relative) == stamp:
+                tick(spec.size)
                 return path
-            got = sha256_of(path, where="bundle")
+            got = sha256_of(path, where="bundle", tick=tick)
             if got != spec.sha256 or _stamp(path) != stamp:
                 raise InputError(
                     "This file has changed since the export",
@@ -136,6 +142,44 @@ class Bundle:
         spec = self.manifest.tables[name]
         return spec, self.file(spec.file)
 
+    def hash_ahead(self, files: Iterable[str]) -> threading.Thread:
+        """Begin to hash listed files in a thread of their own; `file` waits for the one that it needs.
+
+        A file that differs is found again, and refused, by `file`.
+        """
+
+        def work() -> None:
+            for relative in files:
+                with contextlib.suppress(InputError):
+                    self.file(relative)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return thread
+
+    @contextlib.contextmanager
+    def loading(self, name: str, *, twin: bool = False, dialect: str = "modern") -> Iterator[Path]:
+        """Yield the path of the component's ONNX file, verified, while its weights are being hashed.
+
+        When the block ends, all files match the manifest and are those that were there when it began;
+        otherwise InputError is raised, also in place of an error that the block raised.
+        """
+        weights = self.weights(name)
+        before = {relative: _stamp(self.path / relative) for relative in weights}
+        self.hash_ahead(weights)
+        graph = self._graph_file(name, twin=twin, dialect=dialect)
+        before[graph] = _stamp(self.file(graph))
+        try:
+            yield self.path / graph
+        finally:
+            for relative, stamp in before.items():
+                if _stamp(self.file(relative)) != stamp:
+                    raise InputError(
+                        "This file was replaced while it was loaded",
+                        where=f"{self.path / relative}: expected one file throughout, got another one",
+                        fix="do not write to a bundle in use; run the command again",
+                    )
+
     def component(self, name: str) -> ComponentSpec:
         """The spec of the graph `name`, a component or a part. Raises UsageError with the valid names."""
         return self.manifest.components[self._known(name)]
@@ -154,11 +198,13 @@ class Bundle:
 
         `twin` selects the fp32 twin where there is one.
         """
-        spec = self.component(name)
-        relative = spec.twin if twin and spec.twin else self.graph_name(name, dialect=dialect)
         for weights in self.weights(name):
             self.file(weights)
-        return self.file(relative)
+        return self.file(self._graph_file(name, twin=twin, dialect=dialect))
+
+    def _graph_file(self, name: str, *, twin: bool, dialect: str) -> str:
+        spec = self.component(name)
+        return spec.twin if twin and spec.twin else self.graph_name(name, dialect=dialect)
 
     def graph_name(self, name: str, *, dialect: str) -> str:
         """Manifest name of the component's ONNX file in `dialect`. Raises InputError if there is none."""
@@ -179,10 +225,11 @@ class Bundle:
             f for f in self.manifest.files if PurePosixPath(f).parent == folder and f.endswith(".data")
         )
 
-    def verify(self) -> None:
+    def verify(self, progress: Progress = silent) -> None:
         """Check the SHA-256 of every file. Raises InputError at the first one that differs."""
+        tick = adder(progress, "hash every file, in bytes", sum(f.size for f in self.manifest.files.values()))
         for relative in self.manifest.files:
-            self.file(relative)
+            self.file(relative, tick)
 
 
 def check_components(manifest: Manifest, *, where: str) -> None:

@@ -170,11 +170,12 @@ def quantize(layer: Layer) -> Compute:
 
     Ties are rounded to even, and zeroPt is zero ("only symmetric").
     """
-    kind, spread = layer["to_type"], _scales(layer)
+    kind, grouped = layer["to_type"], _scales(layer)
 
     def compute(x, scale, zero=None):
         _check_zero(zero)
-        scaled = x / spread(x.shape, scale)
+        shape, scale = grouped(x.shape, scale)
+        scaled = (x.reshape(shape) / scale).reshape(x.shape)
         if kind in RANGES:
             return np.clip(np.rint(scaled), *RANGES[kind]).astype(held_dtype(kind))
         return rounded(scaled.astype(np.float32), kind)
@@ -186,17 +187,21 @@ def quantize(layer: Layer) -> Compute:
 
 def dequantize(layer: Layer) -> Compute:
     """IDequantizeLayer: "output = (input - zeroPt) * scale"; zeroPt is zero ("only symmetric")."""
-    spread = _scales(layer)
+    grouped = _scales(layer)
 
     def compute(x, scale, zero=None):
         _check_zero(zero)
-        return x.astype(np.float32) * spread(x.shape, scale)
+        shape, scale = grouped(x.shape, scale)
+        return np.multiply(x.reshape(shape), scale, dtype=np.float32).reshape(x.shape)
 
     return compute
 
 
-def _scales(layer: Layer) -> Callable[[tuple[int, ...], np.ndarray], np.ndarray]:
-    """The function that gives every element its scale, from the input's shape and the scales.
+def _scales(layer: Layer) -> Callable[[tuple[int, ...], np.ndarray], tuple[tuple[int, ...], np.ndarray]]:
+    """The function that gives, from an input's shape and its scales, two shapes that broadcast.
+
+    It returns a shape of the input, in which a blocked axis is two axes (blocks, B), and the scales, with an
+    axis of 1 for B, so that no scale is copied to its elements.
 
     The scale is "a scalar for per-tensor, a 1D tensor for per-channel, or the same rank as the input tensor
     for block quantization". For blocks, one axis has a scale per block: "scale[r//B, s]".
@@ -205,23 +210,25 @@ def _scales(layer: Layer) -> Callable[[tuple[int, ...], np.ndarray], np.ndarray]
     if layer["block_shape"]:
         raise layer.refuse(f"block_shape {layer['block_shape']}")
 
-    def spread(shape: tuple[int, ...], scale: np.ndarray) -> np.ndarray:
+    def grouped(shape: tuple[int, ...], scale: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
         if scale.ndim == 0:
-            return scale
+            return shape, scale
         if scale.ndim == 1 and (rank != 1 or scale.shape == shape):
             if scale.shape != (shape[axis],):
                 raise ValueError(f"{scale.shape[0]} scales for an axis of {shape[axis]}")
-            return scale.reshape([-1 if i == axis else 1 for i in range(rank)])
+            return shape, scale.reshape([-1 if i == axis else 1 for i in range(rank)])
         blocked = [i for i in range(rank) if scale.shape[i] != shape[i]]
         if len(blocked) > 1 or any(shape[i] % scale.shape[i] for i in blocked):
             raise ValueError(f"scales {scale.shape} for {shape}")
         for i in blocked:
-            scale = np.repeat(scale, shape[i] // scale.shape[i], axis=i)
-        return scale
+            blocks = scale.shape[i]
+            shape = (*shape[:i], blocks, shape[i] // blocks, *shape[i + 1 :])
+            scale = np.expand_dims(scale, i + 1)
+        return shape, scale
 
     if scale_rank > 1 and scale_rank != rank:
         raise layer.refuse(f"scales of rank {scale_rank} for an input of rank {rank}")
-    return spread
+    return grouped
 
 
 def _check_zero(zero: np.ndarray | None) -> None:

@@ -3,16 +3,17 @@
 Every layer's result is rounded to the type that the network gives it, so a bf16 network computes in bf16.
 With `wide`, everything stays float32, which separates what the network means from what its types cost. The
 type and the fixed sizes that TensorRT declares for a result are checked. A tensor is freed after its last
-use, a KV cache is updated in place, and what depends on no input is computed only once if there is room to
-keep it.
+use, and a KV cache is updated in place. What depends on no input is computed once and kept, the smallest
+first, as far as the room for it goes; the rest, such as the dequantised weights of a large decoder, is
+computed in every run where it is read, and freed again.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,8 @@ EXACT = {  # layers whose results need no rounding
     *(layout.READERS.keys() - {"FILL", "RESIZE"}),
     *indexing.READERS,
 }
-KEEP_BYTES, KEEP_SHARE = 1 << 30, 1 / 4  # constants kept between runs: in bytes, or as a share of the memory
+KEEP_BYTES = 1 << 30  # constants that all networks of the process keep between runs
+_kept_bytes: weakref.WeakKeyDictionary[Network, int] = weakref.WeakKeyDictionary()
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -55,26 +57,37 @@ class Network:
 
     def __init__(self, parsed: Parsed, *, wide: bool = False, ties: str = "first"):
         self.parsed, self.inputs, self.outputs, self.wide = parsed, parsed.inputs, parsed.outputs, wide
-        needed = _needed(parsed)
+        needed = _needed(parsed.layers, {tensor.name for tensor in parsed.outputs})
         _check_caches(parsed, needed)
         fixed = _constant_names(needed)
         boundary = {
-            t.name: t
+            t.name: math.prod(t.shape) * held_dtype(t.kind).itemsize
             for layer in needed
             if layer.outputs[0].name not in fixed
             for t in layer.inputs
             if t and t.name in fixed
         }
-        boundary |= {t.name: t for t in parsed.outputs if t.name in fixed}
+        boundary |= {t.name: 0 for t in parsed.outputs if t.name in fixed}
+        keep = self._room_for(boundary)
         self._kept: dict[str, np.ndarray] | None = None
-        constants = sum(math.prod(t.shape) * held_dtype(t.kind).itemsize for t in boundary.values())
-        keep = constants <= _room_bytes()
-        early = [layer for layer in needed if keep and layer.outputs[0].name in fixed]
-        late = [layer for layer in needed if layer not in early]
         compute = {id(layer): self._compute(layer, ties) for layer in needed}
+        early = _needed([layer for layer in needed if layer.outputs[0].name in fixed], keep)
+        inner = {t.name for layer in needed for t in layer.outputs} - fixed
+        late = _needed(needed, inner | boundary.keys(), known=keep)
         ends = {t.name for t in (*parsed.outputs, *parsed.inputs)}
-        self._early = _steps(early, compute, keep=boundary)
-        self._late = _steps(late, compute, keep=ends | set(boundary if keep else ()))
+        self._early = _steps(early, compute, keep=keep)
+        self._late = _steps(late, compute, keep=ends | keep)
+
+    def _room_for(self, sizes: Mapping[str, int]) -> set[str]:
+        """The constants of `sizes`, in bytes by name, that this network may keep: the smallest ones first."""
+        room = left = KEEP_BYTES - sum(_kept_bytes.values())
+        keep = set()
+        for name, size in sorted(sizes.items(), key=lambda item: item[1]):
+            if size <= left:
+                keep.add(name)
+                left -= size
+        _kept_bytes[self] = room - left
+        return keep
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """Run once on `feeds`, all inputs by name, and return the outputs by name.
@@ -130,13 +143,6 @@ class Network:
         return compute if layer.kind == "KV_CACHE_UPDATE" else _widened(compute)
 
 
-def _room_bytes() -> int:
-    try:
-        return max(KEEP_BYTES, int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * KEEP_SHARE))
-    except (AttributeError, ValueError, OSError):  # not a POSIX system
-        return KEEP_BYTES
-
-
 def _widened(compute: Callable) -> Callable:
     """Let `compute` see float16 caches as float32, like every other array of real numbers."""
 
@@ -154,14 +160,15 @@ def _constant(layer: Layer) -> np.ndarray:
     return unpacked(weights.data, weights.kind, weights.count).reshape(layer["shape"])
 
 
-def _needed(parsed: Parsed) -> list[Layer]:
-    """The layers that the outputs depend on, in order."""
-    wanted = {tensor.name for tensor in parsed.outputs}
+def _needed(layers: Sequence[Layer], wanted: Iterable[str], known: Iterable[str] = ()) -> list[Layer]:
+    """The layers that the tensors `wanted` depend on, in order, where those of `known` are there already."""
+    known = set(known)
+    missing = set(wanted) - known
     needed: list[Layer] = []
-    for layer in reversed(parsed.layers):
-        if any(tensor.name in wanted for tensor in layer.outputs):
+    for layer in reversed(layers):
+        if any(tensor.name in missing for tensor in layer.outputs):
             needed.append(layer)
-            wanted |= {tensor.name for tensor in layer.inputs if tensor is not None}
+            missing |= {tensor.name for tensor in layer.inputs if tensor is not None} - known
     return needed[::-1]
 
 

@@ -26,6 +26,7 @@ INTEGERS = {
 RANGES = {"INT4": (-8, 7), "INT8": (-128, 127), "UINT8": (0, 255)}
 _REAL_BITS = {"FLOAT": 32, "HALF": 16, "BF16": 16, "FP8": 8, "FP4": 4, "E8M0": 8}
 BITS = _REAL_BITS | {"INT8": 8, "UINT8": 8, "INT32": 32, "INT64": 64, "INT4": 4, "BOOL": 8}
+_PIECE = 1 << 15  # numbers
 # bits of mantissa, exponent of the smallest normal number, largest number
 _SMALL = {"FP8": (3, -6, 448.0), "FP4": (1, 0, 6.0)}
 
@@ -46,8 +47,20 @@ def rounded(array: np.ndarray, kind: str) -> np.ndarray:
         with np.errstate(over="ignore"):
             return array.astype(np.float16).astype(np.float32)
     if kind == "BF16":
-        return np.where(np.isnan(array), array, bf16_rounded(array))
+        return _bf16(array)
     return _small_float(array, *_SMALL[kind])
+
+
+def _bf16(array: np.ndarray) -> np.ndarray:
+    """Round to bfloat16, in pieces that stay in the processor's cache: a weight is large."""
+    flat = np.ascontiguousarray(array, np.float32).reshape(-1)
+    result = np.empty_like(flat)
+    for first in range(0, flat.size, _PIECE):
+        piece = flat[first : first + _PIECE]
+        values = bf16_rounded(piece)
+        lost = np.isnan(piece)
+        result[first : first + _PIECE] = np.where(lost, piece, values) if lost.any() else values
+    return result.reshape(array.shape)
 
 
 def bytes_count(kind: str, count: int) -> int:
@@ -72,7 +85,10 @@ def unpacked(data: np.ndarray, kind: str, count: int) -> np.ndarray:
     if kind == "FP4":
         return _table(kind)[fours]
     assert kind == "INT4", kind
-    return ((fours.astype(np.int8) ^ 8) - 8).astype(np.int8)
+    signed = fours.view(np.int8)  # without a copy, and changed in place: weights are large
+    signed ^= 8
+    signed -= 8
+    return signed
 
 
 def _small_float(array: np.ndarray, mantissa: int, lowest: int, largest: float) -> np.ndarray:

@@ -174,7 +174,7 @@ def convolution(layer: Layer) -> Compute:
     groups, maps, mode = layer["num_groups"], layer["num_output_maps"], layer["padding_mode"]
     if mode not in ("EXPLICIT_ROUND_DOWN", "SAME_UPPER", "SAME_LOWER"):
         raise layer.refuse(f"padding mode {mode}")
-    own = [unpacked(w.data, w.kind, w.count) if w.count else None for w in (layer["kernel"], layer["bias"])]
+    own = layer["kernel"], layer["bias"]
     extent = [(n - 1) * d + 1 for n, d in zip(size, dilation)]
 
     def padding(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -183,8 +183,10 @@ def convolution(layer: Layer) -> Compute:
         return [_same(n, e, s, lower=mode == "SAME_LOWER") for n, e, s in zip(lengths, extent, stride)]
 
     def compute(x, kernel=None, bias=None):
-        kernel = own[0] if kernel is None else kernel
-        bias = own[1] if bias is None else bias
+        kernel, bias = (  # the layer's own weights are widened for this call only
+            unpacked(w.data, w.kind, w.count) if given is None and w.count else given
+            for given, w in zip((kernel, bias), own)
+        )
         x = np.pad(x, [(0, 0), (0, 0), *padding(x.shape[2:])])
         new = [(n - e) // s + 1 for n, e, s in zip(x.shape[2:], extent, stride)]
         result = np.zeros((len(x), groups, maps // groups, math.prod(new)), np.float32)

@@ -116,7 +116,7 @@ class ImageLoop:
                 stacked_step()
             write_uniform(uniforms[i])
             head_step()
-            progress("image tokens", i + 1, self.tokens)
+            progress("draw, in tokens", i + 1, self.tokens)
 
 
 class TextLoop:
@@ -175,7 +175,7 @@ class TextLoop:
             logits = self.logits.read()[0].copy()
             penalise_repetition(logits, seen[: length + i], repetition_penalty)
             seen[length + i] = logits.argmax()
-            progress("answer tokens", i + 1, max_new_tokens)
+            progress("answer, in tokens", i + 1, max_new_tokens)
             if seen[length + i] in eos:
                 break
         return seen[length : length + i + 1]

@@ -19,7 +19,8 @@ from ..errors import InputError, MissingError, UsageError
 from ..fit import machine
 from ..targets import target_from_name
 
-UNTARGETED = ("onnxruntime", "onnxruntime-cuda")
+ON_CPU = ("onnxruntime", "onnxruntime-exact")  # these differ only for int8 and int4 weights
+UNTARGETED = (*ON_CPU, "onnxruntime-cuda")
 TARGETED = ("tensorrt:", "interpreter:", "interpreter-fp32:")
 BACKENDS = (*UNTARGETED, *(f"{prefix}TARGET" for prefix in TARGETED))
 B = TypeVar("B")
@@ -68,9 +69,10 @@ class Session(Protocol):
 def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime") -> Session:
     """Load `component` of `bundle` on `backend`: all its parts in a chain, or the one part that is named.
 
-    `onnxruntime` runs on the CPU and `onnxruntime-cuda` on a GPU; `tensorrt:TARGET` runs the target's plan.
-    `interpreter:TARGET` evaluates on the CPU the network that TensorRT parsed, in the network's own dtypes,
-    and `interpreter-fp32:TARGET` evaluates it in float32 throughout.
+    `onnxruntime` runs on the CPU, and multiplies int8 and int4 weights in int8 arithmetic;
+    `onnxruntime-exact` multiplies them in float32. `onnxruntime-cuda` runs on a GPU; `tensorrt:TARGET` runs
+    the target's plan. `interpreter:TARGET` evaluates on the CPU the network that TensorRT parsed, in the
+    network's own dtypes, and `interpreter-fp32:TARGET` evaluates it in float32 throughout.
 
     Raises UsageError for an unknown backend, MissingError for a missing executor or device, and InputError
     for an invalid file.
@@ -96,7 +98,9 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
         return open_interpreter(bundle, component, target=target, wide=kind == "interpreter-fp32")
     from .onnxruntime import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(bundle, component, device="cuda" if backend.endswith("-cuda") else "cpu")
+    if backend == "onnxruntime-cuda":
+        return OnnxRuntimeSession(bundle, component, device="cuda")
+    return OnnxRuntimeSession(bundle, component, exact=backend == "onnxruntime-exact")
 
 
 def plan_capacity(bundle: Bundle, graph: str, *, backend: str) -> int | None:

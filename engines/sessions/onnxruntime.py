@@ -1,7 +1,9 @@
 """Sessions on ONNX Runtime: on the CPU with memory shared with numpy, or on CUDA with device memory.
 
 ONNX Runtime's CPU backend does not support bfloat16, so there a component's fp32 twin runs instead of its
-graph, with caches in float32.
+graph, with caches in float32. There it multiplies int8 and int4 weights in one of two ways: `exact`, in
+float32, and otherwise in int8 arithmetic, several times faster, with an error that export records (docs/
+targets.md).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from ..bundle.tensors import check_array, check_binding, present_name
 from ..errors import InputError, MissingError
 from . import Buffer, busy, closed, own_buffers
 
+ACTIVATION_BLOCK = 128  # numbers that share a scale where an int8 bundle's activations are rounded to int8
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 LOG_SEVERITY = 3  # errors
 # The numbers are those of onnx.TensorProto.DataType.
@@ -97,31 +100,30 @@ def float32_from_bfloat16(address: int, shape: tuple[int, ...]) -> np.ndarray:
 class OnnxRuntimeSession:
     """One component in ONNX Runtime, on `device` `cpu` or `cuda`. `engines.sessions.Session` is its protocol.
 
-    The files are verified before and after loading, and the loaded graph's inputs and outputs are compared
-    with the manifest. Raises MissingError when ONNX Runtime or the device is missing, and InputError for
-    files that differ from the manifest.
+    `exact` multiplies int8 and int4 weights in float32. The files are verified while they are loaded, and the
+    loaded graph's inputs and outputs are compared with the manifest. Raises MissingError when ONNX Runtime or
+    the device is missing, and InputError for files that differ from the manifest.
     """
 
     capacity_tokens: int | None = None
     prefill_tokens: int | None = None
 
-    def __init__(self, bundle: Bundle, component: str, *, device: str = "cpu"):
+    def __init__(self, bundle: Bundle, component: str, *, device: str = "cpu", exact: bool = False):
         runtime = _runtime(device)
         spec, on_cpu = bundle.component(component), device == "cpu"
-        path = bundle.graph(component, twin=on_cpu)
-        try:
-            self.inference_session: Any = runtime.InferenceSession(
-                str(path),
-                _options(runtime, bundle.manifest.precision),
-                providers=[(PROVIDERS[device], _provider_options(device))],
-            )
-        except Exception as error:  # the library raises bare exceptions
-            raise InputError(
-                "ONNX Runtime cannot load this graph",
-                where=f"{path}: {error}",
-                fix="export the bundle again with this version of star-export",
-            ) from None
-        bundle.graph(component, twin=on_cpu)  # the files did not change while they were loaded
+        options = _options(runtime, bundle.manifest.precision, exact=exact or not on_cpu)
+        providers = [(PROVIDERS[device], _provider_options(device))]
+        with bundle.loading(component, twin=on_cpu) as path:
+            try:
+                self.inference_session: Any = runtime.InferenceSession(
+                    str(path), options, providers=providers
+                )
+            except Exception as error:  # the library raises bare exceptions
+                raise InputError(
+                    "ONNX Runtime cannot load this graph",
+                    where=f"{path}: {error}",
+                    fix="export the bundle again with this version of star-export",
+                ) from None
         if PROVIDERS[device] not in self.inference_session.get_providers():
             raise _missing(device, "a provider that does not start (check driver, CUDA and cuDNN)")
         self.component = component
@@ -228,18 +230,23 @@ def _missing(device: str, got: str) -> MissingError:
     )
 
 
-def _options(runtime, precision: str):
+def _options(runtime, precision: str, *, exact: bool):
     options = runtime.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
-    # By default ONNX Runtime multiplies int4 and int8 weights in int8 arithmetic (level 4), with an error of
-    # 3 %. Level 1 computes in float32 on the stored weights, but with int8's scale per channel it is 25 times
-    # slower than weights that are widened on loading.
-    if precision == "int8":
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    # Sessions take turns in the decode loop. Idle threads that spin would hold the cores that the next
-    # session needs, which makes a step 2 to 3 times slower.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    entries = {
+        # Sessions take turns in the decode loop. Idle threads that spin would hold the cores that the next
+        # session needs, which makes a step 2 to 3 times slower.
+        "session.intra_op.allow_spinning": "0",
+        # Level 4 rounds activations to int8, in blocks, and adds in int32. Level 1 computes in float32 on
+        # the stored weights; with two rows it unpacks all of them at every step.
+        "session.qdq_matmulnbits_accuracy_level": "1" if exact else "4",
+        "session.qdq_matmulnbits_block_size": str(ACTIVATION_BLOCK),
+    }
+    if precision == "int8" and exact:
+        # With int8's scale per channel, level 1 is 25 times slower than weights that are widened on loading.
+        entries["session.disable_quant_qdq"] = "1"
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
     return options
 
 

@@ -21,7 +21,7 @@ from ..fit.sizes import sizes_from_bundle
 from ..fit.work import check_build
 from ..progress import Progress, silent
 from ..targets import Target, target_from_name
-from .compiler import Look, compile_plan
+from .compiler import Look, compile_plan, give_back_memory
 from .module import check_gpu, check_platform, tensorrt_of, version_tuple
 from .network import CAPACITY
 from .plan import Build, PlanSpec, build_header, build_name, onnx_hashes, plan_name, plan_state, read_build
@@ -177,6 +177,7 @@ def build_plan(
     started = time.monotonic()
     with atomic_file(path) as file:
         updates, network, plan = compile_plan(bundle, target, component, graph, profiles, file, look=look)
+        give_back_memory()  # the next plan may need all of it
         bundle.graph(component, dialect=target.dialect)  # the parsed files must still be the listed ones
     spec = bundle.component(component)
     made = PlanSpec(

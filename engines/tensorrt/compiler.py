@@ -6,6 +6,7 @@ The same code drives both builders, `tensorrt_rtx` and `tensorrt`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import signal
 import threading
@@ -25,6 +26,12 @@ from .device import call
 from .module import log_of, tensorrt_of, words
 from .network import CAPACITY, check_network, network_from_onnx
 from .profiles import Profile, largest
+
+HOST_RATIO = (
+    3  # the host's memory of a build in TensorRT for RTX, over its weights; measured: 1.3 to 2.6
+)
+# What TensorRT for RTX logs when an allocation fails; the last is a null pointer in its compiler.
+_SHORT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "check(p) failed")
 
 # Called with a component and its network, just before it is compiled; raises to stop the build.
 Look = Callable[[str, Parsed], None]
@@ -54,6 +61,7 @@ def compile_plan(
         network, parser = network_from_onnx(trt, builder, graph, capacity_tokens=capacity)
         updates = check_network(trt, network, spec, capacity_tokens=capacity, caches=caches)
         digest = _inspected(trt, network, component, look, owner=(builder, parser))
+        errors.clear()  # TensorRT logs an error for each attribute that is asked for and not set
         config = _config(trt, builder, target, profiles)
         writer = _stream_writer(trt, file)
         with _interruptible(trt, config):
@@ -172,16 +180,35 @@ def _interruptible(trt: Any, config: Any) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def give_back_memory() -> None:
+    """Return what was freed to the system. glibc keeps it otherwise, up to 0.5 GB after a plan."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, or another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _failure(target: Target, graph: Path, errors: list[str]) -> InputError | MissingError:
-    if any("out of memory" in message.lower() for message in errors):
+    if any(word in message.lower() for message in errors for word in _SHORT_OF_MEMORY):
+        return _memory_failure(target, graph, errors)
+    return InputError(
+        f"TensorRT cannot build this graph for {target.name}",
+        where=f"{graph}: {words(errors)}",
+        fix="try another precision, a smaller capacity or fewer rows; if it fails again, report this graph",
+    )
+
+
+def _memory_failure(target: Target, graph: Path, errors: list[str]) -> MissingError:
+    """The error for too little memory: of the GPU where the builder runs on the device, else of the host."""
+    if target.builder == "tensorrt":
         free, total = call("cudaMemGetInfo")
         return MissingError(
             "The GPU has too little free memory to build this plan",
             where=f"{graph}: free {free} of {total} bytes; {words(errors)}",
             fix="close other programs, or build with a smaller capacity or fewer rows",
         )
-    return InputError(
-        f"TensorRT cannot build this graph for {target.name}",
-        where=f"{graph}: {words(errors)}",
-        fix="try another precision, a smaller capacity or fewer rows; if it fails again, report this graph",
+    weights = sum(path.stat().st_size for path in graph.parent.glob("*.data"))
+    return MissingError(
+        "This machine has too little memory to build this plan",
+        where=f"{graph}: expected about {HOST_RATIO} x the {weights} bytes of its weights, "
+        f"got too little; {words(errors)}",
+        fix="close other programs, raise the limit (ulimit -v), or export with a smaller --part-bytes",
     )

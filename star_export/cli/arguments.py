@@ -14,7 +14,7 @@ def add_backend(c: argparse.ArgumentParser) -> None:
         "--backend",
         default=DEFAULT_BACKEND,
         metavar="NAME",
-        help="onnxruntime (default), onnxruntime-cuda, or tensorrt:TARGET",
+        help="onnxruntime (default), onnxruntime-exact, onnxruntime-cuda, or tensorrt:TARGET",
     )
 
 

@@ -12,13 +12,12 @@ import json
 import os
 import sys
 
-from engines.errors import StarError, UsageError
+from engines.errors import MissingError, StarError, UsageError
 from reference.errors import CheckpointError
 
 from .. import __version__
 from . import verbs
 from .arguments import (
-    DEFAULT_BACKEND,
     add_backend,
     add_drawing,
     add_pixels,
@@ -49,6 +48,32 @@ def main(argv: list[str] | None = None) -> int:
         # Otherwise Python complains about the broken pipe when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
+    except Exception as error:
+        if not memory_ran_out(error):
+            raise
+        missing = MissingError(
+            "There is too little memory for this",
+            where=f"{verb}: {type(error).__name__}: {first_line(error)}",
+            fix="close other programs, or raise the limit (ulimit -v), and repeat the command; "
+            "an export goes on where it stopped",
+        )
+        print(three_lines(missing), file=sys.stderr)
+        return missing.exit_code
+
+
+NO_MEMORY = (  # Python, torch, ONNX Runtime and the system's loader each have words of their own
+    *("can't allocate memory", "failed to allocate memory", "cannot allocate memory"),
+    *("bad allocation", "bad_alloc", "can't start new thread", "failed to map segment"),
+)
+
+
+def memory_ran_out(error: Exception) -> bool:
+    """Whether an error of any library says that no memory or address space is left."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or "no memory left").splitlines()[0][:200]
 
 
 def three_lines(error: StarError | CheckpointError) -> str:
@@ -192,7 +217,10 @@ def _validate(commands) -> None:
         help="validate the plans of this target on this device, or their networks where it cannot run them",
     )
     c.add_argument(
-        "--backend", default=DEFAULT_BACKEND, metavar="NAME", help="what runs the ONNX (default: onnxruntime)"
+        "--backend",
+        default="onnxruntime-exact",
+        metavar="NAME",
+        help="what runs the ONNX (default: onnxruntime-exact)",
     )
     c.add_argument("--report", metavar="FILE.html", help="also write the numbers to an HTML page")
     add_progress(c)

@@ -147,7 +147,7 @@ def validate(
     bundle: str,
     *,
     target: str | None = None,
-    backend: str = "onnxruntime",
+    backend: str = "onnxruntime-exact",
     report: str | None = None,
     progress: bool = True,
 ) -> Outcome:

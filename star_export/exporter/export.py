@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from engines import plugins
-from engines.bundle.files import sha256_of
+from engines.bundle.files import sha256_from_file
 from engines.bundle.manifest import SCHEMA, ComponentSpec, Manifest, TableSpec
 from engines.bundle.tensors import present_name
 from engines.errors import UsageError
 from engines.fit.work import check_export
-from engines.progress import Progress, silent
+from engines.progress import Progress, adder, silent
 from reference.config import StarConfig, config_from_files
 from reference.containers import LazyTensor, tensors_from_safetensors
 from reference.model import pixel_adapter
@@ -274,17 +274,18 @@ class Job:
 
 
 def checkpoint_hashes(files: CheckpointFiles, progress: Progress = silent) -> dict[str, str]:
-    """File name -> SHA-256 of every file of the checkpoint that an export reads."""
+    """File name -> SHA-256 of every file of the checkpoint that an export reads; links are followed."""
     paths = [
         files.config_json,
         files.star_pt,
         files.vq_pt,
         *sorted(path for path in files.qwen_folder.iterdir() if path.suffix in (".json", ".safetensors")),
     ]
+    tick = adder(progress, "hash the checkpoint, in bytes", sum(path.stat().st_size for path in paths))
     found = {}
-    for i, path in enumerate(paths):
-        progress(f"hash {path.name}", i, len(paths))
-        found[path.name] = sha256_of(path)
+    for path in paths:
+        with open(path, "rb") as file:
+            found[path.name] = sha256_from_file(file, tick=tick)
     return found
 
 

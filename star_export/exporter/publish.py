@@ -232,4 +232,7 @@ def _not_written(out: Path, error: OSError, *, resumable: bool = False) -> Input
     fix = "check the name, the permissions and the free space, or choose another --out"
     if resumable:
         fix = f"make room and repeat the command, which goes on from {stage_path(out)}, or remove that folder"
+    with contextlib.suppress(OSError):  # numpy does not say why it wrote only a part
+        free = f"; {shutil.disk_usage(out.parent).free} bytes are free there"
+        return InputError("The bundle cannot be written", where=f"{out}: {reason(error)}{free}", fix=fix)
     return InputError("The bundle cannot be written", where=f"{out}: {reason(error)}", fix=fix)

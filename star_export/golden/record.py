@@ -7,6 +7,7 @@ agrees at rounding level in every precision. A case is one forward call; its key
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from reference.containers import LazyTensor
 from ..components import COMPONENTS, Part, boundary
 from ..graph import wrappers
 from ..graph.quantize import Precision
+from .activations import int8_activations
 from .cases import POISON
 from .compare import compare, tolerance_of
 from .oracle import resident, streamed_star
@@ -35,18 +37,19 @@ Case = dict[str, np.ndarray]  # input name -> value
 CAPACITY = 24
 PROMPT_TOKENS, TRIES = 12, 50
 LARGE = 1 << 30  # weights; recording a model of more takes minutes, so it gets fewer and shorter cases
-SPECS = {False: GoldenSpec(images=3, image_tokens=16, answer_tokens=8), True: GoldenSpec(1, 3, 3)}
+SPECS = {False: GoldenSpec(images=3, image_tokens=16, answer_tokens=8), True: GoldenSpec(1, 2, 2)}
 
 
 @dataclass(frozen=True)
 class Oracle:
     """The reference in float32 and, for a bundle of 16 bits, the same in its compute type (else None).
 
-    `spec` says how much is recorded.
+    `precision` is the bundle's; `spec` says how much is recorded.
     """
 
     star: wrappers.FoldedStar
     narrow: wrappers.FoldedStar | None
+    precision: Precision
     spec: GoldenSpec
 
 
@@ -61,6 +64,7 @@ def oracle_of(
         None
         if narrow == torch.float32
         else streamed_star(config, tensors, precision, rope_bf16=rope_bf16, dtype=narrow),
+        precision,
         SPECS[sum(parameter.numel() for parameter in wide.parameters()) > LARGE],
     )
 
@@ -75,9 +79,10 @@ def component_golden(
 ) -> None:
     """Record every case of one graph or table to `path`.
 
-    For an oracle in 16 bits too, also record the noise of the same module when it computes in that type. The
-    cases of a part take the residual stream from the golden tensors of the part before it, at `before`. A
-    decoder runs all cases layer by layer, so that its weights are read once; `tick` is called after each.
+    For an oracle in 16 bits too, also record the noise of the same module when it computes in that type, and
+    for weights in blocks that of int8 activations. The cases of a part take the residual stream from the
+    golden tensors of the part before it, at `before`. A decoder runs all cases layer by layer, so that its
+    weights are read once; `tick` is called after each.
     """
     config = oracle.star.config
     inputs, outputs = boundary(part, config, "float32")
@@ -87,40 +92,52 @@ def component_golden(
         for case, feeds in cases.items():
             feeds["inputs_embeds"] = stream[f"{case}/out/hidden_states"]
     run = _layer_by_layer if part.layers else _at_once
-    wide, narrow = run(part, oracle, cases, tick)
+    wide, others = run(part, oracle, cases, tick)
     recorded: Case = {}
     for case, feeds in cases.items():
         recorded |= {f"{case}/in/{spec.name}": np.ascontiguousarray(feeds[spec.name]) for spec in inputs}
         recorded |= {f"{case}/out/{spec.name}": wide[case][spec.name] for spec in outputs}
-        if narrow:
-            noise = _noise(narrow[case], wide[case], feeds, tolerances=COMPONENTS[part.component].tolerances)
-            recorded |= {f"{case}/noise/{key}": np.array(value, np.float32) for key, value in noise.items()}
+        for kind, results in others.items():
+            noise = _noise(results[case], wide[case], feeds, tolerances=COMPONENTS[part.component].tolerances)
+            recorded |= {f"{case}/{kind}/{key}": np.array(value, np.float32) for key, value in noise.items()}
     save_file(recorded, path)
 
 
-Results = tuple[dict[str, Case], dict[str, Case]]  # by case: in float32, and in the compute type
+# By case: in float32, and by kind of noise in another arithmetic.
+Results = tuple[dict[str, Case], dict[str, dict[str, Case]]]
+NOISE, INT8 = "noise", "int8"  # of the compute type, and of int8 activations
 
 
 def _at_once(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[[], None]) -> Results:
     found: list[dict[str, Case]] = []
-    for star in (oracle.star, oracle.narrow):
-        found.append({case: _outputs(part, star, feeds) for case, feeds in cases.items()} if star else {})
+    for star in filter(None, (oracle.star, oracle.narrow)):
+        found.append({case: _outputs(part, star, feeds) for case, feeds in cases.items()})
         tick()
-    return found[0], found[1]
+    return found[0], {NOISE: found[1]} if oracle.narrow else {}
 
 
 def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[[], None]) -> Results:
-    stars = [star for star in (oracle.star, oracle.narrow) if star]
-    found: list[dict[str, Case]] = [{case: {} for case in cases} for _ in stars]
+    stars = {"": oracle.star}
+    if oracle.narrow:
+        stars[NOISE] = oracle.narrow
+    if oracle.precision.bits:
+        stars[INT8] = oracle.star
+    found: dict[str, dict[str, Case]] = {kind: {case: {} for case in cases} for kind in stars}
     for layer in part.layers or ():
         one = Part(part.name, part.component, range(layer, layer + 1))
-        with resident(*(star.get_submodule(f"{part.component}.layers.{layer}") for star in stars)):
-            for star, results in zip(stars, found):
-                for case, feeds in cases.items():
-                    stream = results[case].get("hidden_states", feeds["inputs_embeds"])
-                    results[case] |= _outputs(one, star, feeds | {"inputs_embeds": stream})
+        layers = {
+            kind: star.get_submodule(f"{part.component}.layers.{layer}") for kind, star in stars.items()
+        }
+        with resident(*layers.values()):
+            for kind, star in stars.items():
+                rounding = int8_activations(layers[kind], part.component, oracle.precision)
+                with rounding if kind == INT8 else contextlib.nullcontext():
+                    for case, feeds in cases.items():
+                        results = found[kind][case]
+                        stream = results.get("hidden_states", feeds["inputs_embeds"])
+                        results |= _outputs(one, star, feeds | {"inputs_embeds": stream})
         tick()
-    return found[0], found[1] if len(found) > 1 else {}
+    return found.pop(""), found
 
 
 def _outputs(part: Part, star: wrappers.FoldedStar, feeds: Case) -> Case:
@@ -219,8 +236,10 @@ def _telling_answer(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A prompt of random ids [1, S] and its answer's ids, the first of up to TRIES that has varied ids.
 
-    A trained model may repeat one word over and over, which would prove nothing.
+    A trained model may repeat one word over and over, which would prove nothing. The two ids of a large model
+    say that a word is fed back; its parts are checked step by step.
     """
+    varied = min(3, oracle.spec.answer_tokens)
     for _ in range(TRIES):
         cond = rng.integers(0, oracle.star.config.vocab_size, (1, PROMPT_TOKENS))
         with torch.inference_mode():
@@ -231,7 +250,7 @@ def _telling_answer(
                 None,
                 max_new_tokens=oracle.spec.answer_tokens,
             ).numpy()
-        if len(set(ids.tolist())) > 2:
+        if len(set(ids.tolist())) >= varied or oracle.spec.answer_tokens < 3:
             break
     return cond, ids
 

@@ -5,6 +5,9 @@ level. An executor that computes in 16 bits differs from the float32 reference b
 depends on the weights. So export also runs the reference in that type, and records its distance from itself
 in float32 as the noise of each case; an executor may be MARGIN times as far away. It rounds at other places
 (after fewer or more operations), but not by other amounts.
+
+Backend `onnxruntime` multiplies int8 and int4 weights by activations in int8, and computes all else in
+float32. Export records the noise of that in the same way (`activations`), with the same margin.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import numpy as np
 
 from engines.bundle.manifest import component_of
 from engines.errors import InputError
+from engines.sessions import ON_CPU
 
 from ..components import COMPONENTS
 from .cases import Case
@@ -27,6 +31,13 @@ def compute_type(precision: str, *, twin: bool) -> str:
     return "fp32" if twin or precision == "fp32" else "fp16" if precision == "fp16" else "bf16"
 
 
+def compute_of(backend: str, precision: str) -> str:
+    """The arithmetic of a bundle of `precision` on `backend`: a type, or `int8` for activations in int8."""
+    if backend in ON_CPU:
+        return "int8" if backend == "onnxruntime" and precision in ("int8", "int4") else "fp32"
+    return compute_type(precision, twin=False)
+
+
 def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The tolerance of each output of `component`, or a part, when it computes in `compute`. Caches share
     `present`.
@@ -36,24 +47,26 @@ def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray])
     """
     row = COMPONENTS[component_of(component)]
     table = row.tolerances
-    if compute == "fp32":
+    if compute == "fp32" or (compute == "int8" and not row.quantized):
         return table
     measured = {name for name, tolerance in table.items() if tolerance > 0}
     if missing := sorted(measured - noise.keys()):
         raise InputError(
-            "The golden set cannot prove anything in 16 bits",
+            f"The golden set cannot prove anything in {compute}",
             where=f"{component}: expected the reference's own noise in {compute} "
             f"of {', '.join(missing)}, got none",
             fix="export the bundle again",
         )
+    if compute == "int8":
+        return table | {name: MARGIN * float(noise[name]) for name in measured}
     found = table | {name: MARGIN * float(noise[name]) for name in measured}
     return found | row.tolerances_16bit
 
 
-def largest_noise(cases: Iterable[Case]) -> dict[str, np.ndarray]:
-    """The largest noise of each output over all cases."""
+def largest_noise(cases: Iterable[Case], compute: str) -> dict[str, np.ndarray]:
+    """The largest noise in `compute` of each output over all cases."""
     largest: dict[str, np.ndarray] = {}
     for case in cases:
-        for name, value in case.noise.items():
+        for name, value in case.noise_in(compute).items():
             largest[name] = max(value, largest.get(name, value))
     return largest

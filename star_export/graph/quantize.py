@@ -25,6 +25,7 @@ import torch
 from reference.containers import LazyTensor
 
 from ..components import COMPONENTS
+from . import ops
 
 BLOCK_SIZES = (128, 64, 32)  # of int4; the largest one that divides the input features is used
 PIECE = 1 << 17  # numbers that are quantised at once
@@ -249,7 +250,10 @@ def _packed(codes: torch.Tensor) -> np.ndarray:
 
 
 def twin_from_graph(model: ir.Model) -> ir.Model:
-    """Turn a stored 16-bit graph into its fp32 twin: it casts the same rounded weights to float32."""
+    """Turn a stored 16-bit graph into its fp32 twin: it casts the same rounded weights to float32.
+
+    Its attention is written for the CPU.
+    """
     compute = next(v.dtype for v in _values(model) if v.dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16))
     for value in list(model.graph.initializers.values()):
         if value.dtype == compute:
@@ -266,4 +270,13 @@ def twin_from_graph(model: ir.Model) -> ir.Model:
     for node in model.graph:
         if node.op_type == "Cast" and node.attributes["to"].value == compute:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
+    _group_queries(model)
     return model
+
+
+def _group_queries(model: ir.Model) -> None:
+    attention = next((node for node in model.graph if node.op_type == ops.NAME), None)
+    if attention is not None:
+        heads, kv_heads = (int(attention.inputs[i].shape[1]) for i in (0, 3))
+        body = ops.function_body(heads=heads, kv_heads=kv_heads)
+        model.functions[body.identifier()] = body

@@ -150,7 +150,7 @@ def images(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     tolerance = 0.0 if subject.compute == "fp32" else 1.0
     progress("ask and edit", 0, 1)
     with (
-        Star(subject.bundle, backend="onnxruntime") as oracle,
+        Star(subject.bundle, backend="onnxruntime-exact") as oracle,
         Star(subject.bundle, backend=subject.backend) as star,
     ):
         found = []

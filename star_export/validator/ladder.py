@@ -21,7 +21,7 @@ from engines.targets import target_from_name
 from engines.tensorrt.module import check_runnable, tensorrt_of
 
 from ..golden.compare import Comparison, excess, verdict
-from ..golden.tolerances import compute_type
+from ..golden.tolerances import compute_of
 from ..scores import SCORE
 from .certificate import (
     Certificate,
@@ -33,20 +33,21 @@ from .certificate import (
     new_certificate,
 )
 from .interpreted import interpreted
-from .rungs import decoder_steps, files_and_graphs, golden_tensors, whole_runs
+from .rungs import decoder_steps, fast_path, files_and_graphs, golden_tensors, whole_runs
 from .subject import Subject
 
 
 def validate(
     bundle: str | Path,
     *,
-    backend: str = "onnxruntime",
+    backend: str = "onnxruntime-exact",
     target: str | None = None,
     report: str | Path | None = None,
     progress: Progress = silent,
 ) -> Certificate:
     """Validate the ONNX of `bundle` on `backend`, or the plans of `target` on this machine's GPU.
 
+    `onnxruntime-exact` proves the bundle to rounding level, and says how far `onnxruntime` is from it.
     On a machine that cannot run the plans, the interpreter evaluates the networks that they were compiled
     from on the CPU instead, and the certificate says so. `report` names an HTML page to write as well.
 
@@ -58,7 +59,7 @@ def validate(
     opened = Bundle.open(bundle)
     backend = _backend_of(target) if target else backend
     check_backend(backend)
-    subject = Subject(opened, backend, compute_type(opened.manifest.precision, twin=backend == "onnxruntime"))
+    subject = Subject(opened, backend, compute_of(backend, opened.manifest.precision))
     path = certificate_path(opened.path, backend, device_name(backend))
     path.unlink(missing_ok=True)
     certificate = run_ladder(subject, progress)
@@ -92,7 +93,11 @@ def rungs_of(backend: str, *, scored: bool) -> Mapping[str, Callable]:
     """
     if backend.startswith("interpreter"):
         return {name: RUNGS[name] for name in ("files and graphs", "interpreted")}
-    left_out = {"interpreted": not backend.startswith("tensorrt:"), "score": not scored}
+    left_out = {
+        "interpreted": not backend.startswith("tensorrt:"),
+        "fast path": backend != "onnxruntime-exact",
+        "score": not scored,
+    }
     return {name: rung for name, rung in RUNGS.items() if not left_out.get(name)}
 
 
@@ -144,5 +149,6 @@ RUNGS: dict[str, Callable[[Subject, Progress], tuple[list[Row], str]]] = {
     "golden tensors": golden_tensors,
     "decoder steps": decoder_steps,
     "whole runs": whole_runs,
+    "fast path": fast_path,
     "score": score_of_tasks,
 }

@@ -1,4 +1,4 @@
-"""The rungs for every model: files and graphs, golden tensors, decoder steps and whole runs.
+"""The rungs for every model: files and graphs, golden tensors, decoder steps, whole runs, the fast path.
 
 A rung is a function of a subject that returns its rows and a note on what it left out. This module knows
 nothing of the ladder that orders the rungs.
@@ -6,10 +6,10 @@ nothing of the ladder that orders the rungs.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import itertools
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,17 @@ import numpy as np
 from engines.bundle.manifest import ComponentSpec, TableSpec, component_of
 from engines.bundle.tensors import present_name
 from engines.errors import InputError
-from engines.progress import Progress
+from engines.progress import Progress, adder
 from engines.sessions import open_session
 from engines.targets import target_from_name
 from engines.tensorrt.plan import plan_spec
 from engines.tensorrt.profiles import fits
 
+from ..components import COMPONENTS
 from ..golden.cases import Case, cases_from_file, component_cases
 from ..golden.compare import Comparison, compare, excess
 from ..golden.run_case import extended, run_case
-from ..golden.tolerances import largest_noise, tolerances_of
+from ..golden.tolerances import compute_of, largest_noise, tolerances_of
 from .certificate import Row
 from .rollout import check_decoder
 from .subject import RUNS, Subject
@@ -40,8 +41,7 @@ def files_and_graphs(subject: Subject, progress: Progress) -> tuple[list[Row], s
     Raises InputError.
     """
     manifest = subject.bundle.manifest
-    progress("hash every file", 0, 1)
-    subject.bundle.verify()
+    subject.bundle.verify(progress)
     done = f"{len(manifest.files)} files match their SHA-256"
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir")):
         return [], f"{done}; graphs not checked: onnx is not installed here (export checked them)"
@@ -81,12 +81,15 @@ def check_onnx(path: Path, *, target: str) -> None:
     check_graph(path, target=target or None)
 
 
-def golden_tensors(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
-    """Compare every graph and table with every case that was recorded for it."""
+def golden_tensors(
+    subject: Subject, progress: Progress, *, only: Callable[[str], bool] = lambda name: True
+) -> tuple[list[Row], str]:
+    """Compare every graph and table, or those whose names `only` accepts, with all their cases."""
     rows: list[Row] = []
     left_out: list[str] = []
     manifest = subject.bundle.manifest
-    components: dict[str, ComponentSpec | TableSpec] = {**manifest.components, **manifest.tables}
+    every: dict[str, ComponentSpec | TableSpec] = {**manifest.components, **manifest.tables}
+    components = {name: spec for name, spec in every.items() if only(name)}
     for i, (name, spec) in enumerate(components.items()):
         progress(f"{name} against its golden tensors", i, len(components))
         cases = component_cases(subject.bundle.file(spec.golden), spec)
@@ -104,7 +107,7 @@ def golden_tensors(subject: Subject, progress: Progress) -> tuple[list[Row], str
                 results = run_case(
                     session,
                     cases[case],
-                    tolerances=tolerances_of(name, subject.compute, cases[case].noise),
+                    tolerances=tolerances_of(name, subject.compute, cases[case].noise_in(subject.compute)),
                     capacity_tokens=session.capacity_tokens,
                     own_draws=subject.compute != "fp32",
                 )
@@ -128,8 +131,10 @@ def decoder_steps(
     model = subject.bundle.manifest.model
     decoders = [name for name in subject.bundle.manifest.components if component_of(name) in model.cache]
     for i, name in enumerate(decoders):
+        progress(f"{name} step by step", i, len(decoders))
         spec = subject.bundle.component(name)
-        noise = largest_noise(component_cases(subject.bundle.file(spec.golden), spec).values())
+        cases = component_cases(subject.bundle.file(spec.golden), spec)
+        noise = largest_noise(cases.values(), subject.compute)
         tolerances = tolerances_of(name, subject.compute, noise)
         session = open_session(subject.bundle, name, backend=subject.backend)
         try:
@@ -137,6 +142,7 @@ def decoder_steps(
             steps, chunk = (
                 min(n, capacity, session.prefill_tokens or capacity) for n in (tokens, chunk_tokens)
             )
+            tick = adder(progress, f"{name} step by step, in steps", 2 * steps)  # at B=1 and B=2
             checks = check_decoder(
                 session,
                 tokens=steps,
@@ -144,7 +150,7 @@ def decoder_steps(
                 capacity_tokens=capacity,
                 tolerances=tolerances,
                 seed=zlib.crc32(name.encode()),
-                tick=_ticker(progress, name, steps, i, len(decoders)),
+                tick=functools.partial(tick, 1),
             )
         finally:
             session.close()
@@ -178,8 +184,41 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
                 tolerances=dict.fromkeys(recorded.outputs, tolerance),
             )
             rows += rows_from_results("runtime", case, results)
-    note = "ids are reported, not bounded: in 16 bits a near tie may fall either way"
+    note = f"ids are reported, not bounded: in {subject.compute} a near tie may fall either way"
     return rows, note if tolerance else ""
+
+
+def fast_path(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
+    """What `onnxruntime` computes otherwise than `onnxruntime-exact`, the subject.
+
+    Its components that have int8 or int4 weights are compared with their golden tensors, within the recorded
+    noise of int8 activations; and the ids of whole runs with the recorded ones, which the exact path gives.
+    """
+    bundle = subject.bundle
+    fast = Subject(bundle, "onnxruntime", compute_of("onnxruntime", bundle.manifest.precision))
+    if fast.compute == subject.compute:
+        return [], "onnxruntime and onnxruntime-exact are one path: no weights are int8 or int4"
+    rows, _ = golden_tensors(fast, progress, only=lambda name: COMPONENTS[component_of(name)].quantized)
+    if RUNS not in bundle.manifest.files:
+        return rows, "left out: the bundle holds no whole runs (it was exported with some components only)"
+    from engines.runtime.star import Star
+
+    cases = cases_from_file(bundle.file(RUNS))
+    with Star(bundle, backend=fast.backend) as star:
+        for i, (case, recorded) in enumerate(cases.items()):
+            progress(f"fast path: {case}", i, len(cases))
+            (name, wanted), (got,) = next(iter(recorded.outputs.items())), RUN[case](star, recorded).values()
+            rows.append(identity(case, name, got.ravel(), wanted.ravel()))
+    return rows, "ids are reported, not bounded: with activations in int8 a near tie may fall either way"
+
+
+def identity(case: str, name: str, got: np.ndarray, wanted: np.ndarray) -> Row:
+    """How many ids of a run equal `wanted` [n], and where the first other one is; `got` may be shorter."""
+    equal = got[: len(wanted)] == wanted[: len(got)]
+    first = len(equal) if equal.all() else int(equal.argmin())
+    said = "all" if first == len(wanted) else f"{equal.sum()} of {len(wanted)}, first other at {first}"
+    others = Comparison(name, 1 - float(equal.sum()) / len(wanted), 1.0)
+    return Row("runtime", f"{case}: ids as the exact path's: {said}", others, len(wanted))
 
 
 def _generate(star, case: Case) -> Mapping[str, np.ndarray]:
@@ -229,9 +268,3 @@ def _fits(subject: Subject, component: str, session, case: Case) -> bool:
     }
     _, plan = plan_spec(subject.bundle, subject.target, component)
     return any(fits(profile, shapes) for profile in plan.profiles)
-
-
-def _ticker(progress: Progress, name: str, tokens: int, index: int, decoders: int) -> Callable[[], None]:
-    """Count the steps of the decoder `index`: `tokens` of them at B=1, and as many at B=2."""
-    steps = itertools.count(2 * tokens * index + 1)
-    return lambda: progress(f"{name} step by step", next(steps), 2 * tokens * decoders)

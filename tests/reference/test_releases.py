@@ -109,12 +109,16 @@ def test_a_name_and_its_hub_id_are_found_in_the_cache(
 ) -> None:
     places = cache_star_3b(hub, mini_checkpoint)
     expected = CheckpointFiles(release.config_json, places["star"], places["base"], places["vq"])
+
+    def size(part: str) -> int:
+        return places[part].stat().st_size
+
     told: list[tuple[str, int, int]] = []
     files = resolve_checkpoint("star-3b", progress=lambda *step: told.append(step))
     assert files == expected == resolve_checkpoint("MM-MVR/STAR-3B")
     assert {what: (done, total) for what, done, total in told} == {  # the last call of each
-        "check the SHA-256 of STAR-3B.pt, in MB": (1, 1),
-        "check the SHA-256 of VQ-Model.pt, in MB": (127, 127),
+        "check the SHA-256 of STAR-3B.pt, in bytes": (size("star"), size("star")),
+        "check the SHA-256 of VQ-Model.pt, in bytes": (size("vq"), size("vq")),
     }
     assert capsys.readouterr().err == ""
 
@@ -259,9 +263,11 @@ config, *hashes = json.loads(sys.argv[1])
 real = releases.RELEASES["star-3b"]
 star, vq = (dataclasses.replace(part, sha256=sha) for part, sha in zip((real.star, real.vq), hashes))
 releases.RELEASES["star-3b"] = dataclasses.replace(real, config_json=Path(config), star=star, vq=vq)
-files = resolve_checkpoint("star-3b")
+told = {}
+files = resolve_checkpoint("star-3b", progress=lambda what, done, total: told.update({what: (done, total)}))
 print(*(path.read_bytes() == Path(config).with_name(name).read_bytes() for path, name in (
     (files.star_pt, "STAR-mini.pt"), (files.vq_pt, "VQ-Model.pt"))), files.qwen_folder)
+print({what: counts for what, counts in told.items() if what.startswith("download")})
 """
 
 
@@ -295,7 +301,15 @@ def test_what_is_missing_is_downloaded_once(mini_checkpoint: Path, release: Rele
         ["MM-MVR/STAR-3B/STAR-3B.pt", *(f"{release.base.repository}/{name}" for name in base)]
     )
     assert "downloading about 15.5 GB to the hub's cache: STAR-3B.pt (8 GB), Qwen2.5-VL-3B" in first.stderr
-    assert (second.stdout, second.stderr) == (first.stdout, "")
+    size = sum((mini_checkpoint / "Qwen2.5-VL-mini" / name).stat().st_size for name in base)
+    star = (mini_checkpoint / "STAR-mini.pt").stat().st_size
+    assert first.stdout.splitlines()[1] == str(
+        {
+            "download STAR-3B.pt, in bytes": (star, star),
+            "download Qwen2.5-VL-3B-Instruct, in bytes": (size, size),
+        }
+    )
+    assert second.stdout.splitlines() == [first.stdout.splitlines()[0], "{}"] and second.stderr == ""
 
 
 def test_a_damaged_download_is_replaced_as_the_error_says(

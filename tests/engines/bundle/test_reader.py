@@ -43,7 +43,7 @@ def test_a_file_is_hashed_once_and_again_only_when_it_changed(root, monkeypatch)
     bundle, hashed = Bundle.open(root), []
     real = module.sha256_of
     monkeypatch.setattr(
-        module, "sha256_of", lambda path, where: hashed.append(path.name) or real(path, where=where)
+        module, "sha256_of", lambda path, **options: hashed.append(path.name) or real(path, **options)
     )
     for _ in range(3):
         bundle.file("tokenizer.json")
@@ -206,3 +206,11 @@ def test_unknown_names_are_answered_with_the_valid_ones(root):
         bundle.component("token_embeding")
     with pytest.raises(InputError, match="no such file"):
         bundle.file("../x")
+
+
+def test_verifying_tells_how_far_it_is(root):
+    bundle, told = Bundle.open(root), []
+    bundle.file("tokenizer.json")  # hashed already, and counted all the same
+    bundle.verify(lambda *call: told.append(call))
+    total = sum(file.size for file in bundle.manifest.files.values())
+    assert told[-1] == ("hash every file, in bytes", total, total)

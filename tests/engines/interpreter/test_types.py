@@ -268,3 +268,31 @@ def test_a_tensor_is_freed_after_its_last_use():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3.5 * x.nbytes
+
+
+def test_dequantised_weights_are_not_kept_beyond_the_room(monkeypatch):
+    """Eight weights of int4: kept, they take 8 x 4 bytes a number; one at a time, with what it is read by."""
+    import tracemalloc
+
+    monkeypatch.setattr("engines.interpreter.evaluate.KEEP_BYTES", 1 << 16)
+    size, block = 512, 128
+    rng, nodes, weights = np.random.default_rng(0), [], {}
+    for i in range(8):
+        codes = rng.integers(-7, 8, (size, size)).astype(ml_dtypes.int4)
+        weights |= {f"w{i}": codes, f"s{i}": np.full((size // block, size), 2**-7, np.float32)}
+        nodes += [
+            node("DequantizeLinear", [f"w{i}", f"s{i}"], f"d{i}", axis=0, block_size=block),
+            node("MatMul", [f"x{i}" if i else "x", f"d{i}"], f"x{i + 1}" if i < 7 else "y"),
+        ]
+    io = {"x": (TensorProto.FLOAT, ["n", size])}, {"y": (TensorProto.FLOAT, ["n", size])}
+    network, x = Network(parsed(trt, model_of(nodes, *io, weights))), random(2, size)
+    wanted = x
+    for i in range(8):
+        wanted = wanted @ (weights[f"w{i}"].astype(np.float32) * np.float32(2**-7))
+    for _ in range(2):
+        tracemalloc.start()
+        got = network.run({"x": x})["y"]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+        assert peak < 1.6 * 4 * size * size, f"{peak} bytes"

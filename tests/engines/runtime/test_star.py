@@ -172,7 +172,7 @@ def test_a_bundle_of_some_components_says_which_are_missing(tmp_path):
 def test_progress_is_told_step_by_step(star):
     seen = []
     star.generate("a cat", progress=lambda what, done, total: seen.append((what, done, total)))
-    assert seen == [("image tokens", i + 1, 16) for i in range(16)]
+    assert seen == [("draw, in tokens", i + 1, 16) for i in range(16)]
 
 
 def test_the_benchmark_measures_what_it_says(star):

@@ -192,7 +192,7 @@ def test_constants_are_kept_only_where_there_is_room(bundle, monkeypatch):
 
     kept = Network(network)
     assert kept._early and run(kept).any()
-    monkeypatch.setattr("engines.interpreter.evaluate._room_bytes", lambda: 0)
+    monkeypatch.setattr("engines.interpreter.evaluate.KEEP_BYTES", 0)
     lean = Network(network)
     assert not lean._early
     np.testing.assert_array_equal(run(lean), run(kept))

@@ -3,6 +3,7 @@
 docs/bad_inputs.md 23, 41, 43.
 """
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -139,8 +140,7 @@ def test_a_graph_that_is_no_graph_is_refused(tmp_path):
     bundle = Bundle.open(write_tiny_bundle(tmp_path / "c"))
     with pytest.raises(InputError):
         Bundle.open(root)  # its size and hash
-    real = bundle.graph
-    bundle.graph = lambda *a, **k: real(*a, **k) and root / "token_embedding/model.onnx"
+    bundle.loading = lambda *a, **k: contextlib.nullcontext(root / "token_embedding/model.onnx")
     with pytest.raises(InputError, match="cannot load this graph"):
         open_session(bundle, "token_embedding")
 
@@ -250,7 +250,7 @@ def test_an_unknown_backend_is_answered_with_the_valid_ones(tmp_path):
     for backend in ("onnx", "tensorrt:", "", "cuda"):
         with pytest.raises(
             UsageError,
-            match="onnxruntime, onnxruntime-cuda, tensorrt:TARGET, "
+            match="onnxruntime, onnxruntime-exact, onnxruntime-cuda, tensorrt:TARGET, "
             "interpreter:TARGET, interpreter-fp32:TARGET, got",
         ):
             open_session(bundle, "token_embedding", backend=backend)
@@ -287,8 +287,12 @@ def test_the_twin_has_its_caches_in_float32():
     assert module.twin_spec(spec).inputs == tuple(inputs)
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_quantised_weights_are_multiplied_in_float32(precision):
+WIDTH = 11008  # STAR-3B's largest inner size
+
+
+@pytest.fixture(params=["int4", "int8"])
+def product(request, tmp_path):
+    """(run, x, weight): a graph that multiplies x [2,K] by a weight [K,32] in int4 or int8, of real width."""
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -296,25 +300,47 @@ def test_quantised_weights_are_multiplied_in_float32(precision):
     from tests.helpers.tiny_bundle import model_from_nodes
 
     rng = np.random.default_rng(0)
-    weights, x = rng.integers(-8, 8, (64, 32)), rng.standard_normal((2, 64)).astype(np.float32)
-    form, scale = ({"axis": 0, "block_size": 32}, (2, 32)) if precision == "int4" else ({"axis": 1}, (32,))
+    top = 7 if request.param == "int4" else 127
+    codes, x = rng.integers(-top, top + 1, (WIDTH, 32)), rng.standard_normal((2, WIDTH), dtype=np.float32)
+    form = {"axis": 0, "block_size": 128} if request.param == "int4" else {"axis": 1}
+    scales = (
+        rng.uniform(0.5, 1, (WIDTH // 128, 32) if request.param == "int4" else 32).astype(np.float32) / top
+    )
     nodes = [
         helper.make_node("DequantizeLinear", ["w", "s"], ["d"], **form),
         helper.make_node("MatMul", ["x", "d"], ["y"]),
     ]
     model = model_from_nodes(
         nodes,
-        [TensorSpec("x", "float32", ("B", 64))],
+        [TensorSpec("x", "float32", ("B", WIDTH))],
         [TensorSpec("y", "float32", ("B", 32))],
-        {"s": np.full(scale, 0.1, np.float32)},
+        {"s": scales},
     )
-    model.graph.initializer.append(
-        helper.make_tensor("w", getattr(TensorProto, precision.upper()), (64, 32), weights.flatten().tolist())
-    )
-    got = onnxruntime.InferenceSession(
-        model.SerializeToString(), module._options(onnxruntime, precision)
-    ).run(None, {"x": x})[0]
-    np.testing.assert_allclose(got, x @ (weights * 0.1), atol=1e-4)  # int8 arithmetic is about 0.1 off
+    kind = getattr(TensorProto, request.param.upper())
+    model.graph.initializer.append(helper.make_tensor("w", kind, codes.shape, codes.flatten().tolist()))
+
+    def run(exact):
+        options = module._options(onnxruntime, request.param, exact=exact)
+        return onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"x": x})[0]
+
+    return run, x, codes * (scales.repeat(128, 0) if scales.ndim == 2 else scales)
+
+
+def test_the_exact_path_multiplies_quantised_weights_in_float32(product):
+    run, x, weight = product
+    wanted = x.astype(np.float64) @ weight
+    assert np.abs(run(exact=True) - wanted).max() < 1e-5 * wanted.std()
+
+
+def test_the_fast_path_rounds_activations_to_int8_in_blocks_and_nothing_else(product):
+    run, x, weight = product
+    blocks = x.reshape(2, -1, module.ACTIVATION_BLOCK)
+    scales = np.abs(blocks).max(-1, keepdims=True) / 127
+    rounded = (np.round(blocks / scales) * scales).reshape(2, -1).astype(np.float64)
+    wanted, got = x.astype(np.float64) @ weight, run(exact=False)
+    assert 1e-3 < np.abs(got - wanted).max() / wanted.std() < 0.05  # this test can see the rounding
+    # A number in the middle of two steps may be rounded either way.
+    assert np.abs(got - rounded @ weight).max() < 3e-4 * wanted.std()
 
 
 def test_memory_of_a_device_starts_at_zero_and_keeps_bfloat16_bits():
@@ -345,3 +371,40 @@ def test_a_bundle_passes_the_ladder_on_cuda(bundle_of, tmp_path, precision):
     from star_export.validator.ladder import validate
 
     assert validate(shutil.copytree(bundle_of(precision), tmp_path / "b"), backend="onnxruntime-cuda").passed
+
+
+def test_weights_are_hashed_once_and_while_they_load(tmp_path, monkeypatch):
+    """ONNX Runtime loads them before their hash is known, and the session is refused when it differs."""
+    import onnxruntime
+
+    from engines.bundle import reader
+
+    bundle, real, hashed, loading = Bundle.open(write_tiny_bundle(tmp_path / "b")), reader.sha256_of, [], []
+    load, loaded = onnxruntime.InferenceSession, threading.Event()
+
+    def hash_of(path, **kwargs):
+        if path.suffix == ".data":
+            loading.append(loaded.wait(5))  # the hash ends after the load
+        hashed.append(path.name)
+        return real(path, **kwargs)
+
+    def loads(*args, **kwargs):
+        session = load(*args, **kwargs)
+        loaded.set()
+        return session
+
+    monkeypatch.setattr(reader, "sha256_of", hash_of)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", loads)
+    run(open_session(bundle, "token_embedding"), {"input_ids": IDS})
+    assert loading == [True] and sorted(hashed) == ["model.onnx", "model.onnx.data"]
+    open_session(bundle, "token_embedding")
+    assert len(hashed) == 2
+
+
+@pytest.mark.parametrize("exact", ["onnxruntime", "onnxruntime-exact"])
+def test_flipped_weights_open_no_session(tmp_path, exact):
+    root = write_tiny_bundle(tmp_path / "b")
+    data = root / "token_embedding/model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(InputError, match="sha256"):
+        open_session(Bundle.open(root), "token_embedding", backend=exact)

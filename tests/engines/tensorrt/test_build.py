@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 from onnx import helper
 
-from engines.bundle.manifest import CacheSpec, TensorSpec
+from engines.bundle.manifest import TensorSpec
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
 from engines.targets import TARGETS
 from engines.tensorrt import build, compiler, plan
-from tests.helpers.decoder_bundle import DIM, HIDDEN, KV, decoder_io, decoder_model, write_decoder_bundle
+from tests.helpers.decoder_bundle import HIDDEN, decoder_io, decoder_model, write_decoder_bundle
 from tests.helpers.tiny_bundle import write_component, write_manifest
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -114,7 +114,7 @@ def test_a_plan_that_is_not_proven_is_built_again(bundle, spoil):
     assert built(bundle).skipped
 
 
-def rewritten(bundle, model, *, doc="", io=None, caches=1):
+def rewritten(bundle, model, *, doc="", io=None):
     """The bundle with another `base_ar`; its plans stay."""
     model.doc_string = doc
     plans, aside = bundle.path / "plans", bundle.path.parent / "aside"
@@ -123,8 +123,7 @@ def rewritten(bundle, model, *, doc="", io=None, caches=1):
     components = bundle.manifest.components | {
         "base_ar": write_component(bundle.path, "base_ar", model, *(io or decoder_io()))
     }
-    model_spec = replace(bundle.manifest.model, cache={"base_ar": CacheSpec(caches, KV, DIM)})
-    write_manifest(bundle.path, components, precision="bf16", model=model_spec)
+    write_manifest(bundle.path, components, precision="bf16", model=bundle.manifest.model)
     aside.rename(plans)
     return Bundle.open(bundle.path)
 
@@ -190,12 +189,12 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(bundle, monkeypatch):
     ],
 )
 def test_what_tensorrt_parsed_must_be_what_the_manifest_says(bundle, fault, words):
-    model, (inputs, outputs), caches = decoder_model(swap=fault == "caches swapped"), decoder_io(), 1
+    model, (inputs, outputs) = decoder_model(swap=fault == "caches swapped"), decoder_io()
     hidden = next(v for v in model.graph.output if v.name == "hidden_states")
     if fault == "positions unused":
         model = decoder_model(use_positions=False)
     elif fault == "two layers promised":
-        caches = 2
+        inputs += [replace(t, name=t.name.replace(".0.", ".1.")) for t in inputs if ".0." in t.name]
     elif fault == "another output name":
         next(n for n in model.graph.node if "hidden_states" in n.output).output[0] = hidden.name = "states"
     elif fault == "another dtype":
@@ -208,9 +207,7 @@ def test_what_tensorrt_parsed_must_be_what_the_manifest_says(bundle, fault, word
         model.graph.node.insert(
             0, helper.make_node("Nope", ["inputs_embeds"], ["nothing"], name="strange_node")
         )
-    refused(
-        InputError, rewritten(bundle, model, io=(inputs, outputs), caches=caches), words, "base_ar/model.onnx"
-    )
+    refused(InputError, rewritten(bundle, model, io=(inputs, outputs)), words, "base_ar/model.onnx")
     assert plan_files(bundle) == []
 
 
@@ -258,6 +255,59 @@ def test_wrong_arguments_are_refused_before_anything_is_built(bundle, arguments,
     with pytest.raises(error) as caught:
         build.build_plans(bundle, **{"targets": [TARGET, "rtx-5090"]} | arguments)
     assert words in str(caught.value) and not (bundle.path / "plans").exists()
+
+
+@pytest.fixture
+def in_parts(tmp_path):
+    """A bundle whose `base_ar` is two parts."""
+    root = tmp_path / "parts"
+    components = {
+        name: write_component(root, name, decoder_model(), *decoder_io())
+        for name in ("base_ar/0", "base_ar/1", "stacked_ar")
+    }
+    write_manifest(root, components, precision="bf16")
+    return Bundle.open(root)
+
+
+def test_a_component_stands_for_its_parts_and_each_has_a_plan(in_parts):
+    results = build.build_plans(in_parts, [TARGET], components=["base_ar"], capacity_tokens=CAPACITY)
+    assert [r.component for r in results] == ["base_ar/0", "base_ar/1"]
+    assert [r.path.relative_to(in_parts.path).as_posix() for r in results] == [
+        f"plans/{TARGET}/base_ar/{i}.plan" for i in (0, 1)
+    ]
+    assert list(plan.read_build(in_parts, TARGET).components) == ["base_ar/0", "base_ar/1"]
+    shown = plan.describe_plans(in_parts.path / "plans" / TARGET)["components"]
+    assert {name: row["state"] for name, row in shown.items()} == {"base_ar/0": "ok", "base_ar/1": "ok"}
+    assert sorted(p.name for p in (in_parts.path / f"plans/{TARGET}").iterdir()) == ["base_ar", "build.json"]
+
+
+def test_a_lost_part_is_built_again_alone(in_parts):
+    first, second = build.build_plans(in_parts, [TARGET], components=["base_ar"], capacity_tokens=CAPACITY)
+    second.path.unlink()
+    again = build.build_plans(in_parts, [TARGET], components=["base_ar"], capacity_tokens=CAPACITY)
+    assert [r.skipped for r in again] == [True, False]
+    assert [r.skipped for r in built_part(in_parts, "base_ar/1")] == [True]
+    assert Bundle.open(in_parts.path).manifest == in_parts.manifest, "plans of parts are no unlisted files"
+
+
+def built_part(bundle, name):
+    return build.build_plans(bundle, [TARGET], components=[name], capacity_tokens=CAPACITY)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "MyelinHostBuffer::allocate: Error Code 2: OutOfMemory (Requested size was 622330239 bytes.)",
+        "Error Code 1: Myelin (MyelinCheckException: myelin_tensor.h:47: CHECK(p) failed.)",
+        "std::bad_alloc",
+    ],
+)
+def test_too_little_memory_of_the_host_is_told_with_the_bytes_of_the_weights(bundle, message):
+    graph = bundle.graph("base_ar")
+    weights = (graph.parent / "model.onnx.data").stat().st_size
+    error = compiler._failure(TARGETS[TARGET], graph, [message])
+    assert isinstance(error, MissingError) and "too little memory" in str(error), error
+    assert f"about 3 x the {weights} bytes of its weights" in error.where and "--part-bytes" in error.fix
 
 
 def test_a_missing_or_old_builder_names_version_and_extra(bundle, monkeypatch):

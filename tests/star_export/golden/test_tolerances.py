@@ -20,7 +20,9 @@ def noise_of(bundle: Bundle) -> dict[str, dict[str, float]]:
     return {
         name: {
             k: float(v)
-            for k, v in largest_noise(component_cases(bundle.file(spec.golden), spec).values()).items()
+            for k, v in largest_noise(
+                component_cases(bundle.file(spec.golden), spec).values(), "bf16"
+            ).items()
         }
         for name, spec in bundle.manifest.components.items()
     }

@@ -19,6 +19,7 @@ from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, ParityError, UsageError
 from star_export.cli.parser import main
 from star_export.validator.ladder import validate
+from star_export.validator.rungs import identity
 
 
 @pytest.fixture
@@ -50,9 +51,7 @@ def spoil_weight(bundle: Path, component: str, name: str, change: Callable[[np.n
 
 
 def spoil_golden(bundle: Path, file: str, change: Callable[[dict], dict]) -> None:
-    save_file(
-        {k: np.ascontiguousarray(v) for k, v in change(load_file(bundle / file)).items()}, bundle / file
-    )
+    save_file({k: np.array(v, order="C") for k, v in change(load_file(bundle / file)).items()}, bundle / file)
     rehash(bundle)
 
 
@@ -69,14 +68,51 @@ def test_every_precision_passes_at_rounding_level(
         "golden tensors",
         "decoder steps",
         "whole runs",
+        "fast path",
     ]
     checked = {row.component for rung in certificate.rungs for row in rung.rows}
-    assert checked == set(Bundle.open(root).manifest.components) | {"runtime"}
-    stored = json.loads((root / "certificates/onnxruntime-cpu.json").read_text())
+    manifest = Bundle.open(root).manifest
+    assert checked == {*manifest.components, *manifest.tables, "runtime"}
+    stored = json.loads((root / "certificates/onnxruntime-exact-cpu.json").read_text())
     assert stored["passed"] is True and stored["manifest_sha256"] == sha256_of(root / "manifest.json")
     assert any("fp32 twins" in gap for gap in certificate.not_proven) is (precision != "fp32")
     assert "passed" in (tmp_path / "r.html").read_text() and "FAILED" not in (tmp_path / "r.html").read_text()
     assert Bundle.open(root).manifest.precision == precision  # a certificate is no file of the bundle
+    fast = certificate.rungs[-1]
+    if precision not in ("int8", "int4"):
+        assert not fast.rows and "are one path" in fast.note
+        return
+    assert {row.component for row in fast.rows} == {"base_ar", "stacked_ar", "runtime"}
+    for row in fast.rows:  # int8 rounding is there, and is what export recorded: a third of the tolerance
+        if row.worst.tensor == "hidden_states":
+            assert row.worst.value > 1e-2 and row.worst.value / row.worst.tolerance < 0.5
+    assert any("ids as the exact path's: " in row.check for row in fast.rows)
+
+
+def test_a_fast_path_that_is_off_by_more_than_its_recorded_noise_is_refused(
+    bundle_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = shutil.copytree(
+        bundle_of("int4"), tmp_path / "b", ignore=shutil.ignore_patterns("plans", "certificates")
+    )
+
+    def shrink(tensors: dict) -> dict:
+        return {k: v / 10 if "/int8/" in k else v for k, v in tensors.items()}
+
+    spoil_golden(root, "stacked_ar/golden.safetensors", shrink)
+    with pytest.raises(ParityError, match="stacked_ar: case .*expected at most"):
+        validate(root)
+
+
+def test_identity_counts_equal_ids_and_names_the_first_other() -> None:
+    wanted = np.array([5, 6, 7, 8])
+    for got, said, share in (
+        ([5, 6, 7, 8], "all", 0.0),
+        ([5, 9, 7, 8], "3 of 4, first other at 1", 0.25),
+        ([5, 6], "2 of 4, first other at 2", 0.5),
+    ):
+        row = identity("answer", "ids", np.array(got), wanted)
+        assert row.check == f"answer: ids as the exact path's: {said}" and row.worst.value == share
 
 
 FAULTS = {
@@ -106,11 +142,11 @@ def test_a_planted_fault_is_named(bundle: Path, capsys: pytest.CaptureFixture, f
     what, where, fix = capsys.readouterr().err.strip().splitlines()
     assert what.startswith("error: ") and fix.startswith("  fix: ")
     assert f"where: {component}: case " in where and "expected" in where and "got" in where
-    assert json.loads((bundle / "certificates/onnxruntime-cpu.json").read_text())["passed"] is False
+    assert json.loads((bundle / "certificates/onnxruntime-exact-cpu.json").read_text())["passed"] is False
 
 
 def test_a_failed_validation_takes_the_old_certificate_away(bundle: Path) -> None:
-    path = bundle / "certificates/onnxruntime-cpu.json"
+    path = bundle / "certificates/onnxruntime-exact-cpu.json"
     assert validate(bundle).passed and json.loads(path.read_text())["passed"] is True
     spoil_weight(bundle, "base_ar", "layers.3.mlp.up_proj.weight", lambda w: w * 2)
     with pytest.raises(ParityError):

@@ -1,0 +1,361 @@
+"""The whole line at a released model's size, through the public commands, and the table of its limits.
+
+    python -m tests.bench_real_size 3B|7B|nano FOLDER [--precision int4 bf16] [--steps export,build,...]
+
+FOLDER gets a checkpoint of noise (`python -m reference.real_size`; `nano` is STAR-Nano, which tries this
+script in two minutes), a bundle per precision, and `bench-SIZE.json`: every step with its command, seconds,
+peak of own pages (`tests/helpers/measured.py`), exit code and what the machine did besides. Steps that stand
+there for the same commit are not run again without `--again`. The tables are Markdown, as in docs/figures.md.
+
+This is a benchmark, not a test: it asserts nothing, and its figures hold for this machine and this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.measured import Measured, drop_from_cache, run_measured, seconds_to_read
+
+ROOT = Path(__file__).parents[1]
+STEPS = ("export", "plan", "build", "validate", "read-back", "generate")
+PROMPT = "a photo of a red cat"
+BEFORE_FIRST_TOKEN = ("token_embedding", "base_ar", "stacked_ar", "image_head", "image_embedding")
+GB, MINUTE = 1e9, 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """A row of the table: a figure, what it may be at most (or at least, for `share`), and its unit."""
+
+    name: str
+    unit: str
+    limits: dict[tuple[str, str], float]
+
+    @property
+    def at_least(self) -> bool:
+        return self.name.startswith("share")
+
+
+def limits(int4_3b: float | None, int4_7b: float | None, bf16_7b: float | None) -> dict:
+    columns = {("3B", "int4"): int4_3b, ("7B", "int4"): int4_7b, ("7B", "bf16"): bf16_7b}
+    return {column: limit for column, limit in columns.items() if limit is not None}
+
+
+LIMITS = (
+    Limit("export: peak memory", "GB", limits(3, 4, 4)),
+    Limit("export: time", "min", limits(12, 30, 30)),
+    Limit("bundle / its distinct weights", "", limits(1.02, 1.02, 1.02)),
+    Limit("build: peak memory", "GB", limits(4, 5, 8)),
+    Limit("build: time", "min", limits(5, 12, 15)),
+    Limit("validate: peak memory", "GB", limits(8, 14, 8)),
+    Limit("validate: time", "min", limits(15, 35, None)),
+    Limit("read-back: peak memory", "GB", limits(6, 8, 8)),
+    Limit("share of read bandwidth in decode", "", limits(0.6, 0.6, None)),
+    Limit("first token / reading its files, cold", "", limits(2.5, 2.5, None)),
+    Limit("first token / reading its files, warm", "", {}),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench_real_size", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("size", choices=("3B", "7B", "nano"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--precision", nargs="+", default=["int4"], metavar="P")
+    parser.add_argument("--steps", type=lambda text: text.split(","), default=list(STEPS), metavar="A,B,...")
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="one that is there already")
+    for option in ("--layers", "--stacked-layers", "--vision-layers", "--vq-channels"):
+        parser.add_argument(option, metavar="N", help="of the checkpoint that is made")
+    parser.add_argument("--target", default="rtx-4090", metavar="T")
+    parser.add_argument("--stop-at-gb", type=float, metavar="G", help="kill a step that takes more memory")
+    parser.add_argument("--again", action="store_true", help="run steps that were run at this commit already")
+    options = parser.parse_args()
+    if unknown := set(options.steps) - set(STEPS):
+        parser.error(f"--steps: expected some of {', '.join(STEPS)}, got {', '.join(sorted(unknown))}")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options)
+    bench.make_checkpoint()
+    for precision in options.precision:
+        for step in [step for step in STEPS if step in options.steps]:
+            bench.run(precision, step)
+    print("\n".join(table(bench.record)))
+    return 0
+
+
+class Bench:
+    """The steps of one run, and their record on disk."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.folder = options, options.folder.absolute()
+        self.path = self.folder / f"bench-{options.size}.json"
+        self.commit = commit()
+        self.record: dict[str, Any] = {"schema": 1, "size": options.size, "steps": {}}
+        if self.path.exists():
+            self.record = json.loads(self.path.read_text())
+        self.record |= {"machine": machine()}
+        names = ("layers", "stacked_layers", "vision_layers", "vq_channels")
+        self.fewer = {name: getattr(options, name) for name in names if getattr(options, name)}
+        self.record["fewer"] = self.fewer  # a model of real width with fewer layers has no limits
+
+    @property
+    def source(self) -> str:
+        """What is exported."""
+        if self.options.size == "nano":
+            return "nano"
+        return self.options.checkpoint or str(self.folder / "checkpoint")
+
+    def bundle(self, precision: str) -> Path:
+        return self.folder / f"bundle-{precision}"
+
+    def make_checkpoint(self) -> None:
+        """Write the checkpoint, unless there is one."""
+        if self.source == "nano" or (
+            Path(self.source).is_dir() and list(Path(self.source).glob("STAR*.json"))
+        ):
+            return
+        shutil.rmtree(self.source, ignore_errors=True)
+        fewer = [f"--{name.replace('_', '-')}={value}" for name, value in self.fewer.items()]
+        command = [sys.executable, "-m", "reference.real_size", self.options.size, self.source, *fewer]
+        self.keep("checkpoint", "checkpoint", self.measured(command))
+
+    def run(self, precision: str, step: str) -> None:
+        """Run a step, unless it was run at this commit, and keep what was measured."""
+        known = self.record["steps"].get(precision, {}).get(step)
+        if known and known["commit"] == self.commit and not self.options.again:
+            print(f"{precision}: {step}: known from {known['date']}", file=sys.stderr)
+            return
+        if step != "export" and not self.bundle(precision).is_dir():
+            print(f"{precision}: {step}: left out, as there is no bundle", file=sys.stderr)
+            return
+        self.keep(precision, step, getattr(self, step.replace("-", "_"))(precision))
+
+    def export(self, precision: str) -> dict[str, Any]:
+        bundle = self.bundle(precision)
+        for place in (bundle, bundle.with_name(f".{bundle.name}.stage")):
+            shutil.rmtree(place, ignore_errors=True)
+        found = self.verb("export", self.source, "--out", bundle, "--precision", precision)
+        if not found["exit_code"]:
+            files = json.loads((bundle / "manifest.json").read_text())["files"].values()
+            found["bundle_bytes"] = sum(file["size"] for file in files)
+            found["distinct_bytes"] = sum(distinct_weights(self.source, precision).values())
+        return found
+
+    def plan(self, precision: str) -> dict[str, Any]:
+        words = (self.source, "--precision", precision, "--target", self.options.target)
+        return self.verb("plan", *words, "--json")
+
+    def build(self, precision: str) -> dict[str, Any]:
+        shutil.rmtree(self.bundle(precision) / "plans", ignore_errors=True)
+        return self.verb("build", self.bundle(precision), "--target", self.options.target)
+
+    def validate(self, precision: str) -> dict[str, Any]:
+        return self.verb("validate", self.bundle(precision))
+
+    def read_back(self, precision: str) -> dict[str, Any]:
+        return self.verb("validate", self.bundle(precision), "--target", self.options.target)
+
+    def generate(self, precision: str) -> dict[str, Any]:
+        """Draw an image from cold files; then start again with warm ones, and stop at the first token."""
+        from engines.bench import host_bandwidth
+
+        bundle = self.bundle(precision)
+        tokens = json.loads((bundle / "manifest.json").read_text())["model"]["image_tokens"]
+        files = files_before_first_token(bundle)
+        command = ("generate", bundle, PROMPT, "-o", self.folder / f"{precision}.png", "--seed", "7")
+        first, last = f"| 1/{tokens} [", f"| {tokens}/{tokens} ["
+        bandwidth = host_bandwidth()
+        read_s = {"cold": seconds_to_read(files, cold=True), "warm": seconds_to_read(files, cold=False)}
+        drop_from_cache(files)
+        cold = self.verb(*command, marks={"first_token_s": first, "last_token_s": last})
+        warm = self.verb(*command, marks={"first_token_s": first}, stop_text=first)
+        return cold | {
+            "tokens": tokens,
+            "read_bytes": sum(path.stat().st_size for path in files),
+            "read_s": read_s,
+            "first_token_s": {"cold": cold["first_token_s"], "warm": warm["first_token_s"]},
+            "step_bytes": bytes_of_step(self.source, bundle, precision),
+            "bandwidth": max(bandwidth, host_bandwidth()),
+        }
+
+    def verb(self, *words: str | Path, **options: Any) -> dict[str, Any]:
+        return self.measured([sys.executable, "-m", "star_export", *map(str, words)], **options)
+
+    def measured(
+        self, command: list[str], *, marks: dict[str, str] | None = None, stop_text: str | None = None
+    ) -> dict[str, Any]:
+        """Run a command; `marks` names texts on its terminal whose times are kept too."""
+        print("$ " + " ".join(command[1:]), file=sys.stderr, flush=True)
+        load = os.getloadavg()[0]
+        stop = self.options.stop_at_gb
+        run = run_measured(
+            command, stop_bytes=int(stop * GB) if stop else None, stop_text=stop_text, cwd=ROOT
+        )
+        print(
+            f"  {run.seconds:.1f} s, {run.peak_bytes / GB:.2f} GB, exit code {run.exit_code}", file=sys.stderr
+        )
+        return {
+            "command": command[1:],
+            "commit": self.commit,
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "load_before": round(load, 2),
+            "seconds": round(run.seconds, 2),
+            "peak_bytes": run.peak_bytes,
+            "exit_code": run.exit_code,
+            "output": (run.stdout + plain(run))[-3000:],
+        } | {name: run.first(text) for name, text in (marks or {}).items()}
+
+    def keep(self, precision: str, step: str, found: dict[str, Any]) -> None:
+        self.record["steps"].setdefault(precision, {})[step] = found
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.record, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+
+def plain(run: Measured) -> str:
+    """What the command said, without its bars."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "".join(words for _, words in run.said))
+    lines = re.split(r"[\r\n]+", text)
+    return "\n".join(line for line in lines if line.strip() and not re.search(r"\| .* \[\d+:\d\d", line))
+
+
+def distinct_weights(source: str, precision: str) -> dict[str, int]:
+    """Every weight that the model needs -> its bytes at this precision, each once, scales included.
+
+    The table of image embeddings stands for the adapter that it is computed with.
+    """
+    from reference.config import config_from_files
+    from reference.names import aliases
+    from reference.weights import named_tensors, resolve_checkpoint
+    from star_export.graph.quantize import PRECISIONS, stored_bytes
+
+    files = resolve_checkpoint(source)
+    config = config_from_files(files.config_json, files.qwen_folder)
+    shapes = {
+        name: lazy.shape
+        for name, lazy in named_tensors(files, config).items()
+        if name not in aliases(config) and not name.startswith("pixel_adapter.")
+    }
+    shapes["image_table.weight"] = (config.vq.codebook_size, config.base_ar.hidden_size)
+    return {name: stored_bytes(name, shape, PRECISIONS[precision]) for name, shape in shapes.items()}
+
+
+def bytes_of_step(source: str, bundle: Path, precision: str) -> int:
+    """Bytes that a decode step must read: weights, and caches of two rows that are filled on average."""
+    manifest = json.loads((bundle / "manifest.json").read_text())["model"]
+    components = ("base_ar.", "stacked_ar.", "image_head.")
+    weights = distinct_weights(source, precision)
+    read = sum(size for name, size in weights.items() if name.startswith(components))
+    width = 4 if precision == "fp32" else 2
+    filled = 32 + manifest["image_tokens"] // 2  # a prompt is short
+    caches = [2 * c["layers"] * c["kv_heads"] * c["head_dim"] for c in manifest["cache"].values()]
+    return read + 2 * filled * width * sum(caches)
+
+
+def files_before_first_token(bundle: Path) -> list[Path]:
+    """The graphs and weights that `generate` needs to draw the first token, each once."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    graphs = [c["twin"] or c["graph"] for n, c in manifest["components"].items() if needed(n)]
+    graphs += [table["file"] for name, table in manifest["tables"].items() if needed(name)]
+    weights = [f"{Path(graph).parent}/model.onnx.data" for graph in graphs]
+    return [bundle / name for name in dict.fromkeys(graphs + weights) if name in manifest["files"]]
+
+
+def needed(name: str) -> bool:
+    return name.partition("/")[0] in BEFORE_FIRST_TOKEN
+
+
+def figures(steps: dict[str, Any]) -> dict[str, float | str]:
+    """Name of a row of `LIMITS` -> its figure, or how its step failed."""
+    found: dict[str, float | str] = {}
+    for step, result in steps.items():
+        if result["exit_code"]:
+            found |= {
+                row.name: f"exit code {result['exit_code']}" for row in LIMITS if row.name.startswith(step)
+            }
+            continue
+        found[f"{step}: peak memory"] = result["peak_bytes"] / GB
+        found[f"{step}: time"] = result["seconds"] / MINUTE
+        if step == "export":
+            found["bundle / its distinct weights"] = result["bundle_bytes"] / result["distinct_bytes"]
+        if step == "generate":
+            seconds = (result["last_token_s"] - result["first_token_s"]["cold"]) / (result["tokens"] - 1)
+            found["share of read bandwidth in decode"] = result["step_bytes"] / seconds / result["bandwidth"]
+            for state, read_s in result["read_s"].items():
+                ratio = result["first_token_s"][state] / read_s
+                found[f"first token / reading its files, {state}"] = ratio
+    return found
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """The figures and limits of a record, in Markdown."""
+    precisions = [name for name in record["steps"] if name != "checkpoint"]
+    commits = sorted({step["commit"] for steps in record["steps"].values() for step in steps.values()})
+    lines = [
+        f"{record['machine']['cpu']}, {record['machine']['cores']} cores; commit {', '.join(commits)}",
+        "",
+        f"| {record['size']} | " + " | ".join(f"{precision} | limit" for precision in precisions) + " |",
+        "|---" * (1 + 2 * len(precisions)) + "|",
+    ]
+    for row in LIMITS:
+        cells = []
+        for precision in precisions:
+            value = figures(record["steps"][precision]).get(row.name, "-")
+            limit = None if record["fewer"] else row.limits.get((record["size"], precision))
+            met = "" if limit is None or isinstance(value, str) else verdict(value, limit, row.at_least)
+            cells += [f"{shown(value, row.unit)}{met}", shown(limit, row.unit)]
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def verdict(value: float, limit: float, at_least: bool) -> str:
+    passed = value >= limit if at_least else value <= limit
+    return "" if passed else " (missed)"
+
+
+def shown(value: float | str | None, unit: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def commit() -> str:
+    """The commit that is measured, marked if files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    changed = git("status", "--porcelain", "--untracked-files=no").strip()
+    return git("rev-parse", "--short=12", "HEAD").strip() + (
+        f", changed {time.time():.0f}" if changed else ""
+    )
+
+
+def machine() -> dict[str, Any]:
+    cpus = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    memory = int(re.findall(r"MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
+    packages = ("torch", "onnx", "onnxruntime", "tensorrt-rtx-cu13", "numpy")
+    return {
+        "cpu": cpus[0] if cpus else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
