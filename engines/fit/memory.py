@@ -23,9 +23,9 @@ TASKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "reason": (EMBED, ANSWER, DRAW, DECODE),
 }
 PROMPT_TOKENS = 64  # a sentence in the chat template; the templates of an edit are longer
-# Bytes that ONNX Runtime's CPU provider holds of a weight for each byte stored. It widens 16-bit weights to
-# float32 on loading, and int8 weights too (`engines.sessions.onnxruntime`).
-CPU_HELD = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 4, "int4": 1}
+# Bytes that ONNX Runtime's CPU provider holds of a weight for each byte stored: it widens 16-bit weights to
+# float32 on loading. (The exact backend widens int8 too, to four; this is a lower bound of both.)
+CPU_HELD = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 1, "int4": 1}
 CPU_HELD_DENSE = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 2, "int4": 2}  # of components without caches
 IMAGE_WORKSPACE = 128  # estimate of the VQ model's working memory / bytes of an image in float32
 SCORES_WORKSPACE = 2  # attention scores of one layer that exist at a time, in float32

@@ -14,7 +14,7 @@ from ..errors import InputError, MissingError, UsageError
 from ..fit.machine import check_memory, sized
 from ..fit.memory import Use, loop_bytes, task_memory, weight_bytes
 from ..fit.sizes import sizes_from_bundle
-from ..sessions import Session, free_memory, open_session, plan_capacity
+from ..sessions import ON_CPU, Session, free_memory, open_session, plan_capacity
 
 FIX = "use a bundle of a smaller precision, fewer images or a shorter prompt"
 
@@ -34,7 +34,7 @@ class Loaded:
                 fix="omit it to keep every component loaded",
             )
         self.bundle, self.backend, self.memory_bytes = bundle, backend, memory_bytes
-        self.sizes, self.on_cpu = sizes_from_bundle(bundle), backend == "onnxruntime"
+        self.sizes, self.on_cpu = sizes_from_bundle(bundle), backend in ON_CPU
         self.open: dict[str, Session] = {}  # the one used longest ago first
         self.closed = False
 

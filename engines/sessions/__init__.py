@@ -121,7 +121,7 @@ def plan_capacity(bundle: Bundle, graph: str, *, backend: str) -> int | None:
 
 def free_memory(backend: str) -> int | None:
     """Bytes of memory that are free where `backend` computes; None if that cannot be found out."""
-    if backend == "onnxruntime":
+    if backend in ON_CPU:
         return machine.free_memory()
     if backend.startswith("interpreter"):  # it keeps nothing but what it reads
         return None
