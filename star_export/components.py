@@ -197,7 +197,8 @@ def parts_of(name: str, config: StarConfig, *, weight_bytes: int, part_bytes: in
     if part.layers is None or weight_bytes <= part_bytes:
         return [part]
     layers = len(part.layers)
-    each = -(-layers // min(layers, -(-weight_bytes // part_bytes)))
+    most = max(1, part_bytes * layers // weight_bytes)  # layers that fit
+    each = -(-layers // -(-layers // most))
     starts = range(0, layers, each)
     if len(starts) == 1:
         return [part]

@@ -23,6 +23,7 @@ from engines.runtime.sampler import uniforms
 from reference import tasks, vision
 from reference.config import DecoderConfig, StarConfig
 from reference.containers import LazyTensor
+from reference.model import Star
 
 from ..components import COMPONENTS, Part, boundary
 from ..graph import wrappers
@@ -37,7 +38,7 @@ Case = dict[str, np.ndarray]  # input name -> value
 CAPACITY = 24
 PROMPT_TOKENS, TRIES = 12, 50
 LARGE = 1 << 30  # weights; recording a model of more takes minutes, so it gets fewer and shorter cases
-SPECS = {False: GoldenSpec(images=3, image_tokens=16, answer_tokens=8), True: GoldenSpec(1, 2, 2)}
+SPECS = {False: GoldenSpec(images=3, image_tokens=16, answer_tokens=8), True: GoldenSpec(1, 3, 3)}
 
 
 @dataclass(frozen=True)
@@ -180,79 +181,99 @@ def _noise(got: Case, wanted: Case, feeds: Case, *, tolerances: dict[str, float]
 
 
 def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda: None) -> None:
-    """Record short whole runs of `reference.tasks`: greedy and sampled image ids, and an answer's ids.
+    """Record short whole runs: greedy and sampled image ids of one prompt, and an answer's ids.
 
-    `tick` is called after each run.
+    `tick` is called after each step of the three.
     """
-    star, rng = oracle.star, _rng("run")
-    config = star.config
-    positions = np.broadcast_to(np.arange(PROMPT_TOKENS), (3, 1, PROMPT_TOKENS))
-    cond, ids = _telling_answer(oracle, rng, positions)
-    tick()
-    rows = np.concatenate([cond, rng.integers(0, config.vocab_size, (1, PROMPT_TOKENS))])
-    tokens = min(oracle.spec.image_tokens, config.vq.image_tokens)
-    guidance, top_k, top_p = np.float32(3.0), min(100, config.vq.codebook_size), np.float32(0.9)
-    draws = uniforms(seed=7, tokens=tokens, num_images=1)
-    common = {"input_ids": rows, "guidance": np.array([guidance])}
-    with torch.inference_mode():
-        greedy = tasks.generate(
-            star,
-            torch.from_numpy(rows),
-            guidance=float(guidance),
-            top_k=1,
-            top_p=1.0,
-            uniforms=None,
-            image_tokens=tokens,
-        )
-        tick()
-        sampled = tasks.generate(
-            star,
-            torch.from_numpy(rows),
-            guidance=float(guidance),
-            top_k=top_k,
-            top_p=float(top_p),
-            uniforms=torch.from_numpy(draws),
-            image_tokens=tokens,
-        )
-        tick()
+    rng, config = _rng("run"), oracle.star.config
+    shape = (2, PROMPT_TOKENS)
+    settings = RunSettings(
+        guidance=3.0,
+        top_k=min(100, config.vq.codebook_size),
+        top_p=float(np.float32(0.9)),
+        uniforms=uniforms(seed=7, tokens=min(oracle.spec.image_tokens, config.vq.image_tokens), num_images=1),
+        answer_tokens=oracle.spec.answer_tokens,
+    )
+    for _ in range(TRIES):  # a trained model may repeat one word over and over, which would prove nothing
+        rows = rng.integers(0, config.vocab_size, shape)
+        greedy, sampled, answer = runs_in_step(oracle.star, rows, settings, tick=tick)
+        if len(set(answer.tolist())) > 2 or oracle.spec == SPECS[True]:
+            break
+    common = {"input_ids": rows, "guidance": np.array([settings.guidance], np.float32)}
     recorded = {f"generate/in/{k}": v for k, v in common.items()} | {
         f"sample/in/{k}": v for k, v in common.items()
     }
     recorded |= {
-        "generate/out/image_ids": greedy.image_ids.numpy(),
-        "sample/out/image_ids": sampled.image_ids.numpy(),
-        "sample/in/top_k": np.array([top_k]),
-        "sample/in/top_p": np.array([top_p]),
-        "sample/in/uniforms": draws,
-        "answer/in/input_ids": cond,
-        "answer/in/position_ids": positions,
-        "answer/out/ids": ids,
+        "generate/out/image_ids": greedy,
+        "sample/out/image_ids": sampled,
+        "sample/in/top_k": np.array([settings.top_k]),
+        "sample/in/top_p": np.array([settings.top_p], np.float32),
+        "sample/in/uniforms": settings.uniforms,
+        "answer/in/input_ids": rows[:1],
+        "answer/in/position_ids": np.broadcast_to(np.arange(PROMPT_TOKENS), (3, 1, PROMPT_TOKENS)),
+        "answer/out/ids": answer,
     }
     save_file({k: np.ascontiguousarray(v) for k, v in recorded.items()}, path)
 
 
-def _telling_answer(
-    oracle: Oracle, rng: np.random.Generator, positions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """A prompt of random ids [1, S] and its answer's ids, the first of up to TRIES that has varied ids.
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of `runs_in_step`; `uniforms` [T,1] decide the sampled ids, and T how many there are."""
 
-    A trained model may repeat one word over and over, which would prove nothing. The two ids of a large model
-    say that a word is fed back; its parts are checked step by step.
+    guidance: float
+    top_k: int
+    top_p: float
+    uniforms: np.ndarray
+    answer_tokens: int
+
+
+def runs_in_step(
+    star: Star, rows: np.ndarray, settings: RunSettings, *, tick: Callable[[], None] = lambda: None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Greedy and sampled `tasks.generate` of rows [2,L], and `tasks.answer` of the first, in step.
+
+    They share each step's forward, so the weights of a streamed Star are read once per step and not once per
+    run. Returns image ids [1,T] of the two, and the answer's ids [n].
     """
-    varied = min(3, oracle.spec.answer_tokens)
-    for _ in range(TRIES):
-        cond = rng.integers(0, oracle.star.config.vocab_size, (1, PROMPT_TOKENS))
-        with torch.inference_mode():
-            ids = tasks.answer(
-                oracle.star,
-                torch.from_numpy(cond),
-                torch.from_numpy(positions.copy()),
-                None,
-                max_new_tokens=oracle.spec.answer_tokens,
-            ).numpy()
-        if len(set(ids.tolist())) >= varied or oracle.spec.answer_tokens < 3:
-            break
-    return cond, ids
+    config, prompt = star.config, torch.from_numpy(rows)
+    ids, tokens = torch.cat([prompt, prompt, prompt[:1]]), len(settings.uniforms)
+    greedy: list[torch.Tensor] = []
+    sampled: list[torch.Tensor] = []
+    seen, first, ended = prompt[0], 0, False
+    steps = max(tokens, settings.answer_tokens)
+    capacity = rows.shape[1] + steps - 1
+    base_cache = star.base_ar.new_cache(len(ids), capacity_tokens=capacity)
+    stacked_cache = star.stacked_ar.new_cache(len(ids) - 1, capacity_tokens=capacity)
+    with torch.inference_mode():
+        embeds = star.token_embedding(ids)
+        for step in range(steps):
+            length = embeds.shape[1]
+            positions = torch.arange(first, first + length).expand(3, len(ids), -1)
+            hidden = tasks.decode(star.base_ar, embeds, positions, first, base_cache)
+            first += length
+            if step < settings.answer_tokens and not ended:
+                logits = star.text_head(hidden[-1:, -1:])[0, 0].float()
+                word = tasks.penalise_repetition(logits, seen, config.repetition_penalty).argmax()
+                seen = torch.cat([seen, word[None]])
+                ended = int(word) in config.eos_token_ids
+            if step < tokens:
+                drawn = tasks.decode(
+                    star.stacked_ar, hidden[:-1], positions[:, :-1], first - length, stacked_cache
+                )
+                guided = tasks.guide(star.image_head(drawn[:, -1:]).squeeze(1).float(), settings.guidance)
+                greedy.append(guided[:1].argmax(-1))
+                uniform = torch.from_numpy(settings.uniforms[step])
+                sampled.append(
+                    tasks.sample(guided[1:], top_k=settings.top_k, top_p=settings.top_p, uniform=uniform)
+                )
+                pairs = star.image_embedding(torch.cat([greedy[-1], sampled[-1]])).repeat_interleave(2, dim=0)
+            embeds = torch.cat([pairs, star.token_embedding(seen[-1:])])[:, None]
+            tick()
+    return (
+        torch.stack(greedy, dim=1).numpy(),
+        torch.stack(sampled, dim=1).numpy(),
+        seen[rows.shape[1] :].numpy(),
+    )
 
 
 def _rng(name: str) -> np.random.Generator:
