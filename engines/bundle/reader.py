@@ -20,7 +20,7 @@ from ..errors import InputError, UsageError, listed
 from ..progress import Progress, Tick, adder, silent, uncounted
 from .files import check_regular, check_relative, read_regular, resolve_inside, sha256_of
 from .manifest import ComponentSpec, Manifest, TableSpec, component_of, manifest_from_json
-from .tensors import ITEM_BYTES
+from .tensors import ITEM_BYTES, PAST
 
 MANIFEST = "manifest.json"
 MADE_LATER = ("plans", "certificates")
@@ -233,7 +233,8 @@ class Bundle:
 
 
 def check_components(manifest: Manifest, *, where: str) -> None:
-    """Raise InputError unless `files` lists every file that a component names, and holds every table."""
+    """Raise InputError unless `files` lists every file that a component names and holds every table, and the
+    parts of a decoder are all there, in order."""
     named = [
         (f"components: {name}: {field}", getattr(spec, field))
         for name, spec in manifest.components.items()
@@ -248,6 +249,23 @@ def check_components(manifest: Manifest, *, where: str) -> None:
             raise InputError(
                 "A component names a file that the manifest does not list",
                 where=f"{where}: {key}: expected a key of files, got {relative!r}",
+                fix="export the bundle again",
+            )
+    for decoder, cache in manifest.model.cache.items():
+        caches = [
+            t.name
+            for name, spec in manifest.components.items()
+            if component_of(name) == decoder
+            for t in spec.inputs
+            if t.name.startswith(PAST)
+        ]
+        expected = [f"{PAST}{i}.{side}" for i in range(cache.layers) for side in ("key", "value")]
+        if caches and caches != expected:
+            at = next((i for i, (a, b) in enumerate(zip(caches, expected)) if a != b), len(caches))
+            raise InputError(
+                "A decoder's layers are not all there, in order",
+                where=f"{where}: components: {decoder}: expected the caches of {cache.layers} layers, got "
+                f"{len(caches)} caches that differ from {(expected + ['nothing more'])[at]} on",
                 fix="export the bundle again",
             )
     for name, table in manifest.tables.items():

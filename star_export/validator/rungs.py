@@ -84,8 +84,13 @@ def check_onnx(path: Path, *, target: str) -> None:
 def golden_tensors(
     subject: Subject, progress: Progress, *, only: Callable[[str], bool] = lambda name: True
 ) -> tuple[list[Row], str]:
-    """Compare every graph and table, or those whose names `only` accepts, with all their cases."""
+    """Compare every graph and table, or those whose names `only` accepts, with all their cases.
+
+    Between two parts of a decoder, what one was recorded to hand on must be what the next was recorded with:
+    so parts that are right one by one are right as a chain.
+    """
     rows: list[Row] = []
+    before: tuple[str, dict[str, Case]] = ("", {})
     left_out: list[str] = []
     manifest = subject.bundle.manifest
     every: dict[str, ComponentSpec | TableSpec] = {**manifest.components, **manifest.tables}
@@ -93,6 +98,9 @@ def golden_tensors(
     for i, (name, spec) in enumerate(components.items()):
         progress(f"{name} against its golden tensors", i, len(components))
         cases = component_cases(subject.bundle.file(spec.golden), spec)
+        if component_of(name) == component_of(before[0]):
+            rows += _handed_on(name, cases, before[1])
+        before = name, cases
         session = open_session(subject.bundle, name, backend=subject.backend)
         try:
             outside = {case for case, given in cases.items() if not _fits(subject, name, session, given)}
@@ -118,6 +126,17 @@ def golden_tensors(
         rows,
         f"not run, as the plans' profiles do not hold them: {', '.join(left_out)}" if left_out else "",
     )
+
+
+def _handed_on(name: str, cases: dict[str, Case], before: dict[str, Case]) -> list[Row]:
+    """Compare what the part `name` was recorded with and what the part before it was recorded to hand on."""
+    rows: list[Row] = []
+    for case, recorded in cases.items():
+        given = {"inputs_embeds": recorded.inputs["inputs_embeds"]}
+        wanted = {"inputs_embeds": before[case].outputs["hidden_states"]} if case in before else {}
+        results = compare(given, wanted, tolerances={"inputs_embeds": 0.0})
+        rows += rows_from_results(name, f"case {case}, handed on", results)
+    return rows
 
 
 def decoder_steps(

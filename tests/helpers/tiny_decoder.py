@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from onnx import helper
 
-from engines.bundle.manifest import TensorSpec
+from engines.bundle.manifest import CacheSpec, TensorSpec
 from engines.runtime.kv_cache import cache_buffers
-from tests.helpers.tiny_bundle import model_from_nodes, write_component, write_manifest
+from tests.helpers.tiny_bundle import MODEL, model_from_nodes, write_component, write_manifest
 
 KV_HEADS, SIZE = 2, 8
 CACHE = ("B", KV_HEADS, "C", SIZE)
@@ -50,7 +52,9 @@ def write_decoder_bundle(root, *, manifest_boundary=None):
     spec = write_component(
         root, "base_ar", model_from_nodes(nodes, inputs, outputs), *(manifest_boundary or (inputs, outputs))
     )
-    write_manifest(root, {"base_ar": spec})
+    write_manifest(
+        root, {"base_ar": spec}, model=replace(MODEL, cache={"base_ar": CacheSpec(1, KV_HEADS, SIZE)})
+    )
     return root
 
 

@@ -123,7 +123,12 @@ def rewritten(bundle, model, *, doc="", io=None):
     components = bundle.manifest.components | {
         "base_ar": write_component(bundle.path, "base_ar", model, *(io or decoder_io()))
     }
-    write_manifest(bundle.path, components, precision="bf16", model=bundle.manifest.model)
+    layers = sum(t.name.endswith(".key") for t in components["base_ar"].inputs)
+    model_spec = replace(
+        bundle.manifest.model,
+        cache={"base_ar": replace(bundle.manifest.model.cache["base_ar"], layers=layers)},
+    )
+    write_manifest(bundle.path, components, precision="bf16", model=model_spec)
     aside.rename(plans)
     return Bundle.open(bundle.path)
 

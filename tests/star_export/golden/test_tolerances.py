@@ -32,6 +32,8 @@ def test_a_16_bit_bundle_records_how_far_the_reference_itself_is_off(bundle_of) 
     fp32, fp16, bf16 = (noise_of(Bundle.open(bundle_of(precision))) for precision in ("fp32", "fp16", "bf16"))
     assert not any(fp32.values())
     for name, row in COMPONENTS.items():
+        if row.table:  # its rows are exact
+            continue
         assert (
             bf16[name].keys()
             == fp16[name].keys()
@@ -53,7 +55,7 @@ def test_the_limit_is_the_margin_times_the_noise_of_the_case() -> None:
             and found["logits"] == pytest.approx(0.06)
             and found["image_ids"] == found["inputs_embeds"] == 0
         )
-    assert tolerances_of("vq_encoder", "bf16", {}) == {"image_ids": FLIPPED_IDS, "inputs_embeds": 0.0}
+    assert tolerances_of("vq_encoder", "bf16", {}) == {"image_ids": FLIPPED_IDS}
 
 
 def test_without_noise_nothing_is_judged_in_16_bits() -> None:
