@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
