@@ -27,9 +27,7 @@ from .module import log_of, tensorrt_of, words
 from .network import CAPACITY, check_network, network_from_onnx
 from .profiles import Profile, largest
 
-HOST_RATIO = (
-    3  # the host's memory of a build in TensorRT for RTX, over its weights; measured: 1.3 to 2.6
-)
+HOST_RATIO = 3  # the host's memory of a build in TensorRT for RTX, over its weights; measured: 1.3 to 2.6
 # What TensorRT for RTX logs when an allocation fails; the last is a null pointer in its compiler.
 _SHORT_OF_MEMORY = ("out of memory", "outofmemory", "bad_alloc", "check(p) failed")
 
