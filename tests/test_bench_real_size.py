@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import bench_real_size
+from tests.helpers import real_size_limits
 from tests.helpers.measured import run_measured, seconds_to_read
 
 MIB = 1 << 20
@@ -115,7 +116,7 @@ def test_figures_follow_from_what_was_measured() -> None:
         "generate": GENERATE,
         "validate": step(exit_code=4),
     }
-    found = bench_real_size.figures(steps)
+    found = real_size_limits.figures(steps)
     assert found["export: peak memory"] == 1 and found["export: time"] == 1
     assert found["bundle / its distinct weights"] == 1.02
     assert found["share of read bandwidth in decode"] == pytest.approx(
@@ -133,19 +134,19 @@ def test_the_table_says_what_misses_its_limit() -> None:
     }
     machine = {"cpu": "a CPU", "cores": 2}
     record = {"size": "3B", "machine": machine, "fewer": {}, "steps": {"int4": steps, "bf16": {}}}
-    lines = bench_real_size.table(record)
+    lines = real_size_limits.table(record)
     assert "| 3B | int4 | limit | bf16 | limit |" in lines
     assert "| export: peak memory | 4 GB (missed) | 3 GB | - | - |" in lines
     assert "| bundle / its distinct weights | 1.02 | 1.02 | - | - |" in lines
     assert "| build: peak memory | 4 GB | 4 GB | - | - |" in lines
     assert "| share of read bandwidth in decode | 0.5 (missed) | 0.6 | - | - |" in lines
-    fewer = bench_real_size.table(record | {"fewer": {"layers": "1"}})
+    fewer = real_size_limits.table(record | {"fewer": {"layers": "1"}})
     assert "| export: peak memory | 4 GB | - | - | - |" in fewer  # no limit for a smaller model
 
 
 def test_every_row_has_the_limits_of_the_table() -> None:
     columns = [("3B", "int4"), ("7B", "int4"), ("7B", "bf16")]
-    assert {row.name: [row.limits.get(column) for column in columns] for row in bench_real_size.LIMITS} == {
+    assert {row.name: [row.limits.get(column) for column in columns] for row in real_size_limits.LIMITS} == {
         "export: peak memory": [3, 4, 4],
         "export: time": [12, 30, 30],
         "bundle / its distinct weights": [1.02, 1.02, 1.02],
