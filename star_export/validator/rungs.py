@@ -16,8 +16,9 @@ import numpy as np
 
 from engines.bundle.manifest import ComponentSpec, TableSpec, component_of
 from engines.bundle.tensors import present_name
-from engines.errors import InputError
+from engines.errors import InputError, MissingError
 from engines.progress import Progress, adder
+from engines.runtime.star import Star
 from engines.sessions import open_session
 from engines.targets import target_from_name
 from engines.tensorrt.plan import plan_spec
@@ -182,8 +183,6 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     """Compare the ids of short runs of the runtime, greedy, sampled and answering, with the reference's."""
     if RUNS not in subject.bundle.manifest.files:
         return [], "left out: the bundle holds no whole runs (it was exported with some components only)"
-    from engines.runtime.star import Star
-
     cases = cases_from_file(subject.bundle.file(RUNS))
     if wrong := set(cases) ^ set(RUN):
         raise InputError(
@@ -195,6 +194,8 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     rows: list[Row] = []
     tolerance = 0.0 if subject.compute == "fp32" else 1.0
     with Star(subject.bundle, backend=subject.backend) as star:
+        if refusal := no_room(star):
+            return [], f"left out: {refusal}"
         for i, (case, recorded) in enumerate(cases.items()):
             progress(f"whole run: {case}", i, len(cases))
             results = compare(
@@ -220,15 +221,28 @@ def fast_path(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     rows, _ = golden_tensors(fast, progress, only=lambda name: COMPONENTS[component_of(name)].quantized)
     if RUNS not in bundle.manifest.files:
         return rows, "left out: the bundle holds no whole runs (it was exported with some components only)"
-    from engines.runtime.star import Star
-
     cases = cases_from_file(bundle.file(RUNS))
     with Star(bundle, backend=fast.backend) as star:
+        if refusal := no_room(star):
+            return rows, f"left out: whole runs: {refusal}"
         for i, (case, recorded) in enumerate(cases.items()):
             progress(f"fast path: {case}", i, len(cases))
             (name, wanted), (got,) = next(iter(recorded.outputs.items())), RUN[case](star, recorded).values()
             rows.append(identity(case, name, got.ravel(), wanted.ravel()))
     return rows, "ids are reported, not bounded: with activations in int8 a near tie may fall either way"
+
+
+def no_room(star: Star) -> str:
+    """Why this machine cannot hold the decoders of `star` together, or "".
+
+    Then its parts are still compared one by one, and what they hand on.
+    """
+    use = star.loaded.use(rows=2, tokens=ROLLOUT_TOKENS, prompt_tokens=ROLLOUT_TOKENS)
+    try:
+        star.loaded.check("generate", use)
+    except MissingError as error:
+        return f"{error.what}: {error.where}"
+    return ""
 
 
 def identity(case: str, name: str, got: np.ndarray, wanted: np.ndarray) -> Row:
