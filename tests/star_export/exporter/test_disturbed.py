@@ -118,7 +118,10 @@ def test_memory_that_runs_out_stops_an_export_which_goes_on_later(
 def test_a_truncated_shard_is_refused_before_the_work(
     mini_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, left: float
 ) -> None:
-    broken = shutil.copytree(mini_checkpoint, tmp_path / "broken")
+    broken = tmp_path / "broken"
+    shutil.copytree(mini_checkpoint, broken, copy_function=os.symlink)
+    (broken / name).unlink()
+    shutil.copyfile(mini_checkpoint / name, broken / name)
     size = (broken / name).stat().st_size
     os.truncate(broken / name, int(size * left) if isinstance(left, float) else left % size)
     assert main(["export", str(broken), "--out", str(tmp_path / "out"), "--no-progress"]) == 3
