@@ -64,7 +64,7 @@ def test_export_and_build(
     runpy.run_path(str(EXAMPLES / "03_export_and_build.py"), run_name="__main__")
     printed = capsys.readouterr().out
     plans = sorted(Path("bundle/plans/rtx-4090").glob("*.plan"))
-    assert len(plans) == 8 and all(f"{plan}: " in printed for plan in plans)
+    assert len(plans) == 7 and all(f"{plan}: " in printed for plan in plans)
 
 
 def test_validate(mini_bundle: Path, tmp_path: Path) -> None:

@@ -264,8 +264,8 @@ def check_components(manifest: Manifest, *, where: str) -> None:
             at = next((i for i, (a, b) in enumerate(zip(caches, expected)) if a != b), len(caches))
             raise InputError(
                 "A decoder's layers are not all there, in order",
-                where=f"{where}: components: {decoder}: expected the caches of {cache.layers} layers, got "
-                f"{len(caches)} caches that differ from {(expected + ['nothing more'])[at]} on",
+                where=f"{where}: components: {decoder}: expected {len(expected)} caches of "
+                f"{cache.layers} layers, got {len(caches)}, other than expected from number {at} on",
                 fix="export the bundle again",
             )
     for name, table in manifest.tables.items():

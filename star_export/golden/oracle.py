@@ -18,7 +18,7 @@ from reference.containers import LazyTensor
 from ..graph.quantize import Precision, rounded
 from ..graph.wrappers import FoldedStar
 
-KEPT = 1 << 16  # numbers; a weight of so few is read once and kept
+KEPT = 1 << 12  # numbers; a weight of so few, such as that of a norm, is read once and kept
 
 
 def streamed_star(

@@ -95,12 +95,8 @@ def translation_table() -> dict:
     return {torch.ops.star.kv_cache_attention.default: translate}
 
 
-def function_body(*, heads: int = 0, kv_heads: int = 0) -> ir.Function:
-    """The ONNX local function: `TensorScatter` into both caches, then `Attention` under the explicit mask.
-
-    Given `heads` and `kv_heads`, the heads that share a key head attend as positions of it: the same numbers,
-    but an executor on the CPU, which copies the cache once per head, has nothing to copy.
-    """
+def function_body() -> ir.Function:
+    """The ONNX local function: `TensorScatter` into both caches, then `Attention` under the explicit mask."""
     nodes = [
         helper.make_node(
             "TensorScatter",
@@ -115,28 +111,11 @@ def function_body(*, heads: int = 0, kv_heads: int = 0) -> ir.Function:
             ("past_value", "value", "present_value"),
         )
     ]
-    shared = ["present_key", "present_value"]
-    if kv_heads == heads:
-        nodes.append(helper.make_node("Attention", ["query", *shared, "mask"], ["output"], name="attend"))
-    else:
-        share = heads // kv_heads
-        constants = {
-            "grouped_shape": [0, kv_heads, -1, 0],  # [B,h,S,D] -> [B,KV,h/KV*S,D]
-            "copies": [1, share, 1, 1],
-            "rows_shape": [0, 1, -1, 0],  # [B,h/KV,S,C] -> [B,1,h/KV*S,C]
-            "shape": [0, heads, -1, 0],
-        }
-        nodes += [
-            helper.make_node("Constant", [], [name], name=name, value_ints=ints)
-            for name, ints in constants.items()
-        ]
-        nodes += [
-            helper.make_node("Reshape", ["query", "grouped_shape"], ["grouped"], name="group"),
-            helper.make_node("Expand", ["mask", "copies"], ["copied"], name="copy_mask"),
-            helper.make_node("Reshape", ["copied", "rows_shape"], ["rows"], name="group_mask"),
-            helper.make_node("Attention", ["grouped", *shared, "rows"], ["attended"], name="attend"),
-            helper.make_node("Reshape", ["attended", "shape"], ["output"], name="ungroup"),
-        ]
+    nodes.append(
+        helper.make_node(
+            "Attention", ["query", "present_key", "present_value", "mask"], ["output"], name="attend"
+        )
+    )
     return ir.serde.deserialize_function(
         helper.make_function(
             DOMAIN,

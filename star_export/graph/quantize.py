@@ -25,7 +25,6 @@ import torch
 from reference.containers import LazyTensor
 
 from ..components import COMPONENTS
-from . import ops
 
 BLOCK_SIZES = (128, 64, 32)  # of int4; the largest one that divides the input features is used
 PIECE = 1 << 17  # numbers that are quantised at once
@@ -270,13 +269,4 @@ def twin_from_graph(model: ir.Model) -> ir.Model:
     for node in model.graph:
         if node.op_type == "Cast" and node.attributes["to"].value == compute:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
-    _group_queries(model)
     return model
-
-
-def _group_queries(model: ir.Model) -> None:
-    attention = next((node for node in model.graph if node.op_type == ops.NAME), None)
-    if attention is not None:
-        heads, kv_heads = (int(attention.inputs[i].shape[1]) for i in (0, 3))
-        body = ops.function_body(heads=heads, kv_heads=kv_heads)
-        model.functions[body.identifier()] = body

@@ -34,7 +34,7 @@ from .certificate import (
 )
 from .interpreted import interpreted
 from .rungs import decoder_steps, fast_path, files_and_graphs, golden_tensors, whole_runs
-from .subject import Subject
+from .subject import RUNS, Subject
 
 
 def validate(
@@ -76,7 +76,8 @@ def validate(
 def run_ladder(subject: Subject, progress: Progress) -> Certificate:
     """Run all rungs up to the first that fails."""
     rungs: list[Rung] = []
-    for name, rung in rungs_of(subject.backend, scored=SCORE in subject.bundle.manifest.files).items():
+    scored = {SCORE, RUNS} <= set(subject.bundle.manifest.files)
+    for name, rung in rungs_of(subject.backend, scored=scored).items():
         started = time.monotonic()
         rows, note = rung(subject, progress)
         rungs.append(Rung(name, tuple(rows), round(time.monotonic() - started, 3), note))

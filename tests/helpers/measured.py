@@ -72,6 +72,7 @@ def run_measured(
         cwd=cwd,
         env=env,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     os.close(end)
     assert process.stdout is not None

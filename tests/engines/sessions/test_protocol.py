@@ -58,7 +58,7 @@ def test_the_runtime_reads_only_what_the_protocols_declare(mini_bundle, monkeypa
 
     wanted, only = results(), DeclaredOnly()
     monkeypatch.setattr(
-        "engines.runtime.star.open_session", lambda *a, **k: only.session(open_session(*a, **k))
+        "engines.runtime.loaded.open_session", lambda *a, **k: only.session(open_session(*a, **k))
     )
     for expected, got in zip(wanted, results()):
         np.testing.assert_array_equal(got, expected)

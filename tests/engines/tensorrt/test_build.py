@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 from onnx import helper
 
-from engines.bundle.manifest import TensorSpec
+from engines.bundle.manifest import CacheSpec, TensorSpec
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
 from engines.targets import TARGETS
 from engines.tensorrt import build, compiler, plan
-from tests.helpers.decoder_bundle import HIDDEN, decoder_io, decoder_model, write_decoder_bundle
-from tests.helpers.tiny_bundle import write_component, write_manifest
+from tests.helpers.decoder_bundle import DIM, HIDDEN, KV, decoder_io, decoder_model, write_decoder_bundle
+from tests.helpers.tiny_bundle import MODEL, write_component, write_manifest
 
 trt = pytest.importorskip("tensorrt_rtx")
 TARGET, CAPACITY = "rtx-3090", 32
@@ -266,11 +266,19 @@ def test_wrong_arguments_are_refused_before_anything_is_built(bundle, arguments,
 def in_parts(tmp_path):
     """A bundle whose `base_ar` is two parts."""
     root = tmp_path / "parts"
-    components = {
-        name: write_component(root, name, decoder_model(), *decoder_io())
-        for name in ("base_ar/0", "base_ar/1", "stacked_ar")
-    }
-    write_manifest(root, components, precision="bf16")
+    layers = {"base_ar/0": 0, "base_ar/1": 1, "stacked_ar": 0}
+    components = {}
+    for name, layer in layers.items():
+        model, io = decoder_model(), decoder_io()
+        for value in (*model.graph.input, *model.graph.output):
+            value.name = value.name.replace(".0.", f".{layer}.")
+        for node in model.graph.node:
+            for side in (node.input, node.output):
+                side[:] = [value.replace(".0.", f".{layer}.") for value in side]
+        io = [[replace(t, name=t.name.replace(".0.", f".{layer}.")) for t in side] for side in io]
+        components[name] = write_component(root, name, model, *io)
+    cache = {name: CacheSpec(n, KV, DIM) for name, n in (("base_ar", 2), ("stacked_ar", 1))}
+    write_manifest(root, components, precision="bf16", model=replace(MODEL, cache=cache))
     return Bundle.open(root)
 
 

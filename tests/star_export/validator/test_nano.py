@@ -40,6 +40,7 @@ def test_every_rung_passes(bundle: Path) -> None:
         "golden tensors",
         "decoder steps",
         "whole runs",
+        "fast path",
         "score",
     ]
     assert {row.check.split(":")[0] for row in certificate.rungs[-1].rows} == {
