@@ -29,6 +29,7 @@ from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 
 from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
 from ..golden import record as golden
+from ..golden import runs as golden_runs
 from ..graph import lint
 from ..graph.classic import classic_from_graph
 from ..graph.quantize import (
@@ -189,7 +190,7 @@ class Job:
             steps[f"golden tensors of {name}"] = partial(self._record, whole(name, self.config))
         if len(self.names) == len(COMPONENTS):
             runs = self.stage.bundle / "golden.safetensors"
-            steps["golden tensors of whole runs"] = partial(golden.run_golden, self.oracle, runs)
+            steps["golden tensors of whole runs"] = partial(golden_runs.run_golden, self.oracle, runs)
         return steps
 
     def table_spec(self, name: str) -> TableSpec:

@@ -24,7 +24,7 @@ from reference.releases import CONFIGS, RELEASES, find_release
 from reference.weights import SHIPPED, named_tensors, resolve_checkpoint
 
 from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
-from ..golden.record import CASES, LARGE, SPECS
+from ..golden.feeds import CASES, LARGE, SPECS
 from ..graph import wrappers
 from ..graph.quantize import INLINE_BYTES, PRECISIONS, Precision, block_size
 from ..graph.repeat import layer_of

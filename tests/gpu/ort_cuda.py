@@ -287,7 +287,7 @@ def export_nano(precision: str, out: Path) -> Path:
         mock.patch.object(
             module.golden, "component_golden", lambda part, oracle, path, before: path.write_bytes(b"")
         ),
-        mock.patch.object(module.golden, "run_golden", lambda oracle, path: path.write_bytes(b"")),
+        mock.patch.object(module.golden_runs, "run_golden", lambda oracle, path: path.write_bytes(b"")),
     ):
         return module.export(NANO, out=out, precision=precision)
 

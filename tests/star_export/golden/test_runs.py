@@ -10,7 +10,7 @@ import torch
 from engines.runtime.sampler import uniforms
 from reference import tasks
 from reference.weights import load_star, resolve_checkpoint
-from star_export.golden.record import RunSettings, runs_in_step
+from star_export.golden.runs import RunSettings, runs_in_step
 
 
 def test_runs_in_step_are_the_tasks_runs(mini_checkpoint: Path) -> None:

@@ -1,0 +1,174 @@
+"""The inputs of the recorded cases: made of random numbers that depend only on a graph's name.
+
+How many there are follows from the model's size; the outputs are recorded in `record.py`.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from engines.bundle.manifest import GoldenSpec
+from reference import vision
+from reference.config import DecoderConfig, StarConfig
+
+from ..components import Part
+from ..graph import wrappers
+from .cases import POISON
+
+Case = dict[str, np.ndarray]  # input name -> value
+CAPACITY = 24
+LARGE = 1 << 30  # weights; recording a model of more takes minutes, so it gets fewer and shorter cases
+SPECS = {False: GoldenSpec(images=3, image_tokens=16, answer_tokens=8), True: GoldenSpec(1, 3, 3)}
+
+
+def rng_of(name: str) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(zlib.crc32(name.encode())))
+
+
+def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def _token_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    return {
+        f"{b}x{s}": {"input_ids": rng.integers(0, config.vocab_size, (b, s))}
+        for b, s in ((1, 1), (2, 7), (3, 30))
+    }
+
+
+def _image_token_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    return {
+        f"{n}x{t}": {"image_ids": rng.integers(0, config.vq.codebook_size, (n, t))}
+        for n, t in ((1, 1), (2, 7), (3, 30))
+    }
+
+
+def _vision_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    pixels = 3 * config.vision.temporal_patch_size * config.vision.patch_size**2
+    cases = {}
+    for h, w in ((2, 2), (4, 10), (14, 6), (18, 20)):
+        cos, sin = vision.rotary_cos_sin(config.vision, grid_h=h, grid_w=w)
+        cases[f"{h}x{w}"] = {
+            "pixel_values": _normal(rng, h * w, pixels),
+            "rotary_cos": cos.numpy(),
+            "rotary_sin": sin.numpy(),
+            "window_ids": vision.window_ids(config.vision, grid_h=h, grid_w=w).numpy(),
+        }
+    return cases
+
+
+def _image_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    size = config.vq.image_size
+    return {
+        f"{n}": {"image": rng.uniform(-1, 1, (n, 3, size, size)).astype(np.float32)}
+        for n in range(1, spec.images + 1)
+    }
+
+
+def _image_id_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    return {
+        f"{n}": {"image_ids": rng.integers(0, config.vq.codebook_size, (n, config.vq.image_tokens))}
+        for n in range(1, spec.images + 1)
+    }
+
+
+def _decoder_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    """The cases of a decoder's layers. Slots after the filled ones hold poison.
+
+    A large model's parts lack those that the rung "decoder steps" checks anyway: caches are large.
+    """
+    decoder: DecoderConfig = getattr(config, part.component)
+    plan = {  # rows, new positions, write indices, filled slots
+        "prefill": (2, 7, (0, 0), 0),
+        "decode": (2, 1, (7, 5), 7),
+        "steps": (2, 3, (9, 4), 9),
+        "rewind": (2, 2, (3, 6), 16),
+        "last_slot": (2, 1, (CAPACITY - 1, CAPACITY - 1), CAPACITY - 1),
+        "one_row": (1, 4, (2,), 2),
+    }
+    return {
+        case: _decoder_case(decoder, part.layers or range(0), rng, rows, new, writes, filled)
+        for case, (rows, new, writes, filled) in plan.items()
+        if spec != SPECS[True] or case not in ("steps", "one_row")
+    }
+
+
+def _decoder_case(
+    decoder: DecoderConfig,
+    layers: range,
+    rng: np.random.Generator,
+    rows: int,
+    new: int,
+    writes: tuple[int, ...],
+    filled: int,
+) -> Case:
+    offsets = np.array([0, 3, 5])[:, None, None]  # so that the three axes differ
+    positions = np.array(writes)[None, :, None] + np.arange(new) + offsets
+    feeds = {
+        "inputs_embeds": _normal(rng, rows, new, decoder.hidden_size),
+        "position_ids": positions,
+        "write_indices": np.array(writes),
+    }
+    for i in layers:
+        for side in ("key", "value"):
+            cache = _normal(rng, rows, decoder.num_kv_heads, CAPACITY, decoder.head_dim)
+            cache[:, :, filled:] = POISON * np.sign(cache[:, :, filled:])
+            feeds[f"past_key_values.{i}.{side}"] = cache
+    return feeds
+
+
+def _hidden_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    return {f"{b}": {"hidden_states": _normal(rng, b, 1, config.base_ar.hidden_size)} for b in (1, 2, 3)}
+
+
+def _draw_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    """Greedy, the release's defaults, no guidance, an open filter and a narrow one."""
+    size = config.vq.codebook_size
+    plan = {  # images, guidance, top_k, top_p, uniform number
+        "greedy": (1, 3.0, 1, 1.0, 0.0),
+        "defaults": (2, 1.1, 1000, 0.8, None),
+        "unguided": (1, 1.0, 50, 1.0, None),
+        "open": (3, 7.5, 2048, 1.0, None),
+        "narrow": (2, 20.0, 5, 0.05, None),
+    }
+    return {
+        case: {
+            "hidden_states": _normal(rng, 2 * n, 1, config.base_ar.hidden_size),
+            "guidance": np.array([w], np.float32),
+            "top_k": np.array([min(k, size, wrappers.TOP_K_LIMIT)]),
+            "top_p": np.array([p], np.float32),
+            "uniform": rng.random(n, np.float32) if u is None else np.full(n, u, np.float32),
+        }
+        for case, (n, w, k, p, u) in plan.items()
+    }
+
+
+CASES = {
+    "token_embedding": _token_cases,
+    "image_embedding": _image_token_cases,
+    "vision_encoder": _vision_cases,
+    "vq_encoder": _image_cases,
+    "vq_decoder": _image_id_cases,
+    "base_ar": _decoder_cases,
+    "stacked_ar": _decoder_cases,
+    "text_head": _hidden_cases,
+    "image_head": _draw_cases,
+}

@@ -1,0 +1,119 @@
+"""Whole runs of the oracle, recorded for a bundle: a greedy and a sampled image's first ids, and an answer's.
+
+They share each step's forward, so that the weights of a large model are read once per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from engines.runtime.sampler import uniforms
+from reference import tasks
+from reference.model import Star
+
+from .feeds import SPECS, rng_of
+from .record import Oracle
+
+PROMPT_TOKENS, TRIES = 12, 50
+
+
+def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda: None) -> None:
+    """Record short whole runs: greedy and sampled image ids of one prompt, and an answer's ids.
+
+    `tick` is called after each step of the three.
+    """
+    rng, config = rng_of("run"), oracle.star.config
+    shape = (2, PROMPT_TOKENS)
+    settings = RunSettings(
+        guidance=3.0,
+        top_k=min(100, config.vq.codebook_size),
+        top_p=float(np.float32(0.9)),
+        uniforms=uniforms(seed=7, tokens=min(oracle.spec.image_tokens, config.vq.image_tokens), num_images=1),
+        answer_tokens=oracle.spec.answer_tokens,
+    )
+    for _ in range(TRIES):  # a trained model may repeat one word over and over, which would prove nothing
+        rows = rng.integers(0, config.vocab_size, shape)
+        greedy, sampled, answer = runs_in_step(oracle.star, rows, settings, tick=tick)
+        if len(set(answer.tolist())) > 2 or oracle.spec == SPECS[True]:
+            break
+    common = {"input_ids": rows, "guidance": np.array([settings.guidance], np.float32)}
+    recorded = {f"generate/in/{k}": v for k, v in common.items()} | {
+        f"sample/in/{k}": v for k, v in common.items()
+    }
+    recorded |= {
+        "generate/out/image_ids": greedy,
+        "sample/out/image_ids": sampled,
+        "sample/in/top_k": np.array([settings.top_k]),
+        "sample/in/top_p": np.array([settings.top_p], np.float32),
+        "sample/in/uniforms": settings.uniforms,
+        "answer/in/input_ids": rows[:1],
+        "answer/in/position_ids": np.broadcast_to(np.arange(PROMPT_TOKENS), (3, 1, PROMPT_TOKENS)),
+        "answer/out/ids": answer,
+    }
+    save_file({k: np.ascontiguousarray(v) for k, v in recorded.items()}, path)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of `runs_in_step`; `uniforms` [T,1] decide the sampled ids, and T how many there are."""
+
+    guidance: float
+    top_k: int
+    top_p: float
+    uniforms: np.ndarray
+    answer_tokens: int
+
+
+def runs_in_step(
+    star: Star, rows: np.ndarray, settings: RunSettings, *, tick: Callable[[], None] = lambda: None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Greedy and sampled `tasks.generate` of rows [2,L], and `tasks.answer` of the first, in step.
+
+    They share each step's forward, so the weights of a streamed Star are read once per step and not once per
+    run. Returns image ids [1,T] of the two, and the answer's ids [n].
+    """
+    config, prompt = star.config, torch.from_numpy(rows)
+    ids, tokens = torch.cat([prompt, prompt, prompt[:1]]), len(settings.uniforms)
+    greedy: list[torch.Tensor] = []
+    sampled: list[torch.Tensor] = []
+    seen, first, ended = prompt[0], 0, False
+    steps = max(tokens, settings.answer_tokens)
+    capacity = rows.shape[1] + steps - 1
+    base_cache = star.base_ar.new_cache(len(ids), capacity_tokens=capacity)
+    stacked_cache = star.stacked_ar.new_cache(len(ids) - 1, capacity_tokens=capacity)
+    with torch.inference_mode():
+        embeds = star.token_embedding(ids)
+        for step in range(steps):
+            length = embeds.shape[1]
+            positions = torch.arange(first, first + length).expand(3, len(ids), -1)
+            hidden = tasks.decode(star.base_ar, embeds, positions, first, base_cache)
+            first += length
+            if step < settings.answer_tokens and not ended:
+                logits = star.text_head(hidden[-1:, -1:])[0, 0].float()
+                word = tasks.penalise_repetition(logits, seen, config.repetition_penalty).argmax()
+                seen = torch.cat([seen, word[None]])
+                ended = int(word) in config.eos_token_ids
+            if step < tokens:
+                drawn = tasks.decode(
+                    star.stacked_ar, hidden[:-1], positions[:, :-1], first - length, stacked_cache
+                )
+                guided = tasks.guide(star.image_head(drawn[:, -1:]).squeeze(1).float(), settings.guidance)
+                greedy.append(guided[:1].argmax(-1))
+                uniform = torch.from_numpy(settings.uniforms[step])
+                sampled.append(
+                    tasks.sample(guided[1:], top_k=settings.top_k, top_p=settings.top_p, uniform=uniform)
+                )
+                pairs = star.image_embedding(torch.cat([greedy[-1], sampled[-1]])).repeat_interleave(2, dim=0)
+            embeds = torch.cat([pairs, star.token_embedding(seen[-1:])])[:, None]
+            tick()
+    return (
+        torch.stack(greedy, dim=1).numpy(),
+        torch.stack(sampled, dim=1).numpy(),
+        seen[rows.shape[1] :].numpy(),
+    )
