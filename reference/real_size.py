@@ -16,7 +16,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from . import mini
@@ -24,37 +23,11 @@ from .config import config_from_files
 from .errors import CheckpointError
 from .names import expected_tensors
 from .noise import Shapes, bytes_of, fill, laid_out_pt, laid_out_safetensors, whole_file
-from .releases import RELEASES, silent
+from .releases import CONFIGS, RELEASES, silent
 
+SIZES = ("3B", "7B")
 SHARD_BYTES = 4 * 10**9  # the release's shards are no larger
 SPARE_BYTES = 64 << 20  # beside the tensors: tokenizer, headers, what the file system keeps of itself
-
-
-@dataclass(frozen=True)
-class BaseSize:
-    """What differs between the two base models (docs/star.md 1.1)."""
-
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate_size: int
-    vocab_size: int
-    tied: bool
-
-
-BASE_SIZES = {
-    "3B": BaseSize(2048, 36, 16, 2, 11008, 151_936, tied=True),
-    "7B": BaseSize(3584, 28, 28, 4, 18944, 152_064, tied=False),
-}
-VISION = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "num_heads": 16,
-    "intermediate_size": 3420,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
 
 
 def write_checkpoint(
@@ -120,33 +93,24 @@ def configurations(
     vq_channels: int | None,
 ) -> tuple[dict, dict]:
     """The content of the release's `STAR_*.json`, and of its base model's JSON files by name."""
-    release, facts = RELEASES[f"star-{size.lower()}"], BASE_SIZES[size]
+    release = RELEASES[f"star-{size.lower()}"]
     star = json.loads(release.config_json.read_text(encoding="utf-8"))
     if stacked_layers is not None:
         star["stacked_ar"]["num_layers"] = stacked_layers
     if vq_channels is not None:  # the release does not state what its code holds as constants
         star["pixel_encoder"]["ch"] = vq_channels
-    base = mini.base_json()
-    config = base["config.json"]
-    vision = config["vision_config"] | VISION | {"out_hidden_size": facts.hidden_size}
-    if vision_layers is not None:
-        full = [block for block in VISION["fullatt_block_indexes"] if block < vision_layers]
-        vision |= {"depth": vision_layers, "fullatt_block_indexes": full or [0]}
-    config |= {
-        "hidden_size": facts.hidden_size,
-        "num_hidden_layers": facts.layers if layers is None else layers,
-        "max_window_layers": facts.layers,
-        "num_attention_heads": facts.heads,
-        "num_key_value_heads": facts.kv_heads,
-        "intermediate_size": facts.intermediate_size,
-        "max_position_embeddings": 128_000,
-        "sliding_window": 32_768,
-        "vocab_size": facts.vocab_size,
-        "tie_word_embeddings": facts.tied,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "torch_dtype": "bfloat16",
-        "vision_config": vision,
+    shipped = CONFIGS / release.base.name
+    base = mini.base_json() | {
+        name: json.loads((shipped / name).read_text(encoding="utf-8"))
+        for name in ("config.json", "generation_config.json")
     }
+    config = base["config.json"]
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+    if vision_layers is not None:
+        vision = config["vision_config"]
+        full = [block for block in vision["fullatt_block_indexes"] if block < vision_layers]
+        vision |= {"depth": vision_layers, "fullatt_block_indexes": full or [0]}
     return star, base
 
 
@@ -235,7 +199,7 @@ def counter(progress: Callable[[str, int, int], None], total: int) -> Callable[[
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m reference.real_size", description=__doc__.split("\n")[0])
-    parser.add_argument("size", choices=BASE_SIZES)
+    parser.add_argument("size", choices=SIZES)
     parser.add_argument("folder", type=Path)
     for option, what in (
         ("--layers", "layers of the base"),

@@ -67,7 +67,7 @@ def write_bundle(root: Path, precision: str, layers: int, names=("base_ar", "ima
         },
         tables={},
         part_bytes=1 << 40,
-        golden=GoldenSpec(1, 1, 1),
+        golden=GoldenSpec(1, 1, 1, 1),
         files={p.relative_to(root).as_posix(): FileSpec(p.stat().st_size, sha256_of(p)) for p in files},
     )
     (root / "manifest.json").write_text(json_from_manifest(manifest))

@@ -161,10 +161,12 @@ class FileSpec:
 class GoldenSpec:
     """How much was recorded of the reference: a large model has fewer and shorter cases.
 
-    Up to `images` images at once, and whole runs of `image_tokens` and `answer_tokens`.
+    Up to `images` images at once, `decoder_cases` of a decoder or a part, and whole runs of `image_tokens`
+    and `answer_tokens`.
     """
 
     images: int
+    decoder_cases: int
     image_tokens: int
     answer_tokens: int
 

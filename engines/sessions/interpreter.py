@@ -9,12 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
-from ..bundle.bfloat16 import float32_from_bits
 from ..bundle.manifest import ComponentSpec
 from ..bundle.reader import Bundle
-from ..bundle.tensors import check_array, check_binding, present_name
+from ..bundle.tensors import check_binding, present_name
 from ..errors import InputError
 from ..interpreter import Network, describe_network, network_hash, parsed_from_network
 from ..interpreter.parsed import Parsed
@@ -24,26 +21,8 @@ from ..tensorrt.network import check_network, network_from_onnx
 from ..tensorrt.plan import plan_name, plan_spec, rebuild_command
 from ..tensorrt.profiles import CAPACITY, largest, limits_from_options
 from . import Buffer, busy, closed, own_buffers
+from .array_buffer import ArrayBuffer
 from .onnxruntime import twin_spec
-
-
-class ArrayBuffer:
-    """Zeroed host memory. `array` holds a bfloat16 tensor as float32 values."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: str):
-        self.shape, self.dtype = tuple(shape), dtype
-        self.array = np.zeros(self.shape, "float32" if dtype == "bfloat16" else dtype)
-
-    def write(self, array: np.ndarray) -> None:
-        """Copy `array` into the buffer. Raises InputError unless its shape, dtype and layout match."""
-        check_array(array, shape=self.shape, dtype=self.dtype)
-        if self.dtype == "bfloat16":
-            array = float32_from_bits(array.view(np.uint16))
-        self.array[...] = array
-
-    def read(self) -> np.ndarray:
-        """Return the contents as a view, which the next step changes."""
-        return self.array
 
 
 class InterpreterSession:

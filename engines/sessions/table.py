@@ -13,26 +13,10 @@ import numpy as np
 from ..bundle.bfloat16 import float32_from_bits
 from ..bundle.manifest import ComponentSpec
 from ..bundle.reader import Bundle
-from ..bundle.tensors import check_array, check_binding
+from ..bundle.tensors import check_binding
 from ..errors import InputError
 from . import Buffer, closed
-
-
-class ArrayBuffer:
-    """Zeroed host memory, for callers that need no other session's."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: str):
-        self.shape, self.dtype = tuple(shape), dtype
-        self.array = np.zeros(self.shape, dtype)
-
-    def write(self, array: np.ndarray) -> None:
-        """Copy `array` into the buffer. Raises InputError unless its shape, dtype and layout match."""
-        check_array(array, shape=self.shape, dtype=self.dtype)
-        self.array[...] = array
-
-    def read(self) -> np.ndarray:
-        """Return the contents as a view, which the next step changes."""
-        return self.array
+from .array_buffer import ArrayBuffer
 
 
 class TableSession:

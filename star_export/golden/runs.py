@@ -17,7 +17,7 @@ from engines.runtime.sampler import uniforms
 from reference import tasks
 from reference.model import Star
 
-from .feeds import SPECS, rng_of
+from .feeds import rng_of
 from .record import Oracle
 
 PROMPT_TOKENS, TRIES = 12, 50
@@ -37,10 +37,11 @@ def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda:
         uniforms=uniforms(seed=7, tokens=min(oracle.spec.image_tokens, config.vq.image_tokens), num_images=1),
         answer_tokens=oracle.spec.answer_tokens,
     )
-    for _ in range(TRIES):  # a trained model may repeat one word over and over, which would prove nothing
+    # A trained model may repeat one word over and over, which would prove nothing.
+    for _ in range(TRIES if oracle.spec.images > 1 else 1):
         rows = rng.integers(0, config.vocab_size, shape)
         greedy, sampled, answer = runs_in_step(oracle.star, rows, settings, tick=tick)
-        if len(set(answer.tolist())) > 2 or oracle.spec == SPECS[True]:
+        if len(set(answer.tolist())) > 2:
             break
     common = {"input_ids": rows, "guidance": np.array([settings.guidance], np.float32)}
     recorded = {f"generate/in/{k}": v for k, v in common.items()} | {
