@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from engines.errors import MissingError, StarError, UsageError
+from engines.errors import StarError, UsageError
 from reference.errors import CheckpointError
 
 from .. import __version__
@@ -26,6 +26,7 @@ from .arguments import (
     count,
     words,
 )
+from .failures import out_of_memory, three_lines
 
 INTERRUPTED = 130
 
@@ -49,37 +50,11 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
     except Exception as error:
-        if not memory_ran_out(error):
+        missing = out_of_memory(error, verb)
+        if missing is None:
             raise
-        missing = MissingError(
-            "There is too little memory for this",
-            where=f"{verb}: {type(error).__name__}: {first_line(error)}",
-            fix="close other programs, or raise the limit (ulimit -v), and repeat the command; "
-            "an export goes on where it stopped",
-        )
         print(three_lines(missing), file=sys.stderr)
         return missing.exit_code
-
-
-NO_MEMORY = (  # Python, torch, ONNX Runtime and the system's loader each have words of their own
-    *("can't allocate memory", "failed to allocate memory", "cannot allocate memory"),
-    *("bad allocation", "bad_alloc", "can't start new thread", "failed to map segment"),
-)
-
-
-def memory_ran_out(error: Exception) -> bool:
-    """Whether an error of any library says that no memory or address space is left."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or "no memory left").splitlines()[0][:200]
-
-
-def three_lines(error: StarError | CheckpointError) -> str:
-    """Format an error as what, where and fix, one line each: line breaks inside a part become spaces."""
-    what, where, fix = (" ".join(str(part).split("\n")) for part in (error.what, error.where, error.fix))
-    return f"error: {what}\n  where: {where}\n  fix: {fix}"
 
 
 class Parser(argparse.ArgumentParser):
