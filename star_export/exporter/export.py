@@ -6,6 +6,7 @@ memory-mapped checkpoint, one weight at a time, so that a model of any size need
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -102,6 +103,7 @@ def export(
         "components": names,
         "part_bytes": part_bytes,
         "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
+        "code": code_hash(),
     }
     with staged(out, inputs) as stage:
         job = Job(stage, config, tensors, PRECISIONS[precision], names, part_bytes, rope_bf16)
@@ -141,7 +143,16 @@ def check_room(config: StarConfig, precision: str, names: list[str], out: Path, 
     )
 
 
-VERSIONS = ("star-export", "torch", "onnx", "onnx-ir", "onnxscript")  # what decides the bytes of a bundle
+VERSIONS = ("torch", "onnx", "onnx-ir", "onnxscript")  # the packages that decide the bytes of a bundle
+
+
+def code_hash() -> str:
+    """The SHA-256 of this project's sources: steps of another state of the code are not gone on with."""
+    digest, root = hashlib.sha256(), Path(__file__).parents[2]
+    for package in ("reference", "engines", "star_export"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 class Job:

@@ -257,6 +257,10 @@ def test_an_export_that_was_stopped_goes_on_and_gives_the_same_bytes(
     with pytest.raises(InputError, match="unfinished export of something else") as error:
         export(str(mini_checkpoint), out=out, precision="bf16", components=["text_head"])
     assert "components, precision" in error.value.where and "rm -r" in error.value.fix
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "code_hash", lambda: "the sources, changed")
+        with pytest.raises(InputError, match="got another: code"):
+            export(str(mini_checkpoint), out=out)
     done.append(step)
     written: list[str] = []
     monkeypatch.setattr(exporter, "write_component", recorded(exporter.write_component, written))
