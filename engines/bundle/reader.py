@@ -2,8 +2,8 @@
 
 `open` checks the manifest, every path, presence and size, and that there are no unlisted files. The first use
 of a file checks its SHA-256; a component's weights are hashed while an executor loads them, and nothing is
-computed with them before the hashes were compared. Plans and certificates are created later, on the device,
-and their readers check them.
+computed with them before the hashes were compared. Plans and certificates are created later, on the device;
+their readers check them, or `add` the files that a record names.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import math
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError, UsageError, listed
 from ..progress import Progress, Tick, adder, silent, uncounted
 from .files import check_regular, check_relative, read_regular, resolve_inside, sha256_of
-from .manifest import ComponentSpec, Manifest, TableSpec, component_of, manifest_from_json
+from .manifest import ComponentSpec, FileSpec, Manifest, TableSpec, component_of, manifest_from_json
 from .tensors import ITEM_BYTES, PAST
 
 MANIFEST = "manifest.json"
@@ -37,6 +37,7 @@ class Bundle:
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
+        self._added: dict[str, FileSpec] = {}
         self._verified: dict[str, tuple] = {}
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one per file
 
@@ -106,7 +107,7 @@ class Bundle:
         The file is hashed on first use, and again when it has changed since, ticking in bytes. Raises
         InputError with both hash prefixes when they differ, and when the manifest does not list the file.
         """
-        spec = self.manifest.files.get(relative)
+        spec = self.manifest.files.get(relative) or self._added.get(relative)
         if spec is None:
             raise InputError(
                 "The bundle has no such file",
@@ -121,13 +122,18 @@ class Bundle:
                 return path
             got = sha256_of(path, where="bundle", tick=tick)
             if got != spec.sha256 or _stamp(path) != stamp:
+                added = relative in self._added
                 raise InputError(
-                    "This file has changed since the export",
+                    f"This file has changed since {'it was made' if added else 'the export'}",
                     where=f"{path}: expected sha256 {spec.sha256[:16]}..., got {got[:16]}...",
-                    fix=_RESTORE,
+                    fix=f"remove the folder {path.parent}" if added else _RESTORE,
                 )
             self._verified[relative] = stamp
         return path
+
+    def add(self, files: Mapping[str, FileSpec]) -> None:
+        """Let `file` give out files made after the export, each checked by the spec in its record."""
+        self._added |= files
 
     def parts(self, component: str) -> list[str]:
         """The names of the graphs that make up `component`, in order: its own, or those of its parts.
@@ -159,15 +165,21 @@ class Bundle:
 
     @contextlib.contextmanager
     def loading(self, name: str, *, twin: bool = False, dialect: str = "modern") -> Iterator[Path]:
-        """Yield the path of the component's ONNX file, verified, while its weights are being hashed.
+        """Yield the path of the component's ONNX file, as `loading_files` does."""
+        with self.loading_files(
+            self.graph_name(name, twin=twin, dialect=dialect), self.weights(name)
+        ) as path:
+            yield path
 
-        When the block ends, all files match the manifest and are those that were there when it began;
+    @contextlib.contextmanager
+    def loading_files(self, graph: str, weights: Sequence[str]) -> Iterator[Path]:
+        """Yield the path of an ONNX file, verified, while its weights are being hashed.
+
+        When the block ends, all files are the expected ones and those that were there when it began;
         otherwise InputError is raised, also in place of an error that the block raised.
         """
-        weights = self.weights(name)
         before = {relative: _stamp(self.path / relative) for relative in weights}
         self.hash_ahead(weights)
-        graph = self._graph_file(name, twin=twin, dialect=dialect)
         before[graph] = _stamp(self.file(graph))
         try:
             yield self.path / graph
@@ -200,15 +212,16 @@ class Bundle:
         """
         for weights in self.weights(name):
             self.file(weights)
-        return self.file(self._graph_file(name, twin=twin, dialect=dialect))
+        return self.file(self.graph_name(name, twin=twin, dialect=dialect))
 
-    def _graph_file(self, name: str, *, twin: bool, dialect: str) -> str:
-        spec = self.component(name)
-        return spec.twin if twin and spec.twin else self.graph_name(name, dialect=dialect)
+    def graph_name(self, name: str, *, twin: bool = False, dialect: str = "modern") -> str:
+        """Manifest name of the component's ONNX file in `dialect`, or of its fp32 twin where there is one.
 
-    def graph_name(self, name: str, *, dialect: str) -> str:
-        """Manifest name of the component's ONNX file in `dialect`. Raises InputError if there is none."""
+        Raises InputError if there is no graph in that dialect.
+        """
         spec = self.component(name)
+        if twin and spec.twin:
+            return spec.twin
         relative = spec.classic if dialect == "classic" else spec.graph
         if relative is None:
             raise InputError(

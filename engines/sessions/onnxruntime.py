@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,12 @@ from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array, check_binding, present_name
 from ..errors import InputError, MissingError
 from . import Buffer, busy, closed, own_buffers
+from .fused import load, worth_keeping
 
 ACTIVATION_BLOCK = 128  # numbers that share a scale where an int8 bundle's activations are rounded to int8
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 LOG_SEVERITY = 3  # errors
+SMALL_BYTES = 1024  # initializers up to this size stay in the graph's file
 # The numbers are those of onnx.TensorProto.DataType.
 _ELEMENT_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 _TYPE_NAMES = {f"tensor({'float' if name == 'float32' else name})": name for name in _ELEMENT_TYPES}
@@ -111,25 +114,25 @@ class OnnxRuntimeSession:
     def __init__(self, bundle: Bundle, component: str, *, device: str = "cpu", exact: bool = False):
         runtime = _runtime(device)
         spec, on_cpu = bundle.component(component), device == "cpu"
-        options = _options(runtime, bundle.manifest.precision, exact=exact or not on_cpu)
+        options = _config_entries(bundle.manifest.precision, exact=exact or not on_cpu)
         providers = [(PROVIDERS[device], _provider_options(device))]
-        with bundle.loading(component, twin=on_cpu) as path:
-            try:
-                self.inference_session: Any = runtime.InferenceSession(
-                    str(path), options, providers=providers
-                )
-            except Exception as error:  # the library raises bare exceptions
-                raise InputError(
-                    "ONNX Runtime cannot load this graph",
-                    where=f"{path}: {error}",
-                    fix="export the bundle again with this version of star-export",
-                ) from None
+
+        def make(path: Path, *, fused: bool = False, save_to: Path | None = None) -> Any:
+            return _inference_session(runtime, path, options, providers, fused=fused, save_to=save_to)
+
+        if on_cpu and not exact and worth_keeping(bundle, component):
+            self.inference_session: Any = load(
+                bundle, component, make, onnxruntime=runtime.__version__, options=options
+            )
+        else:
+            with bundle.loading(component, twin=on_cpu) as path:
+                self.inference_session = make(path)
         if PROVIDERS[device] not in self.inference_session.get_providers():
             raise _missing(device, "a provider that does not start (check driver, CUDA and cuDNN)")
         self.component = component
         self._buffer: type[HostBuffer | DeviceBuffer] = HostBuffer if on_cpu else DeviceBuffer
         self.spec = twin_spec(spec) if on_cpu and spec.twin else spec
-        check_boundary(self.inference_session, self.spec, where=str(path))
+        check_boundary(self.inference_session, self.spec, where=f"{bundle.path}: {component}")
         self._running = threading.Lock()
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> HostBuffer | DeviceBuffer:
@@ -230,9 +233,7 @@ def _missing(device: str, got: str) -> MissingError:
     )
 
 
-def _options(runtime, precision: str, *, exact: bool):
-    options = runtime.SessionOptions()
-    options.log_severity_level = LOG_SEVERITY
+def _config_entries(precision: str, *, exact: bool) -> dict[str, str]:
     entries = {
         # Sessions take turns in the decode loop. Idle threads that spin would hold the cores that the next
         # session needs, which makes a step 2 to 3 times slower.
@@ -245,9 +246,38 @@ def _options(runtime, precision: str, *, exact: bool):
     if precision == "int8" and exact:
         # With int8's scale per channel, level 1 is 25 times slower than weights that are widened on loading.
         entries["session.disable_quant_qdq"] = "1"
+    return entries
+
+
+def _inference_session(
+    runtime,
+    path: Path,
+    entries: Mapping[str, str],
+    providers: list[tuple[str, dict[str, str]]],
+    *,
+    fused: bool,
+    save_to: Path | None,
+) -> Any:
+    """Load the graph at `path`; if it was `fused` before, as it is. The fused graph is saved in `save_to`."""
+    options = runtime.SessionOptions()
+    options.log_severity_level = LOG_SEVERITY
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
-    return options
+    if fused:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_to:
+        options.optimized_model_filepath = str(save_to)
+        external = "session.optimized_model_external_initializers_"
+        options.add_session_config_entry(f"{external}file_name", f"{save_to.name}.data")
+        options.add_session_config_entry(f"{external}min_size_in_bytes", str(SMALL_BYTES))
+    try:
+        return runtime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # the library raises bare exceptions
+        raise InputError(
+            "ONNX Runtime cannot load this graph",
+            where=f"{path}: {error}",
+            fix="export the bundle again with this version of star-export",
+        ) from None
 
 
 def _provider_options(device: str) -> dict[str, str]:
