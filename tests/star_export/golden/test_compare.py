@@ -166,6 +166,14 @@ def test_a_reference_that_proves_nothing_is_refused(reference):
         compare({"logits": reference.copy()}, {"logits": reference}, tolerances=TOLERANCES)
 
 
+def test_a_short_run_may_repeat_an_id():
+    ids = np.full((1, 3), 21133)
+    (result,) = compare({"image_ids": ids.copy()}, {"image_ids": ids}, tolerances=TOLERANCES)
+    assert result.passed
+    (other,) = compare({"image_ids": ids + 1}, {"image_ids": ids}, tolerances=TOLERANCES)
+    assert not other.passed
+
+
 def test_one_bad_element_in_a_million_fails_although_psnr_is_74_db():
     reference = np.random.default_rng(3).uniform(-1, 1, 10**6).astype(np.float32)
     candidate = reference.copy()
