@@ -14,7 +14,7 @@ from ..errors import InputError, MissingError, UsageError
 from ..fit.machine import check_memory, sized
 from ..fit.memory import Use, loop_bytes, task_memory, weight_bytes
 from ..fit.sizes import sizes_from_bundle
-from ..sessions import ON_CPU, Session, free_memory, open_session, plan_capacity
+from ..sessions import ON_CPU, Session, free_memory, open_sessions, plan_capacity
 
 FIX = "use a bundle of a smaller precision, fewer images or a shorter prompt"
 
@@ -63,10 +63,15 @@ class Loaded:
                     self._give_back([name] if name not in components else [])
         if missing:
             self._check_free(self._weights(missing) + buffers, f"load {', '.join(missing)}", FIX)
+        opened = open_sessions(self.bundle, missing, backend=self.backend)
         for name in components:
-            session = self.open.pop(name, None) or open_session(self.bundle, name, backend=self.backend)
-            self.open[name] = session
+            self.open[name] = opened.get(name) or self.open.pop(name)
         return list(map(self.open.__getitem__, components))
+
+    def open_at_once(self, *components: str, use: Use) -> None:
+        """Open what a task begins with, all at once; with a budget it is opened when it is needed instead."""
+        if self.memory_bytes is None:
+            self.sessions(*components, use=use)
 
     def capacity(self, decoder: str) -> int | None:
         """The slots that the decoder's caches have, where a plan or network fixes them."""

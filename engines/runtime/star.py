@@ -244,6 +244,7 @@ class Star:
         self._check_length(length + self.model.image_tokens - 1, "base_ar", "stacked_ar")
         use = self._use("base_ar", rows=rows, length=length, tokens=self.model.image_tokens)
         self.loaded.check("edit" if vision else "generate", use)
+        self.loaded.open_at_once("token_embedding", *DRAW, use=use)
         embeds = self.embedded(prompt, vision=vision, square=square)
         ids = self._draw(embeds, prompt.position_ids, settings, progress)
         decoded = run(self.session("vq_decoder"), {"image_ids": ids})["image"]
@@ -258,6 +259,7 @@ class Star:
         use = self._use("base_ar", rows=1, length=length, tokens=max_new_tokens)
         if vision:
             self.loaded.check("ask", use)
+        self.loaded.open_at_once("token_embedding", *ANSWER, use=use)
         embeds = self.embedded(prompt, vision=vision)
         sessions = self.loaded.sessions(*ANSWER, use=use)
         ids = TextLoop(*sessions, capacity_tokens=use.capacity_tokens).answer(

@@ -6,7 +6,8 @@ nothing is copied. A cache is bound once, under its past name, and is updated in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -85,8 +86,9 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
     if component not in bundle.manifest.components:
         from .chain import ChainSession
 
-        parts = [open_session(bundle, part, backend=backend) for part in bundle.parts(component)]
-        return ChainSession(component, parts)
+        return ChainSession(
+            component, [*open_sessions(bundle, bundle.parts(component), backend=backend).values()]
+        )
     if backend.startswith("tensorrt:"):
         from .tensorrt import open_session as open_tensorrt
 
@@ -101,6 +103,24 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
     if backend == "onnxruntime-cuda":
         return OnnxRuntimeSession(bundle, component, device="cuda")
     return OnnxRuntimeSession(bundle, component, exact=backend == "onnxruntime-exact")
+
+
+def open_sessions(bundle: Bundle, components: Sequence[str], *, backend: str) -> dict[str, Session]:
+    """Load several components, as `open_session` does; on the CPU at once, since hashing and packing a
+    component's weights keep one core busy. Raises the error of the first one that fails, and closes the
+    others.
+    """
+    if backend not in ON_CPU:
+        return {name: open_session(bundle, name, backend=backend) for name in components}
+    with ThreadPoolExecutor() as pool:
+        loads = {name: pool.submit(open_session, bundle, name, backend=backend) for name in components}
+    try:
+        return {name: load.result() for name, load in loads.items()}
+    except BaseException:
+        for load in loads.values():
+            if load.exception() is None:
+                load.result().close()
+        raise
 
 
 def plan_capacity(bundle: Bundle, graph: str, *, backend: str) -> int | None:
