@@ -38,19 +38,39 @@ def test_results_are_the_same_in_turn_and_the_budget_is_kept(mini_bundle: Path, 
         wanted, everything = results(star), star.loaded._weights(star.loaded.open)
         budget = least(star, "edit", "ask", "reason")
     assert budget < everything
-    open_session = loaded.open_session
+    open_sessions = loaded.open_sessions
 
-    def watched(bundle, name, *, backend):
-        opened.append(name)
-        held.append(star.loaded._weights({*star.loaded.open, name}))
-        return open_session(bundle, name, backend=backend)
+    def watched(bundle, names, *, backend):
+        opened.extend(names)
+        held.append(star.loaded._weights({*star.loaded.open, *names}))
+        return open_sessions(bundle, names, backend=backend)
 
-    monkeypatch.setattr(loaded, "open_session", watched)
+    monkeypatch.setattr(loaded, "open_sessions", watched)
     with Star(mini_bundle, memory=budget) as star:
         for a, b in zip(results(star), wanted, strict=True):
             np.testing.assert_array_equal(a, b)
     assert max(held) <= budget
     assert opened.count("vision_encoder") == 3 and opened.count("base_ar") > 1  # given back, and come again
+
+
+def test_without_a_budget_what_a_task_begins_with_is_opened_at_once(mini_bundle: Path, monkeypatch) -> None:
+    opened: list[list[str]] = []
+    open_sessions = loaded.open_sessions
+
+    def watched(bundle, names, *, backend):
+        opened.append(list(names))
+        return open_sessions(bundle, names, backend=backend)
+
+    monkeypatch.setattr(loaded, "open_sessions", watched)
+    with Star(mini_bundle) as star:
+        star.generate("a red cat")
+        star.ask(IMAGE, "what?", max_new_tokens=2)
+    assert list(filter(None, opened)) == [
+        ["token_embedding", "base_ar", "stacked_ar", "image_head"],
+        ["vq_decoder"],
+        ["text_head"],
+        ["vision_encoder"],
+    ]
 
 
 def test_a_generous_budget_keeps_everything(mini_bundle: Path) -> None:

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from engines import sessions
 from engines.bundle.reader import Bundle
+from engines.errors import InputError
 from engines.runtime.star import Star
-from engines.sessions import Buffer, Session, open_session
+from engines.sessions import Buffer, Session, open_session, open_sessions
 from star_export.golden.cases import component_cases
 from star_export.golden.run_case import run_case
 from tests.helpers.fake_decoder import FakeDecoder
@@ -58,7 +60,8 @@ def test_the_runtime_reads_only_what_the_protocols_declare(mini_bundle, monkeypa
 
     wanted, only = results(), DeclaredOnly()
     monkeypatch.setattr(
-        "engines.runtime.loaded.open_session", lambda *a, **k: only.session(open_session(*a, **k))
+        "engines.runtime.loaded.open_sessions",
+        lambda *a, **k: {name: only.session(found) for name, found in open_sessions(*a, **k).items()},
     )
     for expected, got in zip(wanted, results()):
         np.testing.assert_array_equal(got, expected)
@@ -79,3 +82,30 @@ def test_the_fake_sessions_of_the_tests_have_the_declared_members():
     fake = FakeDecoder()
     assert declared(Session) <= set(dir(fake))
     assert declared(Buffer) <= set(dir(fake.buffer((1,), "float32")))
+
+
+def test_sessions_opened_at_once_are_those_opened_one_by_one(mini_bundle):
+    names = ["base_ar", "token_embedding", "image_head"]
+    opened = open_sessions(Bundle.open(mini_bundle), names, backend="onnxruntime")
+    one_by_one = {name: open_session(Bundle.open(mini_bundle), name) for name in names}
+    assert {name: s.spec for name, s in opened.items()} == {name: s.spec for name, s in one_by_one.items()}
+    assert list(opened) == names
+
+
+def test_the_first_of_several_that_cannot_be_opened_is_told_and_the_others_are_closed(
+    mini_bundle, monkeypatch
+):
+    closed, inner = [], sessions.open_session
+
+    def opened(bundle, name, *, backend):
+        if name in ("image_head", "text_head"):
+            raise InputError("This file has changed", where=name, fix="copy the bundle again")
+        session = inner(bundle, name, backend=backend)
+        monkeypatch.setattr(session, "close", lambda: closed.append(name))
+        return session
+
+    monkeypatch.setattr(sessions, "open_session", opened)
+    names = ["base_ar", "image_head", "text_head", "token_embedding"]
+    with pytest.raises(InputError, match="image_head"):
+        open_sessions(Bundle.open(mini_bundle), names, backend="onnxruntime")
+    assert closed == ["base_ar", "token_embedding"]
