@@ -105,8 +105,8 @@ def export(
         "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
         "code": code_hash(),
     }
-    with staged(out, inputs) as stage:
-        job = Job(stage, config, tensors, PRECISIONS[precision], names, part_bytes, rope_bf16)
+    with staged(out, inputs, progress) as stage:
+        job = Job(stage, config, tensors, PRECISIONS[precision], names, part_bytes, rope_bf16, progress)
         steps = job.steps()
         for i, (name, write) in enumerate(steps.items()):
             progress(name, i, len(steps))
@@ -167,8 +167,10 @@ class Job:
         names: list[str],
         part_bytes: int,
         rope_bf16: bool,
+        progress: Progress,
     ):
         self.stage, self.config, self.precision, self.rope_bf16 = stage, config, precision, rope_bf16
+        self.progress = progress
         self.names = names
         self.tables = [name for name in names if COMPONENTS[name].table]
         self.parts = [
@@ -221,7 +223,8 @@ class Job:
 
     def _write_part(self, part: Part) -> None:
         model = graph_from_config(part, self.config, rope_bf16=self.rope_bf16)
-        write_component(model, self.tensors, self.precision, self.stage.bundle / part.name)
+        folder = self.stage.bundle / part.name
+        write_component(model, self.tensors, self.precision, folder, progress=self.progress)
 
     def _record(self, part: Part) -> None:
         before = self._before(part)
@@ -302,7 +305,12 @@ def checkpoint_hashes(files: CheckpointFiles, progress: Progress = silent) -> di
 
 
 def write_component(
-    model: ir.Model, tensors: Mapping[str, LazyTensor], precision: Precision, folder: Path
+    model: ir.Model,
+    tensors: Mapping[str, LazyTensor],
+    precision: Precision,
+    folder: Path,
+    *,
+    progress: Progress = silent,
 ) -> None:
     """Set a traced graph's precision, lint it, and stream its weights into `folder/model.onnx.data`.
 
@@ -312,7 +320,17 @@ def write_component(
     set_precision(model, precision.compute)
     attach_weights(model, tensors, precision)
     lint.check_graph(model)
-    ir.save(model, folder / "model.onnx", external_data=lint.DATA_FILE, size_threshold_bytes=INLINE_BYTES)
+    values = [value.const_value for value in model.graph.initializers.values()]
+    sizes = [value.nbytes for value in values if value is not None]
+    streamed = sum(size for size in sizes if size > INLINE_BYTES)
+    tick = adder(progress, "write weights, in bytes", streamed)
+    ir.save(
+        model,
+        folder / "model.onnx",
+        external_data=lint.DATA_FILE,
+        size_threshold_bytes=INLINE_BYTES,
+        callback=lambda tensor, _: tick(tensor.nbytes),
+    )
     classic = classic_from_graph(ir.load(folder / "model.onnx"))
     (folder / "classic.onnx").write_bytes(ir.to_proto(classic).SerializeToString())
     lint.check_graph(folder / "classic.onnx", dialect="classic")

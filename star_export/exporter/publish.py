@@ -19,6 +19,7 @@ from engines.bundle.files import reason, sha256_of, sync_folder, write_atomic
 from engines.bundle.manifest import FileSpec, Manifest, json_from_manifest
 from engines.bundle.reader import MANIFEST, Bundle
 from engines.errors import InputError, StarError
+from engines.progress import Progress, Tick, adder, silent
 
 JOURNAL, BUNDLE, SCRATCH = "journal.json", "bundle", "scratch"
 
@@ -75,6 +76,7 @@ class Stage:
         write()
         made = [path for path in _files(self.path) if path.relative_to(self.path).as_posix() not in known]
         for path in made:
+            path.chmod(0o644)  # safetensors creates files with 0600
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         files = {
@@ -95,7 +97,7 @@ class Stage:
             if name.startswith(f"{BUNDLE}/")
         }
 
-    def go_on(self) -> None:
+    def go_on(self, progress: Progress = silent) -> None:
         """Take over what an earlier run of the same inputs left: its complete steps stay, all else goes.
 
         Raises InputError if the folder belongs to an export of other inputs.
@@ -113,7 +115,9 @@ class Stage:
                 step: {file: FileSpec(**spec) for file, spec in files.items()}
                 for step, files in journal["steps"].items()
             }
-            self.steps = {step: files for step, files in recorded.items() if self._complete(files)}
+            size = sum(spec.size for files in recorded.values() for spec in files.values())
+            tick = adder(progress, "check what is done already, in bytes", size)
+            self.steps = {step: files for step, files in recorded.items() if self._complete(files, tick)}
         kept = {self.path / file for files in self.steps.values() for file in files}
         for path in _files(self.path):
             if path not in kept:
@@ -122,11 +126,11 @@ class Stage:
             folder.mkdir(exist_ok=True)
         self._write_journal()
 
-    def _complete(self, files: dict[str, FileSpec]) -> bool:
+    def _complete(self, files: dict[str, FileSpec], tick: Tick) -> bool:
         return all(
             (self.path / name).is_file()
             and (self.path / name).stat().st_size == spec.size
-            and sha256_of(self.path / name) == spec.sha256
+            and sha256_of(self.path / name, tick=tick) == spec.sha256
             for name, spec in files.items()
         )
 
@@ -145,7 +149,7 @@ def stage_path(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staged(out: Path, inputs: dict[str, Any]) -> Iterator[Stage]:
+def staged(out: Path, inputs: dict[str, Any], progress: Progress = silent) -> Iterator[Stage]:
     """Yield the stage of `out`, whose bundle becomes `out` if the block succeeds.
 
     `inputs` identifies what is exported. The stage of an earlier run with the same inputs is taken over; that
@@ -161,7 +165,7 @@ def staged(out: Path, inputs: dict[str, Any]) -> Iterator[Stage]:
         raise _not_written(out, error) from None
     with _locked(path):
         stage = Stage(path, inputs)
-        stage.go_on()
+        stage.go_on(progress)
         try:
             yield stage
             stage.bundle.chmod(0o755)

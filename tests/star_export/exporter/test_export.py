@@ -83,6 +83,7 @@ def test_nothing_of_this_machine_is_in_a_bundle(mini_checkpoint: Path, mini_bund
         if file.is_file():
             data = file.read_bytes()
             assert not any(path in data for path in paths), file.name
+            assert file.stat().st_mode & 0o777 == 0o644, f"{file.name} cannot be read by others"
 
 
 def test_the_table_is_the_adapter_of_the_codebook(mini_checkpoint: Path, mini_bundle: Path) -> None:
@@ -264,15 +265,19 @@ def test_an_export_that_was_stopped_goes_on_and_gives_the_same_bytes(
     done.append(step)
     written: list[str] = []
     monkeypatch.setattr(exporter, "write_component", recorded(exporter.write_component, written))
-    export(str(mini_checkpoint), out=out)
+    told: dict[str, tuple[int, int]] = {}
+    export(str(mini_checkpoint), out=out, progress=lambda what, *counts: told.update({what: counts}))
+    checked, in_all = told["check what is done already, in bytes"]
+    assert 0 < checked <= in_all
+    assert not written or told["write weights, in bytes"][0] == told["write weights, in bytes"][1]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "manifest.json").read_text() == (mini_bundle / "manifest.json").read_text()
     assert ("base_ar" in written) == (step == "export base_ar"), "only what was not done is done again"
 
 
 def recorded(function, names: list[str]):
-    def called(model, *arguments):
+    def called(model, *arguments, progress):
         names.append(model.graph.name)
-        return function(model, *arguments)
+        return function(model, *arguments, progress=progress)
 
     return called
