@@ -1,6 +1,6 @@
 """What ONNX Runtime fused is kept for the next start, and only used while its record holds.
 
-docs/bad_inputs.md 30, 60.
+docs/bad_inputs.md 59, 60.
 """
 
 import json
