@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SAMPLE_S = 0.1
+SEARCH_S = 1.0  # looking for the group's processes takes as long as 30 samples
 READ_BYTES = 16 << 20
 
 
@@ -77,6 +78,7 @@ def run_measured(
     os.close(end)
     assert process.stdout is not None
     outputs, sampled, recent = {terminal, process.stdout.fileno()}, 0.0, ""
+    searched, group = 0.0, [process.pid]
     try:
         while outputs:
             for descriptor in select.select(outputs, [], [], SAMPLE_S)[0]:
@@ -92,7 +94,10 @@ def run_measured(
                 else:
                     measured.stdout += data
             if time.monotonic() - sampled >= SAMPLE_S:
-                sampled, pages = time.monotonic(), own_bytes(process.pid)
+                sampled = time.monotonic()
+                if sampled - searched >= SEARCH_S:
+                    searched, group = sampled, processes_of(process.pid)
+                pages = own_bytes(group)
                 measured.peak_bytes = max(measured.peak_bytes, pages)
                 if stop_bytes is not None and pages > stop_bytes:
                     os.killpg(process.pid, signal.SIGKILL)
@@ -109,20 +114,25 @@ def run_measured(
     return measured
 
 
-def own_bytes(group: int) -> int:
-    """RssAnon + RssShmem of all processes of a process group, in bytes."""
-    total = 0
+def processes_of(group: int) -> list[int]:
+    """The processes of a process group."""
+    found = []
     for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        with contextlib.suppress(OSError, ValueError):  # the process ended meanwhile
+        with contextlib.suppress(OSError, ValueError):  # the process ended meanwhile, or it is no process
             if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) == group:
-                lines = (folder / "status").read_text().splitlines()
-                total += sum(
-                    int(line.split()[1]) * 1024
-                    for line in lines
-                    if line.startswith(("RssAnon:", "RssShmem:"))
-                )
+                found.append(int(folder.name))
+    return found
+
+
+def own_bytes(processes: Iterable[int]) -> int:
+    """RssAnon + RssShmem of these processes, in bytes."""
+    total = 0
+    for process in processes:
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            lines = Path(f"/proc/{process}/status").read_text().splitlines()
+            total += sum(
+                int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:"))
+            )
     return total
 
 
