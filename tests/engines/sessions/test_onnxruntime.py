@@ -318,10 +318,18 @@ def product(request, tmp_path):
     )
     kind = getattr(TensorProto, request.param.upper())
     model.graph.initializer.append(helper.make_tensor("w", kind, codes.shape, codes.flatten().tolist()))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
 
     def run(exact):
-        options = module._options(onnxruntime, request.param, exact=exact)
-        return onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"x": x})[0]
+        session = module._inference_session(
+            onnxruntime,
+            tmp_path / "model.onnx",
+            module._config_entries(request.param, exact=exact),
+            [(module.PROVIDERS["cpu"], {})],
+            fused=False,
+            save_to=None,
+        )
+        return session.run(None, {"x": x})[0]
 
     return run, x, codes * (scales.repeat(128, 0) if scales.ndim == 2 else scales)
 
