@@ -101,10 +101,14 @@ def read_record(bundle: Bundle, relative: str, wanted: Fused) -> Fused | None:
         return None
     path = resolve_inside(bundle.path, relative, where="plans")
     text = read_regular(path, limit_bytes=RECORD_LIMIT_BYTES, where="plans").decode(errors="replace")
-    value = value_from_json(text, where=str(path))
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-        return None
-    found: Fused = strict(Fused, value, str(path))
+    try:
+        value = value_from_json(text, where=str(path))
+        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+            return None
+        found: Fused = strict(Fused, value, str(path))
+    except InputError as error:  # nobody has another copy of it to restore
+        fix = f"remove the folder {path.parent}"
+        raise InputError(error.what, where=error.where, fix=fix) from None
     same = replace(found, files={}) == wanted and set(found.files) == {GRAPH, WEIGHTS}
     return found if same else None
 

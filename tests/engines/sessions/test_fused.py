@@ -127,8 +127,9 @@ def test_a_link_in_place_of_a_file_is_refused(root, tmp_path):
 def test_a_damaged_record_is_refused(root):
     opened(root)
     (root / fused.FOLDER / GRAPH / fused.RECORD).write_text('{"schema": 1, "onnxruntime"')
-    with pytest.raises(InputError, match=fused.RECORD):
+    with pytest.raises(InputError, match=fused.RECORD) as caught:
         opened(root)
+    assert caught.value.fix == f"remove the folder {root / fused.FOLDER / GRAPH}"
 
 
 @pytest.mark.parametrize(
