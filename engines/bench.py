@@ -23,12 +23,11 @@ from .bundle.tensors import ITEM_BYTES, bound_tensors, present_name, shape_from_
 from .inputs.prompt import text_positions
 from .progress import Progress, silent
 from .runtime.decode import ImageLoop
-from .runtime.sampler import uniforms
 from .runtime.star import Star
 from .sessions import ON_CPU, run
 from .sessions.onnxruntime import OnnxRuntimeSession
 
-PROMPT_TOKENS, REPEATS = 32, 15
+PROMPT_TOKENS, REPEATS, SEED = 32, 15, 100
 STEP = ("base_ar", "stacked_ar", "image_head")  # the components of a decode step
 BANDWIDTH_BYTES, BANDWIDTH_REPEATS = 1 << 28, 7
 PEERS = {
@@ -95,7 +94,6 @@ def calls_of(star: Star, loop: ImageLoop) -> dict[str, Callable[[], object]]:
     model = star.model
     ids = np.arange(2 * PROMPT_TOKENS, dtype=np.int64).reshape(2, PROMPT_TOKENS) % model.vocab_size
     embeds = run(star.session("token_embedding"), {"input_ids": ids})["inputs_embeds"]
-    draws = uniforms(seed=100, tokens=loop.tokens, num_images=1)
     draw = functools.partial(
         loop.draw,
         embeds,
@@ -103,12 +101,12 @@ def calls_of(star: Star, loop: ImageLoop) -> dict[str, Callable[[], object]]:
         guidance=1.1,
         top_k=min(1000, model.codebook_size),
         top_p=0.8,
-        uniforms=draws,
+        seed=SEED,
     )
     drawn = draw()
     calls: dict[str, Callable[[], object]] = {
         "image": draw,
-        "runtime": lambda: rewound(loop, draws),
+        "runtime": lambda: rewound(loop),
         "bare": lambda: bare_decode(loop),
     }
     if all(isinstance(star.session(name), OnnxRuntimeSession) for name in STEP):  # not one in parts
@@ -162,10 +160,10 @@ def ratio(seconds: dict[str, list[float]], name: str, peer: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[peer]))
 
 
-def rewound(loop: ImageLoop, draws: np.ndarray) -> None:
+def rewound(loop: ImageLoop) -> None:
     """Repeat the decode steps of an image with the runtime's loop."""
     loop.slots.rewind(PROMPT_TOKENS)
-    loop.decode(PROMPT_TOKENS, draws)
+    loop.decode(PROMPT_TOKENS, SEED)
 
 
 def bare_decode(loop: ImageLoop) -> None:

@@ -9,7 +9,7 @@ Source: docs/star.md 3; MM-MVR/STAR, star/models/model.py; transformers 4.51.0, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ def generate(
     guidance: float,
     top_k: int,
     top_p: float,
-    uniforms: Tensor | None,
+    noise: Callable[[int], Tensor] | None,
     image_tokens: int | None = None,
     inputs_embeds: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -52,9 +52,9 @@ def generate(
     """Draw N images from 2N prompt rows (`guidance_rows`).
 
     input_ids [2N, L]; `inputs_embeds` [2N, L, H] replaces their embeddings (for editing: `edit_embeds`).
-    position_ids [3, 1 or 2N, at least L + T - 1] replaces the slot numbers on all three axes. uniforms [T, N]
-    in [0, 1) decide the draws; without them each step takes the arg-max after guidance. `image_tokens` stops
-    early.
+    position_ids [3, 1 or 2N, at least L + T - 1] replaces the slot numbers on all three axes. `noise` gives
+    the numbers [N, K] that decide the draws of a step (`gumbel.py`); without it each step takes the arg-max
+    after guidance. `image_tokens` stops early.
     """
     count = image_tokens or star.config.vq.image_tokens
     embeds = star.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
@@ -71,10 +71,10 @@ def generate(
             prefill_hidden = base_hidden
         head_in.append(hidden[:, -1])
         cfg_logits.append(guide(star.image_head(hidden[:, -1:]).squeeze(1).float(), guidance))  # [N, K]
-        if uniforms is None:
+        if noise is None:
             image_ids.append(cfg_logits[-1].argmax(-1))
         else:
-            image_ids.append(sample(cfg_logits[-1], top_k=top_k, top_p=top_p, uniform=uniforms[step]))
+            image_ids.append(sample(cfg_logits[-1], top_k=top_k, top_p=top_p, noise=noise(step)))
         embeds = star.image_embedding(image_ids[-1]).repeat_interleave(2, dim=0).unsqueeze(1)  # [2N, 1, H]
     drawn = torch.stack(image_ids, dim=1)
     image = star.vq_decoder(drawn) if count == star.config.vq.image_tokens else None
@@ -139,42 +139,38 @@ def guide(logits: Tensor, guidance: float) -> Tensor:
     return unconditional + guidance * (conditional - unconditional)
 
 
-def sample(logits: Tensor, *, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
-    """Inverse-CDF draw from the filtered distribution, the most probable id first: logits [N, V], uniform [N]
-    in [0, 1) -> ids [N].
+def sample(logits: Tensor, *, top_k: int, top_p: float, noise: Tensor) -> Tensor:
+    """Draw from the filtered distribution: logits [N, V], noise [N, V] -> ids [N].
 
-    The rank drawn is the number of cumulative sums that do not exceed `uniform` times their total, limited to
-    the last id kept.
+    The id is the arg-max of log p + G over the ids that the filters keep. log p is the logit but for a
+    constant, so the noise is added to the logits, in float32.
     """
-    probabilities, order = ranked_probabilities(logits, top_k=top_k, top_p=top_p)
-    sums = probabilities.cumsum(-1)  # [N, V]
-    rank = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1)
-    rank = rank.minimum((probabilities > 0).sum(-1) - 1)
-    return order.gather(-1, rank[:, None]).squeeze(-1)
+    return filtered(logits, top_k, top_p).add(noise).argmax(-1)
 
 
 def filtered_probabilities(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Softmax after the release's top-k and top-p filters: [N, V] -> [N, V]."""
-    probabilities, order = ranked_probabilities(logits, top_k=top_k, top_p=top_p)
-    return torch.zeros_like(probabilities).scatter(-1, order, probabilities)
+    return filtered(logits, top_k, top_p).softmax(-1)
 
 
-def ranked_probabilities(logits: Tensor, *, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Filtered probabilities in descending order, ties by lower id, and the ids in that order: two of [N, V].
+def filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits float32 [N, V] with -inf for those that the release's filters leave out (docs/star.md 3.4).
 
-    top-k keeps all ids that tie with the k-th (0 keeps every id). top-p, applied next if below 1, keeps the
-    ids up to and including the first whose cumulative probability exceeds it (docs/star.md 3.4).
+    top-k keeps the k largest (0 keeps every one). top-p, applied next if below 1, keeps the largest up to and
+    including the first whose cumulative probability exceeds it. Whatever ties with a kept one is kept.
     """
-    ranked, order = logits.float().sort(dim=-1, descending=True, stable=True)
+    logits = logits.float()
+    ranked = logits.sort(dim=-1, descending=True).values
     if top_k > 0:
         threshold = ranked[:, min(top_k, ranked.shape[-1]) - 1, None]
         ranked = ranked.masked_fill(ranked < threshold, -torch.inf)
     if top_p < 1:
         beyond = ranked.softmax(-1).cumsum(-1) > top_p
-        # The first id beyond top_p is kept as well.
+        # The first one beyond top_p is kept as well.
         beyond = torch.cat([torch.zeros_like(beyond[:, :1]), beyond[:, :-1]], dim=-1)
         ranked = ranked.masked_fill(beyond, -torch.inf)
-    return ranked.softmax(-1), order
+    lowest = ranked.masked_fill(ranked == -torch.inf, torch.inf).amin(-1, keepdim=True)
+    return logits.masked_fill(logits < lowest, -torch.inf)
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -124,16 +124,16 @@ def _image_head(config: StarConfig, compute: str, layers: range | None):
     hidden = config.base_ar.hidden_size
     return (
         (
-            f32("hidden_states", "2N", 1, hidden),
+            f32("hidden_states", "2N", "S", hidden),
             f32("guidance", 1),
             i64("top_k", 1),
             f32("top_p", 1),
-            f32("uniform", "N"),
+            f32("noise", "N", "S", config.vq.codebook_size),
         ),
         (
-            i64("image_ids", "N"),
-            f32("inputs_embeds", "2N", 1, hidden),
-            f32("logits", "N", config.vq.codebook_size),
+            i64("image_ids", "N", "S"),
+            f32("inputs_embeds", "2N", "S", hidden),
+            f32("logits", "N", "S", config.vq.codebook_size),
         ),
     )
 

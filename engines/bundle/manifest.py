@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import InputError
 
-SCHEMA = 3
+SCHEMA = 4
 PART = "/"  # between a component's name and the number of its part: `base_ar/1`
 
 
@@ -161,12 +161,13 @@ class FileSpec:
 class GoldenSpec:
     """How much was recorded of the reference: a large model has fewer and shorter cases.
 
-    Up to `images` images at once, `decoder_cases` of a decoder or a part, and whole runs of `image_tokens`
-    and `answer_tokens`.
+    Up to `images` images at once, `decoder_cases` of a decoder or a part, `draw_cases` of the image head, and
+    whole runs of `image_tokens` and `answer_tokens`.
     """
 
     images: int
     decoder_cases: int
+    draw_cases: int
     image_tokens: int
     answer_tokens: int
 

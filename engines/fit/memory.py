@@ -12,7 +12,7 @@ from ..bundle.tensors import ITEM_BYTES
 from .sizes import Sizes
 
 EMBED = ("token_embedding",)
-DRAW = ("base_ar", "stacked_ar", "image_head")
+DRAW = ("base_ar", "stacked_ar", "image_head", "image_embedding")
 ANSWER = ("token_embedding", "base_ar", "text_head")
 DECODE = ("vq_decoder",)
 # Task -> its stages in order: the components of a stage are needed at the same time.
@@ -33,13 +33,15 @@ SCORES_WORKSPACE = 2  # attention scores of one layer that exist at a time, in f
 
 @dataclass(frozen=True)
 class Use:
-    """How a model is used: `rows` of a batch (two per image), the `capacity_tokens` of its caches and the
-    `prefill_tokens` of its longest prompt. `on_cpu` tells whether ONNX Runtime's CPU provider runs it."""
+    """How a model is used: `rows` of a batch (two per image), the `capacity_tokens` of its caches, the
+    `prefill_tokens` of its longest prompt and the `window_tokens` that a step draws of an image. `on_cpu`
+    tells whether ONNX Runtime's CPU provider runs it."""
 
     rows: int
     capacity_tokens: int
     prefill_tokens: int
     on_cpu: bool
+    window_tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,11 @@ def loop_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:
     if use.on_cpu:  # the fp32 twin keeps its caches in float32
         caches = caches * ITEM_BYTES["float32"] // sizes.cache_item_bytes
     one = rows * sizes.model.hidden_size * ITEM_BYTES["float32"]
-    return caches + one * (1 + len(decoders)) * (1 + use.prefill_tokens)
+    hidden = one * (1 + len(decoders)) * (use.window_tokens + use.prefill_tokens)
+    if "image_head" not in components:
+        return caches + hidden
+    draws = rows // 2 * use.window_tokens * sizes.model.codebook_size  # logits, and as many numbers of noise
+    return caches + hidden + 2 * draws * ITEM_BYTES["float32"]
 
 
 def stage_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:

@@ -1,30 +1,35 @@
 """The two decode loops: image tokens through both decoders, and text through the base decoder.
 
 The loops work on open sessions and arrays, and know nothing of prompts or images. Steps are bound once and
-run many times. Buffers are chained, so nothing is copied between sessions: the image head's embedding is the
-next input of the base decoder, whose hidden states are the input of the stacked decoder. In each image step
-the host writes the write index, the position and the uniform numbers, and reads nothing.
+run many times. Buffers are chained, so nothing is copied between sessions: with one token per step, the image
+head's embedding is the next input of the base decoder, whose hidden states are the input of the stacked one.
+In each image step the host writes write indices, positions and noise. It reads nothing with one token per
+step, and the drawn ids with more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..bundle.tensors import shape_from_symbols
+from ..errors import UsageError
 from ..progress import Progress, silent
 from ..sessions import Buffer, Session
-from .kv_cache import Slots, cache_buffers
+from .gumbel import Noise
+from .kv_cache import Slots, cache_buffers, check_capacity
 from .sampler import penalise_repetition
+from .windows import Windows
 
 
 class ImageLoop:
-    """Draws `tokens` image tokens for N images on sessions of base_ar, stacked_ar and image_head.
+    """Draws `tokens` image tokens for N images on sessions of base_ar, stacked_ar, image_head and
+    image_embedding, `window` tokens per step.
 
-    `base_step`, `stacked_step` and `head_steps` are the bound steps; there is one head step per token, with
-    its own buffer in `image_ids`. `tensors` holds what is bound to each of the three sessions by name, except
-    the ids.
+    `base_step`, `stacked_step` and `head_steps` are the bound steps; with one token per step, there is one
+    head step per token, with its own buffer in `image_ids`. `tensors` holds what is bound to each of the
+    first three sessions by name, except the ids. Raises UsageError for a window that a plan does not hold.
     """
 
     def __init__(
@@ -32,23 +37,27 @@ class ImageLoop:
         base: Session,
         stacked: Session,
         head: Session,
+        embedding: Session,
         *,
         num_images: int,
         tokens: int,
         capacity_tokens: int,
+        window: int = 1,
     ):
-        rows = 2 * num_images
-        self.tokens, self.slots = tokens, Slots(capacity_tokens)
+        check_window(window, base, stacked, head)
+        self.tokens, self.images, self.slots = tokens, num_images, Slots(capacity_tokens)
+        self.window = max(1, min(window, tokens - 1))
+        rows, width = 2 * num_images, self.window
         base_caches, stacked_caches = (
             cache_buffers(s, rows=rows, capacity_tokens=capacity_tokens) for s in (base, stacked)
         )
         self.decoders = [(base, base_caches), (stacked, stacked_caches)]
         self.write_indices = base.buffer((rows,), "int64")
-        self.position_ids = base.buffer((3, rows, 1), "int64")
-        hidden = shape_from_symbols(base.spec.outputs[0].shape, {"B": rows, "S": 1})  # [2N, 1, H]
-        embeds, base_hidden, self.hidden_states = (base.buffer(hidden, "float32") for _ in range(3))
+        self.position_ids = base.buffer((3, rows, width), "int64")
+        hidden = shape_from_symbols(base.spec.outputs[0].shape, {"B": rows, "S": width})  # [2N, W, H]
+        self.embeds, base_hidden, self.hidden_states = (base.buffer(hidden, "float32") for _ in range(3))
         where = {"write_indices": self.write_indices, "position_ids": self.position_ids}
-        base_tensors = base_caches | where | {"inputs_embeds": embeds, "hidden_states": base_hidden}
+        base_tensors = base_caches | where | {"inputs_embeds": self.embeds, "hidden_states": base_hidden}
         stacked_tensors = stacked_caches | where
         stacked_tensors |= {"inputs_embeds": base_hidden, "hidden_states": self.hidden_states}
         self.base_step, self.stacked_step = base.bind(base_tensors), stacked.bind(stacked_tensors)
@@ -56,16 +65,38 @@ class ImageLoop:
             "guidance": head.buffer((1,), "float32"),
             "top_k": head.buffer((1,), "int64"),
             "top_p": head.buffer((1,), "float32"),
-            "uniform": head.buffer((num_images,), "float32"),
         }
-        logits = head.buffer(shape_from_symbols(head.spec.outputs[2].shape, {"N": num_images}), "float32")
-        head_tensors = self.settings | {
-            "hidden_states": self.hidden_states,
-            "inputs_embeds": embeds,
-            "logits": logits,
-        }
-        self.image_ids = [head.buffer((num_images,), "int64") for _ in range(tokens)]
-        self.head_steps = [head.bind(head_tensors | {"image_ids": ids}) for ids in self.image_ids]
+        logits = head.spec.outputs[2].shape
+        self.codebook_size = int(logits[-1])
+
+        def bound(hidden_states: Buffer, embeds: Buffer) -> dict[str, Buffer]:
+            """What the head is bound to for as many positions as its inputs have."""
+            sizes = {"N": num_images, "S": hidden_states.shape[1]}
+            shape = shape_from_symbols(logits, sizes)
+            return self.settings | {
+                "hidden_states": hidden_states,
+                "noise": head.buffer(shape, "float32"),
+                "inputs_embeds": embeds,
+                "logits": head.buffer(shape, "float32"),
+            }
+
+        one = (rows, 1, hidden[-1])
+        if self.window == 1:
+            self.last_hidden, head_tensors = self.hidden_states, bound(self.hidden_states, self.embeds)
+            self.first_tensors = head_tensors
+            self.image_ids = [head.buffer((num_images, 1), "int64") for _ in range(tokens)]
+        else:
+            self.last_hidden = head.buffer(one, "float32")
+            head_tensors = bound(self.hidden_states, head.buffer(hidden, "float32"))
+            self.first_tensors = bound(self.last_hidden, head.buffer(one, "float32"))
+            self.image_ids = [head.buffer((num_images, n), "int64") for n in (1, self.window)]
+            self.fed = embedding.buffer((num_images, width), "int64")
+            self.rows = embedding.buffer((num_images, width, hidden[-1]), "float32")
+            self.embed_step = embedding.bind({"image_ids": self.fed, "inputs_embeds": self.rows})
+        self.head_steps = [
+            head.bind((head_tensors if i else self.first_tensors) | {"image_ids": ids})
+            for i, ids in enumerate(self.image_ids)
+        ]
         self.tensors = base_tensors, stacked_tensors, head_tensors
 
     def draw(
@@ -76,14 +107,14 @@ class ImageLoop:
         guidance: float,
         top_k: int,
         top_p: float,
-        uniforms: np.ndarray,
+        seed: int | None,
         progress: Progress = silent,
     ) -> np.ndarray:
-        """Draw image ids int64 [N, T] from inputs_embeds [2N, L, H], position_ids [3, 2N, L] and uniforms [T,
-        N].
+        """Draw image ids int64 [N, T] from inputs_embeds [2N, L, H] and position_ids [3, 2N, L].
 
-        One prefill and T - 1 decode steps run. Positions continue from the prompt's last. Raises InputError
-        when L + T - 1 tokens exceed the capacity.
+        One prefill runs, and then the decode steps. Positions continue from the prompt's last. `seed` decides
+        the draws (`gumbel.py`); without one there is no noise. Raises InputError when L + T - 1 tokens exceed
+        the capacity.
         """
         for name, value, dtype in (
             ("guidance", guidance, np.float32),
@@ -92,31 +123,70 @@ class ImageLoop:
         ):
             self.settings[name].write(np.array([value], dtype))
         self.slots.rewind(0)
-        self.hidden_states.write(prefill(self.decoders, inputs_embeds, position_ids, self.slots))
-        self.decode(int(position_ids.max()) + 1, uniforms, progress=progress)
-        return np.stack([ids.read() for ids in self.image_ids], axis=1)
+        check_capacity(0, inputs_embeds.shape[1] + self.tokens - 1, self.slots.capacity_tokens)
+        self.last_hidden.write(prefill(self.decoders, inputs_embeds, position_ids, self.slots))
+        return self.decode(int(position_ids.max()) + 1, seed, progress=progress)
 
-    def decode(self, position: int, uniforms: np.ndarray, *, progress: Progress = silent) -> None:
-        """Run the decode steps after the prefill, and leave the ids in `image_ids`.
+    def decode(self, position: int, seed: int | None, *, progress: Progress = silent) -> np.ndarray:
+        """Run the decode steps after the prefill: returns image ids int64 [N, T].
 
         `position` is that of the first image token, on all three axes.
         """
-        base_step, stacked_step, rows = self.base_step, self.stacked_step, self.write_indices.shape[0]
-        write_index, write_position = self.write_indices.write, self.position_ids.write
-        write_uniform = self.settings["uniform"].write
-        steps = np.arange(self.tokens - 1)
-        indices = np.repeat((self.slots.used_tokens + steps)[:, None], rows, axis=1)  # [T-1, 2N]
-        positions = np.tile((position + steps)[:, None, None, None], (1, 3, rows, 1))  # [T-1, 3, 2N, 1]
-        for i, head_step in enumerate(self.head_steps):
-            if i:
-                self.slots.take(1)
-                write_index(indices[i - 1])
-                write_position(positions[i - 1])
-                base_step()
-                stacked_step()
-            write_uniform(uniforms[i])
-            head_step()
-            progress("draw, in tokens", i + 1, self.tokens)
+        windows = self._first(seed)
+        write_noise = self._noise(seed, self.tensors[2]["noise"])
+        places, first_slot = np.arange(self.window), self.slots.used_tokens
+        while not windows.done:
+            starts = windows.starts.repeat(2)  # [2N]
+            self.write_indices.write(first_slot + starts)
+            at = position + starts[:, None] + places  # [2N, W]
+            self.position_ids.write(np.ascontiguousarray(np.broadcast_to(at, (3, *at.shape))))
+            write_noise(windows.starts + 1)
+            if self.window > 1:
+                self._feed(windows.fed())
+            self.base_step()
+            self.stacked_step()
+            self.head_steps[windows.forwards + 1 if self.window == 1 else 1]()
+            windows.advance(None if self.window == 1 else self.image_ids[1].read())
+            progress("draw, in tokens", int(windows.known.min()), self.tokens)
+        self.forwards = windows.forwards
+        if self.window > 1:
+            return windows.ids
+        return np.concatenate([ids.read() for ids in self.image_ids], axis=1)
+
+    def _first(self, seed: int | None) -> Windows:
+        """Draw the first token of each image from the prefill's hidden states."""
+        self._noise(seed, self.first_tensors["noise"])(np.zeros(self.images, np.int64))
+        self.head_steps[0]()
+        first = self.image_ids[0].read()[:, 0] if self.window > 1 else np.zeros(self.images, np.int64)
+        return Windows(first, tokens=self.tokens, window=self.window)
+
+    def _noise(self, seed: int | None, buffer: Buffer) -> Callable[[np.ndarray], None]:
+        """A function that writes the noise for the steps from [N] on to `buffer`."""
+        images, window, size = buffer.shape
+        if seed is None:
+            buffer.write(np.zeros(buffer.shape, np.float32))
+            return lambda steps: None
+        noise = Noise(seed, images=images, window=window, size=size)
+        return lambda steps: buffer.write(noise.at(steps))
+
+    def _feed(self, ids: np.ndarray) -> None:
+        """Give the base decoder the embeddings of ids [N, W], in two rows per image."""
+        self.fed.write(ids)
+        self.embed_step()
+        self.embeds.write(np.repeat(self.rows.read(), 2, axis=0))
+
+
+def check_window(window: int, *sessions: Session) -> None:
+    """Raise UsageError unless every session takes `window` new positions in one step."""
+    for session in sessions:
+        limit = session.prefill_tokens
+        if window < 1 or limit is not None and window > limit:
+            raise UsageError(
+                "window is out of range",
+                where=f"window: expected 1 to {limit or 'the number of image tokens'}, got {window}"
+                + (f", as the plan of {session.spec.graph} was built" if limit else ""),
+                fix="use a smaller window, or omit it to use the default",
+            )
 
 
 class TextLoop:

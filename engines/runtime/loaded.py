@@ -79,9 +79,15 @@ class Loaded:
             return self.sessions(decoder)[0].capacity_tokens
         return plan_capacity(self.bundle, self.bundle.parts(decoder)[0], backend=self.backend)
 
-    def use(self, *, rows: int, tokens: int, prompt_tokens: int) -> Use:
+    def use(self, *, rows: int, tokens: int, prompt_tokens: int, window_tokens: int = 1) -> Use:
         """What a loop of `rows` rows over `tokens` slots after a prompt takes, on this backend."""
-        return Use(rows=rows, capacity_tokens=tokens, prefill_tokens=prompt_tokens, on_cpu=self.on_cpu)
+        return Use(
+            rows=rows,
+            capacity_tokens=tokens,
+            prefill_tokens=prompt_tokens,
+            window_tokens=window_tokens,
+            on_cpu=self.on_cpu,
+        )
 
     def check(self, task: str, use: Use) -> None:
         """Refuse a task that cannot succeed, before anything is loaded for it. Raises MissingError."""

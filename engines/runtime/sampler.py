@@ -1,7 +1,7 @@
 """Sampling in numpy: the reference for `image_head`, and the repetition penalty of text answers.
 
 The filters and the draw define what `image_head` computes in its graph (docs/star.md 3.4; official
-`top_k_top_p_filtering`). The random numbers and the repetition penalty are used at run time.
+`top_k_top_p_filtering`). The repetition penalty is used at run time.
 """
 
 from __future__ import annotations
@@ -11,21 +11,6 @@ import math
 import numpy as np
 
 from ..errors import UsageError
-
-
-def uniforms(*, seed: int, tokens: int, num_images: int) -> np.ndarray:
-    """Uniform random numbers for `num_images` images: float32 [tokens, num_images] in [0, 1).
-
-    They depend on the seed alone: the generator is counter-based (Philox), so every machine draws the same
-    numbers. Raises UsageError for a seed that is negative or has more than 128 bits.
-    """
-    if not 0 <= seed < 2**128:
-        raise UsageError(
-            "The seed is out of range",
-            where=f"seed: expected 0 <= seed < 2^128, got {seed}",
-            fix="use another seed",
-        )
-    return np.random.Generator(np.random.Philox(key=seed)).random((tokens, num_images), dtype=np.float32)
 
 
 def check_sampling(*, guidance: float, top_k: int, top_p: float, top_k_limit: int) -> None:
@@ -50,27 +35,36 @@ def guide(logits: np.ndarray, guidance: float) -> np.ndarray:
 
 
 def filtered_probabilities(logits: np.ndarray, *, top_k: int, top_p: float) -> np.ndarray:
-    """Softmax after top-k and top-p filtering: logits [N, V] -> float32 [N, V].
+    """Softmax after top-k and top-p filtering: logits [..., V] -> float32 [..., V]."""
+    return _softmax(filtered(logits, top_k=top_k, top_p=top_p))
 
-    Ties at rank k are kept, and a `top_k` of 0 keeps all; top-p keeps the first token above it.
+
+def filtered(logits: np.ndarray, *, top_k: int, top_p: float) -> np.ndarray:
+    """Logits float32 [..., V] with -inf for those that the filters leave out.
+
+    A `top_k` of 0 keeps all; top-p keeps the first one above it. Whatever ties with a kept one is kept, so
+    nothing depends on the order of equal logits.
     """
-    ranked, order = _ranked(logits, top_k=top_k, top_p=top_p)
-    probabilities = np.zeros_like(ranked)
-    np.put_along_axis(probabilities, order, ranked, axis=-1)
-    return probabilities
+    logits = logits.astype(np.float32, copy=False)
+    ranked = -np.sort(-logits, axis=-1)
+    if top_k > 0:
+        ranked = np.where(ranked >= ranked[..., min(top_k, ranked.shape[-1]) - 1, None], ranked, -np.inf)
+    if top_p < 1:
+        sums = _softmax(ranked).cumsum(-1)
+        before = np.concatenate([np.zeros_like(sums[..., :1]), sums[..., :-1]], axis=-1)
+        ranked = np.where(before <= np.float32(top_p), ranked, -np.inf)
+    lowest = np.where(ranked > -np.inf, ranked, np.inf).min(-1, keepdims=True)
+    return np.where(logits >= lowest, logits, np.float32(-np.inf))
 
 
-def sample(logits: np.ndarray, *, top_k: int, top_p: float, uniform: np.ndarray) -> np.ndarray:
-    """Draw by the inverse CDF over descending probabilities: logits [N, V], uniform [N] in [0, 1) -> ids
-    int64 [N].
+def sample(logits: np.ndarray, *, top_k: int, top_p: float, noise: np.ndarray) -> np.ndarray:
+    """Draw from the filtered distribution: logits [..., V], noise float32 [..., V] (`gumbel.py`) -> ids int64
+    [...].
 
-    Ties rank by lower id. The drawn rank is the number of cumulative sums that do not exceed uniform times
-    their total, and at most the last kept rank.
+    The id is the arg-max of log p + G over the kept ids, the lowest of equal ones. log p is the logit but for
+    a constant, so the noise is added to the logits. Without noise, this is the arg-max.
     """
-    ranked, order = _ranked(logits, top_k=top_k, top_p=top_p)
-    sums = ranked.cumsum(-1)
-    rank = np.minimum((sums <= uniform[:, None] * sums[:, -1:]).sum(-1), (ranked > 0).sum(-1) - 1)
-    return np.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+    return (filtered(logits, top_k=top_k, top_p=top_p) + noise).argmax(-1)
 
 
 def penalise_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> None:
@@ -81,20 +75,6 @@ def penalise_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) ->
     """
     values = logits[seen]  # an id that occurs twice in `seen` is penalised once
     logits[seen] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
-
-
-def _ranked(logits: np.ndarray, *, top_k: int, top_p: float) -> tuple[np.ndarray, np.ndarray]:
-    """(probabilities in descending order, 0 where filtered; ids in that order), both [N, V]."""
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    values = np.take_along_axis(logits, order, axis=-1).astype(np.float32)
-    if top_k > 0:
-        lowest = values[:, min(top_k, values.shape[-1]) - 1, None]
-        values = np.where(values >= lowest, values, np.float32(-np.inf))
-    if top_p < 1:
-        sums = _softmax(values).cumsum(-1)
-        before = np.concatenate([np.zeros_like(sums[:, :1]), sums[:, :-1]], axis=-1)
-        values = np.where(before <= np.float32(top_p), values, np.float32(-np.inf))
-    return _softmax(values), order
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

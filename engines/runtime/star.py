@@ -30,8 +30,9 @@ from ..inputs.prompt import Chat, Prompt, check_length
 from ..progress import Progress, silent
 from ..sessions import Session, check_backend, run
 from .decode import ImageLoop, TextLoop
+from .gumbel import check_seed
 from .loaded import Loaded
-from .sampler import check_sampling, uniforms
+from .sampler import check_sampling
 
 IMAGES_LIMIT = 128  # images in one call; each needs two cache rows
 
@@ -66,13 +67,19 @@ class Star:
     """
 
     def __init__(
-        self, bundle: str | Path | Bundle, *, backend: str = "onnxruntime", memory: int | None = None
+        self,
+        bundle: str | Path | Bundle,
+        *,
+        backend: str = "onnxruntime",
+        memory: int | None = None,
+        window: int = 1,
     ):
         check_backend(backend)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.backend, self.model = backend, self.bundle.manifest.model
         self.chat = Chat.from_bundle(self.bundle)
         self.loaded = Loaded(self.bundle, backend=backend, memory_bytes=memory)
+        self.window = window
 
     def __enter__(self) -> Star:
         return self
@@ -179,21 +186,31 @@ class Star:
         return self._answered(prompt, max_new_tokens, progress, vision=vision)
 
     def generate_ids(
-        self, input_ids: np.ndarray, *, guidance: float, top_k: int, top_p: float, uniforms: np.ndarray
+        self,
+        input_ids: np.ndarray,
+        *,
+        guidance: float,
+        top_k: int,
+        top_p: float,
+        seed: int | None,
+        tokens: int,
     ) -> np.ndarray:
-        """Draw image ids int64 [N, n] from a prompt of ids, as `generate` does between text and image.
+        """Draw image ids int64 [N, `tokens`] from a prompt of ids, as `generate` does between text and image.
 
-        `input_ids` is int64 [2N, L] in rows conditional, unconditional, ..., and `uniforms` float32 [n, N],
-        where n is at most the model's number of image tokens. A `top_k` of 1 is the arg-max.
+        `input_ids` is int64 [2N, L] in rows conditional, unconditional, .... Without a `seed` there is no
+        noise; with a `top_k` of 1 that is the arg-max.
         """
         check_ids(input_ids, vocab_size=self.model.vocab_size)
         check_sampling(guidance=guidance, top_k=top_k, top_p=top_p, top_k_limit=self.model.top_k_limit)
-        tokens = _between("uniforms", len(uniforms), self.model.image_tokens)
-        check_array(uniforms, shape=(tokens, len(input_ids) // 2), dtype="float32")
+        _between("tokens", tokens, self.model.image_tokens)
+        if seed is not None:
+            check_seed(seed)
         self._check_length(input_ids.shape[1] + tokens - 1, "base_ar", "stacked_ar")
-        settings = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "uniforms": uniforms}
+        settings = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "seed": seed}
         prompt = Prompt.of_text(input_ids)
-        return self._draw(self.embedded(prompt), prompt.position_ids, settings, silent)
+        embeds, length = self.embedded(prompt), input_ids.shape[1]
+        loop = self.image_loop(num_images=len(input_ids) // 2, length=length, tokens=tokens)
+        return loop.draw(embeds, prompt.position_ids, **settings)
 
     def answer_ids(
         self, input_ids: np.ndarray, position_ids: np.ndarray, *, max_new_tokens: int
@@ -210,8 +227,13 @@ class Star:
     def image_loop(self, *, num_images: int, length: int, tokens: int) -> ImageLoop:
         """A decode loop, with its own buffers, for `tokens` image tokens after prompts of `length` tokens."""
         use = self._use("base_ar", rows=2 * num_images, length=length, tokens=tokens)
-        sessions = self.loaded.sessions(*DRAW, use=use)
-        return ImageLoop(*sessions, num_images=num_images, tokens=tokens, capacity_tokens=use.capacity_tokens)
+        return ImageLoop(
+            *self.loaded.sessions(*DRAW, use=use),
+            num_images=num_images,
+            tokens=tokens,
+            capacity_tokens=use.capacity_tokens,
+            window=self.window,
+        )
 
     def embedded(
         self, prompt: Prompt, *, vision: VisionInputs | None = None, square: np.ndarray | None = None
@@ -246,7 +268,8 @@ class Star:
         self.loaded.check("edit" if vision else "generate", use)
         self.loaded.open_at_once("token_embedding", *DRAW, use=use)
         embeds = self.embedded(prompt, vision=vision, square=square)
-        ids = self._draw(embeds, prompt.position_ids, settings, progress)
+        loop = self.image_loop(num_images=rows // 2, length=length, tokens=self.model.image_tokens)
+        ids = loop.draw(embeds, prompt.position_ids, **settings, progress=progress)
         decoded = run(self.session("vq_decoder"), {"image_ids": ids})["image"]
         return Images(ids, images_from_decoded(decoded), answer)
 
@@ -273,13 +296,6 @@ class Star:
         )
         return Answer(self.chat.text(ids), ids)
 
-    def _draw(
-        self, embeds: np.ndarray, positions: np.ndarray, settings: dict[str, Any], progress: Progress
-    ) -> np.ndarray:
-        rows, length, _ = embeds.shape
-        loop = self.image_loop(num_images=rows // 2, length=length, tokens=len(settings["uniforms"]))
-        return loop.draw(embeds, positions, **settings, progress=progress)
-
     def _settings(
         self,
         defaults: SamplingSpec,
@@ -296,19 +312,19 @@ class Star:
         A `top_k` larger than the codebook keeps all of it, as in the release.
         """
         _between("num_images", num_images, IMAGES_LIMIT)
-        draws = uniforms(seed=seed, tokens=self.model.image_tokens, num_images=num_images)
+        check_seed(seed)
         cfg = defaults.guidance if cfg is None else cfg
         top_k = min(defaults.top_k if top_k is None else top_k, self.model.codebook_size)
         top_p = defaults.top_p if top_p is None else top_p
         check_sampling(guidance=cfg, top_k=top_k, top_p=top_p, top_k_limit=self.model.top_k_limit)
         if greedy:
-            top_k, top_p, draws = 1, 1.0, np.zeros_like(draws)
-        return {"guidance": cfg, "top_k": top_k, "top_p": top_p, "uniforms": draws}
+            return {"guidance": cfg, "top_k": 1, "top_p": 1.0, "seed": None}
+        return {"guidance": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
 
     def _use(self, decoder: str, *, rows: int, length: int, tokens: int) -> Use:
         """What a loop takes that draws `tokens` tokens after a prompt: the last token takes no slot."""
         slots = self.loaded.capacity(decoder) or length + tokens - 1
-        return self.loaded.use(rows=rows, tokens=slots, prompt_tokens=length)
+        return self.loaded.use(rows=rows, tokens=slots, prompt_tokens=length, window_tokens=self.window)
 
     def _check_length(self, needed_tokens: int, *decoders: str) -> None:
         check_length(needed_tokens, limit_tokens=self.model.max_positions, what="prompt")

@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 
 from engines.bundle.manifest import GoldenSpec
+from engines.runtime.gumbel import gumbel_noise
 from reference import vision
 from reference.config import DecoderConfig, StarConfig
 
@@ -18,11 +19,11 @@ from ..graph import wrappers
 from .cases import POISON
 
 Case = dict[str, np.ndarray]  # input name -> value
-CAPACITY = 24
+CAPACITY, SEED = 24, 7
 LARGE = 1 << 30  # weights; recording a model of more takes minutes, so it gets fewer and shorter cases
 SPECS = {  # is the model large?
-    False: GoldenSpec(images=3, decoder_cases=6, image_tokens=16, answer_tokens=8),
-    True: GoldenSpec(images=1, decoder_cases=4, image_tokens=3, answer_tokens=3),
+    False: GoldenSpec(images=3, decoder_cases=6, draw_cases=5, image_tokens=16, answer_tokens=8),
+    True: GoldenSpec(images=1, decoder_cases=4, draw_cases=3, image_tokens=3, answer_tokens=3),
 }
 
 
@@ -142,25 +143,29 @@ def _hidden_cases(
 def _draw_cases(
     config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
 ) -> dict[str, Case]:
-    """Greedy, the release's defaults, no guidance, an open filter and a narrow one."""
+    """Greedy, the release's defaults at two positions, a narrow filter, no guidance and an open filter."""
     size = config.vq.codebook_size
-    plan = {  # images, guidance, top_k, top_p, uniform number
-        "greedy": (1, 3.0, 1, 1.0, 0.0),
-        "defaults": (2, 1.1, 1000, 0.8, None),
-        "unguided": (1, 1.0, 50, 1.0, None),
-        "open": (3, 7.5, 2048, 1.0, None),
-        "narrow": (2, 20.0, 5, 0.05, None),
+    plan = {  # images, positions, guidance, top_k, top_p
+        "greedy": (1, 1, 3.0, 1, 1.0),
+        "defaults": (1, 2, 1.1, 1000, 0.8),
+        "narrow": (1, 1, 20.0, 5, 0.05),
+        "unguided": (2, 1, 1.0, 50, 1.0),
+        "open": (2, 3, 7.5, 2048, 1.0),
     }
     return {
         case: {
-            "hidden_states": _normal(rng, 2 * n, 1, config.base_ar.hidden_size),
+            "hidden_states": _normal(rng, 2 * n, s, config.base_ar.hidden_size),
             "guidance": np.array([w], np.float32),
             "top_k": np.array([min(k, size, wrappers.TOP_K_LIMIT)]),
             "top_p": np.array([p], np.float32),
-            "uniform": rng.random(n, np.float32) if u is None else np.full(n, u, np.float32),
+            "noise": _noise(n, s, size) * np.float32(case != "greedy"),
         }
-        for case, (n, w, k, p, u) in plan.items()
+        for case, (n, s, w, k, p) in list(plan.items())[: spec.draw_cases]
     }
+
+
+def _noise(images: int, positions: int, size: int) -> np.ndarray:
+    return np.stack([gumbel_noise(SEED, image=i, steps=range(positions), size=size) for i in range(images)])
 
 
 CASES = {

@@ -91,19 +91,18 @@ def _without(tensors: Tensors, name: str) -> Tensors:
 
 
 def redrawn(got: Tensors, feeds: Tensors) -> Tensors:
-    """Draw `image_ids` from an executor's logits [N,V] as the sampler does; {} if the component draws none.
+    """Draw `image_ids` from an executor's logits [N,S,V] as the sampler does; {} if the component draws none.
 
-    In 16 bits, a uniform number near the border of two candidates may draw either; among hundreds of
-    candidates of similar probability, most numbers are near a border.
+    In 16 bits, the arg-max of logit + noise may be another where two are almost equal.
     """
-    if not {"logits", "uniform"} <= got.keys() | feeds.keys() or not np.isfinite(got["logits"]).all():
+    if not {"logits", "noise"} <= got.keys() | feeds.keys() or not np.isfinite(got["logits"]).all():
         return {}
     return {
         "image_ids": sample(
             got["logits"],
             top_k=int(feeds["top_k"][0]),
             top_p=float(feeds["top_p"][0]),
-            uniform=feeds["uniform"],
+            noise=feeds["noise"],
         )
     }
 

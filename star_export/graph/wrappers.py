@@ -118,8 +118,9 @@ class TextHead(nn.Module):
 class ImageHead(nn.Module):
     """Guidance, top-k, top-p and the draw (docs/star.md 3.4), in float32 from the logits on.
 
-    The draw inverts the cumulative distribution of the kept probabilities in descending order, at one uniform
-    number per image; top_k = 1 with uniform = 0 is the arg-max. At most TOP_K_LIMIT candidates are ranked.
+    The drawn id is the arg-max of logit + noise over the kept ids, and the lowest of equal ones. The filters
+    give the lowest logit that is kept, so nothing depends on the order in which an executor ranks equal
+    logits. At most TOP_K_LIMIT candidates are ranked.
     """
 
     def __init__(self, star: FoldedStar):
@@ -127,25 +128,23 @@ class ImageHead(nn.Module):
         self.head, self.table = star.image_head, star.image_table
         self.candidates = min(TOP_K_LIMIT, star.config.vq.codebook_size)
 
-    def forward(self, hidden_states, guidance, top_k, top_p, uniform):
+    def forward(self, hidden_states, guidance, top_k, top_p, noise):
         logits = self.head(hidden_states.to(self.head.weight.dtype)).float()
-        pairs = logits.unflatten(0, (-1, 2))[:, :, 0]  # [N,2,V]: cond, uncond
-        cond, uncond = pairs[:, 0], pairs[:, 1]
-        logits = uncond + guidance * (cond - uncond)  # [N,V]
-        values, order = torch.topk(logits, self.candidates)  # descending
-        threshold = values.index_select(1, top_k - 1)
-        values = torch.where(values >= threshold, values, float("-inf"))  # ties with rank k stay
-        probabilities = torch.softmax(values, -1)
+        cond, uncond = logits.unflatten(0, (-1, 2)).unbind(1)  # [N,S,V] each
+        logits = uncond + guidance * (cond - uncond)
+        ranked, _ = torch.topk(logits.flatten(0, 1), self.candidates)  # [N*S,K], descending
+        threshold = ranked.index_select(1, top_k - 1)
+        probabilities = torch.softmax(torch.where(ranked >= threshold, ranked, float("-inf")), -1)
         cumulative = torch.cumsum(probabilities, -1)
         before = torch.cat([torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]], -1)
-        kept = (before <= top_p) | (top_p >= 1)  # the one that crosses top_p stays
-        mass = torch.where(kept, probabilities, 0.0)
-        cumulative = torch.cumsum(mass, -1)
-        drawn = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
-        last = (mass > 0).sum(-1, keepdim=True) - 1
-        image_ids = order.gather(1, torch.minimum(drawn, last))[:, 0]  # [N]
-        inputs_embeds = self.table(image_ids).float()  # [N,H]
-        return image_ids, inputs_embeds.repeat_interleave(2, 0)[:, None], logits
+        kept = (ranked >= threshold) & ((before <= top_p) | (top_p >= 1))  # the one that crosses top_p stays
+        lowest = torch.where(kept, ranked, float("inf")).amin(-1).reshape(*logits.shape[:2], 1)
+        scores = torch.where(logits >= lowest, logits + noise, float("-inf"))
+        ids = torch.arange(logits.shape[-1], dtype=torch.float32, device=logits.device)  # exact
+        first = torch.where(scores >= scores.amax(-1, keepdim=True), ids, float("inf")).amin(-1)
+        image_ids = first.to(torch.int64)  # [N,S]
+        inputs_embeds = self.table(image_ids).float()  # [N,S,H]
+        return image_ids, inputs_embeds.repeat_interleave(2, 0), logits
 
 
 def wrapper_of(part: Part, star: FoldedStar) -> nn.Module:

@@ -123,12 +123,12 @@ def forced_ids(star: Star, case: Case) -> np.ndarray:
             "guidance": guidance,
             "top_k": np.array([1]),
             "top_p": np.ones(1, np.float32),
-            "uniform": np.zeros(1, np.float32),
+            "noise": np.zeros((1, 1, star.model.codebook_size), np.float32),
         }
         drawn = run(head, feeds)
-        got.append(drawn["image_ids"][0])
-        if drawn["image_ids"][0] != wanted:
-            drawn = _drawn(head, feeds, drawn["logits"][0], int(wanted), star.model.top_k_limit)
+        got.append(drawn["image_ids"][0, 0])
+        if got[-1] != wanted:
+            drawn = _drawn(head, feeds, drawn["logits"][0, 0], int(wanted), star.model.top_k_limit)
         embeds, positions = drawn["inputs_embeds"], np.full((3, 2, 1), rows.shape[1] + i)
     return np.array([got])
 
@@ -136,18 +136,15 @@ def forced_ids(star: Star, case: Case) -> np.ndarray:
 def _drawn(
     head: Session, feeds: dict[str, np.ndarray], logits: np.ndarray, wanted: int, top_k: int
 ) -> dict[str, np.ndarray]:
-    """Run the image head with a uniform number in the middle of the interval that draws `wanted`."""
-    order = np.argsort(-logits, kind="stable")[:top_k]
-    shares = np.exp(logits[order].astype(np.float64) - logits.max())
-    ((rank,),) = (np.nonzero(order == wanted),)
-    if not len(rank):
+    """Run the image head with noise that draws `wanted`."""
+    if (logits > logits[wanted]).sum() >= top_k:
         raise InputError(
             "The recorded run cannot be followed",
             where=f"image_head: expected id {wanted} among the {top_k} likeliest, which do not contain it",
             fix="the logits are far from the recorded ones: compare the golden tensors of image_head",
         )
-    middle = (shares[: rank[0]].sum() + shares[rank[0]] / 2) / shares.sum()
-    return run(head, feeds | {"top_k": np.array([top_k]), "uniform": np.array([middle], np.float32)})
+    feeds["noise"][0, 0, wanted] = np.inf
+    return run(head, feeds | {"top_k": np.array([top_k])})
 
 
 def images(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
@@ -192,7 +189,7 @@ def edited_ids(star: Star) -> np.ndarray:
         guidance=3.0,
         top_k=1,
         top_p=1.0,
-        uniforms=np.zeros((tokens, 1), np.float32),
+        seed=None,
     )
 
 

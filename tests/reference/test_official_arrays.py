@@ -59,7 +59,7 @@ def test_generates(stars: dict[bool, Star], rope_bf16: bool, case: str) -> None:
     prompt = torch.cat([golden(rope_bf16, f"{case}.prompt_ids"), torch.tensor([SPECIAL.vision_start])])
     rows = tasks.guidance_rows(prompt.repeat(CASES[case]["num_images"], 1), SPECIAL)
     drawn = tasks.generate(
-        stars[rope_bf16], rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, uniforms=None
+        stars[rope_bf16], rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, noise=None
     )
     assert torch.equal(drawn.image_ids, golden(rope_bf16, f"{case}.tokens"))
     check_generated(drawn, rope_bf16, case)
@@ -85,7 +85,7 @@ def test_reasons_and_generates(stars: dict[bool, Star], tokenizer, rope_bf16: bo
     rows = tasks.guidance_rows(torch.tensor([prompt]), SPECIAL)
     assert torch.equal(rows, stored_rows)
     check_generated(
-        tasks.generate(star, rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, uniforms=None),
+        tasks.generate(star, rows, guidance=CASES[case]["cfg"], top_k=0, top_p=1.0, noise=None),
         rope_bf16,
         case,
     )
@@ -121,7 +121,7 @@ def test_edits(stars: dict[bool, Star], tokenizer, rope_bf16: bool, case: str) -
         guidance=CASES[case]["cfg"],
         top_k=0,
         top_p=1.0,
-        uniforms=None,
+        noise=None,
         inputs_embeds=mixed,
         position_ids=positions,
     )

@@ -6,34 +6,24 @@ import pytest
 import torch
 
 from reference import tasks
+from reference.gumbel import gumbel_noise
 from reference.model import Star
 from tests.helpers.official import SPECIAL
 
 
-def draw(logits: list[float], uniform: float, *, top_k: int = 0, top_p: float = 1.0) -> int:
-    return int(
-        tasks.sample(torch.tensor([logits]), top_k=top_k, top_p=top_p, uniform=torch.tensor([uniform]))
-    )
+def draw(logits: list[float], noise: list[float], *, top_k: int = 0, top_p: float = 1.0) -> int:
+    return int(tasks.sample(torch.tensor([logits]), top_k=top_k, top_p=top_p, noise=torch.tensor([noise])))
 
 
-def test_draws_follow_the_cumulative_sums() -> None:
-    logits = torch.tensor([0.2, 0.5, 0.3]).log().tolist()  # ranked: 1, 2, 0
-    assert [draw(logits, u) for u in (0.0, 0.49, 0.51, 0.79, 0.81, 0.999999)] == [1, 1, 2, 2, 0, 0]
-
-
-def test_uniform_one_draws_the_last_kept() -> None:
-    assert draw([3.0, 2.0, 1.0, 0.0], 1.0, top_k=2) == 1
-    assert draw([0.0] * 5, 1.0) == 4
+def test_the_largest_sum_of_logit_and_noise_is_drawn() -> None:
+    assert draw([1.0, 2.0, 3.0], [0.0, 1.5, 0.0]) == 1
+    assert draw([1.0, 2.0, 3.0], [9.0, 1.5, 0.0], top_k=2) == 1  # 0 is not kept
+    assert draw([0.0, 5.0, 4.0], [9.0, 0.0, 9.0], top_p=0.5) == 1  # 1 alone is kept
 
 
 def test_ties_go_to_the_lower_id() -> None:
-    assert [draw([1.0, 2.0, 2.0, 2.0], u) for u in (0.0, 0.35, 0.69)] == [1, 2, 3]
-    assert draw([1.0, 2.0, 2.0], 0.0, top_k=1) == 1
-    assert draw([0.0] * 1000, 0.6172) == 617  # many ties, where an unstable sort would show
-
-
-def test_a_uniform_on_a_cumulative_sum_draws_the_next() -> None:
-    assert [draw([0.0, 0.0], u) for u in (0.0, 0.5)] == [0, 1]
+    assert draw([1.0, 2.0, 2.0], [0.0] * 3) == 1
+    assert draw([1.0, 2.0, 2.0], [0.0] * 3, top_k=1) == 1
 
 
 def test_top_k_keeps_what_ties_with_the_kth() -> None:
@@ -56,10 +46,10 @@ def test_top_p_follows_top_k() -> None:
 
 def test_draws_have_the_filtered_distribution() -> None:
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3)) * 2
-    uniforms = (torch.arange(20_000) + 0.5) / 20_000
-    ids = tasks.sample(logits.expand(20_000, -1), top_k=12, top_p=0.9, uniform=uniforms)
+    noise = gumbel_noise(range(20_000), 0, 40)
+    ids = tasks.sample(logits.expand(20_000, -1), top_k=12, top_p=0.9, noise=noise)
     expected = tasks.filtered_probabilities(logits, 12, 0.9)[0]
-    assert (ids.bincount(minlength=40) / 20_000 - expected).abs().max() < 2e-4
+    assert (ids.bincount(minlength=40) / 20_000 - expected).abs().max() < 0.01
 
 
 def test_guidance_moves_from_unconditional() -> None:
@@ -133,16 +123,31 @@ def test_an_answer_ends_with_the_end_token(star: Star) -> None:
     assert ended.tolist() == whole[:3].tolist()
 
 
-def test_sampling_depends_on_the_uniforms_alone(star: Star) -> None:
+def test_sampling_depends_on_the_noise_alone(star: Star) -> None:
     rows = tasks.guidance_rows(torch.arange(100, 112)[None].repeat(2, 1), SPECIAL)
-    uniforms = torch.rand(16, 2, generator=torch.Generator().manual_seed(4))
+    size = star.config.vq.codebook_size
     first, again, other = (
-        tasks.generate(star, rows, guidance=2.0, top_k=50, top_p=0.9, uniforms=u).image_ids
-        for u in (uniforms, uniforms, 1 - uniforms)
+        tasks.generate(
+            star,
+            rows,
+            guidance=2.0,
+            top_k=50,
+            top_p=0.9,
+            noise=lambda step, seeds=seeds: gumbel_noise(seeds, step, size),
+        ).image_ids
+        for seeds in ((1, 2), (1, 2), (3, 4))
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert not torch.equal(first[0], first[1])  # two images of one prompt draw apart
-    short = tasks.generate(star, rows, guidance=2.0, top_k=50, top_p=0.9, uniforms=uniforms, image_tokens=5)
+    short = tasks.generate(
+        star,
+        rows,
+        guidance=2.0,
+        top_k=50,
+        top_p=0.9,
+        noise=lambda step: gumbel_noise((1, 2), step, size),
+        image_tokens=5,
+    )
     assert torch.equal(short.image_ids, first[:, :5]) and short.image is None
 
 
@@ -151,7 +156,6 @@ def test_guidance_one_ignores_the_unconditional_row(star: Star) -> None:
     other = rows.clone()
     other[1] = 7
     drawn = [
-        tasks.generate(star, r, guidance=1.0, top_k=0, top_p=1.0, uniforms=None).image_ids
-        for r in (rows, other)
+        tasks.generate(star, r, guidance=1.0, top_k=0, top_p=1.0, noise=None).image_ids for r in (rows, other)
     ]
     assert torch.equal(*drawn)

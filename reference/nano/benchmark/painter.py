@@ -1,6 +1,6 @@
 """The reference as the benchmark uses it: lists of prompts, images and questions, run by `reference.tasks`.
 
-It uses the same random numbers as the runtime: image i of a list is drawn with the uniforms of seed + i.
+It uses the same random numbers as the runtime: image i of a list is drawn with those of seed + i.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import tasks
+from ...gumbel import gumbel_noise
 from ...model import Star
 from .. import recipe
 from ..checkpoint.tokens import Rows
@@ -33,16 +34,6 @@ class Sampling:
     guidance: float = recipe.GUIDANCE
     top_k: int = recipe.TOP_K
     top_p: float = recipe.TOP_P
-
-
-def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
-    """The uniform numbers of images with these seeds, float32 [tokens, N]: each seed's Philox stream, as in
-    the runtime."""
-    streams = [
-        np.random.Generator(np.random.Philox(key=seed)).random((tokens, 1), dtype=np.float32)
-        for seed in seeds
-    ]
-    return torch.from_numpy(np.concatenate(streams, axis=1))
 
 
 class Painter:
@@ -152,7 +143,7 @@ class Painter:
             top_p=s.top_p,
             inputs_embeds=embeds,
             position_ids=positions,
-            uniforms=uniforms(seeds, count).to(self.device),
+            noise=lambda step: gumbel_noise(seeds, step, star.config.vq.codebook_size).to(self.device),
         )
         return images_of(made.image)
 

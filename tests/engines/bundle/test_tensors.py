@@ -33,7 +33,7 @@ def tensor(dtype, *shape):
 
 
 HEAD = spec(
-    [("hidden_states", "float32", ("2N", 1, 8)), ("uniform", "float32", ("N",))],
+    [("hidden_states", "float32", ("2N", 1, 8)), ("noise", "float32", ("N",))],
     [("image_ids", "int64", ("N",))],
 )
 DECODER = spec(
@@ -54,7 +54,7 @@ def test_what_fits_is_accepted_and_gives_the_axes():
     assert check_binding(DECODER, decoder_tensors()) == {"B": 2, "S": 3, "C": 16}
     fits = {
         "hidden_states": np.zeros((6, 1, 8), "float32"),
-        "uniform": np.zeros(3, "float32"),
+        "noise": np.zeros(3, "float32"),
         "image_ids": np.zeros(3, "int64"),
     }
     assert check_binding(HEAD, fits) == {"N": 3}
@@ -67,21 +67,21 @@ def test_what_fits_is_accepted_and_gives_the_axes():
 @pytest.mark.parametrize(
     "name, value, words",
     [
-        ("uniform", None, "uniform: missing, expected float32[N]"),
+        ("noise", None, "noise: missing, expected float32[N]"),
         ("extra", tensor("float32", 1), "extra: extra"),
-        ("uniform", tensor("float64", 1), "uniform: expected float32[N], got float64[1]"),
-        ("uniform", tensor(">f4", 1), "got float32 in foreign byte order"),
-        ("uniform", tensor("float32", 1, 1), "uniform: expected float32[N], got float32[1,1]"),
-        ("uniform", tensor("float32", 2), "uniform: expected N=1 as in hidden_states, got N=2"),
+        ("noise", tensor("float64", 1), "noise: expected float32[N], got float64[1]"),
+        ("noise", tensor(">f4", 1), "got float32 in foreign byte order"),
+        ("noise", tensor("float32", 1, 1), "noise: expected float32[N], got float32[1,1]"),
+        ("noise", tensor("float32", 2), "noise: expected N=1 as in hidden_states, got N=2"),
         ("hidden_states", tensor("float32", 3, 1, 8), "got size 3 for 2N"),
         ("hidden_states", tensor("float32", 2, 1, 9), "got size 9 for 8"),
-        ("uniform", tensor("float32", 0), "got size 0 for N"),
+        ("noise", tensor("float32", 0), "got size 0 for N"),
     ],
 )
 def test_each_disagreement_is_named(name, value, words):
     tensors = {
         "hidden_states": tensor("float32", 2, 1, 8),
-        "uniform": tensor("float32", 1),
+        "noise": tensor("float32", 1),
         "image_ids": tensor("int64", 1),
     }
     tensors[name] = value
@@ -92,7 +92,7 @@ def test_each_disagreement_is_named(name, value, words):
 
 def test_all_disagreements_are_listed_at_once():
     with pytest.raises(InputError) as error:
-        check_binding(HEAD, {"a": tensor("float32", 1), "uniform": tensor("int64", 1)})
+        check_binding(HEAD, {"a": tensor("float32", 1), "noise": tensor("int64", 1)})
     assert all(
         words in error.value.where
         for words in ("hidden_states: missing", "image_ids: missing", "a: extra", "got int64[1]")

@@ -11,7 +11,6 @@ from engines.runtime.sampler import (
     guide,
     penalise_repetition,
     sample,
-    uniforms,
 )
 from reference import tasks
 
@@ -26,58 +25,43 @@ def test_the_filters_are_the_official_ones(official, name):
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-9)
 
 
-def test_ties_at_rank_k_stay_and_one_token_always_remains():
+def test_ties_stay_and_one_token_always_remains():
     logits = np.float32([[0, 3, 3, 3, 1]])
     assert (filtered_probabilities(logits, top_k=2, top_p=1.0) > 0).tolist() == [
         [False, True, True, True, False]
     ]
     assert (filtered_probabilities(logits, top_k=0, top_p=1e-9) > 0).tolist() == [
-        [False, True, False, False, False]
+        [False, True, True, True, False]
     ]
+    assert (filtered_probabilities(logits[:, 3:], top_k=0, top_p=1e-9) > 0).tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (20, 0.9), (100, 1.0), (0, 0.5), (0, 1.0)])
 def test_the_draw_is_the_references(top_k, top_p):
     rng = np.random.default_rng(0)
     logits = np.round(rng.standard_normal((400, 100)) * 2, 1).astype(np.float32)  # with ties
-    uniform = rng.random(400, dtype=np.float32)
-    expected = tasks.sample(
-        torch.tensor(logits), top_k=top_k, top_p=top_p, uniform=torch.tensor(uniform)
-    ).numpy()
-    assert (
-        sample(logits, top_k=top_k, top_p=top_p, uniform=uniform) == expected
-    ).mean() > 0.99  # sums round differently
+    noise = rng.gumbel(size=logits.shape).astype(np.float32)
+    expected = tasks.sample(torch.tensor(logits), top_k=top_k, top_p=top_p, noise=torch.tensor(noise))
+    got = sample(logits, top_k=top_k, top_p=top_p, noise=noise)
+    assert (got == expected.numpy()).mean() > 0.99  # cumulative sums round differently
 
 
-def test_the_draw_follows_the_probabilities():
-    logits = np.log(np.float32([[0.5, 0.3, 0.2]])).repeat(20_000, 0)
-    uniform = uniforms(seed=1, tokens=1, num_images=20_000)[0]
-    shares = np.bincount(sample(logits, top_k=0, top_p=1.0, uniform=uniform), minlength=3) / 20_000
-    np.testing.assert_allclose(shares, [0.5, 0.3, 0.2], atol=0.01)
+def test_a_draw_without_noise_is_the_lowest_of_the_largest():
+    logits = np.float32([[1, 5, 3, 5]])
+    assert sample(logits, top_k=4, top_p=1.0, noise=np.zeros_like(logits)).tolist() == [1]
 
 
-def test_the_ends_of_the_draw():
-    logits = np.float32([[1, 5, 3]])
-    assert sample(logits, top_k=3, top_p=1.0, uniform=np.float32([0])).tolist() == [1]  # greedy: uniform 0
-    assert sample(logits, top_k=3, top_p=1.0, uniform=np.float32([np.nextafter(1, 0)])).tolist() == [0]
-    assert sample(np.float32([[5, 5, 5]]), top_k=1, top_p=1.0, uniform=np.float32([0])).tolist() == [0]
+def test_noise_decides_among_what_the_filters_keep():
+    logits = np.float32([[1, 5, 4, 3]])
+    noise = np.float32([[99, 0, 2, 9]])
+    assert sample(logits, top_k=2, top_p=1.0, noise=noise).tolist() == [2]
+    assert sample(logits, top_k=3, top_p=1.0, noise=noise).tolist() == [3]
+    assert sample(logits, top_k=4, top_p=0.5, noise=noise).tolist() == [1]
 
 
-def test_uniforms_are_a_function_of_the_seed():
-    first = uniforms(seed=100, tokens=16, num_images=2)
-    assert first.shape == (16, 2) and first.dtype == np.float32 and first.min() >= 0 and first.max() < 1
-    np.testing.assert_array_equal(first, uniforms(seed=100, tokens=16, num_images=2))
-    assert (first != uniforms(seed=101, tokens=16, num_images=2)).any()
-    np.testing.assert_array_equal(first[:8], uniforms(seed=100, tokens=8, num_images=2))
-    np.testing.assert_allclose(
-        uniforms(seed=100, tokens=1, num_images=3)[0], [0.62765962, 0.87402433, 0.50604415], rtol=1e-6
-    )  # for ever
-
-
-@pytest.mark.parametrize("seed", [-1, 2**128])
-def test_seeds_out_of_range_are_refused(seed):
-    with pytest.raises(UsageError, match="seed"):
-        uniforms(seed=seed, tokens=1, num_images=1)
+def test_what_ties_with_the_last_of_top_p_is_kept():
+    kept = filtered_probabilities(np.float32([[2, 3, 2, 2, 0]]), top_k=0, top_p=0.6) > 0
+    assert kept.tolist() == [[True, True, True, True, False]]
 
 
 def test_guidance_is_the_official_one():

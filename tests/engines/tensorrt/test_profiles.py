@@ -48,12 +48,12 @@ def test_a_decoder_has_prefill_and_decode_and_one_capacity():
 
 def test_other_components_have_one_profile_from_their_axes():
     head = component(
-        [TensorSpec("hidden_states", "float32", ("2N", 1, 8)), TensorSpec("uniform", "float32", ("N",))]
+        [TensorSpec("hidden_states", "float32", ("2N", 1, 8)), TensorSpec("noise", "float32", ("N",))]
     )
     (profile,) = profiles_from_limits(head, MODEL, LIMITS)
     assert profile.inputs == {
         "hidden_states": Range((2, 1, 8), (2, 1, 8), (4, 1, 8)),
-        "uniform": Range((1,), (1,), (2,)),
+        "noise": Range((1,), (1,), (2,)),
     }
     vision = component([TensorSpec("pixel_values", "float32", ("P", 6))])
     (profile,) = profiles_from_limits(vision, MODEL, LIMITS)

@@ -68,7 +68,7 @@ def test_training_samples_are_what_inference_sees(small_root: Path) -> None:
         guidance=1.0,
         top_k=1,
         top_p=1.0,
-        uniforms=None,
+        noise=None,
         inputs_embeds=embeds,
         position_ids=tasks.mrope_position_ids(ids[0], [(4, 4)], star.config.special, trailing=64),
     )
