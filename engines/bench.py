@@ -20,14 +20,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from .bundle.tensors import ITEM_BYTES, bound_tensors, present_name, shape_from_symbols
-from .inputs.prompt import text_positions
+from .inputs.prompt import Prompt
 from .progress import Progress, silent
 from .runtime.decode import ImageLoop
 from .runtime.star import Star
 from .sessions import ON_CPU, run
 from .sessions.onnxruntime import OnnxRuntimeSession
 
-PROMPT_TOKENS, REPEATS, SEED = 32, 15, 100
+PROMPT, REPEATS, SEED = "a red circle", 15, 100
 STEP = ("base_ar", "stacked_ar", "image_head")  # the components of a decode step
 BANDWIDTH_BYTES, BANDWIDTH_REPEATS = 1 << 28, 7
 PEERS = {
@@ -54,7 +54,8 @@ class Timing:
 class Benchmark:
     """All figures of one run.
 
-    `bandwidth` is in bytes per second. `ratios` divides the runtime's decode step by each peer's: 1 is equal.
+    `bandwidth` is in bytes per second. A decode step draws `window` tokens, of which `tokens_per_forward`
+    were right on average. `ratios` divides the runtime's decode step by each peer's: 1 is equal.
     """
 
     model: str
@@ -63,17 +64,21 @@ class Benchmark:
     device: str
     bandwidth: float
     tokens: int
+    window: int
+    tokens_per_forward: float
     seconds_per_image: float
     timings: tuple[Timing, ...]
     ratios: dict[str, float]
 
 
 def bench(star: Star, *, repeats: int = REPEATS, progress: Progress = silent) -> Benchmark:
-    """Measure `star`: one image under guidance (two rows), after a prompt of 32 tokens."""
+    """Measure `star`: one image of a short prompt under guidance (two rows), with the model's sampling."""
     progress("memory bandwidth", 0, repeats + 1)
     device, bandwidth = device_bandwidth(star.backend)
-    loop = star.image_loop(num_images=1, length=PROMPT_TOKENS, tokens=star.model.image_tokens)
-    calls, synchronize = calls_of(star, loop), loop.image_ids[0].read
+    prompt = star.chat.generate_prompt(PROMPT, num_images=1)
+    length = prompt.input_ids.shape[1]
+    loop = star.image_loop(num_images=1, length=length, tokens=star.model.image_tokens)
+    calls, synchronize = calls_of(star, loop, prompt), loop.image_ids[0].read
     seconds = in_turns(calls, repeats=repeats, synchronize=synchronize, progress=progress)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return Benchmark(
@@ -83,49 +88,51 @@ def bench(star: Star, *, repeats: int = REPEATS, progress: Progress = silent) ->
         device=device,
         bandwidth=bandwidth,
         tokens=loop.tokens,
+        window=loop.window,
+        tokens_per_forward=(loop.tokens - 1) / loop.forwards,
         seconds_per_image=median["image"] + median["vq_decoder"],
-        timings=timings_of(star, loop, median, bandwidth),
+        timings=timings_of(star, loop, median, bandwidth, length),
         ratios={PEERS[peer]: ratio(seconds, "runtime", peer) for peer in PEERS if peer in seconds},
     )
 
 
-def calls_of(star: Star, loop: ImageLoop) -> dict[str, Callable[[], object]]:
+def calls_of(star: Star, loop: ImageLoop, prompt: Prompt) -> dict[str, Callable[[], object]]:
     """What is measured, by name: an image, its decode steps in several loops, and single steps."""
-    model = star.model
-    ids = np.arange(2 * PROMPT_TOKENS, dtype=np.int64).reshape(2, PROMPT_TOKENS) % model.vocab_size
-    embeds = run(star.session("token_embedding"), {"input_ids": ids})["inputs_embeds"]
+    sampling, position = star.model.sampling.generate, int(prompt.position_ids.max()) + 1
     draw = functools.partial(
         loop.draw,
-        embeds,
-        text_positions(2, PROMPT_TOKENS),
-        guidance=1.1,
-        top_k=min(1000, model.codebook_size),
-        top_p=0.8,
+        star.embedded(prompt),
+        prompt.position_ids,
+        guidance=sampling.guidance,
+        top_k=min(sampling.top_k, star.model.codebook_size),
+        top_p=sampling.top_p,
         seed=SEED,
     )
     drawn = draw()
     calls: dict[str, Callable[[], object]] = {
         "image": draw,
-        "runtime": lambda: rewound(loop),
+        "runtime": lambda: rewound(loop, prompt.input_ids.shape[1], position),
         "bare": lambda: bare_decode(loop),
     }
-    if all(isinstance(star.session(name), OnnxRuntimeSession) for name in STEP):  # not one in parts
+    if loop.window == 1 and all(isinstance(star.session(name), OnnxRuntimeSession) for name in STEP):
         calls["plain"] = PlainLoop(loop, star).decode
     return calls | {
         "base_ar": loop.base_step,
         "stacked_ar": loop.stacked_step,
-        "image_head": loop.head_steps[0],
+        "image_head": loop.head_steps[-1],
         "vq_decoder": lambda: run(star.session("vq_decoder"), {"image_ids": drawn}),
     }
 
 
-def timings_of(star: Star, loop: ImageLoop, median: dict[str, float], bandwidth: float) -> tuple[Timing, ...]:
+def timings_of(
+    star: Star, loop: ImageLoop, median: dict[str, float], bandwidth: float, length: int
+) -> tuple[Timing, ...]:
     """The timings of single steps and of a whole image, from the `median` seconds of each call."""
-    steps = [timing(name, median[name], bytes_read(star, loop, name), bandwidth) for name in STEP]
+    steps = [timing(name, median[name], bytes_read(star, loop, name, length), bandwidth) for name in STEP]
     step_bytes = sum(step.read_bytes for step in steps)
     return (
         *steps,
-        timing("decode step", median["runtime"] / (loop.tokens - 1), step_bytes, bandwidth),
+        timing("decode step", median["runtime"] / loop.forwards, step_bytes, bandwidth),
         timing("vq_decoder", median["vq_decoder"], 0, bandwidth),
         timing("prefill and decode of an image", median["image"], 0, bandwidth),
     )
@@ -160,19 +167,19 @@ def ratio(seconds: dict[str, list[float]], name: str, peer: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[peer]))
 
 
-def rewound(loop: ImageLoop) -> None:
-    """Repeat the decode steps of an image with the runtime's loop."""
-    loop.slots.rewind(PROMPT_TOKENS)
-    loop.decode(PROMPT_TOKENS, SEED)
+def rewound(loop: ImageLoop, slot: int, position: int) -> None:
+    """Repeat the decode steps of an image, which begin at `slot` and `position`, with the runtime's loop."""
+    loop.slots.rewind(slot)
+    loop.decode(position, SEED)
 
 
 def bare_decode(loop: ImageLoop) -> None:
     """Call the same bound steps as often, and do nothing else. No runtime on these sessions can be faster."""
-    for i, head_step in enumerate(loop.head_steps):
-        if i:
-            loop.base_step()
-            loop.stacked_step()
-        head_step()
+    loop.head_steps[0]()
+    for i in range(loop.forwards):
+        loop.base_step()
+        loop.stacked_step()
+        loop.head_steps[1 + (i if loop.window == 1 else 0)]()
 
 
 class PlainLoop:
@@ -193,7 +200,7 @@ class PlainLoop:
         ]
 
     def decode(self) -> None:
-        """Run all decode steps of an image."""
+        """Run all decode steps of an image, one token each."""
         base, stacked, head = self.feeds
         for _ in range(self.steps):
             stacked["inputs_embeds"] = self._decoder(0)
@@ -208,9 +215,11 @@ class PlainLoop:
         return hidden
 
 
-def bytes_read(star: Star, loop: ImageLoop, component: str) -> int:
-    """Bytes that a decode step of `component` must read: the stored weights and the filled part of its
-    caches. Of the table of image embeddings it reads one row per image, which does not count.
+def bytes_read(star: Star, loop: ImageLoop, component: str, length: int) -> int:
+    """Bytes that a decode step of `component` must read after a prompt of `length` tokens.
+
+    These are the stored weights and the filled part of its caches. Of the table of image embeddings it reads
+    one row per image, which does not count.
     """
     manifest = star.bundle.manifest
     files = {file for part in star.bundle.parts(component) for file in star.bundle.weights(part)}
@@ -218,7 +227,7 @@ def bytes_read(star: Star, loop: ImageLoop, component: str) -> int:
     table = manifest.tables["image_embedding"]
     if table.file in files:
         weights -= math.prod(table.shape) * ITEM_BYTES[table.dtype]
-    used = {"B": 2, "C": PROMPT_TOKENS + loop.tokens // 2}  # two rows; slots on average over the image
+    used = {"B": 2, "C": length + loop.tokens // 2}  # two rows; slots on average over the image
     caches = [t for t in bound_tensors(star.session(component).spec) if present_name(t.name)]
     sizes = [math.prod(shape_from_symbols(t.shape, used)) * ITEM_BYTES[t.dtype] for t in caches]
     return weights + sum(sizes)

@@ -147,7 +147,9 @@ class ImageLoop:
             self.stacked_step()
             self.head_steps[windows.forwards + 1 if self.window == 1 else 1]()
             windows.advance(None if self.window == 1 else self.image_ids[1].read())
-            progress("draw, in tokens", int(windows.known.min()), self.tokens)
+            known = int(windows.known.min())
+            rate = "" if self.window == 1 else f", {known / (1 + windows.forwards):.1f} a forward"
+            progress(f"draw{rate}, in tokens", known, self.tokens)
         self.forwards = windows.forwards
         if self.window > 1:
             return windows.ids

@@ -14,6 +14,7 @@ from ..errors import InputError, MissingError, UsageError
 from ..fit.machine import check_memory, sized
 from ..fit.memory import Use, loop_bytes, task_memory, weight_bytes
 from ..fit.sizes import sizes_from_bundle
+from ..fit.window import window_for
 from ..sessions import ON_CPU, Session, free_memory, open_sessions, plan_capacity
 
 FIX = "use a bundle of a smaller precision, fewer images or a shorter prompt"
@@ -78,6 +79,12 @@ class Loaded:
         if self.backend.startswith("interpreter"):
             return self.sessions(decoder)[0].capacity_tokens
         return plan_capacity(self.bundle, self.bundle.parts(decoder)[0], backend=self.backend)
+
+    def window(self, *, rows: int) -> int:
+        """How many tokens of an image a forward should draw on this backend."""
+        if self.backend.startswith("interpreter"):
+            return 1  # it takes as long for each
+        return min(window_for(self.sizes, rows=rows, on_cpu=self.on_cpu), self.sizes.model.image_tokens)
 
     def use(self, *, rows: int, tokens: int, prompt_tokens: int, window_tokens: int = 1) -> Use:
         """What a loop of `rows` rows over `tokens` slots after a prompt takes, on this backend."""

@@ -61,9 +61,13 @@ class Star:
     """A bundle, ready to run on `backend`: `onnxruntime` (CPU), `onnxruntime-cuda` or `tensorrt:TARGET`.
 
     A context manager, for one thread at a time. `memory` is a budget in bytes for weights, caches and
-    buffers: components are then loaded in turn where they do not fit together. Raises InputError for an
-    invalid bundle and UsageError for an unknown backend; the first use raises MissingError when the executor
-    or device is missing, and a task when its memory is.
+    buffers: components are then loaded in turn where they do not fit together. `window` is how many tokens of
+    an image a forward draws (`windows.py`); it changes the time that an image takes, and not the image. By
+    default it follows from backend and model (`engines.fit.window`).
+
+    Raises InputError for an invalid bundle, and UsageError for an unknown backend or a window that is no
+    number of image tokens; the first use raises MissingError when the executor or device is missing, and a
+    task when its memory is.
     """
 
     def __init__(
@@ -72,13 +76,15 @@ class Star:
         *,
         backend: str = "onnxruntime",
         memory: int | None = None,
-        window: int = 1,
+        window: int | None = None,
     ):
         check_backend(backend)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.backend, self.model = backend, self.bundle.manifest.model
         self.chat = Chat.from_bundle(self.bundle)
         self.loaded = Loaded(self.bundle, backend=backend, memory_bytes=memory)
+        if window is not None:
+            _between("window", window, self.model.image_tokens)
         self.window = window
 
     def __enter__(self) -> Star:
@@ -232,7 +238,7 @@ class Star:
             num_images=num_images,
             tokens=tokens,
             capacity_tokens=use.capacity_tokens,
-            window=self.window,
+            window=use.window_tokens,
         )
 
     def embedded(
@@ -324,7 +330,8 @@ class Star:
     def _use(self, decoder: str, *, rows: int, length: int, tokens: int) -> Use:
         """What a loop takes that draws `tokens` tokens after a prompt: the last token takes no slot."""
         slots = self.loaded.capacity(decoder) or length + tokens - 1
-        return self.loaded.use(rows=rows, tokens=slots, prompt_tokens=length, window_tokens=self.window)
+        window = self.window or self.loaded.window(rows=rows)
+        return self.loaded.use(rows=rows, tokens=slots, prompt_tokens=length, window_tokens=window)
 
     def _check_length(self, needed_tokens: int, *decoders: str) -> None:
         check_length(needed_tokens, limit_tokens=self.model.max_positions, what="prompt")

@@ -50,7 +50,18 @@ def add_drawing(c: argparse.ArgumentParser) -> None:
         help="the same seed gives the same image (default: 100)",
     )
     c.add_argument("--greedy", action="store_true", help="take the arg-max after guidance instead of a draw")
+    add_window(c)
     add_running(c, "the image token ids, int64 [N,T]")
+
+
+def add_window(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--window",
+        type=window,
+        metavar="W",
+        help="tokens of an image that a forward draws; the image is the same (default: auto, what should be "
+        "fastest here)",
+    )
 
 
 def add_running(c: argparse.ArgumentParser, ids: str) -> None:
@@ -97,6 +108,11 @@ def memory(text: str) -> int:
             f"expected a number of bytes, such as 8G, 512M or 100000, got {text!r:.40}"
         )
     return int(size)
+
+
+def window(text: str) -> int | None:
+    """A number of tokens of at least 1, or `auto`: None."""
+    return None if text == "auto" else _integer(text, 1, 10**6)
 
 
 def seed(text: str) -> int:

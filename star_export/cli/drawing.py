@@ -23,6 +23,7 @@ def generate(
     seed: int = 100,
     num_images: int = 1,
     greedy: bool = False,
+    window: int | None = None,
     reason: bool = False,
     max_new_tokens: int = 256,
     save_ids: str | None = None,
@@ -34,7 +35,7 @@ def generate(
     first = Path(output)
     names = [first, *(first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(1, num_images))]
     check_files(output, save_ids)
-    with open_star(bundle, backend, memory) as star, ProgressBar("generate", shown=progress) as bar:
+    with open_star(bundle, backend, memory, window) as star, ProgressBar("generate", shown=progress) as bar:
         drawn = star.generate(
             prompt,
             cfg=cfg,
@@ -61,6 +62,7 @@ def edit(
     top_p: float | None = None,
     seed: int = 100,
     greedy: bool = False,
+    window: int | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     save_ids: str | None = None,
@@ -70,7 +72,7 @@ def edit(
 ) -> Outcome:
     """Edit an image with `engines.runtime.star.Star.edit`."""
     check_files(output, save_ids)
-    with open_star(bundle, backend, memory) as star, ProgressBar("edit", shown=progress) as bar:
+    with open_star(bundle, backend, memory, window) as star, ProgressBar("edit", shown=progress) as bar:
         drawn = star.edit(
             image,
             instruction,
@@ -108,11 +110,12 @@ def ask(
     return Outcome({"answer": answer.text, "ids": answer.ids.tolist()}, answer.text)
 
 
-def open_star(bundle: str, backend: str, memory: int | None = None) -> Star:
-    """Open `bundle` on `backend`, within a budget of `memory` bytes if one is given."""
+def open_star(bundle: str, backend: str, memory: int | None = None, window: int | None = None) -> Star:
+    """Open `bundle` on `backend`, within a budget of `memory` bytes if one is given, to draw `window` tokens
+    per forward."""
     from engines.runtime.star import Star
 
-    return Star(bundle, backend=backend, memory=memory)
+    return Star(bundle, backend=backend, memory=memory, window=window)
 
 
 def _pixel_limits(min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .arguments import (
     add_pixels,
     add_progress,
     add_running,
+    add_window,
     count,
     words,
 )
@@ -276,6 +277,7 @@ def _bench(commands) -> None:
         "star-3b-bf16",
     )
     c.add_argument("bundle", metavar="BUNDLE")
+    add_window(c)
     add_backend(c)
     add_progress(c)
 
@@ -298,6 +300,7 @@ def _score(commands) -> None:
         metavar="FOLDER",
         help="also write grids of what was drawn, edited, answered and reasoned",
     )
+    add_window(c)
     add_backend(c)
     add_progress(c)
 

@@ -177,11 +177,13 @@ def validate(
     )
 
 
-def bench(bundle: str, *, backend: str = "onnxruntime", progress: bool = True) -> Outcome:
+def bench(
+    bundle: str, *, window: int | None = None, backend: str = "onnxruntime", progress: bool = True
+) -> Outcome:
     """Measure milliseconds per step and the share of the memory bandwidth with `engines.bench.bench`."""
     from engines.bench import bench as measure
 
-    with open_star(bundle, backend) as star, ProgressBar("bench", shown=progress) as bar:
+    with open_star(bundle, backend, window=window) as star, ProgressBar("bench", shown=progress) as bar:
         measured = measure(star, progress=bar)
     lines = [
         (
@@ -196,7 +198,8 @@ def bench(bundle: str, *, backend: str = "onnxruntime", progress: bool = True) -
         f"{measured.model}, {measured.precision}, {backend} on {measured.device}; "
         f"measured read bandwidth {measured.bandwidth / 1e9:.1f} GB/s",
         table(("stage", "ms", "must read", "of the limit"), lines),
-        f"one image of {measured.tokens} tokens: {measured.seconds_per_image:.3f} s",
+        f"one image of {measured.tokens} tokens: {measured.seconds_per_image:.3f} s; "
+        f"{measured.tokens_per_forward:.2f} tokens per forward at a window of {measured.window}",
         *(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()),
     ]
     return Outcome(dataclasses.asdict(measured), "\n".join(text))
@@ -207,6 +210,7 @@ def score(
     *,
     full: bool = False,
     pictures: str | None = None,
+    window: int | None = None,
     backend: str = "onnxruntime",
     progress: bool = True,
 ) -> Outcome:
@@ -217,7 +221,7 @@ def score(
 
     check_folder(pictures)
     with ProgressBar("score", shown=progress) as bar:
-        measured = measure(bundle, backend=backend, full=full, images=pictures, progress=bar)
+        measured = measure(bundle, backend=backend, window=window, full=full, images=pictures, progress=bar)
     data = {
         "score": json_from_score(measured.score),
         "reference": measured.reference and json_from_score(measured.reference),

@@ -100,7 +100,7 @@ def teacher_forced(subject: Subject, progress: Progress) -> tuple[list[Row], str
         return [], ""
     case = cases_from_file(subject.bundle.file(RUNS))["generate"]
     progress("teacher-forced run", 0, 1)
-    with Star(subject.bundle, backend=subject.backend) as star:
+    with Star(subject.bundle, backend=subject.backend, window=1) as star:
         ids = forced_ids(star, case)
     tolerances = {"image_ids": 0.0 if subject.compute == "fp32" else FLIPPED_IDS}
     results = compare({"image_ids": ids}, case.outputs, tolerances=tolerances)
@@ -154,8 +154,8 @@ def images(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     tolerance = 0.0 if subject.compute == "fp32" else 1.0
     progress("ask and edit", 0, 1)
     with (
-        Star(subject.bundle, backend="onnxruntime-exact") as oracle,
-        Star(subject.bundle, backend=subject.backend) as star,
+        Star(subject.bundle, backend="onnxruntime-exact", window=1) as oracle,
+        Star(subject.bundle, backend=subject.backend, window=1) as star,
     ):
         found = []
         for name, ids in (("ask", asked_ids), ("edit", edited_ids)):

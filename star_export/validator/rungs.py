@@ -193,7 +193,7 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
         )
     rows: list[Row] = []
     tolerance = 0.0 if subject.compute == "fp32" else 1.0
-    with Star(subject.bundle, backend=subject.backend) as star:
+    with Star(subject.bundle, backend=subject.backend, window=1) as star:
         if refusal := no_room(star):
             return [], f"left out: {refusal}"
         for i, (case, recorded) in enumerate(cases.items()):
@@ -222,7 +222,7 @@ def fast_path(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     if RUNS not in bundle.manifest.files:
         return rows, "left out: the bundle holds no whole runs (it was exported with some components only)"
     cases = cases_from_file(bundle.file(RUNS))
-    with Star(bundle, backend=fast.backend) as star:
+    with Star(bundle, backend=fast.backend, window=1) as star:
         if refusal := no_room(star):
             return rows, f"left out: whole runs: {refusal}"
         for i, (case, recorded) in enumerate(cases.items()):

@@ -87,6 +87,7 @@ def score(
     bundle: str | Path | Bundle,
     *,
     backend: str = "onnxruntime",
+    window: int | None = None,
     full: bool = False,
     images: str | Path | None = None,
     progress: Progress = silent,
@@ -97,7 +98,7 @@ def score(
     bundle of another model, and the errors of the runtime.
     """
     kind = "full" if full else "small"
-    with Star(bundle, backend=backend) as star:
+    with Star(bundle, backend=backend, window=window) as star:
         if star.model.name != NAME:
             raise InputError(
                 "Only STAR-Nano's bundles can be scored",

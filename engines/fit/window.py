@@ -1,0 +1,32 @@
+"""How many tokens to draw per forward, where nobody says so: the window that should draw an image soonest.
+
+A forward of W tokens takes fewer than W times as long as one of one token where reading weights and launching
+work take most of it, and more forwards are saved the larger W is, up to a point. What STAR-Nano saves is
+measured (`python -m tests.bench_windows`); a model with more ids to choose from saves less.
+"""
+
+from __future__ import annotations
+
+from .sizes import Sizes
+from .speed import image_step_bytes
+
+# Window -> tokens per forward, on STAR-Nano with its own sampling (docs/figures.md).
+TOKENS_PER_FORWARD = {1: 1.0, 2: 1.65, 4: 2.54, 8: 4.06, 16: 5.06}
+ON_GPU = 16  # on an H200, a forward of 16 tokens takes 1.03 to 1.07 times as long as one of one token
+# A CPU's forward: the time to start its operators, to read the weights, and to multiply.
+STORED_PER_BYTE = {"fp32": 1 / 4, "bf16": 1 / 2, "fp16": 1 / 2, "int8": 1, "int4": 16 / 9}  # numbers
+CPU_START_S, CPU_READ_BYTES_PER_S, CPU_MULTIPLY_PER_S = 2e-3, 20e9, 100e9
+
+
+def window_for(sizes: Sizes, *, rows: int, on_cpu: bool) -> int:
+    """The window with the most tokens per second, of those in TOKENS_PER_FORWARD."""
+    if not on_cpu:
+        return ON_GPU
+    return max(TOKENS_PER_FORWARD, key=lambda w: TOKENS_PER_FORWARD[w] / cpu_forward_s(sizes, w, rows=rows))
+
+
+def cpu_forward_s(sizes: Sizes, window: int, *, rows: int) -> float:
+    """An estimate of a forward of `window` tokens in each row, in seconds."""
+    read = image_step_bytes(sizes, rows=rows, filled_tokens=sizes.model.image_tokens // 2)
+    weights = read * STORED_PER_BYTE[sizes.precision]
+    return CPU_START_S + read / CPU_READ_BYTES_PER_S + 2 * weights * rows * window / CPU_MULTIPLY_PER_S
