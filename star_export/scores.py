@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from engines.bundle.manifest import value_from_json
 from engines.errors import InputError
 
 SCORE = "score.json"  # beside a checkpoint's configuration, and in its bundle
 KINDS = ("small", "full")
+IMAGE_IDS = "image_ids"  # of the images that a bundle draws again, to count those that are the same
 TASKS = (
     "generate",
     "edit",
@@ -41,5 +44,21 @@ def score_of_kind(data: bytes, kind: str, *, where: str) -> dict:
         raise InputError(
             "The recorded score cannot be read",
             where=f"{where}: {kind}: {type(error).__name__}: {error}",
+            fix=_FIX,
+        ) from None
+
+
+def ids_from_score(data: bytes, *, where: str) -> np.ndarray:
+    """Read the ids int64 [n, T] of the reference's images from a score file. Raises InputError."""
+    try:
+        file: Any = value_from_json(data.decode(), where=where)
+        ids = np.array(file[IMAGE_IDS])
+        if ids.ndim != 2 or ids.dtype != np.int64 or not ids.size:
+            raise ValueError(f"expected rows of ids of one length, got {ids.dtype} {list(ids.shape)}")
+        return ids
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            "The recorded images cannot be read",
+            where=f"{where}: {IMAGE_IDS}: {type(error).__name__}: {error}",
             fix=_FIX,
         ) from None

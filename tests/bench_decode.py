@@ -67,7 +67,7 @@ def write_bundle(root: Path, precision: str, layers: int, names=("base_ar", "ima
         },
         tables={},
         part_bytes=1 << 40,
-        golden=GoldenSpec(1, 1, 1, 1),
+        golden=GoldenSpec(1, 1, 1, 1, 1),
         files={p.relative_to(root).as_posix(): FileSpec(p.stat().st_size, sha256_of(p)) for p in files},
     )
     (root / "manifest.json").write_text(json_from_manifest(manifest))
@@ -105,7 +105,7 @@ def bound_step(bundle: Bundle, name: str, backend: str, *, rows: int, tokens: in
     return session.bind(buffers), session
 
 
-GIVEN = {"write_indices": FILLED, "top_k": 100, "top_p": 0.8, "guidance": 1.1, "uniform": 0.5}
+GIVEN = {"write_indices": FILLED, "top_k": 100, "top_p": 0.8, "guidance": 1.1, "noise": 0.5}
 
 
 def torch_step(layers: int, *, rows: int, tokens: int, capacity: int) -> Callable[[], object]:

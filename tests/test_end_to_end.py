@@ -157,7 +157,7 @@ def test_the_same_seed_gives_the_same_ids_in_pytorch(
 ) -> None:
     import torch
 
-    from engines.runtime.sampler import uniforms
+    from engines.runtime.gumbel import gumbel_noise
     from reference import tasks
     from reference.weights import load_star, resolve_checkpoint
 
@@ -166,7 +166,12 @@ def test_the_same_seed_gives_the_same_ids_in_pytorch(
         rows = star.chat.generate_prompt(
             "a photo of a red cat", num_images=settings.get("num_images", 1)
         ).input_ids
-    draws = uniforms(seed=settings["seed"], tokens=16, num_images=settings.get("num_images", 1))
+
+    def noise(step: int) -> torch.Tensor:
+        images = range(settings.get("num_images", 1))
+        made = [gumbel_noise(settings["seed"], image=i, steps=[step], size=1024) for i in images]
+        return torch.from_numpy(np.concatenate(made))
+
     with torch.inference_mode():
         expected = tasks.generate(
             load_star(resolve_checkpoint(str(mini_checkpoint))),
@@ -174,7 +179,7 @@ def test_the_same_seed_gives_the_same_ids_in_pytorch(
             guidance=settings.get("cfg", 1.1),
             top_k=settings.get("top_k", 1000),
             top_p=settings.get("top_p", 0.8),
-            uniforms=torch.from_numpy(draws),
+            noise=noise,
         )
     np.testing.assert_array_equal(images.image_ids, expected.image_ids.numpy())
     assert len(np.unique(images.image_ids)) > 8  # a draw, not one id again and again

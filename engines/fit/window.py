@@ -7,6 +7,7 @@ measured (`python -m tests.bench_windows`); a model with more ids to choose from
 
 from __future__ import annotations
 
+from .memory import CPU_HELD
 from .sizes import Sizes
 from .speed import image_step_bytes
 
@@ -14,7 +15,7 @@ from .speed import image_step_bytes
 TOKENS_PER_FORWARD = {1: 1.0, 2: 1.65, 4: 2.54, 8: 4.06, 16: 5.06}
 ON_GPU = 16  # on an H200, a forward of 16 tokens takes 1.03 to 1.07 times as long as one of one token
 # A CPU's forward: the time to start its operators, to read the weights, and to multiply.
-STORED_PER_BYTE = {"fp32": 1 / 4, "bf16": 1 / 2, "fp16": 1 / 2, "int8": 1, "int4": 16 / 9}  # numbers
+NUMBERS_PER_BYTE = {"fp32": 1 / 4, "bf16": 1 / 2, "fp16": 1 / 2, "int8": 1, "int4": 16 / 9}
 CPU_START_S, CPU_READ_BYTES_PER_S, CPU_MULTIPLY_PER_S = 2e-3, 20e9, 100e9
 
 
@@ -28,5 +29,6 @@ def window_for(sizes: Sizes, *, rows: int, on_cpu: bool) -> int:
 def cpu_forward_s(sizes: Sizes, window: int, *, rows: int) -> float:
     """An estimate of a forward of `window` tokens in each row, in seconds."""
     read = image_step_bytes(sizes, rows=rows, filled_tokens=sizes.model.image_tokens // 2)
-    weights = read * STORED_PER_BYTE[sizes.precision]
-    return CPU_START_S + read / CPU_READ_BYTES_PER_S + 2 * weights * rows * window / CPU_MULTIPLY_PER_S
+    weights = read * NUMBERS_PER_BYTE[sizes.precision]
+    held = read * CPU_HELD[sizes.precision]
+    return CPU_START_S + held / CPU_READ_BYTES_PER_S + 2 * weights * rows * window / CPU_MULTIPLY_PER_S

@@ -225,6 +225,7 @@ def score(
     data = {
         "score": json_from_score(measured.score),
         "reference": measured.reference and json_from_score(measured.reference),
+        "first_differences": measured.first_differences,
     }
     return Outcome(data, measured.text)
 

@@ -21,7 +21,7 @@ from reference.config import DecoderConfig, StarConfig
 from reference.weights import CheckpointFiles
 
 from ..components import TOP_K_LIMIT
-from ..scores import KINDS, SCORE, score_of_kind
+from ..scores import KINDS, SCORE, ids_from_score, score_of_kind
 
 SAMPLING = "sampling.json"  # a file beside the configuration; STAR-Nano has one
 TOKENS = ("im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "fim_pad")
@@ -102,6 +102,7 @@ def score_files(files: CheckpointFiles) -> dict[str, bytes]:
     data = path.read_bytes()
     for kind in KINDS:
         score_of_kind(data, kind, where=str(path))
+    ids_from_score(data, where=str(path))
     return {SCORE: data}
 
 

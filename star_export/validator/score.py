@@ -20,11 +20,12 @@ from engines.inputs.preprocess import images_from_decoded
 from engines.progress import Progress, silent
 from engines.runtime.star import Star
 from engines.sessions import run
+from reference.nano.benchmark import identity
 from reference.nano.benchmark import score as benchmark
 from reference.nano.benchmark.gallery import write_gallery
 from reference.nano.recipe import NAME
 
-from ..scores import SCORE, score_of_kind
+from ..scores import SCORE, ids_from_score, score_of_kind
 
 PSNR_SHORTFALL = 0.5  # dB; 6 % more error in the image, which is invisible
 SETS = {"small": benchmark.SMALL, "full": benchmark.FULL}
@@ -32,10 +33,15 @@ SETS = {"small": benchmark.SMALL, "full": benchmark.FULL}
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """The bundle's score, the reference's if it was recorded, and a table of both."""
+    """The bundle's score, the reference's if it was recorded, and a table of both.
+
+    `first_differences` tells, for each image of a fixed set that was recorded too, the first token whose id
+    is not that of the fp32 reference, or None if all are.
+    """
 
     score: benchmark.Score
     reference: benchmark.Score | None
+    first_differences: list[int | None]
     text: str
 
 
@@ -52,6 +58,9 @@ class RuntimePainter:
 
     def draw(self, prompts: Sequence[str], *, seed: int) -> list[np.ndarray]:
         return [self.star.generate(prompt, seed=seed + i).images[0] for i, prompt in enumerate(prompts)]
+
+    def draw_ids(self, prompts: Sequence[str], *, seed: int) -> list[np.ndarray]:
+        return [self.star.generate(prompt, seed=seed + i).image_ids[0] for i, prompt in enumerate(prompts)]
 
     def reason(self, prompts: Sequence[str], *, seed: int) -> tuple[list[str], list[np.ndarray]]:
         made = [
@@ -106,10 +115,19 @@ def score(
                 fix="star-export export nano --out BUNDLE",
             )
         reference = recorded_score(star.bundle, kind)
-        measured = benchmark.measure(RuntimePainter(star), SETS[kind], progress=progress)
+        painter = RuntimePainter(star)
+        measured = benchmark.measure(painter, SETS[kind], progress=progress)
+        first = first_differences(star.bundle, painter) if reference else []
     if images is not None:
         write_gallery(Path(images), measured.results)
-    return ScoreReport(measured, reference, benchmark.table(measured, reference))
+    text = benchmark.table(measured, reference)
+    return ScoreReport(measured, reference, first, f"{text}\n{identity.line(first)}" if first else text)
+
+
+def first_differences(bundle: Bundle, painter: RuntimePainter) -> list[int | None]:
+    """Draw the recorded images again: for each, the first token whose id is another, or None."""
+    wanted = ids_from_score(bundle.file(SCORE).read_bytes(), where=str(bundle.path / SCORE))
+    return identity.first_differences(identity.drawn_ids(painter), wanted)
 
 
 def recorded_score(bundle: Bundle, kind: str) -> benchmark.Score | None:

@@ -219,7 +219,6 @@ class Precision:
     def launches(self, bundle: Path, label: str) -> None:
         """Fact: launches, copies and waits per image token of the runtime's own loop."""
         from engines.inputs.prompt import text_positions
-        from engines.runtime.sampler import uniforms
         from engines.sessions import run as run_component
 
         from .launches import per_step
@@ -227,7 +226,7 @@ class Precision:
         with runtime_of(bundle, self.plan.backend) as star:
             ids = np.arange(2 * PROMPT_TOKENS, dtype=np.int64).reshape(2, PROMPT_TOKENS)
             embeds = run_component(star.session("token_embedding"), {"input_ids": ids})["inputs_embeds"]
-            loops, draws = {}, uniforms(seed=SEED, tokens=LONG, num_images=1)
+            loops = {}
             for tokens in (SHORT, LONG):  # all memory is made here, outside of the traces
                 loops[tokens] = star.image_loop(num_images=1, length=PROMPT_TOKENS, tokens=tokens)
                 loops[tokens].draw(
@@ -236,12 +235,12 @@ class Precision:
                     guidance=1.1,
                     top_k=100,
                     top_p=0.8,
-                    uniforms=draws[:tokens],
+                    seed=SEED,
                 )
 
             def decode(tokens: int) -> None:
                 loops[tokens].slots.rewind(PROMPT_TOKENS)
-                loops[tokens].decode(PROMPT_TOKENS, draws[:tokens])
+                loops[tokens].decode(PROMPT_TOKENS, SEED)
 
             self.report.fact(
                 f"{label}: per image token", per_step(decode, self.folder, short=SHORT, long=LONG)

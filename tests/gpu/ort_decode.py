@@ -86,7 +86,6 @@ class DecodeStep:
         self.torch, self.device, self.graph_id = torch, device, graph_id
         self.rows, self.positions = 2 * images, positions
         self.sessions, self.tensors, hidden = sessions, {}, config.base_ar.hidden_size
-        pairs = images * positions
         new, random = self._new, torch.Generator().manual_seed(seed)
         self.write_indices, self.position_ids = (
             new((self.rows,), "int64"),
@@ -94,14 +93,15 @@ class DecodeStep:
         )
         embeds, between, last = (new((self.rows, positions, hidden), "float32") for _ in range(3))
         embeds.copy_(torch.randn(embeds.shape, generator=random))
-        self.hidden_states, self.image_ids = last, new((pairs,), "int64")
-        guidance, top_k, top_p, uniform = (
+        drawn = (images, positions, config.vq.codebook_size)
+        self.hidden_states, self.image_ids = last, new(drawn[:2], "int64")
+        guidance, top_k, top_p, noise = (
             new((1,), "float32"),
             new((1,), "int64"),
             new((1,), "float32"),
-            new((pairs,), "float32"),
+            new(drawn, "float32"),
         )
-        for tensor, value in ((guidance, 1.1), (top_k, 1000), (top_p, 0.8), (uniform, 0.5)):
+        for tensor, value in ((guidance, 1.1), (top_k, 1000), (top_p, 0.8), (noise, 0.5)):
             tensor.fill_(value)
         where = {"position_ids": self.position_ids, "write_indices": self.write_indices}
         self.caches = {}
@@ -119,19 +119,19 @@ class DecodeStep:
                 {"inputs_embeds": given} | where | {f"past_key_values.{k}": v for k, v in caches.items()},
                 {"hidden_states": got} | {f"present.{k}": v for k, v in caches.items()},
             )
-        logits = new((pairs, config.vq.codebook_size), "float32")
+        logits = new(drawn, "float32")
         self.bindings["image_head"] = self._bind(
             "image_head",
             {
-                "hidden_states": last.view(2 * pairs, 1, hidden),
+                "hidden_states": last,
                 "guidance": guidance,
                 "top_k": top_k,
                 "top_p": top_p,
-                "uniform": uniform,
+                "noise": noise,
             },
             {
                 "image_ids": self.image_ids,
-                "inputs_embeds": embeds.view(2 * pairs, 1, hidden),
+                "inputs_embeds": embeds,
                 "logits": logits,
             },
         )

@@ -122,7 +122,7 @@ def write_manifest(
         components=components,
         tables=tables or {},
         part_bytes=1 << 30,
-        golden=GoldenSpec(images=3, decoder_cases=6, image_tokens=16, answer_tokens=8),
+        golden=GoldenSpec(images=3, decoder_cases=6, draw_cases=5, image_tokens=16, answer_tokens=8),
         files=files,
     )
     value = json.loads(json_from_manifest(manifest)) | changes

@@ -36,6 +36,9 @@ class Sampling:
     top_p: float = recipe.TOP_P
 
 
+Drawn = tuple[np.ndarray, np.ndarray]  # the ids int64 [T] of an image, and the image
+
+
 class Painter:
     """A STAR-Nano model that draws, edits, answers and reasons.
 
@@ -61,7 +64,11 @@ class Painter:
 
     def draw(self, prompts: Sequence[str], *, seed: int) -> list[np.ndarray]:
         """An image for each prompt."""
-        return self._drawn([self.rows.draw(prompt) for prompt in prompts], seed)
+        return _images(self._drawn([self.rows.draw(prompt) for prompt in prompts], seed))
+
+    def draw_ids(self, prompts: Sequence[str], *, seed: int) -> list[np.ndarray]:
+        """The ids int64 [T] of an image for each prompt."""
+        return [ids for ids, _ in self._drawn([self.rows.draw(prompt) for prompt in prompts], seed)]
 
     def reason(self, prompts: Sequence[str], *, seed: int) -> tuple[list[str], list[np.ndarray]]:
         """The base model's answer to each prompt, and an image of that answer, or of the prompt if the answer
@@ -71,13 +78,13 @@ class Painter:
             self.rows.draw(a, magic=True) if a else self.rows.draw(p)
             for p, a in zip(prompts, answers, strict=True)
         ]
-        return answers, self._drawn(rows, seed)
+        return answers, _images(self._drawn(rows, seed))
 
     def edit(self, images: Sequence[np.ndarray], texts: Sequence[str], *, seed: int) -> list[np.ndarray]:
         """Each image, changed by its instruction."""
         size = self.star.config.vq.image_tokens
         rows = [self.rows.edit(text, image_tokens=size, merged_patches=MERGED_PATCHES) for text in texts]
-        return self._drawn(rows, seed, images=images)
+        return _images(self._drawn(rows, seed, images=images))
 
     @torch.no_grad()
     def ask(self, images: Sequence[np.ndarray], questions: Sequence[str]) -> list[str]:
@@ -103,12 +110,12 @@ class Painter:
 
     def _drawn(
         self, rows: list[list[int]], seed: int, *, images: Sequence[np.ndarray] | None = None
-    ) -> list[np.ndarray]:
-        """Images in the order of the rows; rows of equal length are drawn together."""
+    ) -> list[Drawn]:
+        """Ids and images in the order of the rows; rows of equal length are drawn together."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for index, row in enumerate(rows):
             by_length[len(row)].append(index)
-        made: dict[int, np.ndarray] = {}
+        made: dict[int, Drawn] = {}
         for indices in by_length.values():
             for at in range(0, len(indices), ROWS):
                 part = indices[at : at + ROWS]
@@ -120,8 +127,8 @@ class Painter:
     @torch.no_grad()
     def _draw_equal(
         self, rows: list[list[int]], seeds: list[int], images: Sequence[np.ndarray] | None
-    ) -> list[np.ndarray]:
-        """Images of rows of equal length."""
+    ) -> list[Drawn]:
+        """Ids and images of rows of equal length."""
         star, special = self.star, self.star.config.special
         pairs = [row for cond in rows for row in (cond, self.rows.unconditional(cond))]
         ids = torch.tensor(pairs, device=self.device)
@@ -145,11 +152,15 @@ class Painter:
             position_ids=positions,
             noise=lambda step: gumbel_noise(seeds, step, star.config.vq.codebook_size).to(self.device),
         )
-        return images_of(made.image)
+        return list(zip(made.image_ids.cpu().numpy(), images_of(made.image), strict=True))
 
     def _image(self, images: Sequence[np.ndarray]) -> Tensor:
         """Images as the VQ encoder takes them, [N, 3, 64, 64] in [-1, 1]."""
         return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _images(drawn: list[Drawn]) -> list[np.ndarray]:
+    return [image for _, image in drawn]
 
 
 def images_of(image: Tensor) -> list[np.ndarray]:

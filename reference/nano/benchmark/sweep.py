@@ -3,8 +3,9 @@
     python -m reference.nano.benchmark.sweep CHECKPOINT --choose --record
 
 `--choose` sweeps guidance, top-k and top-p and writes sampling.json, sweep.json and sweep.png. `--record`
-writes the reference's score, small and full, to score.json, images of the small set, and failures.png from
-the full one. The sweep draws other items than those of the score, so that the choice cannot flatter it.
+writes the reference's score, small and full, and the ids of some images to score.json, images of the small
+set, and failures.png from the full one. The sweep draws other items than those of the score, so that the
+choice cannot flatter it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from ..recipe import REWARD_TOP_K, REWARD_TOP_P
+from . import identity
 from . import score as benchmark
 from .gallery import SHOWN, spread, write_gallery, write_results
 from .painter import SAMPLED, Painter, Sampling
@@ -66,13 +69,14 @@ def choose(painter: Painter, folder: Path, *, count: int) -> dict[str, Sampling]
 
 
 def record(painter: Painter, folder: Path) -> dict[str, benchmark.Score]:
-    """Measure the small and the full set; write both scores, images of the small set and failures of the full
-    one."""
+    """Measure the small and the full set; write both scores and the ids of some images (`identity.py`),
+    images of the small set and failures of the full one."""
     scores = {
         "small": benchmark.measure(painter, benchmark.SMALL),
         "full": benchmark.measure(painter, benchmark.FULL),
     }
-    stored = {name: benchmark.json_from_score(score) for name, score in scores.items()}
+    stored: dict[str, Any] = {name: benchmark.json_from_score(score) for name, score in scores.items()}
+    stored["image_ids"] = identity.drawn_ids(painter).tolist()
     (folder / "score.json").write_text(json.dumps(stored, indent=1) + "\n")
     write_gallery(folder, scores["small"].results)
     (folder / "failures.png").unlink(missing_ok=True)

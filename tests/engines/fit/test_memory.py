@@ -13,7 +13,7 @@ import pytest
 
 from engines.bundle.manifest import CacheSpec
 from engines.bundle.reader import Bundle
-from engines.fit.memory import TASKS, Use, loop_bytes, stage_bytes, task_memory
+from engines.fit.memory import DRAW, TASKS, Use, loop_bytes, stage_bytes, task_memory
 from engines.fit.sizes import Geometry, Sizes, sizes_from_bundle
 from engines.fit.work import check_build
 from engines.runtime.star import Star
@@ -61,9 +61,9 @@ def test_caches_grow_with_rows_capacity_and_type() -> None:
 
 def test_resident_is_the_sum_and_in_turn_the_largest_stage() -> None:
     edit = task_memory(SIZES, "edit", ON_GPU)
-    draw = stage_bytes(SIZES, ("base_ar", "stacked_ar", "image_head"), ON_GPU)
+    draw = stage_bytes(SIZES, DRAW, ON_GPU)
     others = ("vq_encoder", "vision_encoder", "vq_decoder")  # the host maps tables and holds none
-    assert edit.in_turn_bytes == draw and edit.largest == ("base_ar", "stacked_ar", "image_head")
+    assert edit.in_turn_bytes == draw and edit.largest == DRAW
     assert edit.resident_bytes == draw + sum(SIZES.weights[name] for name in others)
     small = replace(SIZES, graphs=GRAPHS | {"vision_encoder": 10**9})
     assert task_memory(small, "edit", ON_GPU).largest == ("vision_encoder",)
@@ -95,7 +95,7 @@ def test_the_tasks_name_the_components_that_the_runtime_loads(mini_bundle: Path)
 
 
 def test_a_loops_buffers_are_counted_to_the_byte_but_for_ids_and_settings(mini_bundle: Path) -> None:
-    with Star(mini_bundle) as star:
+    with Star(mini_bundle, window=1) as star:
         loop = star.image_loop(num_images=2, length=10, tokens=5)
         use = star.loaded.use(rows=4, tokens=14, prompt_tokens=10)
         predicted = loop_bytes(star.loaded.sizes, TASKS["generate"][1], use)
@@ -103,7 +103,11 @@ def test_a_loops_buffers_are_counted_to_the_byte_but_for_ids_and_settings(mini_b
         caches = [b.read().nbytes for _, cache in loop.decoders for b in cache.values()]
         hidden = 4 * star.model.hidden_size * 4  # of one position in all rows
         prefill = 3 * 10 * hidden  # embeddings, and the hidden states of both decoders
-        assert predicted == sum(caches) + 3 * hidden + prefill
+        draws = 2 * 2 * star.model.codebook_size * 4  # logits and noise of both images
+        assert predicted == sum(caches) + 3 * hidden + prefill + draws
+        wide = star.loaded.use(rows=4, tokens=14, prompt_tokens=10, window_tokens=4)
+        more = loop_bytes(star.loaded.sizes, TASKS["generate"][1], wide) - predicted
+        assert more == 3 * (3 * hidden + draws)
         assert predicted <= sum(buffers.values()) + prefill
 
 

@@ -20,7 +20,7 @@ FIGURES = (Path(__file__).parents[3] / "docs" / "figures.md").read_text()
 def test_a_step_reads_what_the_benchmark_counts(mini_bundle: Path) -> None:
     with Star(mini_bundle) as star:
         loop = star.image_loop(num_images=1, length=32, tokens=star.model.image_tokens)
-        read = sum(bytes_read(star, loop, name) for name in ("base_ar", "stacked_ar", "image_head"))
+        read = sum(bytes_read(star, loop, name, 32) for name in ("base_ar", "stacked_ar", "image_head"))
         filled = 32 + star.model.image_tokens // 2
         assert image_step_bytes(star.loaded.sizes, rows=2, filled_tokens=filled) == read
 

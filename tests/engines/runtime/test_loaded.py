@@ -66,7 +66,7 @@ def test_without_a_budget_what_a_task_begins_with_is_opened_at_once(mini_bundle:
         star.generate("a red cat")
         star.ask(IMAGE, "what?", max_new_tokens=2)
     assert list(filter(None, opened)) == [
-        ["token_embedding", "base_ar", "stacked_ar", "image_head"],
+        ["token_embedding", "base_ar", "stacked_ar", "image_head", "image_embedding"],
         ["vq_decoder"],
         ["text_head"],
         ["vision_encoder"],

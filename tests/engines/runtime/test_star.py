@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines.errors import InputError, UsageError
+from engines.errors import InputError, MissingError, UsageError
+from engines.inputs.prompt import Prompt, text_positions
 from engines.runtime.star import Star
 
 
@@ -27,7 +28,8 @@ def draw(star: Star, ids: np.ndarray, tokens: int = 3, **changes) -> np.ndarray:
         "guidance": 3.0,
         "top_k": 1,
         "top_p": 1.0,
-        "uniforms": np.zeros((tokens, 1), np.float32),
+        "seed": None,
+        "tokens": tokens,
     } | changes
     return star.generate_ids(ids, **settings)
 
@@ -39,7 +41,7 @@ def test_the_same_seed_gives_the_same_images_and_another_others(star):
 
 
 def test_images_of_one_call_do_not_depend_on_each_other(star):
-    """Each of N images has its own uniforms; greedy ones are all alike, and alike the image drawn alone."""
+    """Each of N images has its own noise; greedy ones are all alike, and alike the image drawn alone."""
     alone, three = (star.generate("a red dog", greedy=True, num_images=n) for n in (1, 3))
     np.testing.assert_array_equal(three.image_ids, np.repeat(alone.image_ids, 3, axis=0))
     drawn = star.generate("a red dog", num_images=2)
@@ -172,20 +174,67 @@ def test_a_bundle_of_some_components_says_which_are_missing(tmp_path):
 def test_progress_is_told_step_by_step(star):
     seen = []
     star.generate("a cat", progress=lambda what, done, total: seen.append((what, done, total)))
-    assert seen == [("draw, in tokens", i + 1, 16) for i in range(16)]
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1][1:] == (16, 16) and all(what.endswith(" a forward, in tokens") for what, *_ in seen)
 
 
-def test_the_benchmark_measures_what_it_says(star):
+@pytest.mark.parametrize("window", [2, 4, 8, 16])
+def test_the_window_changes_the_forwards_and_not_the_ids(star, mini_bundle, window):
+    """Of images at their own pace, of edits with their three axes of positions, sampled and greedy."""
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    with Star(mini_bundle, window=1) as one, Star(mini_bundle, window=window) as more:
+        for draw_ids in (
+            lambda star: star.generate("a cat", seed=3, num_images=3).image_ids,
+            lambda star: star.generate("a cat", seed=3, top_k=2, num_images=2).image_ids,
+            lambda star: star.generate("a cat", greedy=True).image_ids,
+            lambda star: star.edit(image, "make it blue", seed=5, top_k=3).image_ids,
+        ):
+            np.testing.assert_array_equal(draw_ids(more), draw_ids(one))
+
+
+def test_the_benchmark_says_how_many_tokens_a_forward_gives(mini_bundle):
     from engines.bench import bench
 
-    measured = bench(star, repeats=3)
+    with Star(mini_bundle, window=4) as star:
+        measured = bench(star, repeats=2)
+    assert measured.window == 4 and 1 <= measured.tokens_per_forward <= 4 and len(measured.ratios) == 1
+
+
+def test_a_window_takes_fewer_forwards(mini_bundle):
+    """The miniature repeats itself when it is greedy, so guesses come true."""
+    with Star(mini_bundle, window=8) as star:
+        loop = star.image_loop(num_images=1, length=4, tokens=16)
+        embeds = star.embedded(Prompt.of_text(rows(4)))
+        loop.draw(embeds, text_positions(2, 4), guidance=1.0, top_k=1, top_p=1.0, seed=None)
+        assert loop.forwards < 15
+
+
+@pytest.mark.parametrize("window", [0, -1, 17])
+def test_a_window_out_of_range_is_named(mini_bundle, window):
+    with pytest.raises(UsageError, match="window: expected 1 to 16"):
+        Star(mini_bundle, window=window)
+
+
+def test_noise_that_exceeds_the_memory_is_refused_before_the_work(mini_bundle):
+    """128 images of 16 tokens per forward have 8.4 MB of noise each way with 1,024 ids."""
+    with Star(mini_bundle, window=16, memory=20_000_000) as star, pytest.raises(MissingError, match="memory"):
+        star.generate("a cat", num_images=128)
+
+
+def test_the_benchmark_measures_what_it_says(mini_bundle):
+    from engines.bench import PROMPT, bench
+
+    with Star(mini_bundle, window=1) as star:
+        measured = bench(star, repeats=3)
+    slots = star.chat.generate_prompt(PROMPT, num_images=1).input_ids.shape[1] + 16 // 2
+    assert measured.window == 1 and measured.tokens_per_forward == 1
     timings = {timing.name: timing for timing in measured.timings}
     assert {"base_ar", "stacked_ar", "image_head", "decode step", "vq_decoder"} <= set(
         timings
     ) and measured.bandwidth > 1e9
     weights = sum(star.bundle.manifest.files[name].size for name in star.bundle.weights("base_ar"))
     assert (
-        timings["base_ar"].read_bytes == weights + 2 * 40 * 4 * 2 * (2 * 16) * 4
+        timings["base_ar"].read_bytes == weights + 2 * slots * 4 * 2 * (2 * 16) * 4
     )  # rows, slots, layers, key and value, heads x size, float32
     step = timings["decode step"]
     assert (

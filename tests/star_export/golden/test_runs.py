@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engines.runtime.sampler import uniforms
+from engines.runtime.gumbel import gumbel_noise
 from reference import tasks
 from reference.weights import load_star, resolve_checkpoint
 from star_export.golden.runs import RunSettings, runs_in_step
@@ -17,14 +17,21 @@ def test_runs_in_step_are_the_tasks_runs(mini_checkpoint: Path) -> None:
     star = load_star(resolve_checkpoint(str(mini_checkpoint)))
     rows = np.random.default_rng(5).integers(0, star.config.vocab_size, (2, 6))
     for answer_tokens in (2, 7):  # shorter and longer than the images
-        settings = RunSettings(2.5, 30, 0.9, uniforms(seed=3, tokens=5, num_images=1), answer_tokens)
+        settings = RunSettings(2.5, 30, 0.9, 3, 5, answer_tokens)
         greedy, sampled, answer = runs_in_step(star, rows, settings)
         prompt = torch.from_numpy(rows)
         common = {"guidance": 2.5, "image_tokens": 5}
-        wanted = tasks.generate(star, prompt, top_k=1, top_p=1.0, uniforms=None, **common)
+        wanted = tasks.generate(star, prompt, top_k=1, top_p=1.0, noise=None, **common)
         np.testing.assert_array_equal(greedy, wanted.image_ids)
-        draws = torch.from_numpy(settings.uniforms)
-        wanted = tasks.generate(star, prompt, top_k=30, top_p=0.9, uniforms=draws, **common)
+        size = star.config.vq.codebook_size
+        wanted = tasks.generate(
+            star,
+            prompt,
+            top_k=30,
+            top_p=0.9,
+            noise=lambda step: torch.from_numpy(gumbel_noise(3, image=0, steps=[step], size=size)),
+            **common,
+        )
         np.testing.assert_array_equal(sampled, wanted.image_ids)
         assert not np.array_equal(greedy, sampled)
         positions = torch.arange(6).expand(3, 1, -1)

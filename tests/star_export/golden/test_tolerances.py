@@ -70,11 +70,11 @@ def test_drawn_ids_are_held_to_the_executors_own_logits() -> None:
     feeds = {
         "top_k": np.array([300]),
         "top_p": np.array([0.9], np.float32),
-        "uniform": np.linspace(0.1, 0.9, 4, dtype=np.float32),
+        "noise": np.random.default_rng(4).gumbel(size=logits.shape).astype(np.float32),
     }
     wanted = redrawn({"logits": logits}, feeds)["image_ids"]
     assert (
-        np.array_equal(wanted, sample(logits, top_k=300, top_p=0.9, uniform=feeds["uniform"]))
+        np.array_equal(wanted, sample(logits, top_k=300, top_p=0.9, noise=feeds["noise"]))
         and len(set(wanted.tolist())) > 1
     )
     assert not np.array_equal(redrawn({"logits": np.flip(logits, -1)}, feeds)["image_ids"], wanted)
@@ -124,10 +124,8 @@ def test_a_head_in_16_bits_is_judged_by_its_own_logits(bundle_of) -> None:
     recorded = case.outputs["logits"]
     noise = np.random.Generator(np.random.Philox(5)).uniform(-1, 1, recorded.shape).astype(np.float32)
     logits = recorded + noise * 0.9 * tolerances["logits"] * recorded.std()
-    for uniform in np.linspace(
-        0, 1, 500, endpoint=False, dtype=np.float32
-    ):  # the first that the noise carries over a border
-        case.inputs["uniform"] = np.full(len(recorded), uniform)
+    for seed in range(500):  # the first whose draws are near enough to change, and not all of them
+        case.inputs["noise"] = np.random.default_rng(seed).gumbel(size=recorded.shape).astype(np.float32)
         ids, drawn = (redrawn({"logits": array}, case.inputs)["image_ids"] for array in (recorded, logits))
         if (drawn == ids).any() and not (drawn == ids).all():
             break

@@ -13,8 +13,9 @@ from engines.errors import InputError
 from engines.inputs import preprocess as runtime_image
 from engines.inputs.prompt import Chat
 from reference import vision
+from reference.gumbel import gumbel_noise
 from reference.nano import recipe
-from reference.nano.benchmark.painter import SAMPLED, Painter, Sampling, images_of, uniforms
+from reference.nano.benchmark.painter import SAMPLED, Painter, Sampling, images_of
 from reference.nano.checkpoint import layout
 from reference.nano.checkpoint.tokens import MAGIC_SUFFIX, Rows
 from reference.nano.checkpoint.vision import MERGED_SIDE, embeds_of, patches, prepared, seen
@@ -188,13 +189,11 @@ def test_the_painter_draws_in_any_order_what_it_draws_alone(
 
 
 def test_random_numbers_are_the_runtimes() -> None:
-    from engines.runtime.sampler import uniforms as runtime_uniforms
+    from engines.runtime.gumbel import gumbel_noise as runtime_noise
 
-    ours = uniforms([100, 7], 64).numpy()
-    for column, seed in enumerate((100, 7)):
-        np.testing.assert_array_equal(
-            ours[:, column : column + 1], runtime_uniforms(seed=seed, tokens=64, num_images=1)
-        )
+    ours = gumbel_noise([100, 7], 63, 2048).numpy()
+    for row, seed in zip(ours, (100, 7)):
+        np.testing.assert_array_equal(row[None], runtime_noise(seed, image=0, steps=[63], size=2048))
 
 
 def test_images_are_truncated_as_the_runtime_does() -> None:
