@@ -4,7 +4,7 @@ import pytest
 
 from engines.errors import MissingError
 from engines.sessions.device_loop import KERNELS, SOURCE
-from engines.tensorrt import nvrtc
+from engines.tensorrt import device, graphs, nvrtc
 from tests.helpers.emulated import ROOT
 
 
@@ -40,6 +40,27 @@ def test_without_the_library_the_package_is_named(monkeypatch):
     with pytest.raises(MissingError, match="libnvrtc.so.13") as error:
         nvrtc.nvrtc_version.__wrapped__()
     assert "nvidia-cuda-nvrtc" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    "compiler, driver, words",
+    [
+        ((13, 0), "13.0", "per step, or per image with several tokens per step"),
+        ((12, 9), "12.3", "per step (the driver is for CUDA 12.3, and WHILE nodes need 12.4)"),
+        ((12, 2), "13.0", "per step (NVRTC is of CUDA 12.2, and WHILE nodes need 12.4)"),
+        (None, "13.0", "on the host: NVRTC is not installed (here)"),
+    ],
+)
+def test_the_doctor_knows_how_the_loop_runs(monkeypatch, compiler, driver, words):
+    def version():
+        if compiler is None:
+            raise MissingError("NVRTC is not installed", where="here", fix="install it")
+        return compiler
+
+    monkeypatch.setattr(nvrtc, "nvrtc_version", version)
+    monkeypatch.setattr(device, "driver", lambda: pytest.importorskip("cuda.bindings.driver"))
+    monkeypatch.setattr(device, "driver_version", lambda: driver)
+    assert words in graphs.loop_facts()
 
 
 def test_the_source_is_where_the_package_looks_for_it():
