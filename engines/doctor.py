@@ -12,6 +12,7 @@ from .errors import MissingError, StarError
 from .targets import RTX_PLATFORMS, TARGETS, Target, host_platform
 from .tensorrt.build import check_buildable
 from .tensorrt.device import Gpu, driver_version, gpus
+from .tensorrt.graphs import loop_facts
 from .tensorrt.module import check_runnable, tensorrt_of
 
 RUNTIME = ("numpy", "pillow", "tokenizers", "jinja2", "tqdm")
@@ -36,7 +37,8 @@ class Facts:
     """All facts that `doctor` reports.
 
     `packages` maps names to versions, or to None for packages that are not installed. `driver` is the newest
-    CUDA version that the driver supports. `no_gpu` tells why `gpus` is empty. `advice` tells what to do.
+    CUDA version that the driver supports. `no_gpu` tells why `gpus` is empty. `loop` tells how the
+    image-token loop of TensorRT plans runs, None without a GPU. `advice` tells what to do.
     """
 
     python: str
@@ -46,6 +48,7 @@ class Facts:
     driver: str | None
     gpus: tuple[Gpu, ...]
     no_gpu: str | None
+    loop: str | None
     targets: tuple[TargetFacts, ...]
     advice: tuple[str, ...]
 
@@ -77,6 +80,7 @@ def facts() -> Facts:
         driver=driver,
         gpus=devices,
         no_gpu=no_gpu,
+        loop=loop_facts() if devices else None,
         targets=targets,
         advice=advice(packages, targets, has_gpu=bool(devices)),
     )

@@ -17,7 +17,8 @@ from ..bundle.tensors import shape_from_symbols
 from ..errors import UsageError
 from ..progress import Progress, silent
 from ..sessions import Buffer, Session
-from .gumbel import Noise
+from ..sessions.device_loop import Decoders, Head, device_loop
+from .gumbel import Noise, quantiles
 from .kv_cache import Slots, cache_buffers, check_capacity
 from .sampler import penalise_repetition
 from .windows import Windows
@@ -98,6 +99,18 @@ class ImageLoop:
             for i, ids in enumerate(self.image_ids)
         ]
         self.tensors = base_tensors, stacked_tensors, head_tensors
+        heads = [
+            Head(self.head_steps[i], tensors["noise"], self.image_ids[i], tensors["inputs_embeds"])
+            for i, tensors in ((0, self.first_tensors), (min(1, self.window - 1), head_tensors))
+        ]
+        self.on_device, self.on_host_because = device_loop(
+            (base, stacked, head),
+            Decoders((self.base_step, self.stacked_step), self.embeds, self.write_indices, self.position_ids),
+            first=heads[0],
+            head=heads[1],
+            tokens=tokens,
+            quantiles=quantiles(),
+        )
 
     def draw(
         self,
@@ -132,6 +145,12 @@ class ImageLoop:
 
         `position` is that of the first image token, on all three axes.
         """
+        if self.on_device:
+            ids = self.on_device.decode(
+                first_slot=self.slots.used_tokens, position=position, seed=seed, progress=progress
+            )
+            self.forwards = self.on_device.forwards
+            return ids
         windows = self._first(seed)
         write_noise = self._noise(seed, self.tensors[2]["noise"])
         places, first_slot = np.arange(self.window), self.slots.used_tokens

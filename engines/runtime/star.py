@@ -212,11 +212,10 @@ class Star:
         if seed is not None:
             check_seed(seed)
         self._check_length(input_ids.shape[1] + tokens - 1, "base_ar", "stacked_ar")
-        settings = {"guidance": guidance, "top_k": top_k, "top_p": top_p, "seed": seed}
         prompt = Prompt.of_text(input_ids)
         embeds, length = self.embedded(prompt), input_ids.shape[1]
         loop = self.image_loop(num_images=len(input_ids) // 2, length=length, tokens=tokens)
-        return loop.draw(embeds, prompt.position_ids, **settings)
+        return loop.draw(embeds, prompt.position_ids, guidance=guidance, top_k=top_k, top_p=top_p, seed=seed)
 
     def answer_ids(
         self, input_ids: np.ndarray, position_ids: np.ndarray, *, max_new_tokens: int

@@ -9,9 +9,10 @@ targets.md).
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .fused import load, worth_keeping
 
 ACTIVATION_BLOCK = 128  # numbers that share a scale where an int8 bundle's activations are rounded to int8
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+GRAPHS_LIMIT, NO_GRAPH = 8, -1  # captured steps of a session; the `gpu_graph_id` of a plain run
 LOG_SEVERITY = 3  # errors
 SMALL_BYTES = 1024  # initializers up to this size stay in the graph's file
 # The numbers are those of onnx.TensorProto.DataType.
@@ -117,6 +119,8 @@ class OnnxRuntimeSession:
         options = _config_entries(bundle.manifest.precision, exact=exact or not on_cpu)
         providers = [(PROVIDERS[device], _provider_options(device))]
 
+        self.cuda_graph = False  # whether a step that runs again is captured into a CUDA graph, and replayed
+
         def make(path: Path, *, fused: bool = False, save_to: Path | None = None) -> Any:
             return _inference_session(runtime, path, options, providers, fused=fused, save_to=save_to)
 
@@ -126,7 +130,11 @@ class OnnxRuntimeSession:
             )
         else:
             with bundle.loading(component, twin=on_cpu) as path:
-                self.inference_session = make(path)
+                if not on_cpu and (captured := _with_cuda_graph(runtime, path, options, providers)):
+                    self.inference_session, self.cuda_graph = captured, True
+                else:
+                    self.inference_session = make(path)
+        self._graphs = itertools.count()
         if PROVIDERS[device] not in self.inference_session.get_providers():
             raise _missing(device, "a provider that does not start (check driver, CUDA and cuDNN)")
         self.component = component
@@ -151,17 +159,30 @@ class OnnxRuntimeSession:
         for tensor in self.spec.outputs:
             binding.bind_ortvalue_output(tensor.name, buffers[caches.get(tensor.name, tensor.name)].value)
         bound = binding, buffers  # ONNX Runtime holds only addresses, so the step keeps the buffers alive
+        options = self._options_of_runs()
 
         def step() -> None:
             if not self._running.acquire(blocking=False):
                 raise busy(self.component)
             try:
                 self._check_open()
-                self.inference_session.run_with_iobinding(bound[0])
+                self.inference_session.run_with_iobinding(bound[0], next(options))
             finally:
                 self._running.release()
 
         return step
+
+    def _options_of_runs(self) -> Iterator[Any]:
+        """The options of each run of one bound step.
+
+        The first run is plain, as a prefill never runs again, and the second one is captured. Only so many
+        steps of a session are, as each graph takes memory.
+        """
+        if not self.cuda_graph:
+            yield from itertools.repeat(None)
+        yield _run_options(NO_GRAPH)
+        number = next(self._graphs)
+        yield from itertools.repeat(_run_options(number if number < GRAPHS_LIMIT else NO_GRAPH))
 
     def close(self) -> None:
         """Release the component's memory. Bound steps can no longer run."""
@@ -278,6 +299,27 @@ def _inference_session(
             where=f"{path}: {error}",
             fix="export the bundle again with this version of star-export",
         ) from None
+
+
+def _with_cuda_graph(
+    runtime, path: Path, entries: Mapping[str, str], providers: list[tuple[str, dict[str, str]]]
+) -> Any:
+    """The session with CUDA graphs; None where ONNX Runtime refuses them, because a node of the graph is not
+    on the provider."""
+    ((name, settings),) = providers
+    with_graphs = [(name, settings | {"enable_cuda_graph": "1"})]
+    try:
+        return _inference_session(runtime, path, entries, with_graphs, fused=False, save_to=None)
+    except InputError:  # what is wrong with the graph itself shows without them
+        return None
+
+
+def _run_options(graph: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
 
 
 def _provider_options(device: str) -> dict[str, str]:

@@ -105,6 +105,7 @@ class TensorRTSession:
         self._trt, self._engine, self._profiles, self._keep = trt, engine, profiles, keep
         self._workspace = DeviceBuffer((max(engine.device_memory_size_v2, 256),), "bool")
         self._contexts: dict[int, _Context] = {}
+        self._last: _Context | None = None  # the one that ran last
         self._lock = threading.Lock()
         self.closed = False
 
@@ -141,8 +142,16 @@ class TensorRTSession:
             for context in self._contexts.values():
                 context.trt_context = context.bound = None  # bound steps still refer to the context
             self._contexts.clear()
+            self._last = None
             self._engine = self._keep = None
             self._workspace.close()
+
+    def capturable(self) -> bool:
+        """Whether TensorRT can run again, in a capture of the stream, the step that ran last. True where it
+        does not say, as before TensorRT for RTX 1.2; a capture then shows it.
+        """
+        asked = getattr(self._last and self._last.trt_context, "is_stream_capturable", None)
+        return asked is None or bool(asked(device.stream()))
 
     def _step(self, context: _Context, binding: _Binding) -> Callable[[], None]:
         stream, lock, where = device.stream(), self._lock, self.spec.graph
@@ -154,6 +163,8 @@ class TensorRTSession:
                 self._check_open()
                 if context.bound is not binding:
                     context.apply(binding, where=where)
+                self._last = context
+                device.counts["launches"] += 1
                 if not context.trt_context.execute_async_v3(stream):
                     raise RuntimeError(f"{where}: TensorRT could not enqueue this step")
             finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..errors import MissingError
 from ..targets import sm_from_capability
 
 OUT_OF_MEMORY, INSUFFICIENT_DRIVER, NO_DEVICE, NOT_FOUND = 2, 35, 100, 34  # cudaError_t
+counts: Counter[str] = Counter()  # of this process: launches, writes (host to device) and syncs
 _NO_DRIVER = "install the NVIDIA driver, or run on CPU: --backend onnxruntime"
 
 
@@ -73,6 +75,22 @@ def call(name: str, *arguments: Any) -> Any:
     raise RuntimeError(f"{name} failed with CUDA error {int(code)} ({code})")
 
 
+def driver() -> Any:
+    """The module `cuda.bindings.driver`. Raises MissingError when cuda-python is not installed."""
+    cudart()
+    from cuda.bindings import driver
+
+    return driver
+
+
+def driver_call(name: str, *arguments: Any) -> Any:
+    """Call a function of the CUDA driver as `call` does. Raises RuntimeError for an error."""
+    code, *values = getattr(driver(), name)(*arguments)
+    if int(code):
+        raise RuntimeError(f"{name} failed with CUDA error {int(code)} ({code})")
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
 def _answer(name: str, *arguments: Any) -> tuple:
     """The error code and the values that a function of the CUDA runtime returns.
 
@@ -117,6 +135,7 @@ def stream() -> int:
 
 def synchronize() -> None:
     """Wait until all work on the stream is done."""
+    counts["syncs"] += 1
     call("cudaStreamSynchronize", stream())
 
 
@@ -150,6 +169,7 @@ def copy_to_device(address: int, array: np.ndarray) -> None:
 
     The array may change as soon as this returns, because CUDA stages pageable memory.
     """
+    counts["writes"] += 1
     call(
         "cudaMemcpyAsync",
         address,

@@ -283,6 +283,7 @@ def doctor() -> Outcome:
         "",
         f"driver for CUDA {found.driver}" if found.driver else f"no GPU: {found.no_gpu}",
         *(f"{gpu.name}: {gpu.sm}, {text_from_bytes(gpu.memory_bytes)}" for gpu in found.gpus),
+        *([f"image-token loop of TensorRT plans: {found.loop}"] if found.loop else []),
         "",
         table(("target", "build here", "run here"), places),
         "",

@@ -35,6 +35,7 @@ def machine(monkeypatch, *, platform="linux-x86_64", gpus=(), modules=("tensorrt
     monkeypatch.setattr("engines.tensorrt.device.gpus", devices)
     monkeypatch.setattr(doctor, "gpus", devices)
     monkeypatch.setattr(doctor, "driver_version", lambda: "13.0" if gpus else None)
+    monkeypatch.setattr(doctor, "loop_facts", lambda: "on the device")
     monkeypatch.setattr(doctor, "host_platform", lambda: platform)
     for module in ("engines.tensorrt.build", "engines.tensorrt.module", "engines.doctor"):
         monkeypatch.setattr(f"{module}.tensorrt_of", tensorrt_of)
@@ -45,7 +46,7 @@ def test_every_target_has_its_facts_on_the_machine_at_hand():
     facts = doctor.facts()
     assert [t.name for t in facts.targets] == list(TARGETS)
     assert facts.packages["numpy"] and set(facts.packages) == set(doctor.PACKAGES)
-    assert bool(facts.gpus) != bool(facts.no_gpu)
+    assert bool(facts.gpus) != bool(facts.no_gpu) and bool(facts.gpus) == bool(facts.loop)
     assert all("\n" not in (why or "") for t in facts.targets for why in (t.no_build, t.no_run))
 
 
