@@ -55,7 +55,9 @@ class Benchmark:
     """All figures of one run.
 
     `bandwidth` is in bytes per second. A decode step draws `window` tokens, of which `tokens_per_forward`
-    were right on average. `ratios` divides the runtime's decode step by each peer's: 1 is equal.
+    were right on average. `loop` says who advances it, and `per_token` what the host does for a token with
+    TensorRT: launches, writes and syncs. `ratios` divides the runtime's decode step by each peer's: 1 is
+    equal.
     """
 
     model: str
@@ -66,6 +68,8 @@ class Benchmark:
     tokens: int
     window: int
     tokens_per_forward: float
+    loop: str
+    per_token: dict[str, float]
     seconds_per_image: float
     timings: tuple[Timing, ...]
     ratios: dict[str, float]
@@ -90,6 +94,8 @@ def bench(star: Star, *, repeats: int = REPEATS, progress: Progress = silent) ->
         tokens=loop.tokens,
         window=loop.window,
         tokens_per_forward=(loop.tokens - 1) / loop.forwards,
+        loop=loop_of(loop),
+        per_token=work_per_token(star.backend, calls["image"], loop.tokens),
         seconds_per_image=median["image"] + median["vq_decoder"],
         timings=timings_of(star, loop, median, bandwidth, length),
         ratios={PEERS[peer]: ratio(seconds, "runtime", peer) for peer in PEERS if peer in seconds},
@@ -122,6 +128,27 @@ def calls_of(star: Star, loop: ImageLoop, prompt: Prompt) -> dict[str, Callable[
         "image_head": loop.head_steps[-1],
         "vq_decoder": lambda: run(star.session("vq_decoder"), {"image_ids": drawn}),
     }
+
+
+def loop_of(loop: ImageLoop) -> str:
+    """Who advances the decode loop, and why not the device where it is the host."""
+    if loop.on_device is None:
+        return f"on the host: {loop.on_host_because}"
+    return f"on the device, {loop.on_device.how}" + (f" ({loop.on_device.why})" if loop.on_device.why else "")
+
+
+def work_per_token(backend: str, draw: Callable[[], object], tokens: int) -> dict[str, float]:
+    """What the host does while an image is drawn, by token: launches, writes and syncs. {} without TensorRT.
+
+    The prefill, which is the same for every loop, counts too.
+    """
+    if not backend.startswith("tensorrt:"):
+        return {}
+    from .tensorrt.device import counts
+
+    before = counts.copy()
+    draw()
+    return {name: (counts[name] - before[name]) / tokens for name in ("launches", "writes", "syncs")}
 
 
 def timings_of(

@@ -200,6 +200,8 @@ def bench(
         table(("stage", "ms", "must read", "of the limit"), lines),
         f"one image of {measured.tokens} tokens: {measured.seconds_per_image:.3f} s; "
         f"{measured.tokens_per_forward:.2f} tokens per forward at a window of {measured.window}",
+        f"loop: {measured.loop}",
+        *(f"per token: {count:.2f} {name}" for name, count in measured.per_token.items()),
         *(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()),
     ]
     return Outcome(dataclasses.asdict(measured), "\n".join(text))

@@ -230,7 +230,7 @@ def test_two_threads_on_one_session_are_refused(decoder):
     step, entered, leave = decoder.bind(decoder_buffers(decoder)), threading.Event(), threading.Event()
 
     class Slow:
-        def run_with_iobinding(self, binding):
+        def run_with_iobinding(self, binding, options):
             entered.set()
             leave.wait(5)
 
