@@ -2,6 +2,7 @@
 
     python -m tests.bench_windows BUNDLE [--prompts 50] [--edits 20] [--top-k 1000 --top-p 0.8 --cfg 1.1]
     python -m tests.bench_windows BUNDLE --guesses          (other guesses for tokens that were never drawn)
+    python -m tests.bench_windows BUNDLE --answers          (the same idea for answers in text)
     python -m tests.bench_windows --synthetic               (logits as STAR's settings leave them, no model)
 
 BUNDLE is one of STAR-Nano; the prompts and edits are held-out ones of its benchmark. Images are drawn with
@@ -20,10 +21,16 @@ from unittest import mock
 
 import numpy as np
 
+from engines.inputs.preprocess import ask_inputs
+from engines.inputs.prompt import Prompt
 from engines.runtime import decode
+from engines.runtime.decode import prefill
 from engines.runtime.gumbel import gumbel_noise
+from engines.runtime.kv_cache import Slots, cache_buffers
+from engines.runtime.sampler import penalise_repetition
 from engines.runtime.star import Star
 from engines.runtime.windows import Windows
+from engines.sessions import run
 from reference.nano.benchmark.score import CATEGORIES, items
 from reference.nano.world.draw import images_from_scenes
 
@@ -40,10 +47,14 @@ def main() -> int:
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--guesses", action="store_true")
+    parser.add_argument("--answers", action="store_true")
     parser.add_argument("--synthetic", action="store_true")
     options = parser.parse_args()
     if options.synthetic:
         synthetic()
+        return 0
+    if options.answers:
+        answers(options.bundle)
         return 0
     settings = {"cfg": options.cfg, "top_k": options.top_k, "top_p": options.top_p}
     if options.guesses:
@@ -158,6 +169,78 @@ def previous(windows: Windows, drawn: np.ndarray) -> None:
 
 
 GUESSES = {"last id": last, "id above": above, "previous image": previous}
+
+
+def answers(bundle: str, *, count: int = 60, window: int = 4) -> None:
+    """How many forwards greedy answers would take with windows: no noise, and the repetition penalty of the
+    prefix with its guesses."""
+    print("| task | answers | tokens of an answer | forwards, one token each | forwards, window 4 |")
+    print("|---|---|---|---|---|")
+    with Star(bundle, window=1) as star:
+        chat, limit = star.chat, 48
+        for task in ("ask", "reason"):
+            found = every(task, count)
+            given = images_from_scenes([item.scene for item in found], seed=1) if task == "ask" else []
+            tokens, forwards = [], []
+            for i, item in enumerate(found):
+                vision = None
+                if task == "ask":
+                    vision = ask_inputs(given[i], star.model)
+                    prompt = chat.ask_prompt(item.text, grid_h=vision.grid_h, grid_w=vision.grid_w)
+                else:
+                    prompt = chat.question_prompt(item.text)
+                forward = Answering(star, prompt, star.embedded(prompt, vision=vision), limit)
+                one, more = (windowed(forward, limit, width, star.model.tokens.eos) for width in (1, window))
+                assert one[0] == more[0]
+                tokens.append(len(one[0]))
+                forwards.append((one[1], more[1]))
+            one, more = np.mean(forwards, axis=0)
+            print(f"| {task} | {len(found)} | {np.mean(tokens):.1f} | {one:.1f} | {more:.1f} |", flush=True)
+
+
+def windowed(forward: Answering, limit: int, width: int, eos: tuple[int, ...]) -> tuple[list[int], int]:
+    """The ids of an answer and the forwards after the prefill, `width` tokens per forward."""
+    windows = Windows(np.array([forward.first()]), tokens=limit, window=width)
+    while True:
+        known = windows.ids[0, : windows.known[0]].tolist()
+        ends = [at for at, token in enumerate(known) if token in eos]
+        if ends or windows.done:
+            return known[: ends[0] + 1] if ends else known, windows.forwards
+        windows.advance(forward(windows))
+
+
+class Answering:
+    """The forwards of one answer on the runtime's sessions."""
+
+    def __init__(self, star: Star, prompt: Prompt, embeds: np.ndarray, limit: int):
+        self.star, self.length = star, prompt.input_ids.shape[1]
+        self.ids, self.position = prompt.input_ids[0], int(prompt.position_ids.max()) + 1
+        base = star.session("base_ar")
+        self.slots = Slots(self.length + limit)
+        caches = cache_buffers(base, rows=1, capacity_tokens=self.length + limit)
+        self.decoders = [(base, caches)]
+        self.hidden = prefill(self.decoders, embeds, prompt.position_ids, self.slots)
+
+    def first(self) -> int:
+        return self._id(self.hidden, [])
+
+    def __call__(self, windows: Windows) -> np.ndarray:
+        start, fed = int(windows.starts[0]), windows.fed()
+        embeds = run(self.star.session("token_embedding"), {"input_ids": fed})["inputs_embeds"]
+        ids = windows.ids[0].tolist()
+        drawn = []
+        for i in range(windows.window):  # position by position: only the count of forwards matters here
+            self.slots.used_tokens = self.length + start + i
+            at = np.full((3, 1, 1), self.position + start + i)
+            hidden = prefill(self.decoders, embeds[:, i : i + 1], at, self.slots)
+            drawn.append(self._id(hidden, ids[: start + i + 1]))
+        return np.array([drawn])
+
+    def _id(self, hidden: np.ndarray, ids: list[int]) -> int:
+        logits = run(self.star.session("text_head"), {"hidden_states": hidden})["logits"][0].copy()
+        seen = np.concatenate([self.ids, np.array(ids, np.int64)])
+        penalise_repetition(logits, seen, self.star.model.repetition_penalty)
+        return int(logits.argmax())
 
 
 def synthetic(*, size: int = 4096, tokens: int = 256, window: int = 16, images: int = 3) -> None:

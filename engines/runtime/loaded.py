@@ -17,7 +17,7 @@ from ..fit.sizes import sizes_from_bundle
 from ..fit.window import window_for
 from ..sessions import ON_CPU, Session, free_memory, open_sessions, plan_capacity
 
-FIX = "use a bundle of a smaller precision, fewer images or a shorter prompt"
+FIX = "use a bundle of a smaller precision, fewer images, a smaller window or a shorter prompt"
 
 
 class Loaded:

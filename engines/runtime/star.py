@@ -232,12 +232,14 @@ class Star:
     def image_loop(self, *, num_images: int, length: int, tokens: int) -> ImageLoop:
         """A decode loop, with its own buffers, for `tokens` image tokens after prompts of `length` tokens."""
         use = self._use("base_ar", rows=2 * num_images, length=length, tokens=tokens)
+        sessions = self.loaded.sessions(*DRAW, use=use)
+        limits = [session.prefill_tokens or tokens for session in sessions]  # a plan may hold fewer
         return ImageLoop(
-            *self.loaded.sessions(*DRAW, use=use),
+            *sessions,
             num_images=num_images,
             tokens=tokens,
             capacity_tokens=use.capacity_tokens,
-            window=use.window_tokens,
+            window=self.window or min(use.window_tokens, *limits),
         )
 
     def embedded(

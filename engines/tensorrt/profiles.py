@@ -1,7 +1,8 @@
 """Optimisation profiles: the ranges of shapes that a plan is built for.
 
-They are derived from a component's dynamic axes, or given by the caller, and checked. A component with caches
-has two profiles in one engine: prefill (S up to a limit) and decode (S = 1).
+They are derived from a component's dynamic axes, or given by the caller, and checked. A component with new
+positions has two profiles in one engine: for a decoder prefill (S up to a limit) and decode (S = 1), and for
+the image head window (S up to a few tokens) and decode.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ CAPACITY_TOKENS = (
 )
 ROWS, MAX_ROWS = 4, 256  # by default two images under guidance
 PREFILL_OPT, PATCHES_OPT = 64, 1024
+WINDOW_OPT, WINDOW_MAX = 16, 32  # tokens of an image that the image head draws in one step
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,13 @@ def profiles_from_limits(spec: ComponentSpec, model: ModelSpec, limits: Limits) 
     }
     if unknown := sorted(axes_of(spec) - set(axes)):
         raise _refusal(spec.graph, f"axes of {', '.join(axes)}", unknown[0])
-    if CAPACITY not in axes_of(spec):
+    if "S" not in axes_of(spec):
         return (_profile("all", spec, axes),)
-    return _profile("prefill", spec, axes), _profile("decode", spec, axes | {"S": (1, 1, 1)})
+    decode = _profile("decode", spec, axes | {"S": (1, 1, 1)})
+    if CAPACITY in axes_of(spec):
+        return _profile("prefill", spec, axes), decode
+    window = min(WINDOW_MAX, tokens)
+    return _profile("window", spec, axes | {"S": (1, min(WINDOW_OPT, window), window)}), decode
 
 
 def check_profiles(profiles: tuple[Profile, ...], spec: ComponentSpec, model: ModelSpec) -> None:

@@ -112,7 +112,10 @@ def memory(text: str) -> int:
 
 def window(text: str) -> int | None:
     """A number of tokens of at least 1, or `auto`: None."""
-    return None if text == "auto" else _integer(text, 1, 10**6)
+    try:
+        return None if text == "auto" else _integer(text, 1, 10**6)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(str(error).replace("expected", "expected auto or", 1)) from None
 
 
 def seed(text: str) -> int:

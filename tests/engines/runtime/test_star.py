@@ -5,11 +5,14 @@ tests/test_end_to_end.py compares the ids themselves.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from engines.errors import InputError, MissingError, UsageError
 from engines.inputs.prompt import Prompt, text_positions
+from engines.runtime.decode import check_window
 from engines.runtime.star import Star
 
 
@@ -213,6 +216,13 @@ def test_a_window_takes_fewer_forwards(mini_bundle):
 def test_a_window_out_of_range_is_named(mini_bundle, window):
     with pytest.raises(UsageError, match="window: expected 1 to 16"):
         Star(mini_bundle, window=window)
+
+
+def test_a_plan_for_fewer_positions_refuses_the_window_by_name():
+    head = SimpleNamespace(prefill_tokens=1, spec=SimpleNamespace(graph="image_head/model.onnx"))
+    check_window(1, head)
+    with pytest.raises(UsageError, match="window: expected 1 to 1, got 4, as the plan of image_head"):
+        check_window(4, head)
 
 
 def test_noise_that_exceeds_the_memory_is_refused_before_the_work(mini_bundle):

@@ -46,7 +46,7 @@ def test_a_decoder_has_prefill_and_decode_and_one_capacity():
     assert largest(profiles, DECODER, axis="C") == 256 and largest(profiles, DECODER, axis="S") == 200
 
 
-def test_other_components_have_one_profile_from_their_axes():
+def test_other_components_have_profiles_from_their_axes():
     head = component(
         [TensorSpec("hidden_states", "float32", ("2N", 1, 8)), TensorSpec("noise", "float32", ("N",))]
     )
@@ -55,6 +55,11 @@ def test_other_components_have_one_profile_from_their_axes():
         "hidden_states": Range((2, 1, 8), (2, 1, 8), (4, 1, 8)),
         "noise": Range((1,), (1,), (2,)),
     }
+    with_noise = component([TensorSpec("noise", "float32", ("N", "S", 50))])
+    window, decode = profiles_from_limits(with_noise, MODEL, LIMITS)
+    assert window.inputs == {"noise": Range((1, 1, 50), (1, 16, 50), (2, 32, 50))}
+    assert decode.inputs == {"noise": Range((1, 1, 50), (1, 1, 50), (2, 1, 50))}
+    assert largest((window, decode), with_noise, axis="S") == 32
     vision = component([TensorSpec("pixel_values", "float32", ("P", 6))])
     (profile,) = profiles_from_limits(vision, MODEL, LIMITS)
     assert profile.inputs["pixel_values"] == Range((4, 6), (800, 6), (800, 6))  # four patches a token
