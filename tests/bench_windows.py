@@ -155,17 +155,17 @@ def above(windows: Windows, drawn: np.ndarray) -> None:
             ids[at] = ids[max(at - row, 0)]
 
 
-PREVIOUS: list[np.ndarray] = []
+PREVIOUS: dict[int, np.ndarray] = {}  # by window: the image that it drew before
 
 
 def previous(windows: Windows, drawn: np.ndarray) -> None:
     """The image drawn before; the last id for the first one."""
     last(windows, drawn)
     for ids, first in zip(windows.ids, drawn):
-        if PREVIOUS:
-            ids[first:] = PREVIOUS[-1][first:]
+        if windows.window in PREVIOUS:
+            ids[first:] = PREVIOUS[windows.window][first:]
         if first >= windows.tokens:
-            PREVIOUS.append(ids.copy())
+            PREVIOUS[windows.window] = ids.copy()
 
 
 GUESSES = {"last id": last, "id above": above, "previous image": previous}

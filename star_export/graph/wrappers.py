@@ -7,6 +7,8 @@ add no arithmetic of their own, with two exceptions: the adapter and the codeboo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -140,11 +142,23 @@ class ImageHead(nn.Module):
         kept = (ranked >= threshold) & ((before <= top_p) | (top_p >= 1))  # the one that crosses top_p stays
         lowest = torch.where(kept, ranked, float("inf")).amin(-1).reshape(*logits.shape[:2], 1)
         scores = torch.where(logits >= lowest, logits + noise, float("-inf"))
-        ids = torch.arange(logits.shape[-1], dtype=torch.float32, device=logits.device)  # exact
-        first = torch.where(scores >= scores.amax(-1, keepdim=True), ids, float("inf")).amin(-1)
-        image_ids = first.to(torch.int64)  # [N,S]
+        largest = scores >= scores.amax(-1, keepdim=True)
+        image_ids = self._first(largest).to(torch.int64)  # [N,S]
         inputs_embeds = self.table(image_ids).float()  # [N,S,H]
         return image_ids, inputs_embeds.repeat_interleave(2, 0), logits
+
+    def _first(self, found):
+        """The first id of each row that is `found`: [N,S,V] bool -> [N,S] float32, exact.
+
+        Within blocks, then among blocks, because the graph would store as many numbers as it counts.
+        """
+        size = math.gcd(found.shape[-1], 256)
+        places, blocks = (
+            torch.arange(count, dtype=torch.float32, device=found.device)
+            for count in (size, found.shape[-1] // size)
+        )
+        within = torch.where(found.unflatten(-1, (-1, size)), places, float("inf")).amin(-1)
+        return (within + blocks * size).amin(-1)
 
 
 def wrapper_of(part: Part, star: FoldedStar) -> nn.Module:

@@ -32,12 +32,12 @@ class TorchStep:
             self.write_indices = torch.zeros(self.rows, dtype=torch.int64)
             self.position_ids = torch.zeros(3, self.rows, positions, dtype=torch.int64)
             self.embeds = torch.randn(self.rows, positions, config.base_ar.hidden_size)
-            self.image_ids = torch.zeros(images * positions, dtype=torch.int64)
+            self.image_ids = torch.zeros(images, positions, dtype=torch.int64)
             self.settings = (
                 torch.tensor([1.1]),
                 torch.tensor([1000]),
                 torch.tensor([0.8]),
-                torch.full((images * positions,), 0.5),
+                torch.full((images, positions, config.vq.codebook_size), 0.5),
             )
         self.caches = {
             name: modules[name].new_cache(self.rows, capacity_tokens=capacity_tokens)
@@ -57,10 +57,9 @@ class TorchStep:
         hidden = self.embeds.to(self.dtype)
         for name in ("base_ar", "stacked_ar"):
             hidden, _ = self.modules[name](hidden, self.position_ids, self.write_indices, self.caches[name])
-        pairs = hidden.float().view(-1, 1, hidden.shape[-1])
-        image_ids, embeds, _ = self.modules["image_head"](pairs, *self.settings)
+        image_ids, embeds, _ = self.modules["image_head"](hidden.float(), *self.settings)
         self.image_ids.copy_(image_ids)
-        self.embeds.copy_(embeds.view(self.embeds.shape))
+        self.embeds.copy_(embeds)
 
     def step(self, index: int) -> None:
         """The whole step, by replaying the graph where one is captured."""

@@ -212,6 +212,7 @@ def test_a_window_takes_fewer_forwards(mini_bundle):
         assert loop.forwards < 15
 
 
+# Row 61
 @pytest.mark.parametrize("window", [0, -1, 17])
 def test_a_window_out_of_range_is_named(mini_bundle, window):
     with pytest.raises(UsageError, match="window: expected 1 to 16"):
@@ -225,6 +226,7 @@ def test_a_plan_for_fewer_positions_refuses_the_window_by_name():
         check_window(4, head)
 
 
+# Row 62
 def test_noise_that_exceeds_the_memory_is_refused_before_the_work(mini_bundle):
     """128 images of 16 tokens per forward have 8.4 MB of noise each way with 1,024 ids."""
     with Star(mini_bundle, window=16, memory=20_000_000) as star, pytest.raises(MissingError, match="memory"):

@@ -25,6 +25,9 @@ class Painter:
 
     sampling = dict.fromkeys(SAMPLED, Sampling())
 
+    def draw_ids(self, prompts: list[str], *, seed: int) -> list[np.ndarray]:
+        return [np.full(4, seed + i) for i in range(len(prompts))]
+
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
@@ -96,6 +99,7 @@ def test_the_score_is_recorded_small_and_full(tmp_path: Path, asked: list[tuple[
         and stored["small"]["psnr"] == 31.0
     )
     assert {seed for _, seed in asked} == {benchmark.SEED}
+    assert stored["image_ids"] == [[benchmark.SEED + i] * 4 for i in range(24)]
     grids = {"generated.png", "edited.png", "answered.png", "reasoned.png"}
     assert grids | {"failures.png"} <= {path.name for path in tmp_path.iterdir()}
     best = Painter()
