@@ -2,7 +2,7 @@
 
 A call says what is being done, how much of it is done, and of how much in total. It counts the steps of the
 whole work, unless `what` ends in a unit, as in "hash base_ar, in bytes": then it counts within the current
-step.
+step. A remark may follow the unit, as in "draw, in tokens, 3.2 a forward".
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from ..bundle.tensors import shape_from_symbols
 from ..errors import UsageError
 from ..progress import Progress, silent
 from ..sessions import Buffer, Session
-from ..sessions.device_loop import Decoders, Head, device_loop
+from ..sessions.device_loop import Decoders, DeviceLoop, Head, refusal
 from .gumbel import Noise, quantiles
 from .kv_cache import Slots, cache_buffers, check_capacity
 from .sampler import penalise_repetition
@@ -103,14 +103,18 @@ class ImageLoop:
             Head(self.head_steps[i], tensors["noise"], self.image_ids[i], tensors["inputs_embeds"])
             for i, tensors in ((0, self.first_tensors), (min(1, self.window - 1), head_tensors))
         ]
-        self.on_device, self.on_host_because = device_loop(
-            (base, stacked, head),
-            Decoders((self.base_step, self.stacked_step), self.embeds, self.write_indices, self.position_ids),
-            first=heads[0],
-            head=heads[1],
-            tokens=tokens,
-            quantiles=quantiles(),
-        )
+        self.on_device: DeviceLoop | None = None
+        self.on_host_because = refusal(self.embeds, tokens=tokens)
+        if self.on_host_because is None:
+            steps = self.base_step, self.stacked_step
+            self.on_device = DeviceLoop(
+                (base, stacked, head),
+                Decoders(steps, self.embeds, self.write_indices, self.position_ids),
+                first=heads[0],
+                head=heads[1],
+                tokens=tokens,
+                quantiles=quantiles(),
+            )
 
     def draw(
         self,
@@ -154,6 +158,7 @@ class ImageLoop:
         windows = self._first(seed)
         write_noise = self._noise(seed, self.tensors[2]["noise"])
         places, first_slot = np.arange(self.window), self.slots.used_tokens
+        progress("draw, in tokens", 1, self.tokens)
         while not windows.done:
             starts = windows.starts.repeat(2)  # [2N]
             self.write_indices.write(first_slot + starts)
@@ -167,8 +172,8 @@ class ImageLoop:
             self.head_steps[windows.forwards + 1 if self.window == 1 else 1]()
             windows.advance(None if self.window == 1 else self.image_ids[1].read())
             known = int(windows.known.min())
-            rate = "" if self.window == 1 else f", {known / (1 + windows.forwards):.1f} a forward"
-            progress(f"draw{rate}, in tokens", known, self.tokens)
+            note = "" if self.window == 1 else f", {known / (1 + windows.forwards):.1f} a forward"
+            progress(f"draw, in tokens{note}", known, self.tokens)
         self.forwards = windows.forwards
         if self.window > 1:
             return windows.ids

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import MissingError
 from ..tensorrt import device, graphs, nvrtc
-from . import Session
+from . import Buffer, Session
 from .tensorrt import DeviceBuffer
 
 SOURCE = Path(nvrtc.__file__).with_name("loop.cu")
@@ -51,52 +51,45 @@ class Decoders:
     position_ids: Any
 
 
-def device_loop(
-    sessions: Sequence[Session],
-    decoders: Decoders,
-    *,
-    first: Head,
-    head: Head,
-    tokens: int,
-    quantiles: np.ndarray,
-) -> tuple[DeviceLoop | None, str | None]:
-    """The loop on the device, or None and why not: sessions of another backend, or kernels that do not
-    compile.
-
-    `first` is the head of the first token, after the prefill, and `head` that of all others.
-    """
-    if not isinstance(decoders.embeds, DeviceBuffer):
-        return None, "the sessions are not TensorRT's"
+def refusal(buffer: Buffer, *, tokens: int) -> str | None:
+    """Why the host must advance a loop of `tokens` tokens on buffers like this one: a session of another
+    backend, or kernels that do not compile. None where a DeviceLoop can."""
+    if not isinstance(buffer, DeviceBuffer):
+        return "the sessions are not TensorRT's"
     if tokens < 2:
-        return None, "one token takes no step"
+        return "one token takes no step"
     try:
-        kernels = nvrtc.kernels_from_source(SOURCE, *KERNELS)
+        _kernels()
     except MissingError as error:
-        return None, f"{error.what} ({error.where})"
+        return f"{error.what} ({error.where})"
     except RuntimeError as error:
-        return None, str(error)
-    return DeviceLoop(kernels, sessions, decoders, first, head, tokens=tokens, quantiles=quantiles), None
+        return str(error)
+    return None
+
+
+def _kernels() -> tuple[nvrtc.Kernel, ...]:
+    return nvrtc.kernels_from_source(SOURCE, *KERNELS)  # compiled once per process
 
 
 class DeviceLoop:
-    """Draws `tokens` tokens for N images, W per step, after their prefill.
+    """Draws `tokens` tokens for N images, W per step, after their prefill, where `refusal` gives None.
 
+    `first` is the head of the first token, after the prefill, and `head` that of all others.
     After `decode`, `forwards` counts the steps, `counts` the host's launches, writes and waits, `how` says
     how the steps were launched, and `why` why not better (None where there is nothing better).
     """
 
     def __init__(
         self,
-        kernels: tuple[nvrtc.Kernel, ...],
         sessions: Sequence[Session],
         decoders: Decoders,
+        *,
         first: Head,
         head: Head,
-        *,
         tokens: int,
         quantiles: np.ndarray,
     ):
-        self._advance, self._noise, self._feed = kernels
+        self._advance, self._noise, self._feed = _kernels()
         self._sessions, self._decoders, self._first, self._head = sessions, decoders, first, head
         self.tokens, (self.images, self.window, _) = tokens, head.noise.shape
         self.ids = DeviceBuffer((self.images, tokens), "int64")

@@ -54,6 +54,7 @@ class ProgressBar(AbstractContextManager):
     def _count(self, what: str, done: int, total: int) -> bool:
         """Take in a call, and return whether it began something."""
         name, _, unit = what.rpartition(", in ")
+        unit, _, remark = unit.partition(", ")
         if not name:
             fresh = self.steps is None or self.steps.what != what
             self._end_inner()
@@ -61,10 +62,11 @@ class ProgressBar(AbstractContextManager):
             self.steps.what, self.steps.done, self.steps.total = what, done, total
             return fresh
         if self.inner and (self.inner.what, self.inner.total) == (name, total) and done >= self.inner.done:
-            self.inner.done = done
+            self.inner.done, self.inner.remark = done, remark
             return False
         self._end_inner()
         self.inner = Count(name, unit, done, total)
+        self.inner.remark = remark
         return True
 
     def _end_inner(self) -> None:
@@ -102,6 +104,7 @@ class Count:
     def __init__(self, what: str, unit: str, done: int, total: int):
         self.what, self.unit, self.done, self.total = what, unit, done, total
         self.first, self.started = done, time.monotonic()
+        self.remark = ""  # for example `3.2 a forward`
         self.told = ""  # what the last line said of it
         self.bar: tqdm | None = None
 
@@ -112,7 +115,7 @@ class Count:
         in_bytes = self.unit == "bytes"
         done = text_from_bytes(self.done) if in_bytes else str(self.done)
         total = text_from_bytes(self.total) if in_bytes else f"{self.total} {self.unit}"
-        text = f"{self.what}: {done} of {total}"
+        text = f"{self.what}: {done} of {total}" + (f", {self.remark}" if self.remark else "")
         if rate := (self.done - self.first) / max(now - self.started, 1e-3):
             left = duration((self.total - self.done) / rate)
             text += (
@@ -132,6 +135,7 @@ class Count:
             self.bar = tqdm(total=self.total, initial=self.first, **options)
         self.bar.total = self.total
         self.bar.set_description(title, refresh=False)
+        self.bar.set_postfix_str(self.remark, refresh=False)
         self.bar.n = self.done
         self.bar.refresh()
 

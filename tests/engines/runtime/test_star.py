@@ -5,6 +5,7 @@ tests/test_end_to_end.py compares the ids themselves.
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -174,11 +175,16 @@ def test_a_bundle_of_some_components_says_which_are_missing(tmp_path):
         Star(write_tiny_bundle(tmp_path / "b"))
 
 
-def test_progress_is_told_step_by_step(star):
+def test_progress_is_told_step_by_step(star, mini_bundle):
     seen = []
     star.generate("a cat", progress=lambda what, done, total: seen.append((what, done, total)))
+    assert seen[0] == ("draw, in tokens", 1, 16) and seen[-1][1:] == (16, 16)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
-    assert seen[-1][1:] == (16, 16) and all(what.endswith(" a forward, in tokens") for what, *_ in seen)
+    assert all(re.fullmatch(r"draw, in tokens, \d+\.\d a forward", what) for what, *_ in seen[1:])
+    seen.clear()
+    with Star(mini_bundle, window=1) as one:
+        one.generate("a cat", progress=lambda what, done, total: seen.append((what, done, total)))
+    assert seen == [("draw, in tokens", i + 1, 16) for i in range(16)]
 
 
 @pytest.mark.parametrize("window", [2, 4, 8, 16])

@@ -91,7 +91,7 @@ def drawn(loop, *, images, seed=SEED):
 def on_host(monkeypatch, cuda, **sizes):
     """A loop as in `loop_on` that the host advances."""
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "device_loop", lambda *a, **k: (None, "planted"))
+        patch.setattr(decode, "refusal", lambda *a, **k: "planted")
         return loop_on(cuda, **sizes)[0]
 
 
@@ -123,10 +123,10 @@ def check_kernels(cuda, rng, *, images, window, tokens, codebook, seed):
     main = head(window, window > 1)
     first = head(1, True) if window > 1 else main
     decoders = device_loop.Decoders((), embeds, buffer((rows,), "int64"), buffer((3, rows, window), "int64"))
-    loop, why = device_loop.device_loop(
+    assert device_loop.refusal(embeds, tokens=tokens) is None
+    loop = device_loop.DeviceLoop(
         (), decoders, first=first, head=main, tokens=tokens, quantiles=decode.quantiles()
     )
-    assert loop, why
 
     def draws(into, ids):
         into.image_ids.write(ids)

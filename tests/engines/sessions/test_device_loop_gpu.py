@@ -6,7 +6,7 @@ import pytest
 from engines.errors import MissingError
 from engines.runtime.gumbel import gumbel_noise, quantiles
 from engines.runtime.windows import Windows
-from engines.sessions.device_loop import STEPS, WHOLE, Decoders, DeviceBuffer, Head, device_loop
+from engines.sessions.device_loop import STEPS, WHOLE, Decoders, DeviceBuffer, DeviceLoop, Head, refusal
 from engines.tensorrt import device, graphs
 
 TOKENS, CODEBOOK, HIDDEN, SEED = 40, 65536, 300, 2**127 + 5
@@ -40,10 +40,10 @@ def test_the_loop_of_a_head_that_draws_one_id_is_that_of_the_host(gpu, window):
 
     main = head(window)
     decoders = Decoders((), embeds, DeviceBuffer((rows,), "int64"), DeviceBuffer((3, rows, window), "int64"))
-    loop, why = device_loop(
+    assert refusal(embeds, tokens=TOKENS) is None
+    loop = DeviceLoop(
         (), decoders, first=main if window == 1 else head(1), head=main, tokens=TOKENS, quantiles=quantiles()
     )
-    assert loop, why
     ids = loop.decode(first_slot=3, position=9, seed=SEED, progress=lambda *counts: None)
     windows = Windows(np.full(images, 7), tokens=TOKENS, window=window)
     while not windows.done:

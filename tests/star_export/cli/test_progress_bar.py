@@ -69,6 +69,18 @@ def test_a_log_counts_tokens_without_steps(clock: Clock, capsys) -> None:
     assert len(lines) == pytest.approx(576 * 1.65 / progress_bar.LINE_EVERY_S, abs=20)
 
 
+def test_a_remark_changes_without_starting_the_count_again(clock: Clock, capsys) -> None:
+    """The rate and the time left go on, whatever is remarked at each token."""
+    bar = ProgressBar("generate")
+    for done in range(1, 31):
+        bar(f"draw, in tokens, {done / 7:.1f} a forward", done, 60)
+        clock.now += 1
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4
+    assert lines[-1].startswith("generate: draw: ") and " of 60 tokens, " in lines[-1]
+    assert " a forward, 1" in lines[-1] and " tokens/s, " in lines[-1] and " left" in lines[-1]
+
+
 def test_short_work_is_not_mentioned_in_a_log(clock: Clock, capsys) -> None:
     with ProgressBar("build") as bar:
         for step in range(20):
