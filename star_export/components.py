@@ -41,8 +41,7 @@ class Component:
     `decoder` gives the configuration of a component that can be stored in parts. `table` is the weight whose
     rows a component without a graph looks up. `tolerances` bound each output's difference in
     units of the reference's standard deviation, or for ids the share that differs; `tolerances_16bit` replace
-    them for an executor that computes in 16 bits. `quantized` says whether the linear weights take the int8
-    and int4 formats.
+    them for an executor that computes in 16 bits.
     """
 
     wrapper: str
@@ -50,7 +49,6 @@ class Component:
     tolerances: dict[str, float]
     decoder: Callable[[StarConfig], DecoderConfig] | None = None
     table: str | None = None
-    quantized: bool = False
     tolerances_16bit: dict[str, float] = field(default_factory=dict)
 
 
@@ -158,14 +156,12 @@ COMPONENTS: dict[str, Component] = {
         lambda c, t, layers: _decoder(c.base_ar, t, layers),
         {"hidden_states": 2e-4, "present": 2e-4},
         decoder=lambda c: c.base_ar,
-        quantized=True,
     ),
     "stacked_ar": Component(
         "StackedAR",
         lambda c, t, layers: _decoder(c.stacked_ar, t, layers),
         {"hidden_states": 2e-4, "present": 2e-4},
         decoder=lambda c: c.stacked_ar,
-        quantized=True,
     ),
     "text_head": Component("TextHead", _text_head, {"logits": 2e-4}),
     "image_head": Component(

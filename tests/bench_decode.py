@@ -35,7 +35,8 @@ from reference.containers import LazyTensor
 from reference.model import Star
 from star_export.components import whole
 from star_export.exporter.export import component_spec, write_component
-from star_export.graph.quantize import PRECISIONS, TRANSPOSED
+from star_export.graph.precisions import PRECISIONS
+from star_export.graph.quantize import TRANSPOSED
 from tests.gpu.graphs import graph_of
 from tests.gpu.sizes import SIZES
 from tests.helpers.tiny_bundle import MODEL, SCHEMA

@@ -33,7 +33,7 @@ def write_layer(folder: Path) -> None:
     from reference.weights import resolve_checkpoint
     from star_export.components import whole
     from star_export.exporter.export import write_component
-    from star_export.graph.quantize import PRECISIONS
+    from star_export.graph.precisions import PRECISIONS
     from star_export.graph.repeat import graph_from_config
     from star_export.graph.trace import meta_star
 

@@ -214,7 +214,7 @@ def distinct_weights(source: str, precision: str) -> dict[str, int]:
     from reference.config import config_from_files
     from reference.names import aliases
     from reference.weights import named_tensors, resolve_checkpoint
-    from star_export.graph.quantize import PRECISIONS, stored_bytes
+    from star_export.graph.precisions import PRECISIONS
 
     files = resolve_checkpoint(source)
     config = config_from_files(files.config_json, files.qwen_folder)
@@ -224,7 +224,7 @@ def distinct_weights(source: str, precision: str) -> dict[str, int]:
         if name not in aliases(config) and not name.startswith("pixel_adapter.")
     }
     shapes["image_table.weight"] = (config.vq.codebook_size, config.base_ar.hidden_size)
-    return {name: stored_bytes(name, shape, PRECISIONS[precision]) for name, shape in shapes.items()}
+    return {name: sum(PRECISIONS[precision].stored(name, tuple(shape))[1]) for name, shape in shapes.items()}
 
 
 def bytes_of_step(source: str, bundle: Path, precision: str) -> int:

@@ -11,12 +11,12 @@ import json
 import math
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
 
-SCHEMA = 4
+SCHEMA = 5
 PART = "/"  # between a component's name and the number of its part: `base_ar/1`
 
 
@@ -41,7 +41,7 @@ class ComponentSpec:
 
     `twin` is the fp32 twin of a 16-bit graph, for executors without bf16. `classic` is the same graph for
     TensorRT before 10.15, and `plugin_abi` the ABI of the KV-cache plugin that it calls (None when it calls
-    no plugin).
+    no plugin). `weights` maps each format (`bf16`, `int4`, ...) to the bytes of the weights stored in it.
     """
 
     graph: str
@@ -51,6 +51,7 @@ class ComponentSpec:
     outputs: tuple[TensorSpec, ...]
     classic: str | None = None
     plugin_abi: int | None = None
+    weights: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class TableSpec:
     """A component that is only a lookup: the host reads rows of a weight, and no graph is needed.
 
     The weight, `shape` [rows, H] of `dtype`, begins at `offset` bytes of `file`, which may be the weights of
-    a graph that uses it too. The input is ids, the output their rows in float32.
+    a graph that uses it too. If it is quantised (`int8`), a scale for each row, of `scales_dtype`, begins at
+    `scales_offset` of the same file. The input is ids, the output their rows in float32. `weights` are as in
+    ComponentSpec, without what a graph stores.
     """
 
     file: str
@@ -68,6 +71,9 @@ class TableSpec:
     golden: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    scales_offset: int | None = None
+    scales_dtype: str | None = None
+    weights: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError, UsageError, listed
@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 MADE_LATER = ("plans", "certificates")
 MANIFEST_LIMIT_BYTES = 16 << 20
 TABLE_DTYPES = ("float32", "float16", "bfloat16")
+CODES_DTYPE = "int8"  # of a quantised table, whose rows have scales
 _RESTORE = "copy the bundle again, or export it again"
 
 
@@ -283,14 +284,30 @@ def check_components(manifest: Manifest, *, where: str) -> None:
             )
     for name, table in manifest.tables.items():
         size = manifest.files[table.file].size
-        end = table.offset + math.prod(table.shape) * ITEM_BYTES.get(table.dtype, 0)
-        if table.dtype not in TABLE_DTYPES or not 0 <= table.offset < end <= size:
+        rows = table.dtype, math.prod(table.shape), table.offset
+        scales = table.scales_dtype, table.shape[0], table.scales_offset
+        quantised = table.dtype == CODES_DTYPE
+        held = _within(size, TABLE_DTYPES, *rows) and (scales[0], scales[2]) == (None, None)
+        if quantised:
+            held = _within(size, (CODES_DTYPE,), *rows) and _within(size, TABLE_DTYPES, *scales)
+        if not held:
             raise InputError(
                 "A table does not lie within its file",
                 where=f"{where}: tables: {name}: expected rows of {', '.join(TABLE_DTYPES)} within "
-                f"{size} bytes, got {table.dtype}{list(table.shape)} from byte {table.offset}",
+                f"{size} bytes, or of {CODES_DTYPE} with their scales, got {table.dtype}{list(table.shape)} "
+                f"from byte {table.offset}"
+                + (f", scales {table.scales_dtype} from byte {table.scales_offset}" if quantised else ""),
                 fix="export the bundle again",
             )
+
+
+def _within(
+    size: int, dtypes: Container[str | None], dtype: str | None, numbers: int, offset: int | None
+) -> bool:
+    """Whether so many numbers of one of `dtypes`, from `offset` on, end within a file of `size` bytes."""
+    if dtype is None or dtype not in dtypes or offset is None:
+        return False
+    return 0 <= offset < offset + numbers * ITEM_BYTES[dtype] <= size
 
 
 def files_present(root: Path) -> list[str]:

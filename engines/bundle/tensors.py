@@ -16,7 +16,7 @@ from ..errors import InputError, listed
 from .manifest import ComponentSpec, TensorSpec
 
 PAST, PRESENT = "past_key_values.", "present."
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 _AXIS = re.compile(r"(\d*)([A-Z])(?:/(\d+))?")  # `B`, `2N`, `P/4`
 
 

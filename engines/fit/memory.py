@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..bundle.manifest import component_of
 from ..bundle.tensors import ITEM_BYTES
 from .sizes import Sizes
 
@@ -24,9 +25,11 @@ TASKS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 PROMPT_TOKENS = 64  # a sentence in the chat template; the templates of an edit are longer
 # Bytes that ONNX Runtime's CPU provider holds of a weight for each byte stored: it widens 16-bit weights to
-# float32 on loading. (The exact backend widens int8 too, to four; this is a lower bound of both.)
+# float32 on loading, and all those of convolutions. (The exact backend widens int8 too, to four; this is a
+# lower bound of both.)
 CPU_HELD = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 1, "int4": 1}
-CPU_HELD_DENSE = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 2, "int4": 2}  # of components without caches
+CPU_HELD_WIDE = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 4, "int4": 8}
+CONVOLUTIONS = ("vq_encoder", "vq_decoder")
 IMAGE_WORKSPACE = 128  # estimate of the VQ model's working memory / bytes of an image in float32
 SCORES_WORKSPACE = 2  # attention scores of one layer that exist at a time, in float32
 
@@ -60,8 +63,15 @@ class TaskMemory:
 
 def weight_bytes(sizes: Sizes, component: str, *, on_cpu: bool) -> int:
     """Bytes that an executor holds of the component's weights; none of a table's."""
-    held = CPU_HELD if component in sizes.model.cache else CPU_HELD_DENSE
-    return sizes.weights.get(component, 0) * (held[sizes.precision] if on_cpu else 1)
+    if not on_cpu:
+        return sizes.weights.get(component, 0)
+    held = CPU_HELD_WIDE if component in CONVOLUTIONS else CPU_HELD
+    return sum(
+        size * held[name]
+        for graph, formats in sizes.formats.items()
+        if component_of(graph) == component
+        for name, size in formats.items()
+    )
 
 
 def loop_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:

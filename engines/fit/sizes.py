@@ -36,13 +36,15 @@ class Sizes:
     """A model at one precision.
 
     `graphs` maps each graph of the bundle, a component or a part of one, to the bytes of its weights as
-    stored, and `tables` each component that is a table to the bytes that only it stores: the host reads rows
-    from the file and holds none. `bundle_bytes` is the size of the whole bundle.
+    stored, and `formats` to the same by format. `tables` maps each component that is a table to the bytes
+    that only it stores: the host reads rows from the file and holds none. `bundle_bytes` is the size of the
+    whole bundle.
     """
 
     model: Geometry
     precision: str
     graphs: dict[str, int]
+    formats: dict[str, dict[str, int]]
     tables: dict[str, int]
     bundle_bytes: int
 
@@ -94,6 +96,7 @@ def sizes_from_bundle(bundle: Bundle) -> Sizes:
         model=geometry_of(manifest.model),
         precision=manifest.precision,
         graphs=graphs,
+        formats={name: spec.weights for name, spec in manifest.components.items()},
         tables={
             name: 0
             if PurePosixPath(table.file).parent.as_posix() in graphs

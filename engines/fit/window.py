@@ -7,6 +7,9 @@ measured (`python -m tests.bench_windows`); a model with more ids to choose from
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from ..bundle.manifest import component_of
 from .memory import CPU_HELD
 from .sizes import Sizes
 from .speed import image_step_bytes
@@ -36,6 +39,12 @@ def window_for(sizes: Sizes, *, rows: int, on_cpu: bool) -> int:
 def cpu_forward_s(sizes: Sizes, window: int, *, rows: int) -> float:
     """An estimate of a forward of `window` tokens in each row, in seconds."""
     read = image_step_bytes(sizes, rows=rows, filled_tokens=sizes.model.image_tokens // 2)
-    weights = read * NUMBERS_PER_BYTE[sizes.precision]
-    held = read * CPU_HELD[sizes.precision]
-    return CPU_START_S + held / CPU_READ_BYTES_PER_S + 2 * weights * rows * window / CPU_MULTIPLY_PER_S
+    numbers, held = (read * _mean(per_byte, sizes) for per_byte in (NUMBERS_PER_BYTE, CPU_HELD))
+    return CPU_START_S + held / CPU_READ_BYTES_PER_S + 2 * numbers * rows * window / CPU_MULTIPLY_PER_S
+
+
+def _mean(per_byte: Mapping[str, float], sizes: Sizes) -> float:
+    """The mean of a number per byte of each format, over the weights of the decoders."""
+    formats = [found for name, found in sizes.formats.items() if component_of(name) in sizes.model.cache]
+    stored = sum(sum(found.values()) for found in formats)
+    return sum(per_byte[name] * size for found in formats for name, size in found.items()) / stored

@@ -28,6 +28,7 @@ from ..bundle.manifest import FileSpec, component_of, strict, value_from_json
 from ..bundle.reader import Bundle
 from ..errors import InputError
 from ..fit.machine import free_disk
+from ..fit.memory import CONVOLUTIONS
 
 SCHEMA = 1
 FOLDER = "plans/onnxruntime"
@@ -35,6 +36,7 @@ RECORD, GRAPH, WEIGHTS = "build.json", "model.onnx", "model.onnx.data"
 RECORD_LIMIT_BYTES = 1 << 20
 WORTH_BYTES = 64 << 20  # a smaller component loads at once
 ABANDONED_S = 3600  # after this time nobody still writes into a stage
+FUSED = ("int8", "int4")  # formats whose DequantizeLinear is fused with the product after it
 S = TypeVar("S")
 
 
@@ -85,11 +87,10 @@ def load(
 
 
 def worth_keeping(bundle: Bundle, graph: str) -> bool:
-    """Whether fusing takes long: the graph is a large decoder with int8 or int4 weights."""
-    manifest = bundle.manifest
-    size = sum(manifest.files[name].size for name in bundle.weights(graph))
-    quantised = manifest.precision in ("int8", "int4") and component_of(graph) in manifest.model.cache
-    return quantised and size >= WORTH_BYTES
+    """Whether fusing takes long: the graph has large products with int8 or int4 weights."""
+    weights = bundle.component(graph).weights
+    quantised = sum(size for name, size in weights.items() if name in FUSED)
+    return quantised >= WORTH_BYTES and component_of(graph) not in CONVOLUTIONS
 
 
 def read_record(bundle: Bundle, relative: str, wanted: Fused) -> Fused | None:

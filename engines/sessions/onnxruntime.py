@@ -12,7 +12,7 @@ import ctypes
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class OnnxRuntimeSession:
     def __init__(self, bundle: Bundle, component: str, *, device: str = "cpu", exact: bool = False):
         runtime = _runtime(device)
         spec, on_cpu = bundle.component(component), device == "cpu"
-        options = _config_entries(bundle.manifest.precision, exact=exact or not on_cpu)
+        options = _config_entries(spec.weights, exact=exact or not on_cpu)
         providers = [(PROVIDERS[device], _provider_options(device))]
 
         self.cuda_graph = False  # whether a step that runs again is captured into a CUDA graph, and replayed
@@ -254,7 +254,7 @@ def _missing(device: str, got: str) -> MissingError:
     )
 
 
-def _config_entries(precision: str, *, exact: bool) -> dict[str, str]:
+def _config_entries(formats: Container[str], *, exact: bool) -> dict[str, str]:
     entries = {
         # Sessions take turns in the decode loop. Idle threads that spin would hold the cores that the next
         # session needs, which makes a step 2 to 3 times slower.
@@ -264,7 +264,7 @@ def _config_entries(precision: str, *, exact: bool) -> dict[str, str]:
         "session.qdq_matmulnbits_accuracy_level": "1" if exact else "4",
         "session.qdq_matmulnbits_block_size": str(ACTIVATION_BLOCK),
     }
-    if precision == "int8" and exact:
+    if exact and "int8" in formats and "int4" not in formats:
         # With int8's scale per channel, level 1 is 25 times slower than weights that are widened on loading.
         entries["session.disable_quant_qdq"] = "1"
     return entries

@@ -7,6 +7,7 @@ asked for are read here, and a weight that a graph uses too lies in the bundle o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,20 @@ from . import Buffer, closed
 from .array_buffer import ArrayBuffer
 
 
+class _Rows:
+    """A memory-mapped array [rows, n], read in float32."""
+
+    def __init__(self, path: Path, dtype: str, offset: int, shape: tuple[int, int]):
+        self.bits = dtype == "bfloat16"
+        stored = np.dtype("<u2" if self.bits else dtype)
+        self.array = np.memmap(path, stored, mode="r", offset=offset, shape=shape)
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of these numbers [...]: float32 [..., n]."""
+        found = self.array[rows]
+        return float32_from_bits(found) if self.bits else found.astype(np.float32)
+
+
 class TableSession:
     """One table. `engines.sessions.Session` is its protocol; it takes buffers of every backend."""
 
@@ -29,11 +44,10 @@ class TableSession:
         table, path = bundle.table(name)
         self.name, self.rows = name, table.shape[0]
         self.spec = ComponentSpec(table.file, None, table.golden, table.inputs, table.outputs)
-        stored = np.dtype("<u2" if table.dtype == "bfloat16" else table.dtype)
-        self._weight: np.ndarray | None = np.memmap(
-            path, stored, mode="r", offset=table.offset, shape=table.shape
-        )
-        self._bits = table.dtype == "bfloat16"
+        self._weight: _Rows | None = _Rows(path, table.dtype, table.offset, table.shape)
+        self._scales: _Rows | None = None
+        if table.scales_offset is not None and table.scales_dtype is not None:
+            self._scales = _Rows(path, table.scales_dtype, table.scales_offset, (self.rows, 1))
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> ArrayBuffer:
         """Allocate a zeroed buffer on the host."""
@@ -56,16 +70,16 @@ class TableSession:
                     where=f"{self.name}: expected 0 to {self.rows - 1}, got {wanted.min()} to {wanted.max()}",
                     fix="use ids of this bundle's vocabulary",
                 )
-            found = self._open()[wanted]
-            rows.write(float32_from_bits(found) if self._bits else found.astype(np.float32))
+            found = self._open().at(wanted)
+            rows.write(found if self._scales is None else found * self._scales.at(wanted))
 
         return step
 
     def close(self) -> None:
         """Release the file. Bound steps can no longer run."""
-        self._weight = None
+        self._weight = self._scales = None
 
-    def _open(self) -> np.ndarray:
+    def _open(self) -> _Rows:
         if self._weight is None:
             raise closed(self.name)
         return self._weight

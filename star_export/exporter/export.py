@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from engines import plugins
 from engines.bundle.files import sha256_from_file
-from engines.bundle.manifest import SCHEMA, ComponentSpec, Manifest, TableSpec
+from engines.bundle.manifest import SCHEMA, ComponentSpec, Manifest
 from engines.bundle.tensors import present_name
 from engines.errors import UsageError
 from engines.fit.work import check_export
@@ -33,23 +33,14 @@ from ..golden import record as golden
 from ..golden import runs as golden_runs
 from ..graph import lint
 from ..graph.classic import classic_from_graph
-from ..graph.quantize import (
-    INLINE_BYTES,
-    PRECISIONS,
-    Precision,
-    attach_weights,
-    set_precision,
-    stored_bytes,
-    twin_from_graph,
-)
+from ..graph.precisions import PRECISIONS, Precision
+from ..graph.quantize import INLINE_BYTES, attach_weights, set_precision, twin_from_graph
 from ..graph.repeat import graph_from_config
 from ..graph.wrappers import TABLE
-from ..planner.source import Source, largest_tensor_bytes, sizes_from_source
+from ..planner.source import Source, bytes_by_format, largest_tensor_bytes, shapes_of, sizes_from_source
 from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
 from .publish import Stage, check_out, stage_path, staged, write_manifest
-
-TABLE_FILE = "table.data"
-ROWS = 4096  # of a table that are computed or written at once
+from .tables import ROWS, Table
 
 
 def export(
@@ -120,7 +111,7 @@ def export(
                 precision=precision,
                 model=model,
                 components={part.name: component_spec(part, config, job.precision) for part in job.parts},
-                tables={name: job.table_spec(name) for name in job.tables},
+                tables={name: job.table(name).spec(stage.bundle, config) for name in job.tables},
                 part_bytes=part_bytes,
                 golden=job.oracle.spec,
                 files=stage.files(),
@@ -134,7 +125,7 @@ def check_room(config: StarConfig, precision: str, names: list[str], out: Path, 
 
     Raises MissingError with the bytes needed and free.
     """
-    decoders = [name for name in names if COMPONENTS[name].quantized]
+    decoders = [name for name in names if COMPONENTS[name].decoder]
     check_export(
         sizes_from_source(Source(config, copied_bytes=0), precision, names, part_bytes=part_bytes),
         out,
@@ -181,7 +172,7 @@ class Job:
                 name,
                 config,
                 weight_bytes=sum(
-                    stored_bytes(weight, lazy.shape, precision)
+                    sum(precision.stored(weight, tuple(lazy.shape))[1])
                     for weight, lazy in tensors.items()
                     if weight.startswith(f"{name}.")
                 ),
@@ -199,27 +190,18 @@ class Job:
             steps[f"export {part.name}"] = partial(self._write_part, part)
             steps[f"golden tensors of {part.name}"] = partial(self._record, part)
         for name in self.tables:
-            steps[f"export {name}"] = partial(self._write_table, name)
+            steps[f"export {name}"] = partial(self.table(name).write, self.stage.bundle)
             steps[f"golden tensors of {name}"] = partial(self._record, whole(name, self.config))
         if len(self.names) == len(COMPONENTS):
             runs = self.stage.bundle / "golden.safetensors"
             steps["golden tensors of whole runs"] = partial(golden_runs.run_golden, self.oracle, runs)
         return steps
 
-    def table_spec(self, name: str) -> TableSpec:
-        """The manifest's entry of a table, which lies in the weights of a graph if one uses it too."""
-        shared, weight = self._shared(name), self.tensors[COMPONENTS[name].table or ""]
-        file, offset = shared or (f"{name}/{TABLE_FILE}", 0)
-        inputs, outputs = boundary(whole(name, self.config), self.config, self.precision.dtype_name)
-        return TableSpec(
-            file=file,
-            offset=offset,
-            shape=(weight.shape[0], weight.shape[1]),
-            dtype=self.precision.dtype_name,
-            golden=f"{name}/golden.safetensors",
-            inputs=inputs,
-            outputs=outputs,
-        )
+    def table(self, name: str) -> Table:
+        """The table of a component, which a graph that is stored whole may use too."""
+        weight = COMPONENTS[name].table or ""
+        graphs = tuple(part.name for part in self.parts if part.layers is None)
+        return Table(name, weight, self.tensors[weight], self.precision, graphs)
 
     def _write_part(self, part: Part) -> None:
         model = graph_from_config(part, self.config, rope_bf16=self.rope_bf16)
@@ -239,29 +221,6 @@ class Job:
         chain = [other for other in self.parts if other.component == part.component]
         at = chain.index(part) if part in chain else 0
         return self.stage.bundle / chain[at - 1].name if at else None
-
-    def _write_table(self, name: str) -> None:
-        """Write the rows of a table that no graph of this bundle uses."""
-        if self._shared(name):
-            return
-        (self.stage.bundle / name).mkdir(parents=True, exist_ok=True)
-        rows = self.tensors[COMPONENTS[name].table or ""].load()
-        with open(self.stage.bundle / name / TABLE_FILE, "wb") as file:
-            for some in rows.split(ROWS):
-                file.write(
-                    some.to(self.precision.torch_dtype).contiguous().view(torch.uint8).numpy().tobytes()
-                )
-
-    def _shared(self, name: str) -> tuple[str, int] | None:
-        """The file and offset at which a graph of this bundle stores the weight of the table `name`."""
-        for part in self.parts:
-            graph = self.stage.bundle / part.name / "model.onnx"
-            for weight in ir.load(graph).graph.initializers.values() if part.layers is None else ():
-                if weight.name == COMPONENTS[name].table and isinstance(
-                    weight.const_value, ir.ExternalTensor
-                ):
-                    return f"{part.name}/{lint.DATA_FILE}", weight.const_value.offset or 0
-        return None
 
     def _write_image_table(self) -> None:
         """Compute adapter(codebook) once: it takes as many operations as thousands of decode steps."""
@@ -353,6 +312,7 @@ def component_spec(part: Part, config: StarConfig, precision: Precision) -> Comp
         outputs=outputs,
         classic=f"{part.name}/classic.onnx",
         plugin_abi=abi,
+        weights=bytes_by_format(shapes_of(part, config), precision),
     )
 
 

@@ -15,18 +15,21 @@ from torch import Tensor, nn
 
 from engines.sessions.onnxruntime import ACTIVATION_BLOCK
 
-from ..graph.quantize import Precision, block_size
+from ..graph.precisions import Precision
 
 
 @contextlib.contextmanager
-def int8_activations(module: nn.Module, component: str, precision: Precision) -> Iterator[None]:
-    """Within it, round the inputs of those linear layers of `module` that `precision` stores in blocks."""
+def int8_activations(module: nn.Module, prefix: str, precision: Precision) -> Iterator[None]:
+    """Within it, round the inputs of those linear layers of `module` that `precision` quantises.
+
+    `prefix` is the module's name in `reference.model.Star`.
+    """
     handles = []
-    for linear in module.modules():
+    for name, linear in module.named_modules(prefix=prefix):
         if isinstance(linear, nn.Linear):
-            block = block_size(f"{component}.weight", tuple(linear.weight.shape), precision)
-            if block is not None:
-                size = min(block, ACTIVATION_BLOCK)
+            shape = tuple(linear.weight.shape)
+            if found := precision.format_of(f"{name}.weight", shape):
+                size = min(found.block(shape[1]) or shape[1], ACTIVATION_BLOCK)
                 hook = lambda _, given, size=size: (rounded_to_int8(given[0], size), *given[1:])  # noqa: E731
                 handles.append(linear.register_forward_pre_hook(hook))
     try:

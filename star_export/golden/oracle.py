@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from reference.config import StarConfig
 from reference.containers import LazyTensor
 
-from ..graph.quantize import Precision, rounded
+from ..graph.precisions import Precision
 from ..graph.wrappers import FoldedStar
 
 KEPT = 1 << 12  # numbers; a weight of so few, such as that of a norm, is read once and kept
@@ -42,7 +42,7 @@ def streamed_star(
         setattr(star.get_submodule(module), buffer, value)
 
     def read(name: str) -> Tensor:
-        return rounded(name, tensors[name].load(), precision).to(dtype)
+        return precision.rounded(name, tensors[name].load()).to(dtype)
 
     for prefix, module in star.named_modules():
         names = {key: f"{prefix}.{key}" for key, _ in module.named_parameters(recurse=False)}
@@ -108,7 +108,7 @@ def _read_rows(
     """Let an embedding read only the rows that it is asked for: rounding is row by row."""
 
     def forward(input: Tensor) -> Tensor:
-        rows = rounded(name, tensors[name].load()[input.reshape(-1)], precision)
+        rows = precision.rounded(name, tensors[name].load()[input.reshape(-1)])
         return rows.to(dtype).unflatten(0, input.shape)
 
     module.forward = forward  # type: ignore[method-assign]

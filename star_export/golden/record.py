@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from engines.bundle.manifest import GoldenSpec
 from engines.bundle.tensors import PRESENT, present_name
@@ -23,7 +24,7 @@ from reference.containers import LazyTensor
 
 from ..components import COMPONENTS, Part, boundary
 from ..graph import wrappers
-from ..graph.quantize import Precision
+from ..graph.precisions import Precision
 from .activations import int8_activations
 from .compare import compare, tolerance_of
 from .feeds import CASES, LARGE, SPECS, Case, rng_of
@@ -71,9 +72,9 @@ def component_golden(
     """Record every case of one graph or table to `path`.
 
     For an oracle in 16 bits too, also record the noise of the same module when it computes in that type, and
-    for weights in blocks that of int8 activations. The cases of a part take the residual stream from the
-    golden tensors of the part before it, at `before`. A decoder runs all cases layer by layer, so that its
-    weights are read once; `tick` is called after each.
+    for quantised linear layers that of int8 activations. The cases of a part take the residual stream from
+    the golden tensors of the part before it, at `before`. A decoder runs all cases layer by layer, so that
+    its weights are read once; `tick` is called after each.
     """
     config = oracle.star.config
     inputs, outputs = boundary(part, config, "float32")
@@ -99,20 +100,40 @@ Results = tuple[dict[str, Case], dict[str, dict[str, Case]]]
 NOISE, INT8 = "noise", "int8"  # of the compute type, and of int8 activations
 
 
-def _at_once(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[[], None]) -> Results:
-    found: list[dict[str, Case]] = []
-    for star in filter(None, (oracle.star, oracle.narrow)):
-        found.append({case: _outputs(part, star, feeds) for case, feeds in cases.items()})
-        tick()
-    return found[0], {NOISE: found[1]} if oracle.narrow else {}
+NOTHING = contextlib.nullcontext()
 
 
-def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[[], None]) -> Results:
+def _stars(part: Part, oracle: Oracle) -> dict[str, wrappers.FoldedStar]:
+    """Kind of results -> the model that computes them: in float32, and each kind of noise."""
     stars = {"": oracle.star}
     if oracle.narrow:
         stars[NOISE] = oracle.narrow
-    if oracle.precision.bits:
+    if any(
+        isinstance(linear, nn.Linear)
+        and oracle.precision.format_of(f"{name}.weight", tuple(linear.weight.shape))
+        for name, linear in _module(part, oracle.star).named_modules(prefix=part.component)
+    ):
         stars[INT8] = oracle.star
+    return stars
+
+
+def _module(part: Part, star: wrappers.FoldedStar) -> nn.Module:
+    """The module of a component; an empty one for a table of `star` that is none of its modules."""
+    return dict(star.named_children()).get(part.component, nn.Identity())
+
+
+def _at_once(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[[], None]) -> Results:
+    found: dict[str, dict[str, Case]] = {}
+    for kind, star in _stars(part, oracle).items():
+        module = _module(part, star)
+        with int8_activations(module, part.component, oracle.precision) if kind == INT8 else NOTHING:
+            found[kind] = {case: _outputs(part, star, feeds) for case, feeds in cases.items()}
+        tick()
+    return found.pop(""), found
+
+
+def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[[], None]) -> Results:
+    stars = _stars(part, oracle)
     found: dict[str, dict[str, Case]] = {kind: {case: {} for case in cases} for kind in stars}
     for layer in part.layers or ():
         one = Part(part.name, part.component, range(layer, layer + 1))
@@ -121,8 +142,8 @@ def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Ca
         }
         with resident(*layers.values()):
             for kind, star in stars.items():
-                rounding = int8_activations(layers[kind], part.component, oracle.precision)
-                with rounding if kind == INT8 else contextlib.nullcontext():
+                name = f"{part.component}.layers.{layer}"
+                with int8_activations(layers[kind], name, oracle.precision) if kind == INT8 else NOTHING:
                     for case, feeds in cases.items():
                         results = found[kind][case]
                         stream = results.get("hidden_states", feeds["inputs_embeds"])

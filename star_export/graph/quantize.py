@@ -1,21 +1,16 @@
-"""Weight formats: one graph, several writers.
+"""Write weights into a graph: one traced graph, several formats.
 
 A traced graph has the compute type bfloat16 and empty initializers. `set_precision` replaces the type, and
 `attach_weights` gives every initializer a lazy tensor, which is read, transposed, rounded or quantised only
-when the data file is written, one at a time. `rounded` applies the same rounding and returns float32, for the
+when the data file is written, one at a time. A quantised weight becomes codes and scales with a
+`DequantizeLinear` after them. `Precision.rounded` applies the same rounding and returns float32, for the
 reference that records golden tensors.
-
-int8 and int4 are weight-only: symmetric blocks along the input features, round to nearest, scales in the
-compute type, no zero point (ONNX `DequantizeLinear`). int4 has blocks of 128, 64 or 32. int8 has one block
-over all input features, so one scale per output channel, because TensorRT for RTX fuses no smaller block: it
-would write the whole weight out as bf16 at every step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -24,108 +19,12 @@ import torch
 
 from reference.containers import LazyTensor
 
-from ..components import COMPONENTS
+from .formats import Encoded, Format, packed
+from .precisions import Precision
 
-BLOCK_SIZES = (128, 64, 32)  # of int4; the largest one that divides the input features is used
-PIECE = 1 << 17  # numbers that are quantised at once
 INLINE_BYTES = 1024  # smaller tensors are shapes and scalars, and stay in model.onnx
 TRANSPOSED = "transposed"  # metadata of an initializer that stores the transpose of its checkpoint tensor
-
-
-@dataclass(frozen=True)
-class Precision:
-    """`compute` is the type of activations, caches, scales and dense weights.
-
-    `bits` is the width of weights in blocks, or None where all weights are dense.
-    """
-
-    compute: ir.DataType
-    bits: int | None = None
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return {
-            ir.DataType.FLOAT: torch.float32,
-            ir.DataType.FLOAT16: torch.float16,
-            ir.DataType.BFLOAT16: torch.bfloat16,
-        }[self.compute]
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.torch_dtype).removeprefix("torch.")
-
-
-PRECISIONS = {
-    "fp32": Precision(ir.DataType.FLOAT),
-    "fp16": Precision(ir.DataType.FLOAT16),
-    "bf16": Precision(ir.DataType.BFLOAT16),
-    "int8": Precision(ir.DataType.BFLOAT16, 8),
-    "int4": Precision(ir.DataType.BFLOAT16, 4),
-}
-
-
-def block_size(name: str, shape: tuple[int, ...], precision: Precision) -> int | None:
-    """The block size of the linear weight `name` [out, in] in input features; None if it stays dense."""
-    row = COMPONENTS.get(name.partition(".")[0])
-    if precision.bits is None or row is None or not row.quantized or len(shape) != 2:
-        return None
-    if precision.bits == 8:
-        return shape[1]
-    return next((size for size in BLOCK_SIZES if shape[1] % size == 0), None)
-
-
-def stored_bytes(name: str, shape: tuple[int, ...], precision: Precision) -> int:
-    """The bytes that weight `name` of this shape takes in a bundle, scales included."""
-    width, numbers = precision.compute.itemsize, math.prod(shape)
-    block = block_size(name, shape, precision)
-    if block is None or precision.bits is None:
-        return int(numbers * width)
-    return numbers * precision.bits // 8 + int(numbers // block * width)
-
-
-def blocks_from_weight(
-    weight: torch.Tensor, *, bits: int, block: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a linear weight [out, in], as a checkpoint stores it, in blocks along the input features.
-
-    Returns codes int8 [out, in] in +-(2^(bits-1)-1) and scales [out, in/block] in `dtype`.
-    """
-    found = [_blocks(rows, bits, block, dtype) for rows in _pieces(weight)]
-    codes = torch.cat([codes.flatten(1).to(torch.int8) for codes, _ in found])
-    return codes, torch.cat([scales for _, scales in found])
-
-
-def weight_from_blocks(codes: torch.Tensor, scales: torch.Tensor, *, block: int) -> torch.Tensor:
-    """Invert `blocks_from_weight`: returns float32 [out, in]."""
-    return (codes.float().unflatten(1, (-1, block)) * scales.float()[..., None]).flatten(1)
-
-
-def rounded(name: str, weight: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """Round `weight` as the bundle stores it, and widen it to float32; it keeps the checkpoint's shape."""
-    block = block_size(name, tuple(weight.shape), precision)
-    if block is None or precision.bits is None:
-        return weight.to(precision.torch_dtype).float()
-    result = torch.empty(weight.shape)
-    for rows, out in zip(_pieces(weight), _pieces(result)):
-        codes, scales = _blocks(rows, precision.bits, block, precision.torch_dtype)
-        out.copy_(codes.mul_(scales.float()[..., None]).flatten(1))
-    return result
-
-
-def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rows of `weight`, few enough for the processor's cache: each is read and written several times."""
-    return weight.split(max(1, PIECE // weight.shape[1]))
-
-
-def _blocks(
-    rows: torch.Tensor, bits: int, block: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes in float32 [n, in/block, block] and scales [n, in/block] of some rows [n, in]."""
-    top = 2 ** (bits - 1) - 1
-    grouped = rows.to(torch.float32, copy=True).unflatten(1, (-1, block))
-    scales = (grouped.abs().amax(-1) / top).to(dtype)
-    safe = torch.where(scales == 0, 1, scales.float())
-    return grouped.div_(safe[..., None]).round_().clamp_(-top, top), scales
+CODES, SCALES = ".codes", ".scales"  # what a quantised weight's initializers are called, after its name
 
 
 def set_precision(model: ir.Model, compute: ir.DataType) -> None:
@@ -165,11 +64,11 @@ def attach_weights(model: ir.Model, tensors: Mapping[str, LazyTensor], precision
         if value.const_value is not None:
             continue
         tensor, transposed = tensors[name], TRANSPOSED in value.metadata_props
-        block = block_size(name, tuple(tensor.shape), precision) if transposed else None
-        if block is None:
+        found = precision.format_of(name, tuple(tensor.shape))
+        if found is None:
             value.const_value = _lazy(name, value.dtype, value.shape, _dense(tensor, transposed, precision))
         else:
-            _insert_dequantize(model, value, tensor, precision, block)
+            _insert_dequantize(model, value, tensor, precision, found)
 
 
 def _dense(tensor: LazyTensor, transposed: bool, precision: Precision) -> Callable[[], torch.Tensor]:
@@ -177,21 +76,32 @@ def _dense(tensor: LazyTensor, transposed: bool, precision: Precision) -> Callab
 
 
 def _insert_dequantize(
-    model: ir.Model, weight: ir.Value, tensor: LazyTensor, precision: Precision, block: int
+    model: ir.Model, weight: ir.Value, tensor: LazyTensor, precision: Precision, found: Format
 ) -> None:
-    """Replace `weight` [K,N] by `weight.codes` and `weight.scales` with a DequantizeLinear after them."""
-    bits, (n, k) = precision.bits, tensor.shape  # the checkpoint stores it transposed
-    kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
-    layout, shape = ({"axis": 1}, [n]) if bits == 8 else ({"axis": 0, "block_size": block}, [k // block, n])
+    """Replace `weight` by `weight.codes` and `weight.scales` with a DequantizeLinear after them.
 
-    blocks = _Blocks(tensor, bits=bits, block=block, dtype=precision.torch_dtype)
-    codes = ir.Value(name=f"{weight.name}.codes", type=ir.TensorType(kind), shape=ir.Shape([k, n]))
-    codes.const_value = _lazy(codes.name, kind, codes.shape, blocks.codes)
-    scales = ir.Value(
-        name=f"{weight.name}.scales", type=ir.TensorType(precision.compute), shape=ir.Shape(shape)
+    A linear layer's weight is stored transposed, [in, out], and a row of the format is a column of it. Every
+    other keeps its layout: kernels of convolutions, and tables, which a head may multiply by as well.
+    """
+    rows, features = tensor.shape[0], math.prod(tensor.shape[1:])
+    transposed = TRANSPOSED in weight.metadata_props
+    blocks = features // (found.block(features) or features)
+    assert transposed or blocks == 1, f"{weight.name}: blocks of {found.name} need a linear layer"
+    layout: dict[str, int] = {"axis": 1 if transposed else 0}
+    shape = [rows]
+    if found.blocks:
+        layout, shape = {"axis": 0, "block_size": features // blocks}, [blocks, rows]
+
+    encoded = _Encoded(tensor, found, precision.torch_dtype)
+    codes = ir.Value(
+        name=f"{weight.name}{CODES}", type=ir.TensorType(found.code), shape=ir.Shape(list(weight.shape))
     )
+    scales = ir.Value(
+        name=f"{weight.name}{SCALES}", type=ir.TensorType(precision.compute), shape=ir.Shape(shape)
+    )
+    codes.const_value = _lazy(codes.name, found.code, codes.shape, lambda: encoded.codes(transposed))
     scales.const_value = _lazy(
-        scales.name, precision.compute, scales.shape, lambda: blocks.scales().reshape(shape)
+        scales.name, precision.compute, scales.shape, lambda: encoded.scales().reshape(shape)
     )
     node = ir.node("DequantizeLinear", [codes, scales], layout, name=f"{weight.name}.dequantize")
     dense = node.outputs[0]
@@ -201,25 +111,48 @@ def _insert_dequantize(
     del model.graph.initializers[weight.name]
     model.graph.initializers.add(codes)
     model.graph.initializers.add(scales)
+    for user, _ in list(dense.uses()):
+        if user.op_type == "Gemm":
+            _multiply_transposed(model, user)
 
 
-class _Blocks:
-    """Codes [in, out] and scales [in/block, out] of one weight, quantised once for both."""
+def _multiply_transposed(model: ir.Model, gemm: ir.Node) -> None:
+    """Replace `Gemm(x, weight, transB=1)` by `MatMul(x, Transpose(weight))`, which executors fuse with the
+    DequantizeLinear of the weight. A dense weight keeps the `Gemm`: it would be stored transposed as well."""
+    x, weight = gemm.inputs[:2]
+    assert x is not None and weight is not None and gemm.attributes["transB"].value == 1
+    turn = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{weight.name}.transpose")
+    product = ir.node("MatMul", [x, turn.outputs[0]], name=gemm.name)
+    turned, old, new = turn.outputs[0], gemm.outputs[0], product.outputs[0]
+    turned.name, turned.type = f"{weight.name}.transposed", weight.type
+    turned.shape = ir.Shape(list(weight.shape)[::-1])
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    model.graph.insert_before(gemm, [turn, product])
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    model.graph.remove(gemm, safe=True)
 
-    def __init__(self, tensor: LazyTensor, **options):
-        self.tensor, self.options = tensor, options
-        self.made: dict[int, torch.Tensor] = {}
 
-    def codes(self) -> torch.Tensor:
-        return self._take(0).T
+class _Encoded:
+    """The codes and scales of one weight, quantised once for both."""
+
+    def __init__(self, tensor: LazyTensor, found: Format, dtype: torch.dtype):
+        self.tensor, self.format, self.dtype = tensor, found, dtype
+        self.made: Encoded | None = None
+
+    def codes(self, transposed: bool) -> torch.Tensor:
+        """int8 of the weight's shape, or [features, rows]."""
+        codes = self._take().codes
+        return codes.T if transposed else codes.reshape(self.tensor.shape)
 
     def scales(self) -> torch.Tensor:
-        return self._take(1).T
+        """[blocks, rows] in the compute type."""
+        return self._take().scales.T
 
-    def _take(self, which: int) -> torch.Tensor:
-        if which not in self.made:
-            self.made = dict(enumerate(blocks_from_weight(self.tensor.load(), **self.options)))
-        return self.made.pop(which)
+    def _take(self) -> Encoded:
+        made, self.made = self.made, None  # the second of the two calls frees it
+        if made is None:
+            made = self.made = self.format.encode(self.tensor.load(), self.dtype)
+        return made
 
 
 def _lazy(name: str, dtype: ir.DataType, shape: ir.Shape, load: Callable[[], torch.Tensor]) -> ir.LazyTensor:
@@ -230,7 +163,7 @@ def _lazy(name: str, dtype: ir.DataType, shape: ir.Shape, load: Callable[[], tor
                 f"{name}: the graph expects shape {tuple(shape)}, the checkpoint has {tuple(tensor.shape)}"
             )
         if dtype == ir.DataType.INT4:
-            return ir.PackedTensor(_packed(tensor), dtype=dtype, shape=shape, name=name)
+            return ir.PackedTensor(packed(tensor), dtype=dtype, shape=shape, name=name)
         return ir.Tensor(_numpy(tensor, dtype), dtype=dtype, name=name)
 
     return ir.LazyTensor(evaluate, dtype=dtype, shape=shape, name=name)
@@ -242,17 +175,13 @@ def _numpy(tensor: torch.Tensor, dtype: ir.DataType) -> np.ndarray:
     return tensor.numpy()
 
 
-def _packed(codes: torch.Tensor) -> np.ndarray:
-    """Two codes per byte, the first in the lower half, as ONNX stores int4."""
-    pairs = codes.view(torch.uint8).view(-1, 2)
-    return (pairs[:, 0] & 15 | pairs[:, 1] << 4).numpy()
-
-
 def twin_from_graph(model: ir.Model) -> ir.Model:
     """Turn a stored 16-bit graph into its fp32 twin: it casts the same rounded weights to float32.
 
     Its attention is written for the CPU.
     """
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        _scale_apart(model, node)
     compute = next(v.dtype for v in _values(model) if v.dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16))
     for value in list(model.graph.initializers.values()):
         if value.dtype == compute:
@@ -270,3 +199,56 @@ def twin_from_graph(model: ir.Model) -> ir.Model:
         if node.op_type == "Cast" and node.attributes["to"].value == compute:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
     return model
+
+
+def _scale_apart(model: ir.Model, dequantize: ir.Node) -> None:
+    """Write a `DequantizeLinear` that ONNX Runtime does not fuse as a product of codes and scales.
+
+    It fuses those of products only. Of a table, only the rows that are looked up are scaled; the kernel of a
+    convolution is scaled once, while it is loaded.
+    """
+    codes, scales = dequantize.inputs[:2]
+    (dense,) = dequantize.outputs
+    assert codes is not None and codes.shape is not None and scales is not None
+    for user, _ in list(dense.uses()):
+        if user.op_type in ("MatMul", "Transpose"):
+            continue
+        if user.op_type == "Gather":
+            rows, row_scales = (
+                _node_before(user, "Gather", [value, user.inputs[1]], value, suffix, axis=0)
+                for value, suffix in ((codes, CODES), (scales, SCALES))
+            )
+            scaled = _scaled(user, rows, row_scales, [-1])
+            scaled.shape = user.outputs[0].shape
+            user.outputs[0].replace_all_uses_with(scaled)
+            model.graph.remove(user, safe=True)
+        else:
+            scaled = _scaled(user, codes, scales, list(range(1, len(codes.shape))))
+            user.replace_input_with(list(user.inputs).index(dense), scaled)
+    if not dense.uses():
+        model.graph.remove(dequantize, safe=True)
+
+
+def _scaled(at: ir.Node, codes: ir.Value, scales: ir.Value, axes: list[int]) -> ir.Value:
+    """codes [n, ...] times scales [n], in the type of the scales, before the node `at`."""
+    places = ir.Value(
+        name=f"{at.name}.axes", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(axes)])
+    )
+    places.const_value = ir.tensor(axes, dtype=ir.DataType.INT64, name=places.name)
+    assert at.graph is not None and scales.dtype is not None
+    at.graph.initializers.add(places)
+    wide = _node_before(at, "Cast", [codes], scales, ".wide", to=scales.dtype.value)
+    column = _node_before(at, "Unsqueeze", [scales, places], scales, ".column")
+    return _node_before(at, "Mul", [wide, column], scales, ".scaled")
+
+
+def _node_before(
+    at: ir.Node, op: str, inputs: list[ir.Value | None], like: ir.Value, suffix: str, **attributes: int
+) -> ir.Value:
+    """The output of a new node before `at`, named after it, of the type of `like`."""
+    node = ir.node(op, inputs, attributes, name=f"{at.name}{suffix}")
+    (value,) = node.outputs
+    value.name, value.type = f"{node.name}.out", like.type
+    assert at.graph is not None
+    at.graph.insert_before(at, node)
+    return value

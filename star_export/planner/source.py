@@ -26,7 +26,8 @@ from reference.weights import SHIPPED, named_tensors, resolve_checkpoint
 from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
 from ..golden.feeds import CASES, LARGE, SPECS
 from ..graph import wrappers
-from ..graph.quantize import INLINE_BYTES, PRECISIONS, Precision, block_size
+from ..graph.precisions import PRECISIONS, Precision
+from ..graph.quantize import INLINE_BYTES
 from ..graph.repeat import layer_of
 
 # Estimates of what is not weights: a graph for each stored tensor, the entry of a golden tensor in its file's
@@ -75,24 +76,30 @@ def sizes_from_source(
     part_bytes: int = PART_BYTES,
 ) -> Sizes:
     """The sizes of the bundle that an export in `precision` would write; `names` limits the components."""
-    config, shared, graphs, overhead = source.config, set(), {}, source.copied_bytes
+    config, chosen, overhead = source.config, PRECISIONS[precision], source.copied_bytes
+    shared: set[str] = set()
+    graphs, formats = {}, {}
     tables = {name: weight for name in names if (weight := COMPONENTS[name].table)}
     for part in [part for name in names for part in _parts(name, config, precision, part_bytes)]:
         overhead += golden_bytes(part, config)
         if part.component in tables:
             continue
         shapes = shapes_of(part, config)
-        stored = stored_tensors(shapes, PRECISIONS[precision])
+        stored = stored_tensors(shapes, chosen)
+        formats[part.name] = bytes_by_format(shapes, chosen)
         graphs[part.name] = sum(size for size in stored if size > INLINE_BYTES)
         overhead += len(stored) * GRAPH_BYTES_PER_TENSOR * (2 if precision == "fp32" else 3)  # with the twin
         shared |= set(shapes)
     rows = {name: shapes_of(whole(name, config), config)[weight] for name, weight in tables.items()}
-    item = ITEM_BYTES[PRECISIONS[precision].dtype_name]
-    own = {name: 0 if weight in shared else math.prod(rows[name]) * item for name, weight in tables.items()}
+    own = {
+        name: 0 if weight in shared else sum(chosen.stored(weight, rows[name])[1])
+        for name, weight in tables.items()
+    }
     return Sizes(
         model=geometry_of(config),
         precision=precision,
         graphs=graphs,
+        formats=formats,
         tables=own,
         bundle_bytes=sum(graphs.values()) + sum(own.values()) + overhead,
     )
@@ -118,14 +125,16 @@ def shapes_of(part: Part, config: StarConfig) -> Shapes:
 
 def stored_tensors(shapes: Shapes, precision: Precision) -> list[int]:
     """Sizes of the tensors that parameters of these shapes are stored as: themselves, or codes and scales."""
-    sizes, item = [], ITEM_BYTES[precision.dtype_name]
+    return [size for name, shape in shapes.items() for size in precision.stored(name, shape)[1]]
+
+
+def bytes_by_format(shapes: Shapes, precision: Precision) -> dict[str, int]:
+    """Format -> the bytes of the parameters of these shapes that are stored in it."""
+    found: dict[str, int] = {}
     for name, shape in shapes.items():
-        numbers, block = math.prod(shape), block_size(name, shape, precision)
-        if block is None or precision.bits is None:
-            sizes.append(numbers * item)
-        else:
-            sizes += [numbers * precision.bits // 8, numbers // block * item]
-    return sizes
+        stored, sizes = precision.stored(name, shape)
+        found[stored] = found.get(stored, 0) + sum(sizes)
+    return found
 
 
 def scratch_bytes(config: StarConfig) -> int:

@@ -24,7 +24,6 @@ from engines.targets import target_from_name
 from engines.tensorrt.plan import plan_spec
 from engines.tensorrt.profiles import fits
 
-from ..components import COMPONENTS
 from ..golden.cases import Case, cases_from_file, component_cases
 from ..golden.compare import Comparison, compare, excess
 from ..golden.run_case import extended, run_case
@@ -211,14 +210,14 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
 def fast_path(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     """What `onnxruntime` computes otherwise than `onnxruntime-exact`, the subject.
 
-    Its components that have int8 or int4 weights are compared with their golden tensors, within the recorded
-    noise of int8 activations; and the ids of whole runs with the recorded ones, which the exact path gives.
+    Its graphs are compared with their golden tensors, within the recorded noise of int8 activations; and the
+    ids of whole runs with the recorded ones, which the exact path gives.
     """
     bundle = subject.bundle
     fast = Subject(bundle, "onnxruntime", compute_of("onnxruntime", bundle.manifest.precision))
     if fast.compute == subject.compute:
         return [], "onnxruntime and onnxruntime-exact are one path: no weights are int8 or int4"
-    rows, _ = golden_tensors(fast, progress, only=lambda name: COMPONENTS[component_of(name)].quantized)
+    rows, _ = golden_tensors(fast, progress, only=lambda name: name in bundle.manifest.components)
     if RUNS not in bundle.manifest.files:
         return rows, "left out: the bundle holds no whole runs (it was exported with some components only)"
     cases = cases_from_file(bundle.file(RUNS))

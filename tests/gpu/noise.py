@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from star_export.graph.quantize import TRANSPOSED, Precision, attach_weights, set_precision
+from star_export.graph.precisions import Precision
+from star_export.graph.quantize import TRANSPOSED, attach_weights, set_precision
 from star_export.graph.repeat import in_layer, layer_of
 
 from .adapt import fuse_dequantize

@@ -99,13 +99,13 @@ class Measurement:
     def run(self) -> None:
         """ONNX Runtime, and for dense weights PyTorch in the same turns, then Hugging Face, then traces of
         what ran."""
-        for fused in (False, True) if self.kind.bits else (False,):
+        for fused in (False, True) if self.kind.formats else (False,):
             label, runner = "ONNX Runtime, MatMulNBits" if fused else "ONNX Runtime", None
             with self.parts.finding(f"{self.name}: {label} runs"):
                 runner = OrtRunner(self, fused=fused, label=label)
-            if runner or self.kind.bits is None:
+            if runner or not self.kind.formats:
                 traces = self.all_turns(runner)
-                if self.kind.bits is None and self.parts.enough(f"{self.name}: Hugging Face", 15):
+                if not self.kind.formats and self.parts.enough(f"{self.name}: Hugging Face", 15):
                     with self.parts(f"{self.name}: Hugging Face"):
                         self.hugging_face()
                 for name, step in traces.items():  # last: a profiler may slow what follows it
@@ -117,14 +117,14 @@ class Measurement:
 
     @property
     def kind(self):
-        from star_export.graph.quantize import PRECISIONS
+        from star_export.graph.precisions import PRECISIONS
 
         return PRECISIONS[self.precision]
 
     def all_turns(self, runner: OrtRunner | None) -> dict[str, Callable[[int], None]]:
         """Every shape, with whatever runs of ONNX Runtime and PyTorch, in turns. The steps of N1, by name."""
         peers, first = None, {}
-        if self.kind.bits is None:
+        if not self.kind.formats:
             with self.parts(f"{self.name}: PyTorch"):
                 peers = TorchRunner(self)
         for shape in self.plan.shapes:

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from star_export.graph.quantize import PRECISIONS, Precision
+from star_export.graph.precisions import PRECISIONS, Precision
 from star_export.graph.repeat import in_layer
 from tests.gpu import real_widths, torch_decode
 from tests.gpu.graphs import load_graph, read_graph, save_graph

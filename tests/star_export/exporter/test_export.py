@@ -26,7 +26,7 @@ from star_export.exporter import publish
 from star_export.exporter.export import export
 from star_export.golden.oracle import KEPT, resident, streamed_star
 from star_export.graph import wrappers
-from star_export.graph.quantize import PRECISIONS
+from star_export.graph.precisions import PRECISIONS
 from star_export.validator.ladder import validate
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from star_export.graph import quantize
-from star_export.graph.quantize import PRECISIONS
+from star_export.graph.precisions import PRECISIONS
 
 WEIGHT = "base_ar.layers.0.mlp.down_proj.weight"
 

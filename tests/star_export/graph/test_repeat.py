@@ -14,7 +14,8 @@ from reference.config import StarConfig, config_from_files
 from reference.weights import named_tensors, resolve_checkpoint
 from star_export.components import Part
 from star_export.components import whole as whole_part
-from star_export.graph.quantize import PRECISIONS, attach_weights, set_precision
+from star_export.graph.precisions import PRECISIONS
+from star_export.graph.quantize import attach_weights, set_precision
 from star_export.graph.repeat import TRACED_LAYERS, graph_from_config, in_layer, layer_of, repeat_layers
 from star_export.graph.trace import traced_graph
 

@@ -1,0 +1,96 @@
+"""Precisions: which format each weight of a model has, and the type of everything else.
+
+The name of a precision covers the whole model. What it leaves in 16 bits are norms, biases, the codebook,
+which the VQ encoder compares with and which is small, and whatever a format cannot divide into blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+import torch
+
+from .formats import INT4, INT8, Format
+
+DECODERS = ("base_ar", "stacked_ar")
+# Weights by the first part of their names.
+EVERY = (
+    *DECODERS,
+    "token_embedding",
+    "text_head",
+    "image_table",
+    "image_head",
+    "vision_encoder",
+    "vq_encoder",
+    "vq_decoder",
+)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`compute` is the type of activations, caches, scales and dense weights.
+
+    `formats` maps the first part of a weight's name to its format; weights without one are dense. `chosen`
+    goes before it, by a weight's whole name.
+    """
+
+    compute: ir.DataType
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    chosen: Mapping[str, Format] = field(default_factory=dict)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {
+            ir.DataType.FLOAT: torch.float32,
+            ir.DataType.FLOAT16: torch.float16,
+            ir.DataType.BFLOAT16: torch.bfloat16,
+        }[self.compute]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.torch_dtype).removeprefix("torch.")
+
+    @property
+    def dense_name(self) -> str:
+        """The name of the format of dense weights: `fp32`, `fp16` or `bf16`."""
+        return {4: "fp32", 2: "bf16" if self.compute == ir.DataType.BFLOAT16 else "fp16"}[
+            self.compute.itemsize
+        ]
+
+    def format_of(self, name: str, shape: tuple[int, ...]) -> Format | None:
+        """The format of the weight `name` of this shape; None if it is dense.
+
+        int8 takes the place of a format that cannot divide the weight's rows into blocks.
+        """
+        if len(shape) < 2:
+            return None
+        found = self.chosen.get(name) or self.formats.get(name.partition(".")[0])
+        if found is None or found.block(math.prod(shape[1:])):
+            return found
+        return INT8
+
+    def rounded(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` as the bundle stores it, widened to float32; it keeps the checkpoint's shape."""
+        found = self.format_of(name, tuple(weight.shape))
+        if found is None:
+            return weight.to(self.torch_dtype).float()
+        return found.rounded(weight, self.torch_dtype)
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """The name of the weight's format, and the bytes of each tensor that it is stored as."""
+        found, item = self.format_of(name, shape), int(self.compute.itemsize)
+        if found is None:
+            return self.dense_name, (int(math.prod(shape) * item),)
+        return found.name, found.stored_bytes(shape[0], math.prod(shape[1:]), scale_bytes=item)
+
+
+PRECISIONS = {
+    "fp32": Precision(ir.DataType.FLOAT),
+    "fp16": Precision(ir.DataType.FLOAT16),
+    "bf16": Precision(ir.DataType.BFLOAT16),
+    "int8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8)),
+    "int4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | dict.fromkeys(DECODERS, INT4)),
+}
