@@ -85,12 +85,12 @@ def _insert_dequantize(
     """
     rows, features = tensor.shape[0], math.prod(tensor.shape[1:])
     transposed = TRANSPOSED in weight.metadata_props
-    blocks = features // (found.block(features) or features)
-    assert transposed or blocks == 1, f"{weight.name}: blocks of {found.name} need a linear layer"
     layout: dict[str, int] = {"axis": 1 if transposed else 0}
     shape = [rows]
     if found.blocks:
-        layout, shape = {"axis": 0, "block_size": features // blocks}, [blocks, rows]
+        size = found.block(features) or features
+        layout = {"axis": 0 if transposed else 1, "block_size": size}
+        shape = [features // size, rows] if transposed else [rows, features // size]
 
     encoded = _Encoded(tensor, found, precision.torch_dtype)
     codes = ir.Value(
@@ -101,7 +101,7 @@ def _insert_dequantize(
     )
     codes.const_value = _lazy(codes.name, found.code, codes.shape, lambda: encoded.codes(transposed))
     scales.const_value = _lazy(
-        scales.name, precision.compute, scales.shape, lambda: encoded.scales().reshape(shape)
+        scales.name, precision.compute, scales.shape, lambda: encoded.scales(transposed).reshape(shape)
     )
     node = ir.node("DequantizeLinear", [codes, scales], layout, name=f"{weight.name}.dequantize")
     dense = node.outputs[0]
@@ -117,17 +117,24 @@ def _insert_dequantize(
 
 
 def _multiply_transposed(model: ir.Model, gemm: ir.Node) -> None:
-    """Replace `Gemm(x, weight, transB=1)` by `MatMul(x, Transpose(weight))`, which executors fuse with the
-    DequantizeLinear of the weight. A dense weight keeps the `Gemm`: it would be stored transposed as well."""
-    x, weight = gemm.inputs[:2]
-    assert x is not None and weight is not None and gemm.attributes["transB"].value == 1
+    """Replace `Gemm(x, weight, bias, transB=1)` by `MatMul(x, Transpose(weight))` and `Add`.
+
+    Executors fuse that product with the DequantizeLinear of the weight. A dense weight keeps the `Gemm`,
+    because ONNX Runtime would hold its transpose in memory as well.
+    """
+    x, weight, *bias = gemm.inputs
+    plain = {"transA": 0, "alpha": 1.0, "beta": 1.0, "transB": 1}
+    other = {name: a.value for name, a in gemm.attributes.items() if a.value != plain[name]}
+    assert x is not None and weight is not None and "transB" in gemm.attributes and not other, gemm
     turn = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{weight.name}.transpose")
     product = ir.node("MatMul", [x, turn.outputs[0]], name=gemm.name)
-    turned, old, new = turn.outputs[0], gemm.outputs[0], product.outputs[0]
+    made = [turn, product, *(ir.node("Add", [product.outputs[0], b], name=f"{gemm.name}.bias") for b in bias)]
+    turned, old, new = turn.outputs[0], gemm.outputs[0], made[-1].outputs[0]
+    product.outputs[0].name, product.outputs[0].type = f"{gemm.name}.product", old.type
     turned.name, turned.type = f"{weight.name}.transposed", weight.type
     turned.shape = ir.Shape(list(weight.shape)[::-1])
     new.name, new.type, new.shape = old.name, old.type, old.shape
-    model.graph.insert_before(gemm, [turn, product])
+    model.graph.insert_before(gemm, made)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     model.graph.remove(gemm, safe=True)
 
@@ -144,9 +151,10 @@ class _Encoded:
         codes = self._take().codes
         return codes.T if transposed else codes.reshape(self.tensor.shape)
 
-    def scales(self) -> torch.Tensor:
-        """[blocks, rows] in the compute type."""
-        return self._take().scales.T
+    def scales(self, transposed: bool) -> torch.Tensor:
+        """[rows, blocks] in the compute type, or [blocks, rows]."""
+        scales = self._take().scales
+        return scales.T if transposed else scales
 
     def _take(self) -> Encoded:
         made, self.made = self.made, None  # the second of the two calls frees it
