@@ -56,7 +56,7 @@ def image_step_bytes(sizes: Sizes, *, rows: int, filled_tokens: int) -> int:
     """
     model, head = sizes.model, sizes.formats.get("image_head", {})
     item = sizes.cache_item_bytes
-    row = model.hidden_size + item if "int8" in head else model.hidden_size * item  # codes and their scale
+    row = model.hidden_size + 4 if "int8" in head else model.hidden_size * item  # codes and their scale
     table = model.codebook_size * row
     weights = sum(sizes.weights.get(name, 0) for name in ("base_ar", "stacked_ar", "image_head"))
     return weights - table + _caches(sizes, ("base_ar", "stacked_ar"), rows, filled_tokens)

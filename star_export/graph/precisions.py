@@ -29,6 +29,13 @@ EVERY = (
 )
 
 
+TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
+
+
 @dataclass(frozen=True)
 class Precision:
     """`compute` is the type of activations, caches, scales and dense weights.
@@ -43,11 +50,7 @@ class Precision:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return {
-            ir.DataType.FLOAT: torch.float32,
-            ir.DataType.FLOAT16: torch.float16,
-            ir.DataType.BFLOAT16: torch.bfloat16,
-        }[self.compute]
+        return TORCH_DTYPES[self.compute]
 
     @property
     def dtype_name(self) -> str:
@@ -72,19 +75,27 @@ class Precision:
             return found
         return INT8
 
+    def scale_type(self, name: str) -> ir.DataType:
+        """The type of the scales of a weight, if it is quantised.
+
+        Rows of the image table leave `image_head` in float32, without a product that would round them.
+        """
+        return ir.DataType.FLOAT if name.partition(".")[0] == "image_table" else self.compute
+
     def rounded(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight` as the bundle stores it, widened to float32; it keeps the checkpoint's shape."""
         found = self.format_of(name, tuple(weight.shape))
         if found is None:
             return weight.to(self.torch_dtype).float()
-        return found.rounded(weight, self.torch_dtype)
+        return found.rounded(weight, TORCH_DTYPES[self.scale_type(name)])
 
     def stored(self, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         """The name of the weight's format, and the bytes of each tensor that it is stored as."""
-        found, item = self.format_of(name, shape), int(self.compute.itemsize)
+        found = self.format_of(name, shape)
         if found is None:
-            return self.dense_name, (int(math.prod(shape) * item),)
-        return found.name, found.stored_bytes(shape[0], math.prod(shape[1:]), scale_bytes=item)
+            return self.dense_name, (int(math.prod(shape) * self.compute.itemsize),)
+        scale_bytes = int(self.scale_type(name).itemsize)
+        return found.name, found.stored_bytes(shape[0], math.prod(shape[1:]), scale_bytes=scale_bytes)
 
 
 PRECISIONS = {

@@ -20,7 +20,7 @@ import torch
 from reference.containers import LazyTensor
 
 from .formats import Encoded, Format, packed
-from .precisions import Precision
+from .precisions import TORCH_DTYPES, Precision
 
 INLINE_BYTES = 1024  # smaller tensors are shapes and scalars, and stay in model.onnx
 TRANSPOSED = "transposed"  # metadata of an initializer that stores the transpose of its checkpoint tensor
@@ -92,20 +92,19 @@ def _insert_dequantize(
         layout = {"axis": 0 if transposed else 1, "block_size": size}
         shape = [features // size, rows] if transposed else [rows, features // size]
 
-    encoded = _Encoded(tensor, found, precision.torch_dtype)
+    scale_type = precision.scale_type(str(weight.name))
+    encoded = _Encoded(tensor, found, TORCH_DTYPES[scale_type])
     codes = ir.Value(
         name=f"{weight.name}{CODES}", type=ir.TensorType(found.code), shape=ir.Shape(list(weight.shape))
     )
-    scales = ir.Value(
-        name=f"{weight.name}{SCALES}", type=ir.TensorType(precision.compute), shape=ir.Shape(shape)
-    )
+    scales = ir.Value(name=f"{weight.name}{SCALES}", type=ir.TensorType(scale_type), shape=ir.Shape(shape))
     codes.const_value = _lazy(codes.name, found.code, codes.shape, lambda: encoded.codes(transposed))
     scales.const_value = _lazy(
-        scales.name, precision.compute, scales.shape, lambda: encoded.scales(transposed).reshape(shape)
+        scales.name, scale_type, scales.shape, lambda: encoded.scales(transposed).reshape(shape)
     )
     node = ir.node("DequantizeLinear", [codes, scales], layout, name=f"{weight.name}.dequantize")
     dense = node.outputs[0]
-    dense.name, dense.dtype, dense.shape = f"{weight.name}.dense", precision.compute, weight.shape
+    dense.name, dense.dtype, dense.shape = f"{weight.name}.dense", scale_type, weight.shape
     model.graph.insert_before(next(iter(weight.uses())).node, node)
     weight.replace_all_uses_with(dense)
     del model.graph.initializers[weight.name]
@@ -114,6 +113,8 @@ def _insert_dequantize(
     for user, _ in list(dense.uses()):
         if user.op_type == "Gemm":
             _multiply_transposed(model, user)
+        elif user.op_type == "Gather":
+            user.outputs[0].dtype = scale_type
 
 
 def _multiply_transposed(model: ir.Model, gemm: ir.Node) -> None:

@@ -1,0 +1,1 @@
+"""Quantisation by measurement: codes and scales chosen for what the model itself computes."""

@@ -1,0 +1,52 @@
+"""AWQ: channels that carry strong inputs are scaled up before rounding, and their inputs down.
+
+A weight's column times s and its input over s give the same product, but the column is rounded more finely.
+The input is divided where it comes from: in the weight of the norm before it, or in the rows of the layer
+before it. Every s is a power of two, so that nothing is rounded by folding it in, in any format.
+
+Source: Lin et al., AWQ, 2023 (arXiv 2306.00978); powers of two are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..graph.formats import Format
+from .gptq import best_scales
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # how far the scales follow the strength of the inputs
+ROWS = 512  # of each weight that are tried
+
+
+def channel_exponents(
+    weights: Sequence[Tensor], moments: Tensor, format: Format, dtype: torch.dtype
+) -> Tensor:
+    """The exponents e [K], int64, for which the weights [rows, K] times 2^e, rounded, keep their products best.
+
+    `moments` [K, K] are the second moments of the inputs that the weights share. Exponents are 0 if no
+    scaling helps.
+    """
+    strength = moments.diagonal().clamp(min=1e-20).log2() / 2
+    strength = strength - strength.mean()
+    chosen = [weight[:: max(1, len(weight) // ROWS)].float() for weight in weights]
+    best, least = torch.zeros_like(strength), float("inf")
+    for alpha in ALPHAS:
+        exponents = (alpha * strength).round().clamp(-8, 8)
+        factors = exponents.exp2()
+        power = moments.diagonal() / factors.square()
+        error = 0.0
+        for weight in chosen:
+            scaled = weight * factors
+            scales = best_scales(scaled, power, format, dtype)
+            step = torch.where(scales == 0, 1, scales.float()).repeat_interleave(
+                scaled.shape[1] // scales.shape[1], 1
+            )
+            stored = (scaled / step).round().clamp(-format.top, format.top) * step / factors
+            change = weight - stored
+            error += float((change @ moments * change).sum())
+        if error < least:
+            best, least = exponents, error
+    return best.long()
