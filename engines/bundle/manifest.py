@@ -179,12 +179,27 @@ class GoldenSpec:
 
 
 @dataclass(frozen=True)
+class CalibrationSpec:
+    """What the codes of the decoders were chosen for: images that the model drew and edited, and answers.
+
+    `pictures` counts those that were given to it. `sha256` is that of all texts and pictures.
+    """
+
+    prompts: int
+    edits: int
+    questions: int
+    pictures: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of `manifest.json`.
 
     `components` maps a graph's name to its spec, the parts of a component in their order. `tables` are the
     components without a graph. `part_bytes` is the size above which a decoder was stored in parts. `golden`
-    says what was recorded. `files` lists all files but the manifest itself, plans and certificates.
+    says what was recorded, and `calibration` what the decoders were quantised for, if not rounded to nearest.
+    `files` lists all files but the manifest itself, plans and certificates.
     """
 
     schema: int
@@ -195,6 +210,7 @@ class Manifest:
     part_bytes: int
     golden: GoldenSpec
     files: dict[str, FileSpec]
+    calibration: CalibrationSpec | None = None
 
 
 def component_of(name: str) -> str:
@@ -264,6 +280,8 @@ def strict(kind: Any, value: Any, path: str) -> Any:
         for option in args:
             if value is None and option is type(None) or type(value) is option:
                 return value
+            if dataclasses.is_dataclass(option) and isinstance(value, dict):
+                return strict(option, value, path)
         raise _refusal(path, " or ".join(getattr(a, "__name__", str(a)) for a in args), repr(value))
     if kind is float and type(value) is int:
         value = float(value)

@@ -24,7 +24,7 @@ ROWS = 512  # of each weight that are tried
 def channel_exponents(
     weights: Sequence[Tensor], moments: Tensor, format: Format, dtype: torch.dtype
 ) -> Tensor:
-    """The exponents e [K], int64, for which the weights [rows, K] times 2^e, rounded, keep their products best.
+    """The exponents e int64 [K] for which weights [rows, K] times 2^e, rounded, keep their products best.
 
     `moments` [K, K] are the second moments of the inputs that the weights share. Exponents are 0 if no
     scaling helps.

@@ -29,6 +29,7 @@ from .arguments import (
 )
 from .failures import out_of_memory, three_lines
 
+CALIBRATE = 8  # prompts
 INTERRUPTED = 130
 
 
@@ -136,6 +137,21 @@ def _export(commands) -> None:
         "only what it lacks is downloaded",
     )
     c.add_argument("--components", type=words, metavar="A,B", help="only these components (default: all)")
+    c.add_argument(
+        "--calibrate",
+        type=count,
+        nargs="?",
+        const=CALIBRATE,
+        metavar="N",
+        help="quantise the decoders for what the model computes when it draws N prompts, edits and answers "
+        f"(default N: {CALIBRATE}), and not by rounding to nearest",
+    )
+    c.add_argument(
+        "--calibration",
+        metavar="FOLDER",
+        help="prompts.txt (one per line; `edit: TEXT` and `ask: TEXT` too) and pictures to calibrate with "
+        "(default: shipped prompts)",
+    )
     c.add_argument(
         "--part-bytes",
         type=count,

@@ -54,6 +54,8 @@ def export(
     components: list[str] | None = None,
     rope: str = "bf16",
     part_bytes: int | None = None,
+    calibrate: int | None = None,
+    calibration: str | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Export a checkpoint to a bundle with `star_export.exporter.export.export`.
@@ -82,6 +84,8 @@ def export(
             components=components,
             rope_bf16=rope == "bf16",
             part_bytes=part_bytes or PART_BYTES,
+            calibrate=calibrate,
+            calibration=calibration,
             progress=bar,
         )
     files = Bundle.open(path).manifest.files

@@ -6,9 +6,12 @@ memory-mapped checkpoint, one weight at a time, so that a model of any size need
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -18,16 +21,19 @@ from safetensors.torch import save_file
 
 from engines import plugins
 from engines.bundle.files import sha256_from_file
-from engines.bundle.manifest import SCHEMA, ComponentSpec, Manifest
+from engines.bundle.manifest import SCHEMA, CalibrationSpec, ComponentSpec, Manifest, ModelSpec
 from engines.bundle.tensors import present_name
 from engines.errors import UsageError
 from engines.fit.work import check_export
+from engines.inputs.prompt import Chat
 from engines.progress import Progress, adder, silent
 from reference.config import StarConfig, config_from_files
 from reference.containers import LazyTensor, tensors_from_safetensors
 from reference.model import pixel_adapter
 from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 
+from ..calibration.examples import SHIPPED, Material, read_material
+from ..calibration.run import Calibration, material_hash
 from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
 from ..golden import record as golden
 from ..golden import runs as golden_runs
@@ -54,6 +60,8 @@ def export(
     from_folder: str | None = None,
     rope_bf16: bool = True,
     components: list[str] | None = None,
+    calibrate: int | None = None,
+    calibration: str | Path | None = None,
     part_bytes: int = PART_BYTES,
     progress: Progress = silent,
 ) -> Path:
@@ -62,6 +70,9 @@ def export(
     `source` is `star-3b`, `star-7b`, a folder in the release layout, its config JSON, `nano`, or a hub id;
     `checkpoint`, `base` and `vq` override parts of it. `from_folder` holds parts of `star-3b` or `star-7b`
     that need not be downloaded. `rope_bf16=False` keeps the rotary frequencies in float32 (docs/star.md 0.2).
+    `calibrate` chooses the codes of the decoders' weights for what the model computes when it draws that many
+    prompts, and edits and answers a quarter as many: those of the folder `calibration` (`prompts.txt`, one
+    per line, and pictures), or shipped ones.
     `components` limits the export to some rows of the table. A decoder of more than `part_bytes` is stored in
     parts of at most that size.
 
@@ -77,6 +88,7 @@ def export(
             where=f"export: part_bytes: expected at least 1, got {part_bytes}",
             fix="omit it to use the default",
         )
+    check_calibration(calibrate, calibration, PRECISIONS[precision], precision)
     out = Path(out)
     check_out(out)
     files = resolve_checkpoint(
@@ -87,7 +99,22 @@ def export(
     check_room(config, precision, names, out, part_bytes=part_bytes)
     host_files = tokenizer_files(files) | score_files(files)
     model = model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16)
+    material = (
+        read_material(Path(calibration) if calibration else None, shipped_prompts(files), calibrate)
+        if calibrate
+        else None
+    )
+    described = None
+    if material:
+        described = CalibrationSpec(
+            prompts=len(material.prompts),
+            edits=len(material.edits),
+            questions=len(material.questions),
+            pictures=len(material.pictures),
+            sha256=material_hash(material),
+        )
     inputs = {
+        "calibration": described and asdict(described),
         "checkpoint": checkpoint_hashes(files, progress),
         "precision": precision,
         "rope_bf16": rope_bf16,
@@ -98,10 +125,14 @@ def export(
     }
     with staged(out, inputs, progress) as stage:
         job = Job(stage, config, tensors, PRECISIONS[precision], names, part_bytes, rope_bf16, progress)
+        if material:
+            job.calibrate(host_files, model, material)
         steps = job.steps()
         for i, (name, write) in enumerate(steps.items()):
             progress(name, i, len(steps))
             stage.step(name, write)
+            if (read := job.read_last.get(name)) and read.exists():
+                stage.drop(read)
         progress("publish", len(steps), len(steps))
         stage.step("files of the host", lambda: _write_files(stage.bundle, host_files))
         write_manifest(
@@ -115,6 +146,7 @@ def export(
                 part_bytes=part_bytes,
                 golden=job.oracle.spec,
                 files=stage.files(),
+                calibration=described,
             ),
         )
     return out
@@ -134,6 +166,38 @@ def check_room(config: StarConfig, precision: str, names: list[str], out: Path, 
     )
 
 
+def check_calibration(
+    calibrate: int | None, calibration: str | Path | None, precision: Precision, name: str
+) -> None:
+    """Raise UsageError for a calibration of no prompts, or of a precision that has no codes to choose."""
+    if calibrate is not None and calibrate < 1:
+        raise UsageError(
+            "calibrate is out of range",
+            where=f"export: calibrate: expected at least 1 prompt, got {calibrate}",
+            fix="omit the number to use the default",
+        )
+    if calibration and calibrate is None:
+        raise UsageError(
+            "A folder of calibration without a calibration",
+            where=f"export: calibration: expected --calibrate as well, got {calibration} alone",
+            fix="add --calibrate",
+        )
+    if calibrate and not precision.formats:
+        raise UsageError(
+            "There is nothing to calibrate",
+            where=f"export: calibrate: expected a precision with quantised weights, got {name}",
+            fix="omit --calibrate, or export in int8 or int4",
+        )
+
+
+def shipped_prompts(files: CheckpointFiles) -> Path:
+    """The prompts beside a checkpoint, or else ours."""
+    own = files.config_json.parent / CALIBRATION_PROMPTS
+    return own if own.exists() else SHIPPED
+
+
+CALIBRATION = "calibration.json"  # of a bundle: what each weight lost
+CALIBRATION_PROMPTS = "calibration.txt"  # beside a checkpoint's configuration
 VERSIONS = ("torch", "onnx", "onnx-ir", "onnxscript")  # the packages that decide the bytes of a bundle
 
 
@@ -181,11 +245,42 @@ class Job:
         ]
         self.image_table = stage.scratch / "image_table.safetensors"
         self.tensors = dict(tensors) | {TABLE: self._stored_image_table()}
-        self.oracle = golden.oracle_of(config, self.tensors, precision, rope_bf16=rope_bf16)
+        self.calibration: Calibration | None = None
+        self.read_last: dict[str, Path] = {}  # step -> a file of the stage that no later step reads
+
+    @functools.cached_property
+    def oracle(self) -> golden.Oracle:
+        """The reference with the weights as stored, once those that are calibrated are there."""
+        return golden.oracle_of(self.config, self.tensors, self.precision, rope_bf16=self.rope_bf16)
+
+    def calibrate(self, host_files: Mapping[str, bytes], model: ModelSpec, material: Material) -> None:
+        """Calibrate the decoders before anything else is written."""
+        tokenizer, template = (
+            host_files[name].decode() for name in ("tokenizer.json", "chat_template.jinja")
+        )
+        chat = Chat(tokenizer, template, model)
+        self.calibration = Calibration(
+            self.stage.scratch / "calibration",
+            self.config,
+            dict(self.tensors),
+            self.precision,
+            self.rope_bf16,
+            chat,
+            model,
+            material,
+            self.progress,
+        )
+        self.tensors |= self.calibration.stored_tensors()
 
     def steps(self) -> dict[str, Callable[[], None]]:
         """Name of a step -> what writes its files, in the order in which they run."""
         steps: dict[str, Callable[[], None]] = {"image table": self._write_image_table}
+        if self.calibration:
+            for name, (run, read) in self.calibration.steps().items():
+                steps[name] = run
+                if read:
+                    self.read_last[name] = read
+            steps["table of the calibration"] = self._write_calibration
         for part in self.parts:
             steps[f"export {part.name}"] = partial(self._write_part, part)
             steps[f"golden tensors of {part.name}"] = partial(self._record, part)
@@ -194,8 +289,13 @@ class Job:
             steps[f"golden tensors of {name}"] = partial(self._record, whole(name, self.config))
         if len(self.names) == len(COMPONENTS):
             runs = self.stage.bundle / "golden.safetensors"
-            steps["golden tensors of whole runs"] = partial(golden_runs.run_golden, self.oracle, runs)
+            steps["golden tensors of whole runs"] = lambda: golden_runs.run_golden(self.oracle, runs)
         return steps
+
+    def _write_calibration(self) -> None:
+        assert self.calibration
+        text = json.dumps(self.calibration.table(), indent=1) + "\n"
+        (self.stage.bundle / CALIBRATION).write_text(text)
 
     def table(self, name: str) -> Table:
         """The table of a component, which a graph that is stored whole may use too."""

@@ -88,6 +88,14 @@ class Stage:
         self.steps[name] = files
         self._write_journal()
 
+    def drop(self, file: Path) -> None:
+        """Remove a file that no later step reads; the step that wrote it stays done."""
+        name = file.relative_to(self.path).as_posix()
+        for files in self.steps.values():
+            files.pop(name, None)
+        self._write_journal()
+        file.unlink(missing_ok=True)
+
     def files(self) -> dict[str, FileSpec]:
         """The bundle's files so far, by their names in it."""
         return {

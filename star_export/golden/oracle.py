@@ -16,6 +16,7 @@ from reference.config import StarConfig
 from reference.containers import LazyTensor
 
 from ..graph.precisions import Precision
+from ..graph.quantize import StoredTensor
 from ..graph.wrappers import FoldedStar
 
 KEPT = 1 << 12  # numbers; a weight of so few, such as that of a norm, is read once and kept
@@ -42,7 +43,9 @@ def streamed_star(
         setattr(star.get_submodule(module), buffer, value)
 
     def read(name: str) -> Tensor:
-        return precision.rounded(name, tensors[name].load()).to(dtype)
+        tensor = tensors[name]
+        stored = isinstance(tensor, StoredTensor)
+        return (tensor.load() if stored else precision.rounded(name, tensor.load())).to(dtype)
 
     for prefix, module in star.named_modules():
         names = {key: f"{prefix}.{key}" for key, _ in module.named_parameters(recurse=False)}

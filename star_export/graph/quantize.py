@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -140,6 +141,13 @@ def _multiply_transposed(model: ir.Model, gemm: ir.Node) -> None:
     model.graph.remove(gemm, safe=True)
 
 
+@dataclass(frozen=True)
+class StoredTensor(LazyTensor):
+    """A weight whose codes were chosen already: `load` gives what they stand for, in float32."""
+
+    encoded: Callable[[], Encoded]
+
+
 class _Encoded:
     """The codes and scales of one weight, quantised once for both."""
 
@@ -160,7 +168,11 @@ class _Encoded:
     def _take(self) -> Encoded:
         made, self.made = self.made, None  # the second of the two calls frees it
         if made is None:
-            made = self.made = self.format.encode(self.tensor.load(), self.dtype)
+            if isinstance(self.tensor, StoredTensor):
+                made = self.tensor.encoded()
+            else:
+                made = self.format.encode(self.tensor.load(), self.dtype)
+            self.made = made
         return made
 
 
