@@ -148,11 +148,16 @@ def host_sessions() -> list:
     return [*decoders, HostSession(HEAD, draw_on_host), Embedding()]
 
 
+def source_in(folder: Path) -> Path:
+    """The CUDA source of the kernels, written to `folder`."""
+    source = folder / "loop_and_toy.cu"
+    source.write_text(SOURCE.read_text() + Path(__file__).with_suffix(".cu").read_text())
+    return source
+
+
 def device_sessions(folder: Path) -> list:
     """The same as kernels, compiled through a source in `folder`. Raises what `kernels_from_source` does."""
-    source = folder / "toy_and_loop.cu"
-    source.write_text(SOURCE.read_text() + Path(__file__).with_suffix(".cu").read_text())
-    decoder, head = nvrtc.kernels_from_source(source, *KERNELS)
+    decoder, head = nvrtc.kernels_from_source(source_in(folder), *KERNELS)
     return [*(DeviceSession(DECODER, decoder) for _ in range(2)), DeviceSession(HEAD, head), Embedding()]
 
 
