@@ -91,8 +91,14 @@ def _inspected(trt: Any, network: Any, component: str, look: Look | None, *, own
 
 
 def _config(trt: Any, builder: Any, target: Target, profiles: tuple[Profile, ...]) -> Any:
-    """The builder's configuration: the target's architecture and the optimisation profiles."""
+    """The builder's configuration: the target's architecture and the optimisation profiles.
+
+    The runtime of TensorRT for RTX allocates nothing while such a plan runs, so its steps can be captured
+    into a CUDA graph; TensorRT proper has no such flag.
+    """
     config = builder.create_builder_config()
+    if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+        config.set_flag(flag)
     if target.builder == "tensorrt_rtx":  # the other builder builds for the device that it runs on
         architecture = trt.ComputeCapability.__members__[target.sm.upper().replace("_", "")]
         config.num_compute_capabilities = 1

@@ -22,7 +22,7 @@ from .device import gpus
 from .module import tensorrt_of
 from .profiles import Profile
 
-SCHEMA = 1
+SCHEMA = 2
 BUILD = "build.json"
 BUILD_LIMIT_BYTES = 16 << 20
 

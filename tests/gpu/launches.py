@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 KINDS = {
     "graph launches": ("cudaGraphLaunch", "cuGraphLaunch"),
@@ -56,6 +57,47 @@ def calls_of(trace: dict) -> Counter:
         for kind, prefixes in KINDS.items():
             counts[kind] += event["name"].startswith(prefixes)
     return counts
+
+
+class Counted:
+    """A module of cuda-python whose functions are counted by name."""
+
+    def __init__(self, module, counts: Counter):
+        self._module, self._counts = module, counts
+
+    def __getattr__(self, name: str):
+        value = getattr(self._module, name)
+        if not name.startswith("cu") or isinstance(value, type) or not callable(value):
+            return value
+
+        def call(*arguments):
+            self._counts[name] += 1
+            return value(*arguments)
+
+        return call
+
+
+def own_calls(call: Callable[[], object]) -> Counter:
+    """Kind of call -> how many of them `call` makes through cuda-python: those that the profiler leaves out
+    too, and not a library's own."""
+    from engines.tensorrt import device
+
+    names: Counter = Counter()
+    runtime, driver = Counted(device.cudart(), names), Counted(device.driver(), names)
+    with (
+        mock.patch.object(device, "cudart", lambda: runtime),
+        mock.patch.object(device, "driver", lambda: driver),
+    ):
+        call()
+    return Counter(
+        {kind: sum(names[n] for n in names if n.startswith(prefixes)) for kind, prefixes in KINDS.items()}
+    )
+
+
+def own_calls_per_step(run: Callable[[int], object], *, short: int, long: int) -> dict[str, float]:
+    """`own_calls` of one step, from the difference of `run(short)` and `run(long)` steps."""
+    few, many = (own_calls(lambda steps=steps: run(steps)) for steps in (short, long))
+    return {kind: round((many[kind] - few[kind]) / (long - short), 2) for kind in KINDS}
 
 
 def kernels_of(trace: dict) -> tuple[float, int, list[tuple[str, float, int]]]:

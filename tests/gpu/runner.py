@@ -26,6 +26,7 @@ from .processes import kill_tree
 from .report import write_json, write_text
 
 STEPS = (
+    "device_loop",
     "plugin",
     "ort_cuda",
     "real_widths",

@@ -2,7 +2,7 @@
 
 What is enqueued runs at once, or becomes a node while the stream is captured. As the real one, a capture is
 spoilt by an allocation, a wait and a copy from the host, and gives no graph then. `calls` has every call by
-name. Kernels are those of loop.cu on emulated blocks (tests/plugins/emulator.h).
+name. Kernels are those of loop.cu and tests/gpu/toy.cu on emulated blocks (tests/plugins/emulator.h).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from engines.tensorrt import device, nvrtc
 from tests.helpers.emulated import FLAGS, ROOT, SOURCES, compiler
 
-STREAM, FIELDS = 7, 16  # fields of the struct that the kernels take
+STREAM, FIELDS = 7, 16  # fields of the structs that the kernels take
+KERNELS = (b"advance", b"noise", b"feed", b"toy_decoder", b"toy_head")
 CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED, NOT_SUPPORTED = 900, 901, 801
 STEPS_LIMIT = 1000  # of a WHILE node
 ENUMS = {
@@ -37,7 +38,8 @@ def built(folder: Path) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="star-emulated-") as out:
         library = Path(out) / "libloop.so"
         driver = ROOT / "tests" / "engines" / "tensorrt" / "loop_driver.cpp"
-        command = [compiler(), *FLAGS, "-O1", f"-I{SOURCES}", f"-I{folder}", str(driver), "-o", str(library)]
+        folders = [f"-I{path}" for path in (SOURCES, folder, ROOT / "tests" / "gpu")]
+        command = [compiler(), *FLAGS, "-O1", *folders, str(driver), "-o", str(library)]
         subprocess.run(command, check=True)
         return ctypes.CDLL(str(library))
 
@@ -138,7 +140,7 @@ class FakeCuda:
         return "module"
 
     def _cuModuleGetFunction(self, module, name):
-        return (b"advance", b"noise", b"feed").index(name)
+        return KERNELS.index(name)
 
     def _cuLaunchKernel(self, kernel, x, y, z, threads, *rest):
         assert (z, threads, rest[:4]) == (1, 256, (1, 1, 0, STREAM))

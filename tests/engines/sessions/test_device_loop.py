@@ -11,8 +11,6 @@ import pytest
 from engines.bundle.manifest import ComponentSpec, TensorSpec
 from engines.runtime import decode
 from engines.runtime.decode import ImageLoop
-from engines.runtime.gumbel import Noise
-from engines.runtime.windows import Windows
 from engines.sessions import device_loop
 from engines.sessions.array_buffer import ArrayBuffer
 from engines.sessions.tensorrt import TensorRTSession
@@ -22,6 +20,7 @@ from tests.helpers.emulated import ROOT
 from tests.helpers.fake_cuda import Engine, FakeCuda, built
 from tests.helpers.fake_decoder import FakeDecoder, H, spec
 from tests.helpers.fake_tensorrt import TRT
+from tests.helpers.loop_kernels import compared, equal
 from tests.helpers.tiny_bundle import MODEL
 
 IDS, PROMPT, CAPACITY = 44, 5, 48
@@ -100,69 +99,10 @@ def cuda(monkeypatch):
     return FakeCuda().install(monkeypatch)
 
 
-def greedy(noise, seed):
-    """`noise`, or zeros without a seed."""
-    return noise if seed is not None else np.zeros_like(noise)
-
-
-def check_kernels(cuda, rng, *, images, window, tokens, codebook, seed):
+def check_kernels(rng, **sizes):
     """A whole image's steps with random draws, each as Windows and Noise have it, bit for bit."""
-    buffer, hidden = device_loop.DeviceBuffer, int(rng.integers(1, 300))
-    rows, at_slot, at_position = 2 * images, int(rng.integers(100)), int(rng.integers(1000))
-    table = rng.standard_normal((5, hidden)).astype(np.float32)
-    embeds = buffer((rows, window, hidden), "float32")
-
-    def head(draws, own):
-        return device_loop.Head(
-            lambda: None,
-            buffer((images, draws, codebook), "float32"),
-            buffer((images, draws), "int64"),
-            buffer((rows, draws, hidden), "float32") if own else embeds,
-        )
-
-    main = head(window, window > 1)
-    first = head(1, True) if window > 1 else main
-    decoders = device_loop.Decoders((), embeds, buffer((rows,), "int64"), buffer((3, rows, window), "int64"))
-    assert device_loop.refusal(embeds, tokens=tokens) is None
-    loop = device_loop.DeviceLoop(
-        (), decoders, first=first, head=main, tokens=tokens, quantiles=decode.quantiles()
-    )
-
-    def draws(into, ids):
-        into.image_ids.write(ids)
-        into.embeds.write(np.repeat(table[ids], 2, axis=0))
-
-    noise = Noise(seed or 0, images=images, window=window, size=codebook)
-    one = rng.integers(0, 5, (images, 1))
-    draws(first, one)
-    loop._start(at_slot, at_position, seed)  # its head step leaves what was drawn
-    if first is not main:
-        wanted = Noise(seed or 0, images=images, window=1, size=codebook).at(np.zeros(images, np.int64))
-        assert first.noise.read().tobytes() == greedy(wanted, seed).tobytes()
-    windows = Windows(one[:, 0], tokens=tokens, window=window)
-    while True:
-        np.testing.assert_array_equal(loop.ids.read(), windows.ids)
-        known, starts = loop.state.read()[7:][: 2 * images].reshape(2, images)
-        np.testing.assert_array_equal(known, windows.known)
-        np.testing.assert_array_equal(starts, windows.starts)
-        twice = windows.starts.repeat(2)
-        np.testing.assert_array_equal(decoders.write_indices.read(), at_slot + twice)
-        places = np.broadcast_to(at_position + twice[:, None] + np.arange(window), (3, rows, window))
-        np.testing.assert_array_equal(decoders.position_ids.read(), places)
-        rows_of_noise = greedy(noise.at(windows.starts + 1), seed)
-        assert main.noise.read().tobytes() == rows_of_noise.tobytes()
-        if window > 1 or not windows.done:  # with one token, the last draw lies where no step reads it
-            assert embeds.read().tobytes() == np.repeat(table[windows.fed()], 2, axis=0).tobytes()
-        left = int((windows.known < tokens).sum())
-        assert loop.state.read()[5:7].tolist() == [left, windows.forwards]
-        if windows.done:
-            return
-        # Mostly what the window was fed, so that images come at their own pace.
-        ids = np.concatenate([windows.fed()[:, 1:], rng.integers(0, 5, (images, 1))], axis=1)
-        ids = np.where(rng.random(ids.shape) < 0.3, rng.integers(0, 5, ids.shape), ids)
-        draws(main, ids)
-        loop._take_over(main)
-        windows.advance(ids)
+    for what, got, wanted in compared(rng, **sizes):
+        assert equal(got, wanted), what
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 16])
@@ -171,7 +111,7 @@ def test_the_kernels_are_windows_and_noise(cuda, window):
         rng = np.random.default_rng(window * 100 + case)
         seed = None if case == 8 else int.from_bytes(rng.bytes(16), "big")
         sizes = {"images": 1 + case % 3, "tokens": window + int(rng.integers(1, 30))}
-        check_kernels(cuda, rng, window=window, codebook=int(rng.integers(1, 4200)), seed=seed, **sizes)
+        check_kernels(rng, window=window, codebook=int(rng.integers(1, 4200)), seed=seed, **sizes)
 
 
 FAULTS = {
@@ -194,11 +134,11 @@ def test_a_planted_fault_of_a_kernel_is_seen(monkeypatch, tmp_path, name):
     source = (ROOT / "engines" / "tensorrt" / "loop.cu").read_text()
     assert source.count(right) == 1
     (tmp_path / "loop.cu").write_text(source.replace(right, wrong))
-    cuda = FakeCuda(kernels=built(tmp_path)).install(monkeypatch)
+    FakeCuda(kernels=built(tmp_path)).install(monkeypatch)
     with pytest.raises(AssertionError):
         for case in range(5):
             rng = np.random.default_rng(case)
-            check_kernels(cuda, rng, images=2, window=4, tokens=21, codebook=50, seed=SEED)
+            check_kernels(rng, images=2, window=4, tokens=21, codebook=50, seed=SEED)
 
 
 def between(calls):

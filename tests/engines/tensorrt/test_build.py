@@ -18,6 +18,7 @@ from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
 from engines.targets import TARGETS
 from engines.tensorrt import build, compiler, plan
+from engines.tensorrt.module import log_of
 from tests.helpers.decoder_bundle import DIM, HIDDEN, KV, decoder_io, decoder_model, write_decoder_bundle
 from tests.helpers.tiny_bundle import MODEL, write_component, write_manifest
 
@@ -131,6 +132,15 @@ def rewritten(bundle, model, *, doc="", io=None):
     write_manifest(bundle.path, components, precision="bf16", model=model_spec)
     aside.rename(plans)
     return Bundle.open(bundle.path)
+
+
+def test_plans_of_the_builder_that_knows_the_flag_can_be_captured():
+    flag, target = trt.BuilderFlag.REQUIRE_USER_ALLOCATION, TARGETS[TARGET]
+    assert compiler._config(trt, trt.Builder(log_of(trt)), target, ()).get_flag(flag)
+    proper = SimpleNamespace(BuilderFlag=SimpleNamespace(TF32=7))
+    config = object()  # with nothing that could be set
+    builder = SimpleNamespace(create_builder_config=lambda: config)
+    assert compiler._config(proper, builder, TARGETS["h200"], ()) is config
 
 
 def test_a_failed_build_leaves_the_old_plan_and_record(bundle, monkeypatch):

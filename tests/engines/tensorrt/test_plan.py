@@ -147,8 +147,8 @@ def test_a_stale_plan_names_the_file_that_changed(bundle):
         ("", "strict JSON"),
         ("[]", "an object"),
         ("\ud83d", "surrogates"),
-        ('{"schema": 2}', "schema: expected 1"),
-        ('{"schema": 1}', "expected this key"),
+        ('{"schema": 1}', "schema: expected 2"),
+        ('{"schema": 2}', "expected this key"),
     ],
 )
 def test_a_wrong_record_is_refused(bundle, text, words):
