@@ -7,6 +7,7 @@ of the examples passes each layer once, and a model of any size needs the memory
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -22,7 +23,7 @@ from .examples import Example
 from .folding import channel_exponents
 from .gptq import error_of, quantised
 
-INPUTS = 8192  # of a weight that its moments are taken from
+OPERATIONS = 5e11  # of the moments of a weight, which limits the inputs that they are taken from
 
 
 @dataclass
@@ -111,9 +112,9 @@ class _Work:
 
 
 def moments_of(inputs: Sequence[Tensor]) -> Tensor:
-    """Second moments [K, K] of inputs [..., K], of at most INPUTS of them, evenly spaced."""
+    """Second moments [K, K] of inputs [..., K], evenly spaced ones if there are too many (OPERATIONS)."""
     total, size = sum(x[..., 0].numel() for x in inputs), inputs[0].shape[-1]
-    every = max(1, -(-total // INPUTS))
+    every = max(1, math.ceil(total * size**2 / OPERATIONS))
     moments, count = torch.zeros(size, size), 0
     for x in inputs:
         rows = x.flatten(0, -2)[::every]

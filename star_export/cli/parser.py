@@ -29,7 +29,6 @@ from .arguments import (
 )
 from .failures import out_of_memory, three_lines
 
-CALIBRATE = 8  # prompts
 INTERRUPTED = 130
 
 
@@ -141,10 +140,10 @@ def _export(commands) -> None:
         "--calibrate",
         type=count,
         nargs="?",
-        const=CALIBRATE,
+        const=0,
         metavar="N",
         help="quantise the decoders for what the model computes when it draws N prompts, edits and answers "
-        f"(default N: {CALIBRATE}), and not by rounding to nearest",
+        "(default N: as many as give 10,000 inputs), and not by rounding to nearest",
     )
     c.add_argument(
         "--calibration",

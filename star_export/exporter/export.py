@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -71,7 +72,7 @@ def export(
     `checkpoint`, `base` and `vq` override parts of it. `from_folder` holds parts of `star-3b` or `star-7b`
     that need not be downloaded. `rope_bf16=False` keeps the rotary frequencies in float32 (docs/star.md 0.2).
     `calibrate` chooses the codes of the decoders' weights for what the model computes when it draws that many
-    prompts, and edits and answers a quarter as many: those of the folder `calibration` (`prompts.txt`, one
+    prompts (0: as many as give INPUTS inputs), and edits and answers a quarter as many: those of the folder `calibration` (`prompts.txt`, one
     per line, and pictures), or shipped ones.
     `components` limits the export to some rows of the table. A decoder of more than `part_bytes` is stored in
     parts of at most that size.
@@ -99,11 +100,10 @@ def export(
     check_room(config, precision, names, out, part_bytes=part_bytes)
     host_files = tokenizer_files(files) | score_files(files)
     model = model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16)
-    material = (
-        read_material(Path(calibration) if calibration else None, shipped_prompts(files), calibrate)
-        if calibrate
-        else None
-    )
+    material = None
+    if calibrate is not None:
+        prompts = calibrate or math.ceil(INPUTS / 2 / config.vq.image_tokens)  # with two rows of guidance
+        material = read_material(Path(calibration) if calibration else None, shipped_prompts(files), prompts)
     described = None
     if material:
         described = CalibrationSpec(
@@ -170,10 +170,10 @@ def check_calibration(
     calibrate: int | None, calibration: str | Path | None, precision: Precision, name: str
 ) -> None:
     """Raise UsageError for a calibration of no prompts, or of a precision that has no codes to choose."""
-    if calibrate is not None and calibrate < 1:
+    if calibrate is not None and calibrate < 0:
         raise UsageError(
             "calibrate is out of range",
-            where=f"export: calibrate: expected at least 1 prompt, got {calibrate}",
+            where=f"export: calibrate: expected 1 prompt or more, or 0 for the default, got {calibrate}",
             fix="omit the number to use the default",
         )
     if calibration and calibrate is None:
@@ -182,7 +182,7 @@ def check_calibration(
             where=f"export: calibration: expected --calibrate as well, got {calibration} alone",
             fix="add --calibrate",
         )
-    if calibrate and not precision.formats:
+    if calibrate is not None and not precision.formats:
         raise UsageError(
             "There is nothing to calibrate",
             where=f"export: calibrate: expected a precision with quantised weights, got {name}",
@@ -198,6 +198,7 @@ def shipped_prompts(files: CheckpointFiles) -> Path:
 
 CALIBRATION = "calibration.json"  # of a bundle: what each weight lost
 CALIBRATION_PROMPTS = "calibration.txt"  # beside a checkpoint's configuration
+INPUTS = 10_000  # of a weight, that a calibration has by default
 VERSIONS = ("torch", "onnx", "onnx-ir", "onnxscript")  # the packages that decide the bytes of a bundle
 
 
