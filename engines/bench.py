@@ -254,6 +254,8 @@ def bytes_read(star: Star, loop: ImageLoop, component: str, length: int) -> int:
     table = manifest.tables["image_embedding"]
     if table.file in files:
         weights -= math.prod(table.shape) * ITEM_BYTES[table.dtype]
+        if table.scales_dtype is not None:
+            weights -= table.shape[0] * ITEM_BYTES[table.scales_dtype]
     used = {"B": 2, "C": length + loop.tokens // 2}  # two rows; slots on average over the image
     caches = [t for t in bound_tensors(star.session(component).spec) if present_name(t.name)]
     sizes = [math.prod(shape_from_symbols(t.shape, used)) * ITEM_BYTES[t.dtype] for t in caches]

@@ -13,7 +13,7 @@ import pytest
 
 from engines.bundle.manifest import CacheSpec
 from engines.bundle.reader import Bundle
-from engines.fit.memory import DRAW, TASKS, Use, loop_bytes, stage_bytes, task_memory
+from engines.fit.memory import DRAW, TASKS, Use, loop_bytes, stage_bytes, task_memory, weight_bytes
 from engines.fit.sizes import Geometry, Sizes, sizes_from_bundle
 from engines.fit.work import check_build
 from engines.runtime.star import Star
@@ -38,7 +38,8 @@ GRAPHS = {
     "text_head": 12_800,
     "image_head": 12_800,
 }
-SIZES = Sizes(MODEL, "bf16", GRAPHS, {"token_embedding": 12_800, "image_embedding": 0}, 1_000_000)
+FORMATS = {name: {"bf16": size} for name, size in GRAPHS.items()}
+SIZES = Sizes(MODEL, "bf16", GRAPHS, FORMATS, {"token_embedding": 12_800, "image_embedding": 0}, 1_000_000)
 ON_GPU = Use(rows=2, capacity_tokens=100, prefill_tokens=10, on_cpu=False)
 ON_CPU = replace(ON_GPU, on_cpu=True)
 
@@ -72,6 +73,16 @@ def test_resident_is_the_sum_and_in_turn_the_largest_stage() -> None:
 def test_the_cpu_holds_16_bit_weights_in_float32() -> None:
     names = ("vision_encoder", "base_ar", "text_head")
     assert task_memory(SIZES, "ask", ON_CPU).resident_bytes > 2 * sum(SIZES.weights[n] for n in names)
+
+
+def test_the_cpu_holds_codes_as_stored_but_those_of_convolutions_in_float32() -> None:
+    mixed = {"int4": 70_000, "int8": 20_000, "bf16": 10_000}
+    formats = FORMATS | {"base_ar/0": mixed, "base_ar/1": {"int4": 5_000}, "vq_decoder": {"int8": 40_000}}
+    sizes = replace(SIZES, precision="int4", formats=formats)
+    assert weight_bytes(sizes, "base_ar", on_cpu=True) == 70_000 + 20_000 + 2 * 10_000 + 5_000
+    assert weight_bytes(sizes, "vq_decoder", on_cpu=True) == 4 * 40_000
+    assert weight_bytes(sizes, "vq_decoder", on_cpu=False) == GRAPHS["vq_decoder"]
+    assert weight_bytes(sizes, "token_embedding", on_cpu=True) == 0  # a table, which the host maps
 
 
 def test_an_answer_has_one_row_whatever_the_images() -> None:
@@ -131,7 +142,7 @@ print(taken() - before, sum(weight_bytes(sizes, name, on_cpu=True) for name in n
 """
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_loading_takes_at_least_what_a_refusal_demands(bundle_of, precision: str) -> None:
     code = [sys.executable, "-c", LOADED, str(bundle_of(precision))]
     done = subprocess.run(code, capture_output=True, text=True, check=True)
@@ -145,6 +156,7 @@ def test_the_sizes_of_a_bundle_are_those_of_its_files(mini_bundle: Path) -> None
     assert sizes.bundle_bytes == sum(path.stat().st_size for path in files)
     assert sizes.weights_bytes == sum(p.stat().st_size for p in files if p.suffix == ".data")
     assert sizes.model.cache["base_ar"] == CacheSpec(4, 2, 16) and sizes.precision == "fp32"
+    assert {name: set(found) for name, found in sizes.formats.items()} == {n: {"fp32"} for n in sizes.graphs}
 
 
 def test_nothing_to_build_needs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,12 +17,23 @@ from tests.engines.fit.test_memory import SIZES
 FIGURES = (Path(__file__).parents[3] / "docs" / "figures.md").read_text()
 
 
-def test_a_step_reads_what_the_benchmark_counts(mini_bundle: Path) -> None:
-    with Star(mini_bundle) as star:
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_step_reads_what_the_benchmark_counts(bundle_of, precision: str) -> None:
+    with Star(bundle_of(precision)) as star:
         loop = star.image_loop(num_images=1, length=32, tokens=star.model.image_tokens)
         read = sum(bytes_read(star, loop, name, 32) for name in ("base_ar", "stacked_ar", "image_head"))
         filled = 32 + star.model.image_tokens // 2
         assert image_step_bytes(star.loaded.sizes, rows=2, filled_tokens=filled) == read
+
+
+def test_of_the_image_table_a_step_reads_a_row_in_the_format_of_its_rows() -> None:
+    model = SIZES.model
+    whole = sum(SIZES.weights[name] for name in ("base_ar", "stacked_ar", "image_head"))
+    caches = sum(SIZES.cache_bytes(n, rows=2, capacity_tokens=9) for n in ("base_ar", "stacked_ar"))
+    int8 = replace(SIZES, precision="int8", formats=SIZES.formats | {"image_head": {"int8": 12_800}})
+    for sizes, row in ((SIZES, 2 * model.hidden_size), (int8, model.hidden_size + 4)):
+        read = image_step_bytes(sizes, rows=2, filled_tokens=9)
+        assert read == whole + caches - model.codebook_size * row
 
 
 def test_the_times_are_bytes_over_the_bandwidth() -> None:

@@ -1,0 +1,80 @@
+"""Precisions: the name of one covers the whole model, and says what stays wider."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from reference.config import config_from_files
+from reference.weights import named_tensors, resolve_checkpoint
+from star_export.components import COMPONENTS, whole
+from star_export.graph.formats import INT4, INT8
+from star_export.graph.precisions import EVERY, PRECISIONS
+from star_export.planner.source import shapes_of
+
+LINEAR = "base_ar.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "precision", "expected"),
+    [
+        (LINEAR, (64, 256), "int4", INT4),
+        (LINEAR, (64, 40), "int4", INT8),  # no block divides its rows
+        (LINEAR, (64, 256), "int8", INT8),
+        (LINEAR, (64, 256), "bf16", None),
+        ("image_head.weight", (64, 256), "int4", INT8),
+        ("image_table.weight", (64, 256), "int4", INT8),
+        ("token_embedding.weight", (64, 256), "int8", INT8),
+        ("vision_encoder.patch_embed.weight", (64, 3, 2, 14, 14), "int8", INT8),
+        ("vq_decoder.conv_in.weight", (64, 3, 3, 3), "int4", INT8),
+        ("codebook.weight", (1024, 8), "int8", None),  # the VQ encoder compares with it
+        ("base_ar.norm.weight", (64,), "int4", None),
+        ("base_ar.layers.0.self_attn.q_proj.bias", (64,), "int8", None),
+    ],
+)
+def test_each_weight_has_the_format_of_its_kind(name, shape, precision, expected) -> None:
+    assert PRECISIONS[precision].format_of(name, shape) is expected
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_nothing_but_norms_biases_and_the_codebook_stays_wide(mini_checkpoint: Path, precision: str) -> None:
+    files = resolve_checkpoint(str(mini_checkpoint))
+    config = config_from_files(files.config_json, files.qwen_folder)
+    shapes = {k: v for name in COMPONENTS for k, v in shapes_of(whole(name, config), config).items()}
+    wide = {name for name, shape in shapes.items() if not PRECISIONS[precision].format_of(name, shape)}
+    assert {name for name in wide if len(shapes[name]) > 1} == {"codebook.weight"}
+    assert {name.partition(".")[0] for name in shapes.keys() - wide} == set(EVERY)
+
+
+def test_a_chosen_format_goes_before_that_of_its_kind() -> None:
+    mixed = replace(PRECISIONS["int4"], chosen={LINEAR: INT8})
+    assert mixed.format_of(LINEAR, (64, 256)) is INT8
+    assert mixed.format_of(LINEAR.replace("layers.0", "layers.1"), (64, 256)) is INT4
+
+
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_a_rounded_weight_keeps_its_shape_and_is_the_stored_one(precision: str) -> None:
+    chosen = PRECISIONS[precision]
+    for name, shape in ((LINEAR, (8, 64)), ("image_table.weight", (8, 64)), ("vq_decoder.w", (8, 4, 3, 3))):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        got = chosen.rounded(name, weight)
+        assert got.shape == weight.shape and got.dtype == torch.float32
+        assert torch.equal(got, weight) == (precision == "fp32")
+        stored, sizes = chosen.stored(name, shape)
+        if stored in ("int8", "int4"):
+            # Rows of the image table leave the graph in float32, so their scales are not rounded.
+            dtype = torch.float32 if name.startswith("image_table") else torch.bfloat16
+            encoded = {"int8": INT8, "int4": INT4}[stored].encode(weight, dtype)
+            assert torch.equal(got, encoded.decode().reshape(shape))
+            assert sizes == (weight.numel() * (4 if stored == "int4" else 8) // 8, encoded.scales.nbytes)
+        else:
+            assert stored == precision and sizes == (weight.numel() * (4 if precision == "fp32" else 2),)
+
+
+def test_the_noise_of_16_bit_dense_weights_is_that_of_their_type() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        assert torch.equal(PRECISIONS[name].rounded(LINEAR, weight), weight.to(dtype).float())
