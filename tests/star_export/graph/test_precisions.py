@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reference.config import config_from_files
-from reference.weights import named_tensors, resolve_checkpoint
+from reference.weights import resolve_checkpoint
 from star_export.components import COMPONENTS, whole
 from star_export.graph.formats import INT4, INT8
 from star_export.graph.precisions import EVERY, PRECISIONS

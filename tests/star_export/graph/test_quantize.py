@@ -1,14 +1,18 @@
-"""Weight formats: what is stored is what the reference is given, and ONNX Runtime reads it so."""
+"""Weights in graphs: what is stored is what the reference is given, and ONNX Runtime reads it so."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
 from star_export.graph import quantize
-from star_export.graph.precisions import PRECISIONS
+from star_export.graph.formats import INT4, Encoded
+from star_export.graph.precisions import PRECISIONS, Precision
 
 WEIGHT = "base_ar.layers.0.mlp.down_proj.weight"
 
@@ -22,6 +26,10 @@ class Stored:
     def load(self) -> torch.Tensor:
         self.loads += 1
         return self.tensor
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
 def linear_graph(inputs: int, outputs: int) -> ir.Model:
@@ -49,66 +57,135 @@ def linear_graph(inputs: int, outputs: int) -> ir.Model:
     return ir.Model(graph, ir_version=11)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("block", [32, 64])
-def test_blocks_round_to_nearest_and_keep_within_half_a_step(bits: int, block: int) -> None:
-    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(bits))
-    codes, scales = quantize.blocks_from_weight(weight, bits=bits, block=block, dtype=torch.float32)
-    restored = quantize.weight_from_blocks(codes, scales, block=block)
-    step = scales.repeat_interleave(block, 1)
-    assert codes.dtype == torch.int8 and int(codes.abs().max()) == 2 ** (bits - 1) - 1
-    assert bool(((restored - weight).abs() <= step / 2 * (1 + 1e-6)).all())
+def one_operator(kind: str, weights: dict[str, tuple[int, ...]], given: np.ndarray) -> ir.Model:
+    """`given` as x -> bfloat16 if it is float -> the operator with empty weights -> y in float32."""
+    looked_up, narrow = kind == "Gather", ir.DataType.BFLOAT16
+    kind_of_x = ir.DataType.INT64 if looked_up else ir.DataType.FLOAT
+    x = ir.Value(name="x", type=ir.TensorType(kind_of_x), shape=ir.Shape(given.shape))
+    empty = [
+        ir.Value(name=name, type=ir.TensorType(narrow), shape=ir.Shape(shape))
+        for name, shape in weights.items()
+    ]
+    cast = [] if looked_up else [ir.node("Cast", [x], {"to": narrow.value})]
+    source = cast[0].outputs[0] if cast else x
+    inputs = [empty[0], x] if looked_up else [source, *empty]
+    made = ir.node(kind, inputs, {"Gemm": {"transB": 1}, "Gather": {"axis": 0}}.get(kind, {}), name="made")
+    wide = ir.node("Cast", made.outputs, {"to": ir.DataType.FLOAT.value})
+    nodes = [*cast, made, wide]
+    for node, name in zip(nodes[::-1], ("y", "made", "narrow")):
+        node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(narrow)
+    wide.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(
+        [x], wide.outputs, nodes=nodes, initializers=empty, opset_imports={"": 24}, name="one operator"
+    )
+    return ir.Model(graph, ir_version=11)
 
 
-def test_a_block_of_zeros_stays_zero() -> None:
-    codes, scales = quantize.blocks_from_weight(torch.zeros(3, 64), bits=4, block=32, dtype=torch.bfloat16)
-    assert not codes.any() and not quantize.weight_from_blocks(codes, scales, block=32).any()
+def saved(model: ir.Model, path: Path, *, twin: bool) -> Path:
+    """The file of a graph, or of its twin."""
+    ir.save(model, path / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
+    if not twin:
+        return path / "model.onnx"
+    model = quantize.twin_from_graph(ir.load(path / "model.onnx"))
+    (path / "twin.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+    return path / "twin.onnx"
 
 
-@pytest.mark.parametrize(
-    "name,shape,precision,expected",
-    [
-        (WEIGHT, (64, 256), "int4", 128),
-        (WEIGHT, (64, 160), "int4", 32),
-        (WEIGHT, (64, 40), "int4", None),
-        (WEIGHT, (64, 160), "int8", 160),
-        (WEIGHT, (64, 160), "bf16", None),
-        ("image_head.weight", (64, 256), "int4", None),
-        ("base_ar.norm.weight", (64,), "int4", None),
-        ("vision_encoder.blocks.0.mlp.up_proj.weight", (64, 64), "int4", None),
-    ],
-)
-def test_only_linear_weights_of_the_decoders_are_quantised(name, shape, precision, expected) -> None:
-    assert quantize.block_size(name, shape, PRECISIONS[precision]) == expected
+def computed(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    # int8 arithmetic is this library's default
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)[0]
 
 
 @pytest.mark.parametrize("precision", list(PRECISIONS))
-def test_the_stored_graph_multiplies_by_the_rounded_weight(precision: str, tmp_path) -> None:
-    import onnxruntime as ort
-
-    stored = Stored(torch.randn(48, 96, generator=torch.Generator().manual_seed(3)))
+def test_the_stored_graph_multiplies_by_the_rounded_weight(precision: str, tmp_path: Path) -> None:
+    stored = Stored(random(48, 96))
     model = linear_graph(96, 48)
     quantize.set_precision(model, PRECISIONS[precision].compute)
     quantize.attach_weights(model, {WEIGHT: stored}, PRECISIONS[precision])
     assert stored.loads == 0, "weights are read while the file is written, not before"
-    path = tmp_path / "model.onnx"
-    ir.save(model, path, external_data="model.onnx.data", size_threshold_bytes=0)
-    if precision != "fp32":
-        twin = quantize.twin_from_graph(ir.load(path))
-        path = tmp_path / "twin.onnx"
-        path.write_bytes(ir.to_proto(twin).SerializeToString())
-    options = ort.SessionOptions()
-    options.add_session_config_entry(
-        "session.disable_quant_qdq", "1"
-    )  # int8 arithmetic is this library's default
     x = np.random.default_rng(0).standard_normal((2, 96), dtype=np.float32)
-    (y,) = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})
-    expected = x @ quantize.rounded(WEIGHT, stored.tensor, PRECISIONS[precision]).numpy().T
+    y = computed(saved(model, tmp_path, twin=precision != "fp32"), {"x": x})
+    assert stored.loads == 1, "a weight is read once, for its codes and its scales"
+    expected = x @ PRECISIONS[precision].rounded(WEIGHT, stored.tensor).numpy().T
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     if precision != "fp32":
         assert np.abs(expected - x @ stored.tensor.numpy().T).max() > 1e-4, (
             "rounding must be visible, or this test shows nothing"
         )
+
+
+# A precision whose quantised graph ONNX Runtime runs on the CPU without a twin.
+WIDE_INT8 = Precision(ir.DataType.FLOAT, PRECISIONS["int8"].formats)
+TABLE, BIAS, KERNEL = "token_embedding.weight", "token_embedding.bias", "vq_decoder.conv_in.weight"
+X = np.random.default_rng(1).standard_normal((2, 4, 4, 4), dtype=np.float32)
+IDS = np.array([[0, 47, 5], [5, 5, 1]])
+
+
+def product(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(torch.from_numpy(X).flatten(1), weight, bias)
+
+
+@pytest.mark.parametrize("twin", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "weight", "feeds", "expected", "operators"),
+    [
+        ("Gemm", TABLE, {"x": X.reshape(2, -1)}, product, ["Transpose", "MatMul", "Add"]),
+        ("Gather", TABLE, {"x": IDS}, lambda w, _: w[torch.from_numpy(IDS)], ["Gather"]),
+        ("Conv", KERNEL, {"x": X}, lambda w, _: torch.conv2d(torch.from_numpy(X), w), ["Conv"]),
+    ],
+    ids=["Gemm", "Gather", "Conv"],
+)
+def test_a_weight_that_keeps_its_layout_is_scaled_row_by_row(
+    kind, weight, feeds, expected, operators, twin: bool, tmp_path: Path
+) -> None:
+    precision = PRECISIONS["int8"] if twin else WIDE_INT8
+    tensors = {weight: Stored(random(48, 4, 3, 3) if kind == "Conv" else random(48, 64))}
+    if kind == "Gemm":
+        tensors[BIAS] = Stored(random(48))
+    model = one_operator(kind, {name: t.shape for name, t in tensors.items()}, feeds["x"])
+    quantize.set_precision(model, precision.compute)
+    quantize.attach_weights(model, tensors, precision)
+    found = [node.op_type for node in model.graph if node.op_type != "Cast"]
+    assert found == ["DequantizeLinear", *operators]
+    (dequantize,) = (node for node in model.graph if node.op_type == "DequantizeLinear")
+    assert dequantize.attributes["axis"].value == 0 and dequantize.inputs[1].shape == (48,)
+    got = computed(saved(model, tmp_path, twin=twin), feeds)
+    stored = [precision.rounded(name, t.tensor) for name, t in tensors.items()]
+    wanted = expected(*stored, *[None] * (2 - len(stored))).numpy()
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    exact = expected(*(t.tensor for t in tensors.values()), *[None] * (2 - len(stored))).numpy()
+    assert np.abs(wanted - exact).max() > 1e-3
+
+
+def test_the_twin_scales_only_the_rows_that_are_looked_up_and_keeps_what_is_fused(tmp_path: Path) -> None:
+    """ONNX Runtime fuses a DequantizeLinear with a product, and would else scale the whole table."""
+    tensors = {TABLE: Stored(random(48, 64)), BIAS: Stored(random(48))}
+    for kind, left in (("Gather", 0), ("Gemm", 1)):
+        model = one_operator(
+            kind, {n: t.shape for n, t in tensors.items()}, IDS if kind == "Gather" else X.reshape(2, -1)
+        )
+        quantize.attach_weights(model, tensors, PRECISIONS["int8"])
+        twin = ir.load(saved(model, tmp_path, twin=True))
+        operators = [node.op_type for node in twin.graph]
+        assert operators.count("DequantizeLinear") == left
+        assert operators.count("Gather") == (2 if kind == "Gather" else 0)  # of codes, and of scales
+
+
+def test_codes_that_were_chosen_are_stored_as_they_are(tmp_path: Path) -> None:
+    """They are not those of rounding to nearest."""
+    chosen = INT4.encode(random(48, 96), torch.bfloat16)
+    chosen = Encoded(-chosen.codes.flip(0), chosen.scales.flip(1) * 2)
+    load = lambda: chosen.decode()  # noqa: E731
+    tensor = quantize.StoredTensor(WEIGHT, (48, 96), torch.float32, tmp_path, load, lambda: chosen)
+    model = linear_graph(96, 48)
+    quantize.attach_weights(model, {WEIGHT: tensor}, PRECISIONS["int4"])
+    x = np.random.default_rng(0).standard_normal((2, 96), dtype=np.float32)
+    expected = x @ chosen.decode().numpy().T
+    y = computed(saved(model, tmp_path, twin=True), {"x": x})
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_int4_halves_int8(tmp_path) -> None:
