@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from engines.bundle.files import reason
 from engines.bundle.manifest import ModelSpec, SamplingSpec
 from engines.errors import InputError
 from engines.inputs.image_io import read_image
@@ -35,7 +36,7 @@ WINDOW = 16  # tokens per forward
 ANSWER_TOKENS = 32
 RESIDENT_NUMBERS = 1 << 28  # a model of fewer weights is held in memory while it decodes
 PROMPTS = "prompts.txt"  # in a folder of calibration, one prompt per line
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES = (".png", ".jpg", ".jpeg")
 QUESTION = "Describe this image."
 SHIPPED = Path(__file__).parent / PROMPTS
 
@@ -71,6 +72,8 @@ def read_material(folder: Path | None, shipped: Path, count: int) -> Material:
     A line `edit: TEXT` is an instruction, and `ask: TEXT` a question; there are a quarter as many of each.
     Raises InputError for a folder or file with nothing to use.
     """
+    quarter = max(1, count // 4)
+    pictures = _pictures(folder, quarter) if folder else ()
     file = folder / PROMPTS if folder and (folder / PROMPTS).is_file() else shipped
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -83,34 +86,35 @@ def read_material(folder: Path | None, shipped: Path, count: int) -> Material:
     kinds: dict[str, list[str]] = {"draw": [], "edit": [], "ask": []}
     for line in lines:
         kind, colon, text = line.partition(":")
-        if colon and kind in kinds:
-            kinds[kind].append(text.strip())
-        else:
+        if not colon or kind not in kinds:
             kinds["draw"].append(line)
+        elif text.strip():
+            kinds[kind].append(text.strip())
     if not kinds["draw"]:
         raise InputError(
             "The calibration has no prompts",
             where=f"{file}: expected at least one line with a prompt to draw, got {len(lines)} lines",
             fix="write one prompt per line",
         )
-    quarter = max(1, count // 4)
     return Material(
         prompts=tuple(kinds["draw"][:count]),
         edits=tuple(kinds["edit"][:quarter]),
         questions=tuple(kinds["ask"][:quarter] or [QUESTION]),
-        pictures=_pictures(folder, quarter) if folder else (),
+        pictures=pictures,
     )
 
 
 def _pictures(folder: Path, count: int) -> tuple[np.ndarray, ...]:
-    if not folder.is_dir():
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+        usable = found or (folder / PROMPTS).is_file()
+    except OSError as error:
         raise InputError(
-            "The folder of the calibration does not exist",
-            where=f"{folder}: expected a folder with {PROMPTS} or pictures",
+            "The folder of the calibration cannot be read",
+            where=f"{folder}: expected a folder with {PROMPTS} or pictures, got: {reason(error)}",
             fix="check the spelling, or omit it to use the shipped prompts",
-        )
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
-    if not found and not (folder / PROMPTS).is_file():
+        ) from None
+    if not usable:
         raise InputError(
             "The folder of the calibration holds nothing to use",
             where=f"{folder}: expected {PROMPTS}, or pictures ({', '.join(PICTURES)}), got neither",
@@ -127,7 +131,12 @@ def decoded(
     sampling: SamplingSpec,
     progress: Progress = silent,
 ) -> list[Example]:
-    """Let `star` decode what `material` asks for, and return what its decoders were fed."""
+    """Let `star` decode what `material` asks for, and return what its decoders were fed.
+
+    Raises InputError, before anything is drawn, for a picture that the model does not take.
+    """
+    for picture in material.pictures:
+        edit_inputs(picture, model)
     numbers = sum(parameter.numel() for parameter in star.parameters())
     with (
         torch.inference_mode(),

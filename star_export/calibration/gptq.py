@@ -66,11 +66,12 @@ def best_scales(weight: Tensor, power: Tensor, format: Format, dtype: torch.dtyp
 def error_of(weight: Tensor, stored: Tensor, moments: Tensor) -> float:
     """The mean square of the change of products, over that of the products: both weights are [rows, K].
 
-    Of more than SAMPLED rows, as many are taken, evenly spaced.
+    It is 0 where all products are zero. Of more than SAMPLED rows, as many are taken, evenly spaced.
     """
     every = -(-len(weight) // SAMPLED)
     weight, change = weight[::every], (weight - stored)[::every]
-    return float((change @ moments * change).sum() / (weight @ moments * weight).sum())
+    products = float((weight @ moments * weight).sum())
+    return float((change @ moments * change).sum()) / products if products else 0.0
 
 
 def _spread(moments: Tensor) -> Tensor:

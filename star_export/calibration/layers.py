@@ -45,7 +45,8 @@ def calibrate_layer(
     """Quantise the weights of one layer, named from `prefix` on, and pass the stream through it.
 
     `stream` is what the layer before handed on. Returns what the layer became, and its outputs [B, L, H] for
-    each example. Afterwards the layer in memory has the weights that are stored. Raises SingularError.
+    each example. Afterwards the layer in memory has the linear weights that are stored. Raises
+    SingularError.
     """
     block = cast(DecoderLayer, decoder.layers[layer])
     found, attention, mlp = Calibrated(), block.self_attn, block.mlp
@@ -81,14 +82,14 @@ class _Work:
     ) -> list[Tensor]:
         """Quantise linear layers that share `inputs`, and return the inputs that they then take.
 
-        Scales of channels are folded into `norm`, if the inputs come from one.
+        Scales of channels are folded into `norm`, if the inputs come from one and no layer stays dense.
         """
         names = {f"{self.prefix}.{name}.weight": linear for name, linear in linears.items()}
         formats = {n: self.precision.format_of(n, tuple(m.weight.shape)) for n, m in names.items()}
         chosen = {name: found for name, found in formats.items() if found}
         dtype = self.precision.torch_dtype
         moments = moments_of(inputs)
-        if norm is not None and chosen:
+        if norm is not None and len(chosen) == len(names):
             weights = [names[name].weight for name in chosen]
             exponents = channel_exponents(weights, moments, next(iter(chosen.values())), dtype)
             factors = exponents.float().exp2()

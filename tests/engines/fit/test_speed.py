@@ -17,13 +17,20 @@ from tests.engines.fit.test_memory import SIZES
 FIGURES = (Path(__file__).parents[3] / "docs" / "figures.md").read_text()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_a_step_reads_what_the_benchmark_counts(bundle_of, precision: str) -> None:
-    with Star(bundle_of(precision)) as star:
+def test_a_step_reads_what_the_benchmark_counts(mini_bundle: Path) -> None:
+    with Star(mini_bundle) as star:
         loop = star.image_loop(num_images=1, length=32, tokens=star.model.image_tokens)
         read = sum(bytes_read(star, loop, name, 32) for name in ("base_ar", "stacked_ar", "image_head"))
         filled = 32 + star.model.image_tokens // 2
         assert image_step_bytes(star.loaded.sizes, rows=2, filled_tokens=filled) == read
+
+
+def test_rows_of_the_image_table_and_their_scales_count_for_neither(bundle_of) -> None:
+    with Star(bundle_of("int4")) as star:
+        loop, sizes = star.image_loop(num_images=1, length=8, tokens=2), star.loaded.sizes
+        decoders = sizes.weights["base_ar"] + sizes.weights["stacked_ar"]
+        head = bytes_read(star, loop, "image_head", 8)
+        assert image_step_bytes(sizes, rows=0, filled_tokens=0) == decoders + head
 
 
 def test_of_the_image_table_a_step_reads_a_row_in_the_format_of_its_rows() -> None:

@@ -56,12 +56,30 @@ def test_every_graph_passes_onnxs_checker(bundle_of, precision: str) -> None:
         onnx.checker.check_model(file, full_check=precision == "fp32")
 
 
-def test_int4_weights_are_stored_as_int4_and_only_in_the_decoders(bundle_of) -> None:
+def test_int4_weights_are_stored_as_int4_in_the_decoders_and_as_int8_elsewhere(bundle_of) -> None:
     for file in sorted(bundle_of("int4").glob("*/model.onnx")):
         graph = onnx.load(file, load_external_data=False).graph
         int4 = [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.INT4]
         layers = {"base_ar": 4, "stacked_ar": 2}.get(file.parent.name, 0)
         assert len(int4) == 7 * layers, file.parent.name
+        wide = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.BFLOAT16}
+        large = {t.name for t in graph.initializer if t.name in wide and np.prod(t.dims) > 4096}
+        assert large <= {"codebook.weight", *(name for name in wide if name.endswith(".scales"))}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
+def test_the_manifest_says_what_is_stored_in_which_format(bundle_of, precision: str) -> None:
+    bundle = Bundle.open(bundle_of(precision))
+    for name, spec in bundle.manifest.components.items():
+        stored = sum(bundle.manifest.files[file].size for file in bundle.weights(name))
+        assert stored <= sum(spec.weights.values()) < 1.05 * stored, "small tensors lie in the graph"
+        wanted = {"int4": {"int4" if name in ("base_ar", "stacked_ar") else "int8"}}
+        assert spec.weights.keys() - {"bf16"} == wanted.get(precision, {precision} - {"bf16"}), name
+    for name, table in bundle.manifest.tables.items():
+        shared = Path(table.file).parent.name in bundle.manifest.components
+        expected = {} if shared else {table.dtype: bundle.manifest.files[table.file].size}
+        names = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
+        assert table.weights == {names[kind]: size for kind, size in expected.items()}, name
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(
@@ -98,12 +116,12 @@ def test_the_table_is_the_adapter_of_the_codebook(mini_checkpoint: Path, mini_bu
     torch.testing.assert_close(torch.from_numpy(table), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
 def test_tables_give_the_rows_that_the_checkpoint_has(bundle_of, mini_checkpoint, precision: str) -> None:
     files = resolve_checkpoint(str(mini_checkpoint))
     tensors = named_tensors(files, config_from_files(files.config_json, files.qwen_folder))
     weight = tensors["token_embedding.weight"].load()
-    expected = weight.to(PRECISIONS[precision].torch_dtype).float()
+    expected = PRECISIONS[precision].rounded("token_embedding.weight", weight)
     with closing(open_session(Bundle.open(bundle_of(precision)), "token_embedding")) as session:
         ids = np.array([[0, 5, len(weight) - 1], [7, 7, 1]])
         rows = run(session, {"input_ids": ids})["inputs_embeds"]
@@ -113,13 +131,16 @@ def test_tables_give_the_rows_that_the_checkpoint_has(bundle_of, mini_checkpoint
                 run(session, {"input_ids": np.array([[wrong]])})
 
 
-def test_a_tied_text_head_and_its_embeddings_are_stored_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "row_bytes"), [("bf16", 2 * 256), ("int8", 256 + 2)])
+def test_a_tied_text_head_and_its_embeddings_are_stored_once(
+    tmp_path: Path, precision: str, row_bytes: int
+) -> None:
     """STAR-Nano's are tied, like STAR-3B's; those of the miniature are not, like STAR-7B's."""
     names = ["token_embedding", "text_head"]
-    bundle = export("nano", out=tmp_path / "tied", precision="bf16", components=names)
+    bundle = export("nano", out=tmp_path / "tied", precision=precision, components=names)
     table = Bundle.open(bundle).manifest.tables["token_embedding"]
     assert table.file == "text_head/model.onnx.data" and not (bundle / "token_embedding/table.data").exists()
-    assert (bundle / table.file).stat().st_size < 1.01 * 2 * table.shape[0] * table.shape[1]
+    assert (bundle / table.file).stat().st_size < 1.01 * row_bytes * table.shape[0]
     checked = {row.component for rung in validate(bundle).rungs for row in rung.rows}
     assert checked == set(names)
 

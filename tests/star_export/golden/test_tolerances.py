@@ -45,6 +45,17 @@ def test_a_16_bit_bundle_records_how_far_the_reference_itself_is_off(bundle_of) 
             )  # three bits more: about an eighth
 
 
+def test_graphs_with_quantised_products_record_the_noise_of_int8_activations(bundle_of) -> None:
+    """Convolutions are computed in float32 on their stored kernels."""
+    for precision, products in (("int4", True), ("bf16", False)):
+        bundle = Bundle.open(bundle_of(precision))
+        for name, spec in bundle.manifest.components.items():
+            found = largest_noise(component_cases(bundle.file(spec.golden), spec).values(), "int8")
+            measured = {output for output, tolerance in COMPONENTS[name].tolerances.items() if tolerance > 0}
+            assert found.keys() == (measured if products and not name.startswith("vq_") else set()), name
+            assert all(1e-4 < value < 0.5 for value in found.values()), f"{name}: {found}"
+
+
 def test_the_limit_is_the_margin_times_the_noise_of_the_case() -> None:
     noise = {"image_ids": np.float32(0.5), "logits": np.float32(0.02)}
     assert tolerances_of("image_head", "fp32", {}) == COMPONENTS["image_head"].tolerances
