@@ -16,8 +16,8 @@ import torch
 from .formats import INT4, INT8, Format
 
 DECODERS = ("base_ar", "stacked_ar")
-# Kernels beside the codebook and the pixels stay dense. In int8, the first of them alone changes 34 % of the ids
-# that STAR-Nano's VQ encoder finds, and all others together 4 %.
+# Kernels beside the codebook and the pixels stay dense. In int8, the first of them alone changes 34 % of the
+# ids that STAR-Nano's VQ encoder finds, and all others together 4 %.
 DENSE = ("vq_encoder.conv_out.weight", "vq_encoder.quant_conv.weight", "vq_decoder.conv_out.weight")
 # Weights by the first part of their names.
 EVERY = (

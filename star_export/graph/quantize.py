@@ -115,7 +115,7 @@ def _insert_dequantize(
         if user.op_type == "Gemm":
             _multiply_transposed(model, user)
         elif user.op_type == "Gather":
-            user.outputs[0].dtype = scale_type
+            user.outputs[0].type = ir.TensorType(scale_type)  # a new object, as in `set_precision`
 
 
 def _multiply_transposed(model: ir.Model, gemm: ir.Node) -> None:
@@ -202,7 +202,7 @@ def twin_from_graph(model: ir.Model) -> ir.Model:
     Its attention is written for the CPU.
     """
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
-        _scale_apart(model, node)
+        scale_apart(model, node)
     compute = next(v.dtype for v in _values(model) if v.dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16))
     for value in list(model.graph.initializers.values()):
         if value.dtype == compute:
@@ -222,7 +222,7 @@ def twin_from_graph(model: ir.Model) -> ir.Model:
     return model
 
 
-def _scale_apart(model: ir.Model, dequantize: ir.Node) -> None:
+def scale_apart(model: ir.Model, dequantize: ir.Node) -> None:
     """Write a `DequantizeLinear` that ONNX Runtime does not fuse as a product of codes and scales.
 
     It fuses those of products only. Of a table, only the rows that are looked up are scaled; the kernel of a

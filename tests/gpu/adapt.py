@@ -3,7 +3,8 @@ same.
 
 In 1.31 it has neither DequantizeLinear nor Resize with bfloat16, and its own fusion into MatMulNBits takes
 only float and float16 scales. So `DequantizeLinear` + `MatMul` become com.microsoft `MatMulNBits` with the
-same codes and scales, and Resize (which copies numbers, so exactly) happens in float32.
+same codes and scales, tables and kernels a product of codes and scales as in the fp32 twin, and Resize (which
+copies numbers, so exactly) happens in float32.
 """
 
 from __future__ import annotations
@@ -16,65 +17,91 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-DOMAIN, INT8_BLOCK = "com.microsoft", 32
+from star_export.graph.quantize import scale_apart
+
+DOMAIN, INT8_BLOCK, WEIGHTS = "com.microsoft", 32, "adapted.data"
 
 
 def fuse_dequantize(model: ir.Model) -> int:
-    """Replace every `MatMul(x, DequantizeLinear(codes, scales))` in place and return how many there were.
+    """Replace every DequantizeLinear in place and return how many there were.
 
-    codes int4 [K,N] with scales [K/block,N] (axis 0), or int8 [K,N] with scales [N] (axis 1) -> B uint8 [N,
-    K/block, block*bits/8] and scales [N, K/block]. Codes without a value stay without one. Raises ValueError
-    for other layouts.
+    `MatMul(x, it)` becomes MatMulNBits: codes int4 [K,N] with scales [K/block,N] (axis 0), or int8 [K,N] with
+    scales [N] (axis 1), or int8 [N,K] with scales [N] (axis 0) before a Transpose -> B uint8
+    [N,K/block,block*bits/8] and scales [N,K/block]. Codes without a value stay without one. What is looked up
+    or convolved is a product of codes and scales. Raises ValueError for other layouts.
     """
-    count = 0
-    for dequantize in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+    found = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    fused = 0
+    for dequantize in found:
         codes, scales = dequantize.inputs[:2]
-        bits = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}[codes.dtype]
-        (k, n), axis = codes.shape, dequantize.attributes["axis"].value
-        block = dequantize.attributes["block_size"].value if bits == 4 else INT8_BLOCK
-        if axis != (0 if bits == 4 else 1) or k % block or len(dequantize.inputs) > 2:
-            raise ValueError(
-                f"{dequantize.name}: no MatMulNBits has axis {axis} and blocks of {block} of {k} features"
-            )
-        packed = _value(
-            f"{codes.name}.nbits",
-            ir.DataType.UINT8,
-            (n, k // block, block * bits // 8),
-            codes,
-            lambda array, block=block, bits=bits: packed_from_codes(array, bits=bits, block=block),
-        )
-        blocks = _value(
-            f"{scales.name}.nbits",
-            scales.dtype,
-            (n, k // block),
-            scales,
-            lambda array, blocks=k // block: np.broadcast_to(
-                array.reshape(-1, array.shape[-1]).T, (array.shape[-1], blocks)
-            ),
-        )
-        model.graph.initializers.add(packed)
-        model.graph.initializers.add(blocks)
-        for use in tuple(dequantize.outputs[0].uses()):
-            multiply = use.node
-            fused = ir.node(
+        scale_apart(model, dequantize)
+        if products := _products(dequantize):
+            packed, blocks, sizes = _for_matmulnbits(dequantize)
+            model.graph.initializers.add(packed)
+            model.graph.initializers.add(blocks)
+        for multiply in products:
+            node = ir.node(
                 "MatMulNBits",
                 [multiply.inputs[0], packed, blocks],
-                {"K": k, "N": n, "bits": bits, "block_size": block},
+                sizes,
                 domain=DOMAIN,
                 name=f"{multiply.name}.nbits",
             )
-            old, new = multiply.outputs[0], fused.outputs[0]
+            old, new = multiply.outputs[0], node.outputs[0]
             new.name, new.type, new.shape, old.name = old.name, old.type, old.shape, f"{old.name}.dense"
-            model.graph.insert_before(multiply, fused)
+            model.graph.insert_before(multiply, node)
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             model.graph.remove(multiply, safe=True)
-            count += 1
-        model.graph.remove(dequantize, safe=True)
+            fused += 1
+        if dequantize.graph is not None:
+            for turn, _ in list(dequantize.outputs[0].uses()):
+                model.graph.remove(turn, safe=True)
+            model.graph.remove(dequantize, safe=True)
         for value in (codes, scales):
-            del model.graph.initializers[value.name]
-    if count:
+            if not value.uses():
+                del model.graph.initializers[value.name]
+    if fused:
         model.opset_imports[DOMAIN] = 1
-    return count
+    return len(found)
+
+
+def _products(dequantize: ir.Node) -> list[ir.Node]:
+    """The MatMuls of a DequantizeLinear that is still there, after a Transpose where its rows are outputs."""
+    users = [user for user, _ in dequantize.outputs[0].uses()]
+    if users and all(user.op_type == "Transpose" for user in users):
+        users = [after for turn in users for after, _ in turn.outputs[0].uses()]
+    if other := {user.op_type for user in users} - {"MatMul"}:
+        raise ValueError(f"{dequantize.name}: no MatMulNBits stands for {', '.join(sorted(other))}")
+    return users
+
+
+def _for_matmulnbits(dequantize: ir.Node) -> tuple[ir.Value, ir.Value, dict[str, int]]:
+    """Codes, scales and attributes of the MatMulNBits for the products of a DequantizeLinear."""
+    codes, scales = dequantize.inputs[:2]
+    turned = next(iter(dequantize.outputs[0].uses())).node.op_type == "Transpose"
+    bits = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}[codes.dtype]
+    (k, n), axis = codes.shape[::-1] if turned else codes.shape, dequantize.attributes["axis"].value
+    block = dequantize.attributes["block_size"].value if bits == 4 else INT8_BLOCK
+    wanted = {(4, False): 0, (8, False): 1, (8, True): 0}.get((bits, turned))
+    if axis != wanted or k % block or len(dequantize.inputs) > 2:
+        raise ValueError(
+            f"{dequantize.name}: no MatMulNBits has axis {axis} and blocks of {block} of {k} features"
+        )
+    packed = _value(
+        f"{codes.name}.nbits",
+        ir.DataType.UINT8,
+        (n, k // block, block * bits // 8),
+        codes,
+        lambda array: packed_from_codes(array.T if turned else array, bits=bits, block=block),
+    )
+    blocks = _value(
+        f"{scales.name}.nbits",
+        scales.dtype,
+        (n, k // block),
+        scales,
+        lambda array: np.broadcast_to(array.reshape(-1, n).T, (n, k // block)),
+    )
+    return packed, blocks, {"K": k, "N": n, "bits": bits, "block_size": block}
 
 
 def widen_resize(model: ir.Model) -> int:
@@ -112,7 +139,10 @@ def packed_from_codes(codes: np.ndarray, *, bits: int, block: int) -> np.ndarray
 
 
 def adapted_bundle(bundle: Path, out: Path) -> Path:
-    """A copy of a bundle with these rewritings in its graphs, and its manifest's hashes made anew."""
+    """A copy of a bundle with these rewritings in its graphs, and its manifest's hashes made anew.
+
+    Their weights lie beside the bundle's own, which twins and tables read.
+    """
     shutil.copytree(bundle, out)
     manifest = json.loads((out / "manifest.json").read_text())
     for graph in sorted(out.glob("*/model.onnx")):
@@ -121,7 +151,7 @@ def adapted_bundle(bundle: Path, out: Path) -> Path:
             continue
         staged = graph.parent / "adapted"
         staged.mkdir()
-        ir.save(model, staged / graph.name, external_data=f"{graph.name}.data", size_threshold_bytes=1024)
+        ir.save(model, staged / graph.name, external_data=WEIGHTS, size_threshold_bytes=1024)
         for file in sorted(staged.iterdir()):
             shutil.move(file, graph.parent / file.name)
             data = (graph.parent / file.name).read_bytes()

@@ -9,15 +9,17 @@ import signal
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from engines.errors import MissingError
-from star_export.graph.quantize import blocks_from_weight
+from star_export.graph.formats import INT4, INT8
 from tests.gpu import adapt, launches
 from tests.gpu.measuring import Parts, forked
 from tests.gpu.operators import operators_of, placement, provider_of
@@ -118,40 +120,37 @@ def test_a_part_without_time_is_not_run_and_a_refusal_is_a_fact(tmp_path: Path) 
     assert report.record["checks"]["broken"] == {"passed": False, "detail": "ValueError: a fault"}
 
 
-def small(kind: int = TensorProto.FLOAT, *, codes: bool = False, bits: int = 4) -> onnx.ModelProto:
-    """x [2,128] times a weight [128,6], dense or in blocks."""
-    random, nodes, weights = np.random.default_rng(0), [], []
-    if codes:
-        import torch
-
-        block = 32 if bits == 4 else 128
-        codes_, scales = blocks_from_weight(
-            torch.from_numpy(random.standard_normal((6, 128), np.float32)),
-            bits=bits,
-            block=block,
-            dtype=torch.float32,
-        )
-        codes_, scales = codes_.T.contiguous(), scales.T.contiguous()
+def small(kind: int = TensorProto.FLOAT, *, bits: int | None = None, by_row: bool = False) -> onnx.ModelProto:
+    """x [2,128] times a weight [128,6], dense or in codes; `by_row`: [6,128] in codes before a Transpose."""
+    random, nodes = np.random.default_rng(0), []
+    if bits:
+        weight = torch.from_numpy(random.standard_normal((6, 128), np.float32))
+        encoded = (INT4 if bits == 4 else INT8).encode(weight, torch.float32)
+        codes, scales = encoded.codes, encoded.scales
+        layout = {"axis": 0}
+        if not by_row:
+            codes, scales = codes.T.contiguous(), scales.T.contiguous()
+            layout = {"axis": 0, "block_size": 128} if bits == 4 else {"axis": 1}
         weights = [
-            ir.Tensor(
-                codes_.numpy().astype("int8" if bits == 8 else __import__("ml_dtypes").int4), name="codes"
-            ),
-            ir.Tensor(scales.numpy() if bits == 4 else scales.numpy()[0], name="scales"),
+            ir.Tensor(codes.numpy().astype(ml_dtypes.int4 if bits == 4 else np.int8), name="codes"),
+            ir.Tensor(scales.numpy() if bits == 4 else scales.numpy().reshape(-1), name="scales"),
         ]
-        layout = {"axis": 0, "block_size": block} if bits == 4 else {"axis": 1}
-        nodes = [
-            helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], name="dequantize", **layout)
-        ]
+        made = "rows" if by_row else "w"
+        nodes.append(
+            helper.make_node("DequantizeLinear", ["codes", "scales"], [made], name="dequantize", **layout)
+        )
+        if by_row:
+            nodes.append(helper.make_node("Transpose", ["rows"], ["w"], perm=[1, 0], name="turn"))
     else:
         weights = [ir.Tensor(random.standard_normal((128, 6), np.float32), name="w")]
     nodes.append(helper.make_node("MatMul", ["x", "w"], ["y"], name="multiply"))
+    x, y = (helper.make_tensor_value_info(name, kind, [2, size]) for name, size in (("x", 128), ("y", 6)))
+    return graph_of(nodes, [x], [y], weights)
+
+
+def graph_of(nodes, inputs, outputs, weights) -> onnx.ModelProto:
     model = helper.make_model(
-        helper.make_graph(
-            nodes,
-            "g",
-            [helper.make_tensor_value_info("x", kind, [2, 128])],
-            [helper.make_tensor_value_info("y", kind, [2, 6])],
-        ),
+        helper.make_graph(nodes, "g", inputs, outputs),
         opset_imports=[helper.make_opsetid("", 24)],
         ir_version=11,
     )
@@ -167,17 +166,61 @@ def output_of(model: onnx.ModelProto, feeds: dict) -> np.ndarray:
     ).run(None, feeds)[0]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_matmulnbits_multiplies_the_same_weights(bits: int) -> None:
-    model = small(codes=True, bits=bits)
+@pytest.mark.parametrize(("bits", "by_row"), [(4, False), (8, False), (8, True)])
+def test_matmulnbits_multiplies_the_same_weights(bits: int, by_row: bool) -> None:
+    model = small(bits=bits, by_row=by_row)
     feeds = {"x": np.random.default_rng(1).standard_normal((2, 128), np.float32)}
     wanted = output_of(model, feeds)
     graph = ir.from_proto(model)
     assert adapt.fuse_dequantize(graph) == 1
     assert [node.op_type for node in graph.graph] == ["MatMulNBits"]
+    assert {"codes", "scales"}.isdisjoint(graph.graph.initializers)
     assert (
         np.allclose(output_of(ir.to_proto(graph), feeds), wanted, rtol=1e-5, atol=1e-5) and np.std(wanted) > 1
     )
+
+
+def quantised_rows(operator: str, shape: tuple[int, ...], x: onnx.ValueInfoProto, order: list[str]):
+    """A graph of one operator on int8 codes of `shape` with a scale for each row, and the weights."""
+    random = np.random.default_rng(2)
+    codes = random.integers(-127, 128, shape).astype(np.int8)
+    scales = random.uniform(0.01, 0.1, shape[0]).astype(np.float32)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], name="dequantize", axis=0),
+        helper.make_node(operator, order, ["used"], name="use"),
+        helper.make_node("Identity", ["used"], ["y"], name="last"),
+    ]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    weights = [ir.Tensor(codes, name="codes"), ir.Tensor(scales, name="scales")]
+    return graph_of(nodes, [x], [y], weights)
+
+
+@pytest.mark.parametrize("operator", ["Gather", "Conv"])
+def test_what_is_looked_up_or_convolved_is_a_product_of_codes_and_scales(operator: str) -> None:
+    if operator == "Gather":
+        x, given = (
+            helper.make_tensor_value_info("x", TensorProto.INT64, [2, 3]),
+            np.array([[0, 5, 2], [1, 1, 4]]),
+        )
+        model = quantised_rows(operator, (6, 8), x, ["w", "x"])
+    else:
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 5, 5])
+        given = np.random.default_rng(1).standard_normal((1, 4, 5, 5), np.float32)
+        model = quantised_rows(operator, (6, 4, 3, 3), x, ["x", "w"])
+    graph = ir.from_proto(model)
+    assert adapt.fuse_dequantize(graph) == 1
+    assert "DequantizeLinear" not in [node.op_type for node in graph.graph]
+    got, wanted = output_of(ir.to_proto(graph), {"x": given}), output_of(model, {"x": given})
+    assert np.allclose(got, wanted, rtol=1e-5, atol=1e-5) and np.std(wanted) > 0.1
+
+
+def test_a_layout_that_matmulnbits_does_not_have_is_refused() -> None:
+    graph = ir.from_proto(small(bits=8))
+    next(n for n in graph.graph if n.op_type == "DequantizeLinear").attributes["axis"] = ir.AttrInt64(
+        "axis", 0
+    )
+    with pytest.raises(ValueError, match="dequantize: no MatMulNBits has axis 0"):
+        adapt.fuse_dequantize(graph)
 
 
 def test_resize_in_float32_copies_the_same_numbers() -> None:

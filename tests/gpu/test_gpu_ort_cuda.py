@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engines.bundle.reader import Bundle
+from engines.sessions import open_session, run
 from tests.gpu import ort_cuda
 from tests.gpu.adapt import adapted_bundle
 from tests.gpu.report import Report
@@ -97,5 +100,23 @@ def test_an_adapted_bundle_is_valid_and_has_no_operator_that_cuda_lacks(bundle_o
         nodes = list(ir.load(opened.graph(component)).graph)
         assert not [n for n in nodes if n.op_type == "DequantizeLinear"]
         assert not [n for n in nodes if n.op_type == "Resize" and n.inputs[0].dtype == ir.DataType.BFLOAT16]
-    fused = [n for n in ir.load(bundle / "base_ar" / "model.onnx").graph if n.op_type == "MatMulNBits"]
-    assert len(fused) == 7 * 4 and {n.attributes["bits"].value for n in fused} == {4}
+    for component, count, bits in (("base_ar", 7 * 4, 4), ("text_head", 1, 8), ("image_head", 1, 8)):
+        graph = ir.load(bundle / component / "model.onnx").graph
+        fused = [n for n in graph if n.op_type == "MatMulNBits"]
+        assert len(fused) == count and {n.attributes["bits"].value for n in fused} == {bits}, component
+
+
+def test_twins_and_tables_of_an_adapted_bundle_read_what_they_did(bundle_of, tmp_path: Path) -> None:
+    bundles = bundle_of("int4"), adapted_bundle(bundle_of("int4"), tmp_path / "adapted")
+    shown = np.arange(6).reshape(1, 6)
+    feeds = {
+        "text_head": {"hidden_states": np.random.default_rng(0).standard_normal((1, 1, 64), np.float32)},
+        "image_embedding": {"image_ids": shown},
+        "token_embedding": {"input_ids": shown},
+    }
+    for name, given in feeds.items():
+        found = []
+        for bundle in bundles:
+            with closing(open_session(Bundle.open(bundle), name)) as session:
+                found.append(list(run(session, given).values())[0])
+        np.testing.assert_array_equal(*found, err_msg=name)

@@ -135,7 +135,7 @@ def test_a_precision_that_is_refused_says_so_in_the_library_s_words(measured) ->
 def test_a_step_writes_its_slots_and_feeds_its_embedding_back(
     graphs: Path, tmp_path: Path, fused: bool
 ) -> None:
-    precision = Precision(ir.DataType.FLOAT, 4)
+    precision = Precision(ir.DataType.FLOAT, PRECISIONS["int4"].formats)
     made = {
         name: write_noise(read_graph("tiny", name, graphs), tmp_path / name, precision=precision, fused=fused)
         for name in PARTS

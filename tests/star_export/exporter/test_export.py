@@ -72,7 +72,7 @@ def test_the_manifest_says_what_is_stored_in_which_format(bundle_of, precision: 
     bundle = Bundle.open(bundle_of(precision))
     for name, spec in bundle.manifest.components.items():
         stored = sum(bundle.manifest.files[file].size for file in bundle.weights(name))
-        assert stored <= sum(spec.weights.values()) < 1.05 * stored, "small tensors lie in the graph"
+        assert stored <= sum(spec.weights.values()) < 1.25 * stored, "small tensors lie in the graph"
         wanted = {"int4": {"int4" if name in ("base_ar", "stacked_ar") else "int8"}}
         assert spec.weights.keys() - {"bf16"} == wanted.get(precision, {precision} - {"bf16"}), name
     for name, table in bundle.manifest.tables.items():

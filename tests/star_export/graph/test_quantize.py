@@ -174,6 +174,16 @@ def test_the_twin_scales_only_the_rows_that_are_looked_up_and_keeps_what_is_fuse
         assert operators.count("Gather") == (2 if kind == "Gather" else 0)  # of codes, and of scales
 
 
+def test_a_quantised_clone_leaves_the_graph_that_it_came_from_alone() -> None:
+    """Every precision starts from a clone of one traced graph."""
+    name = "image_table.weight"  # its scales are float32, and so are the rows
+    traced = one_operator("Gather", {name: (48, 64)}, IDS)
+    quantised = traced.clone()
+    quantize.attach_weights(quantised, {name: Stored(random(48, 64))}, PRECISIONS["int8"])
+    types = [next(n for n in m.graph if n.op_type == "Gather").outputs[0].dtype for m in (traced, quantised)]
+    assert types == [ir.DataType.BFLOAT16, ir.DataType.FLOAT]
+
+
 def test_codes_that_were_chosen_are_stored_as_they_are(tmp_path: Path) -> None:
     """They are not those of rounding to nearest."""
     chosen = INT4.encode(random(48, 96), torch.bfloat16)

@@ -82,7 +82,7 @@ def test_every_precision_passes_at_rounding_level(
     if precision not in ("int8", "int4"):
         assert not fast.rows and "are one path" in fast.note
         return
-    assert {row.component for row in fast.rows} == {"base_ar", "stacked_ar", "runtime"}
+    assert {row.component for row in fast.rows} == {*manifest.components, "runtime"}
     for row in fast.rows:  # int8 rounding is there, and is what export recorded: a third of the tolerance
         if row.worst.tensor == "hidden_states":
             assert row.worst.value > 1e-2 and row.worst.value / row.worst.tolerance < 0.5
