@@ -1,4 +1,4 @@
-"""Calibration at a released width: seconds, memory and what each weight loses, of a layer and of all.
+"""Calibration at a released width: seconds and memory of a layer and of all, and what each weight loses.
 
     python -m tests.bench_calibration [--source star-3b] [--precision int4] [--prompts 8] [--layers 2]
 

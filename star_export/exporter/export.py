@@ -72,8 +72,8 @@ def export(
     `checkpoint`, `base` and `vq` override parts of it. `from_folder` holds parts of `star-3b` or `star-7b`
     that need not be downloaded. `rope_bf16=False` keeps the rotary frequencies in float32 (docs/star.md 0.2).
     `calibrate` chooses the codes of the decoders' weights for what the model computes when it draws that many
-    prompts (0: as many as give INPUTS inputs), and edits and answers a quarter as many: those of the folder
-    `calibration` (`prompts.txt`, one per line, and pictures), or shipped ones.
+    prompts (0: as many as give INPUTS inputs), and edits and answers a quarter as many. They are those of the
+    folder `calibration` (`prompts.txt`, one per line, and pictures), or shipped ones.
     `components` limits the export to some rows of the table. A decoder of more than `part_bytes` is stored in
     parts of at most that size.
 
