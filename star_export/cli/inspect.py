@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from engines.bundle.manifest import TensorSpec
@@ -65,6 +66,7 @@ def describe_bundle(path: Path) -> dict:
             "inputs": _signatures(spec.inputs),
             "outputs": _signatures(spec.outputs),
             "bytes": sum(manifest.files[f].size for f in (spec.graph, *bundle.weights(name))),
+            "weights": _weights(spec.weights),
         }
         for name, spec in manifest.components.items()
     }
@@ -73,6 +75,7 @@ def describe_bundle(path: Path) -> dict:
             "inputs": _signatures(spec.inputs),
             "outputs": _signatures(spec.outputs),
             "rows": f"{spec.dtype}[{','.join(map(str, spec.shape))}] at byte {spec.offset} of {spec.file}",
+            "weights": _weights(spec.weights) if spec.weights else f"those of {spec.file}",
         }
         for name, spec in manifest.tables.items()
     }
@@ -85,6 +88,7 @@ def describe_bundle(path: Path) -> dict:
         "bundle": str(path),
         "model": manifest.model.name,
         "precision": manifest.precision,
+        "calibration": asdict(manifest.calibration) if manifest.calibration else "none",
         "image_size": manifest.model.image_size,
         "image_tokens": manifest.model.image_tokens,
         "files": len(manifest.files),
@@ -198,6 +202,10 @@ def _row(data: dict) -> str:
 def _later_cache(name: str) -> bool:
     family, _, rest = name.partition(".")
     return family in ("past_key_values", "present") and not rest.startswith("0.")
+
+
+def _weights(formats: dict[str, int]) -> str:
+    return ", ".join(f"{size} bytes in {name}" for name, size in formats.items())
 
 
 def _signatures(tensors: tuple[TensorSpec, ...]) -> dict[str, str]:
