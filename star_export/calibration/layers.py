@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reference.decoder import Decoder, DecoderLayer
 
-from ..graph.formats import Encoded
+from ..graph.formats import Encoded, Format
 from ..graph.precisions import Precision
 from .examples import Example
 from .folding import channel_exponents
@@ -103,13 +103,21 @@ class _Work:
         for name, linear in names.items():
             if (format := chosen.get(name)) is None:
                 continue
-            encoded = quantised(linear.weight, moments, format, dtype)
-            nearest = format.rounded(linear.weight, dtype)
-            stored = encoded.decode()
-            errors = error_of(linear.weight, stored, moments), error_of(linear.weight, nearest, moments)
-            self.found.encoded[name], self.found.errors[name] = encoded, errors
+            stored = quantise(self.found, name, linear.weight, moments, format, self.precision)
             linear.weight.copy_(stored)
         return inputs
+
+
+def quantise(
+    found: Calibrated, name: str, weight: Tensor, moments: Tensor, format: Format, precision: Precision
+) -> Tensor:
+    """Add the codes of a weight to `found`, and return what they stand for."""
+    dtype = precision.torch_dtype
+    encoded = quantised(weight, moments, format, dtype)
+    stored, nearest = encoded.decode(), format.rounded(weight, dtype)
+    found.encoded[name] = encoded
+    found.errors[name] = error_of(weight, stored, moments), error_of(weight, nearest, moments)
+    return stored
 
 
 def moments_of(inputs: Sequence[Tensor]) -> Tensor:

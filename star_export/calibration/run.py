@@ -1,4 +1,5 @@
-"""The steps of a calibrated export: decode the examples, then calibrate the decoders layer by layer.
+"""The steps of a calibrated export: decode the examples, then calibrate the decoders, layer by layer, and the
+image head.
 
 Each layer's result and the stream that it hands on are files of the export's scratch folder, so an export
 that was killed goes on at the layer where it stopped.
@@ -6,9 +7,10 @@ that was killed goes on at the layer where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,10 +35,9 @@ from ..graph.precisions import PRECISIONS, Precision
 from ..graph.quantize import CODES, SCALES, StoredTensor
 from .examples import Example, Material, decoded
 from .gptq import SingularError
-from .layers import calibrate_layer
+from .layers import Calibrated, calibrate_layer, moments_of, quantise
 
-DECODERS = ("base_ar", "stacked_ar")
-STREAM = "stream.safetensors"
+DECODERS, HEAD = ("base_ar", "stacked_ar"), "image_head"
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,14 @@ class Calibration:
             run, read = partial(self._calibrate, name, layer, before), self._path(before, "stream")
             steps[f"calibrate {name} layer {layer}"] = run, read
             before = f"{name}.layers.{layer}"
+        steps[f"calibrate {HEAD}"] = partial(self._calibrate_head, before), self._path(before, "stream")
         return steps
 
     def stored_tensors(self) -> dict[str, LazyTensor]:
-        """The weights of the decoders as calibrated, which are read once the steps have run."""
+        """The weights as calibrated, which are read once the steps have run."""
         found: dict[str, LazyTensor] = {}
-        for name, layer in self._layers():
-            prefix, path = f"{name}.layers.{layer}", self._path(f"{name}.layers.{layer}", "weights")
+        for prefix in self._prefixes():
+            path = self._path(prefix, "weights")
             for weight, tensor in self.tensors.items():
                 if not weight.startswith(f"{prefix}."):
                     continue
@@ -85,8 +87,8 @@ class Calibration:
         """Weight -> its format, its bytes, and the share of its products' mean square that is lost: as it is
         stored, and as rounding to nearest would."""
         found: dict[str, dict[str, Any]] = {}
-        for name, layer in self._layers():
-            text = self._path(f"{name}.layers.{layer}", "errors", "json").read_text()
+        for prefix in self._prefixes():
+            text = self._path(prefix, "errors", "json").read_text()
             for weight, (stored, nearest) in json.loads(text).items():
                 format, sizes = self.precision.stored(weight, tuple(self.tensors[weight].shape))
                 found[weight] = {
@@ -99,6 +101,10 @@ class Calibration:
 
     def _layers(self) -> list[tuple[str, int]]:
         return [(name, i) for name in DECODERS for i in range(getattr(self.config, name).num_layers)]
+
+    def _prefixes(self) -> list[str]:
+        """What the names of calibrated weights begin with, in the order of the steps."""
+        return [*(f"{name}.layers.{layer}" for name, layer in self._layers()), HEAD]
 
     def _path(self, what: str, kind: str, suffix: str = "safetensors") -> Path:
         return self.folder / f"{what}.{kind}.{suffix}"
@@ -115,18 +121,10 @@ class Calibration:
         decoder = getattr(star, name)
         block = decoder.layers[layer]
         stream = [example for example in started if example.image or name == "base_ar"]
-        with torch.inference_mode(), resident(block):
-            try:
-                made, outputs = calibrate_layer(
-                    decoder, layer, stream, prefix=prefix, precision=self.precision
-                )
-            except SingularError as error:
-                raise InputError(
-                    "A layer cannot be calibrated",
-                    where=f"{prefix}: {error}",
-                    fix="check the checkpoint and the pictures of the calibration, or calibrate with more "
-                    "prompts",
-                ) from None
+        with torch.inference_mode(), resident(block), _singular(prefix):
+            for parameter in block.parameters():
+                parameter.data = parameter.clone()  # it may be a view of the file, and is changed here
+            made, outputs = calibrate_layer(decoder, layer, stream, prefix=prefix, precision=self.precision)
             if layer == len(decoder.layers) - 1:
                 outputs = [decoder.norm(x) for x in outputs]
         if bad := [i for i, x in enumerate(outputs) if not torch.isfinite(x).all()]:
@@ -136,13 +134,26 @@ class Calibration:
                 f"{len(outputs)} examples, the first of them {bad[0]}",
                 fix="check the checkpoint",
             )
+        self._write_weights(prefix, made)
+        handed_on = [Example(x, e.positions, e.image) for x, e in zip(outputs, stream, strict=True)]
+        self._write(prefix, handed_on)
+
+    def _calibrate_head(self, before: str) -> None:
+        """Quantise the image head for the positions that it draws from."""
+        weight, tokens = f"{HEAD}.weight", self.config.vq.image_tokens
+        inputs = [example.embeds[:, -tokens:] for example in self._read(before)]
+        tensor, made = self.tensors[weight], Calibrated()
+        if format := self.precision.format_of(weight, tuple(tensor.shape)):
+            with torch.inference_mode(), _singular(weight):
+                quantise(made, weight, tensor.load().float(), moments_of(inputs), format, self.precision)
+        self._write_weights(HEAD, made)
+
+    def _write_weights(self, prefix: str, made: Calibrated) -> None:
         tensors: dict[str, Tensor] = dict(made.norms)
         for weight, encoded in made.encoded.items():
             tensors |= {f"{weight}{CODES}": encoded.codes, f"{weight}{SCALES}": encoded.scales}
         save_file({key: value.contiguous() for key, value in tensors.items()}, self._path(prefix, "weights"))
         self._path(prefix, "errors", "json").write_text(json.dumps(made.errors))
-        handed_on = [Example(x, e.positions, e.image) for x, e in zip(outputs, stream, strict=True)]
-        self._write(prefix, handed_on)
 
     def _write(self, name: str, examples: list[Example]) -> None:
         tensors: dict[str, Tensor] = {}
@@ -157,6 +168,19 @@ class Calibration:
             kind = key.removesuffix(".embeds")
             found.append(Example(tensors[key], tensors[f"{kind}.positions"], kind.endswith("image")))
         return found
+
+
+@contextlib.contextmanager
+def _singular(what: str) -> Iterator[None]:
+    """Turn a SingularError into an InputError that names the weights."""
+    try:
+        yield
+    except SingularError as error:
+        raise InputError(
+            "A layer cannot be calibrated",
+            where=f"{what}: {error}",
+            fix="check the checkpoint and the pictures of the calibration, or calibrate with more prompts",
+        ) from None
 
 
 def material_hash(material: Material) -> str:
