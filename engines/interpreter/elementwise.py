@@ -8,11 +8,10 @@ arrays, and the caller rounds the result to the output's type. Quotations are fr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
-from .numbers import RANGES, REALS, held_dtype, rounded
+from .numbers import REALS, held_dtype
 from .parsed import Compute, Layer, Reader
 
 _erf = np.frompyfunc(math.erf, 1, 1)
@@ -165,77 +164,6 @@ def cast_to(layer: Layer, kind: str) -> Compute:
     return compute
 
 
-def quantize(layer: Layer) -> Compute:
-    """IQuantizeLayer: "output = clamp(round(input / scale) + zeroPt)".
-
-    Ties are rounded to even, and zeroPt is zero ("only symmetric").
-    """
-    kind, grouped = layer["to_type"], _scales(layer)
-
-    def compute(x, scale, zero=None):
-        _check_zero(zero)
-        shape, scale = grouped(x.shape, scale)
-        scaled = (x.reshape(shape) / scale).reshape(x.shape)
-        if kind in RANGES:
-            return np.clip(np.rint(scaled), *RANGES[kind]).astype(held_dtype(kind))
-        return rounded(scaled.astype(np.float32), kind)
-
-    if kind not in RANGES and kind not in ("FP8", "FP4"):
-        raise layer.refuse(f"quantisation to {kind}")
-    return compute
-
-
-def dequantize(layer: Layer) -> Compute:
-    """IDequantizeLayer: "output = (input - zeroPt) * scale"; zeroPt is zero ("only symmetric")."""
-    grouped = _scales(layer)
-
-    def compute(x, scale, zero=None):
-        _check_zero(zero)
-        shape, scale = grouped(x.shape, scale)
-        return np.multiply(x.reshape(shape), scale, dtype=np.float32).reshape(x.shape)
-
-    return compute
-
-
-def _scales(layer: Layer) -> Callable[[tuple[int, ...], np.ndarray], tuple[tuple[int, ...], np.ndarray]]:
-    """The function that gives, from an input's shape and its scales, two shapes that broadcast.
-
-    It returns a shape of the input, in which a blocked axis is two axes (blocks, B), and the scales, with an
-    axis of 1 for B, so that no scale is copied to its elements.
-
-    The scale is "a scalar for per-tensor, a 1D tensor for per-channel, or the same rank as the input tensor
-    for block quantization". For blocks, one axis has a scale per block: "scale[r//B, s]".
-    """
-    axis, rank, scale_rank = layer["axis"], len(layer.input(0).shape), len(layer.input(1).shape)
-    if layer["block_shape"]:
-        raise layer.refuse(f"block_shape {layer['block_shape']}")
-
-    def grouped(shape: tuple[int, ...], scale: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-        if scale.ndim == 0:
-            return shape, scale
-        if scale.ndim == 1 and (rank != 1 or scale.shape == shape):
-            if scale.shape != (shape[axis],):
-                raise ValueError(f"{scale.shape[0]} scales for an axis of {shape[axis]}")
-            return shape, scale.reshape([-1 if i == axis else 1 for i in range(rank)])
-        blocked = [i for i in range(rank) if scale.shape[i] != shape[i]]
-        if len(blocked) > 1 or any(shape[i] % scale.shape[i] for i in blocked):
-            raise ValueError(f"scales {scale.shape} for {shape}")
-        for i in blocked:
-            blocks = scale.shape[i]
-            shape = (*shape[:i], blocks, shape[i] // blocks, *shape[i + 1 :])
-            scale = np.expand_dims(scale, i + 1)
-        return shape, scale
-
-    if scale_rank > 1 and scale_rank != rank:
-        raise layer.refuse(f"scales of rank {scale_rank} for an input of rank {rank}")
-    return grouped
-
-
-def _check_zero(zero: np.ndarray | None) -> None:
-    if zero is not None and zero.any():
-        raise ValueError("a zero point other than zero")
-
-
 def _of(layer: Layer, table: dict[str, Compute], name: str) -> Compute:
     if name not in table:
         raise layer.refuse(f"operation {name}", f"one of {', '.join(table)}")
@@ -249,6 +177,4 @@ READERS: dict[str, Reader] = {
     "SELECT": select,
     "IDENTITY": identity,
     "CAST": cast,
-    "QUANTIZE": quantize,
-    "DEQUANTIZE": dequantize,
 }

@@ -19,11 +19,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
-from . import attention, elementwise, indexing, layout, reductions
+from . import attention, elementwise, indexing, layout, quantize, reductions
 from .numbers import REALS, held_dtype, rounded, unpacked
 from .parsed import Layer, Parsed, Tensor
 
-READERS = elementwise.READERS | layout.READERS | reductions.READERS | indexing.READERS | attention.READERS
+READERS = (
+    elementwise.READERS
+    | quantize.READERS
+    | layout.READERS
+    | reductions.READERS
+    | indexing.READERS
+    | attention.READERS
+)
 EXACT = {  # layers whose results need no rounding
     "CONSTANT",
     "SELECT",
@@ -31,6 +38,7 @@ EXACT = {  # layers whose results need no rounding
     "KV_CACHE_UPDATE",
     "ATTENTION_OUTPUT",
     "QUANTIZE",
+    "DYNAMIC_QUANTIZE",
     *(layout.READERS.keys() - {"FILL", "RESIZE"}),
     *indexing.READERS,
 }

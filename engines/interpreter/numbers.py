@@ -27,8 +27,8 @@ RANGES = {"INT4": (-8, 7), "INT8": (-128, 127), "UINT8": (0, 255)}
 _REAL_BITS = {"FLOAT": 32, "HALF": 16, "BF16": 16, "FP8": 8, "FP4": 4, "E8M0": 8}
 BITS = _REAL_BITS | {"INT8": 8, "UINT8": 8, "INT32": 32, "INT64": 64, "INT4": 4, "BOOL": 8}
 _PIECE = 1 << 15  # numbers
-# bits of mantissa, exponent of the smallest normal number, largest number
-_SMALL = {"FP8": (3, -6, 448.0), "FP4": (1, 0, 6.0)}
+LARGEST = {"FP8": 448.0, "FP4": 6.0}
+_SMALL = {"FP8": (3, -6), "FP4": (1, 0)}  # bits of mantissa, exponent of the smallest normal number
 
 
 def held_dtype(kind: str) -> np.dtype:
@@ -48,7 +48,7 @@ def rounded(array: np.ndarray, kind: str) -> np.ndarray:
             return array.astype(np.float16).astype(np.float32)
     if kind == "BF16":
         return _bf16(array)
-    return _small_float(array, *_SMALL[kind])
+    return _small_float(array, *_SMALL[kind], LARGEST[kind])
 
 
 def _bf16(array: np.ndarray) -> np.ndarray:
@@ -102,7 +102,7 @@ def _table(kind: str) -> np.ndarray:
     """The value of every code of `kind`, as float32."""
     if kind == "E8M0":
         return np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)
-    mantissa, lowest, _ = _SMALL[kind]
+    mantissa, lowest = _SMALL[kind]
     size = BITS[kind]
     codes = np.arange(1 << size)
     field, fraction = (codes >> mantissa) & ((1 << (size - 1 - mantissa)) - 1), codes & ((1 << mantissa) - 1)

@@ -41,6 +41,7 @@ ATTRIBUTES = {  # the attributes of each layer kind, beyond those of ILayer
     ),
     "CUMULATIVE": ("exclusive", "op", "reverse"),
     "DEQUANTIZE": ("axis", "block_shape", "to_type"),
+    "DYNAMIC_QUANTIZE": ("axis", "block_shape", "block_size", "scale_type", "to_type"),
     "ELEMENTWISE": ("op",),
     "FILL": ("alpha", "beta", "is_alpha_beta_int64", "operation", "shape", "to_type"),
     "GATHER": ("axis", "mode", "num_elementwise_dims"),

@@ -89,3 +89,28 @@ def nvfp4_model(axis, seed=0):
     return model_of(
         nodes, {"x": (TensorProto.FLOAT, ["n", 64])}, {"y": (TensorProto.FLOAT, ["n", 32])}, constants
     ), weight
+
+
+def dynamic_model():
+    """x [3,64] in bf16, quantised to nvfp4 with the scales that TensorRT finds, and back: y [3,64]."""
+    quantise = helper.make_node(
+        "TRT_FP4DynamicQuantize",
+        ["h", "g"],
+        ["c", "s"],
+        domain="trt",
+        axis=-1,
+        block_size=16,
+        scale_type=int(TensorProto.FLOAT8E4M3FN),
+    )
+    nodes = [
+        node("Cast", ["x"], "h", to=TensorProto.BFLOAT16),
+        quantise,
+        node("DequantizeLinear", ["s", "g"], "t"),
+        node("DequantizeLinear", ["c", "t"], "d", axis=-1, block_size=16),
+        node("Cast", ["d"], "y", to=TensorProto.FLOAT),
+    ]
+    ends = ({"x": (TensorProto.FLOAT, [3, 64])}, {"y": (TensorProto.FLOAT, [3, 64])})
+    whole = numpy_helper.from_array(np.array(2.0**-11, ml_dtypes.bfloat16), "g")
+    model = model_of(nodes, *ends, {"g": whole})
+    model.opset_import.append(helper.make_opsetid("trt", 1))
+    return model

@@ -10,7 +10,17 @@ from engines.interpreter import Network, constants
 from engines.interpreter import parsed as reading
 from engines.tensorrt.module import log_of
 from tests.helpers.parsed_network import evaluated, parsed
-from tests.helpers.typed_models import E4M3, fp8_model, model_of, node, nvfp4_model, random, stored
+from tests.helpers.typed_models import (
+    E2M1,
+    E4M3,
+    dynamic_model,
+    fp8_model,
+    model_of,
+    node,
+    nvfp4_model,
+    random,
+    stored,
+)
 
 trt = pytest.importorskip("tensorrt_rtx")
 KINDS = {
@@ -104,6 +114,31 @@ def test_nvfp4_weights_have_fp8_scales_that_are_dequantised_themselves(axis):
     narrow = [a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in (x, weight)]
     got = evaluated(trt, model, {"x": x})["y"]
     assert np.abs(got - narrow[0] @ narrow[1]).max() < 2**-7 * np.abs(got).max() and (got != x @ weight).any()
+
+
+def test_nvfp4_activations_find_their_block_scales_themselves():
+    """Against ml_dtypes' own rounding: a scale of 1/6 of a block's largest number, over 2^-11, in E4M3.
+    A block of zeros stays zero, and numbers beyond 6 * 448 * 2^-11 saturate."""
+    x = random(3, 64) * np.array([[1e-3], [1.0], [50.0]], np.float32)
+    x[1, 16:32] = 0
+    model, whole = dynamic_model(), np.float32(2.0**-11)
+    narrow = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    blocks = narrow.reshape(3, 4, 16)
+    largest = (np.abs(blocks).max(-1) / np.float32(6) / whole).clip(max=448)
+    scales = largest.astype(E4M3).astype(np.float32)[..., None] * whole
+    with np.errstate(invalid="ignore"):
+        codes = np.where(scales > 0, blocks / scales, 0).clip(-6, 6).astype(E2M1).astype(np.float32)
+    got = evaluated(trt, model, {"x": x})["y"]
+    np.testing.assert_array_equal(got, (codes * scales).reshape(3, 64))
+    assert not got[1, 16:32].any() and np.abs(got[2]).max() == 6 * 448 * whole
+
+
+def test_another_dynamic_quantisation_is_refused_by_name(monkeypatch):
+    read = parsed(trt, dynamic_model())
+    (layer,) = [layer for layer in read.layers if layer.kind == "DYNAMIC_QUANTIZE"]
+    monkeypatch.setitem(layer.attributes, "to_type", "FP8")
+    with pytest.raises(InputError, match="DYNAMIC_QUANTIZE .*: expected to_type FP4, got to_type FP8"):
+        Network(read)
 
 
 @pytest.mark.parametrize("kind", ["HALF", "BF16"])
