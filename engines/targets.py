@@ -19,7 +19,7 @@ ARM = ("linux-aarch64",)
 TURING = ("fp16",)
 AMPERE = ("fp16", "bf16", "int8", "int4")
 ADA = (*AMPERE, "fp8")
-BLACKWELL = (*ADA, "nvfp4")
+BLACKWELL = (*ADA, "nvfp4")  # nvfp4 in the modern dialect only
 _PROCESSORS = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -95,7 +95,7 @@ TARGETS: dict[str, Target] = {
         _row("orin-nx-jp62", "Jetson Orin NX 16 GB", (8, 7), _JETPACK_62, AMPERE, 16, 102.4),
         _row("orin-agx-jp62", "Jetson AGX Orin 64 GB", (8, 7), _JETPACK_62, AMPERE, 64, 204.8),
         _row("orin-agx-jp72", "Jetson AGX Orin 64 GB", (8, 7), _JETPACK_72, AMPERE, 64, 204.8),
-        _row("thor-jp71", "Jetson AGX Thor", (11, 0), _JETPACK_71, BLACKWELL, 128, 273),
+        _row("thor-jp71", "Jetson AGX Thor", (11, 0), _JETPACK_71, ADA, 128, 273),
         _row("thor-jp72", "Jetson AGX Thor", (11, 0), _JETPACK_72, BLACKWELL, 128, 273),
     )
 }

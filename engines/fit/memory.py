@@ -24,11 +24,11 @@ TASKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "reason": (EMBED, ANSWER, DRAW, DECODE),
 }
 PROMPT_TOKENS = 64  # a sentence in the chat template; the templates of an edit are longer
-# Bytes that ONNX Runtime's CPU provider holds of a weight for each byte stored: it widens 16-bit weights to
-# float32 on loading, and all those of convolutions. (The exact backend widens int8 too, to four; this is a
-# lower bound of both.)
-CPU_HELD = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 1, "int4": 1}
-CPU_HELD_WIDE = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 4, "int4": 8}
+# Bytes that ONNX Runtime's CPU provider holds of a weight for each byte stored: on loading it widens 16-bit
+# weights to float32, those in fp8 and nvfp4, and all those of convolutions. (The exact backend widens int8
+# too, to four; this is a lower bound of both.)
+CPU_HELD = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 1, "int4": 1, "fp8": 4, "nvfp4": 7}
+CPU_HELD_WIDE = CPU_HELD | {"int8": 4, "int4": 8}
 CONVOLUTIONS = ("vq_encoder", "vq_decoder")
 IMAGE_WORKSPACE = 128  # estimate of the VQ model's working memory / bytes of an image in float32
 SCORES_WORKSPACE = 2  # attention scores of one layer that exist at a time, in float32

@@ -18,7 +18,15 @@ from .speed import image_step_bytes
 TOKENS_PER_FORWARD = {1: 1.0, 2: 1.67, 4: 2.56, 8: 3.99, 16: 5.11}
 ON_GPU = 16  # on an H200, a forward of 16 tokens takes 1.03 to 1.07 times as long as one of one token
 # A CPU's forward: the time to start its operators, to read the weights, and to multiply.
-NUMBERS_PER_BYTE = {"fp32": 1 / 4, "bf16": 1 / 2, "fp16": 1 / 2, "int8": 1, "int4": 16 / 9}
+NUMBERS_PER_BYTE = {
+    "fp32": 1 / 4,
+    "bf16": 1 / 2,
+    "fp16": 1 / 2,
+    "int8": 1,
+    "int4": 16 / 9,
+    "fp8": 1,
+    "nvfp4": 16 / 9,
+}
 CPU_START_S, CPU_READ_BYTES_PER_S, CPU_MULTIPLY_PER_S = 2e-3, 20e9, 100e9
 
 

@@ -28,6 +28,7 @@ from . import Buffer, busy, closed, own_buffers
 from .fused import load, worth_keeping
 
 ACTIVATION_BLOCK = 128  # numbers that share a scale where an int8 bundle's activations are rounded to int8
+ONE_PATH = ("fp8", "nvfp4")  # precisions that the CPU only checks, and multiplies in float32 throughout
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GRAPHS_LIMIT, NO_GRAPH = 8, -1  # captured steps of a session; the `gpu_graph_id` of a plain run
 LOG_SEVERITY = 3  # errors
@@ -116,6 +117,7 @@ class OnnxRuntimeSession:
     def __init__(self, bundle: Bundle, component: str, *, device: str = "cpu", exact: bool = False):
         runtime = _runtime(device)
         spec, on_cpu = bundle.component(component), device == "cpu"
+        exact = exact or bundle.manifest.precision in ONE_PATH
         options = _config_entries(spec.weights, exact=exact or not on_cpu)
         providers = [(PROVIDERS[device], _provider_options(device))]
 
@@ -264,8 +266,9 @@ def _config_entries(formats: Container[str], *, exact: bool) -> dict[str, str]:
         "session.qdq_matmulnbits_accuracy_level": "1" if exact else "4",
         "session.qdq_matmulnbits_block_size": str(ACTIVATION_BLOCK),
     }
-    if exact and "int8" in formats and "int4" not in formats:
+    if exact and ("int8" in formats or "fp8" in formats) and "int4" not in formats:
         # With int8's scale per channel, level 1 is 25 times slower than weights that are widened on loading.
+        # fp8 is not fused at all, and would be widened at every step.
         entries["session.disable_quant_qdq"] = "1"
     return entries
 

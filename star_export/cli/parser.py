@@ -29,6 +29,7 @@ from .arguments import (
 )
 from .failures import out_of_memory, three_lines
 
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")
 INTERRUPTED = 130
 
 
@@ -123,9 +124,7 @@ def _export(commands) -> None:
     c.add_argument(
         "--out", required=True, metavar="BUNDLE", help="the bundle to create; absent or an empty folder"
     )
-    c.add_argument(
-        "--precision", default="fp32", choices=("fp32", "fp16", "bf16", "int8", "int4"), help="default: fp32"
-    )
+    c.add_argument("--precision", default="fp32", choices=PRECISIONS, help="default: fp32")
     for part, what in (("checkpoint", "STAR-*.pt"), ("base", "the Qwen2.5-VL folder"), ("vq", "VQ-Model.pt")):
         c.add_argument(f"--{part}", metavar="PATH", help=f"{what} to use instead of the one in SOURCE")
     c.add_argument(
@@ -343,7 +342,7 @@ def _plan(commands) -> None:
     c.add_argument(
         "--precision",
         action="append",
-        choices=("fp32", "fp16", "bf16", "int8", "int4"),
+        choices=PRECISIONS,
         help="may be repeated (default: all, of a bundle its own)",
     )
     c.add_argument(

@@ -374,7 +374,8 @@ def write_component(
 ) -> None:
     """Set a traced graph's precision, lint it, and stream its weights into `folder/model.onnx.data`.
 
-    Then write the classic graph and, for a 16-bit graph, the fp32 twin, which share the weights.
+    Then write the classic graph, if the classic dialect has all of the precision's formats, and for a 16-bit
+    graph the fp32 twin. They share the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     set_precision(model, precision.compute)
@@ -391,9 +392,10 @@ def write_component(
         size_threshold_bytes=INLINE_BYTES,
         callback=lambda tensor, _: tick(tensor.nbytes),
     )
-    classic = classic_from_graph(ir.load(folder / "model.onnx"))
-    (folder / "classic.onnx").write_bytes(ir.to_proto(classic).SerializeToString())
-    lint.check_graph(folder / "classic.onnx", dialect="classic")
+    if precision.classic:
+        classic = classic_from_graph(ir.load(folder / "model.onnx"))
+        (folder / "classic.onnx").write_bytes(ir.to_proto(classic).SerializeToString())
+        lint.check_graph(folder / "classic.onnx", dialect="classic")
     if precision.compute != ir.DataType.FLOAT:
         twin = twin_from_graph(ir.load(folder / "model.onnx"))
         (folder / "twin.onnx").write_bytes(ir.to_proto(twin).SerializeToString())
@@ -411,8 +413,8 @@ def component_spec(part: Part, config: StarConfig, precision: Precision) -> Comp
         golden=f"{part.name}/golden.safetensors",
         inputs=inputs,
         outputs=outputs,
-        classic=f"{part.name}/classic.onnx",
-        plugin_abi=abi,
+        classic=f"{part.name}/classic.onnx" if precision.classic else None,
+        plugin_abi=abi if precision.classic else None,
         weights=bytes_by_format(shapes_of(part, config), precision),
     )
 

@@ -1,8 +1,12 @@
-"""What `onnxruntime` does to activations before it multiplies them by int8 or int4 weights, on the reference.
+"""Activations that are rounded before products with quantised weights, on the reference.
 
-It rounds them to int8 in blocks along the input features, each block by its own largest magnitude, and adds
-the products in int32. Export runs the reference so, and records its distance from itself in float32 as the
-noise of int8 arithmetic.
+`onnxruntime` rounds them to int8 before it multiplies them by int8 or int4 weights, in blocks along the input
+features, each block by its own largest magnitude, and adds the products in int32. Export runs the reference
+so, and records its distance from itself in float32 as the noise of int8 arithmetic.
+
+An nvfp4 graph rounds them to nvfp4 (`graph/nvfp4.py`), so the reference of such a bundle does so always.
+Arithmetic that rounds elsewhere, even in float32, gives some activation the next number of E2M1. How far all
+rounding moves the reference is recorded, and a part of that is the tolerance.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from torch import Tensor, nn
 
 from engines.sessions.onnxruntime import ACTIVATION_BLOCK
 
+from ..graph.formats import NVFP4, nearest_
+from ..graph.nvfp4 import BLOCK, LEAST, TOP, WHOLE
 from ..graph.precisions import Precision
 
 
@@ -45,3 +51,40 @@ def rounded_to_int8(x: Tensor, block: int) -> Tensor:
     scales = padded.abs().amax(-1, keepdim=True) / 127
     rounded = torch.where(scales > 0, (padded / scales).round() * scales, 0.0)
     return rounded.flatten(-2)[..., : x.shape[-1]]
+
+
+def round_activations(star: nn.Module, precision: Precision) -> None:
+    """From now on, round the inputs of those linear layers of `star` whose weights `precision` stores in
+    nvfp4, except within `unrounded`."""
+
+    def hook(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return None if getattr(module, "unrounded", False) else (rounded_to_nvfp4(given[0]), *given[1:])
+
+    for name, linear in star.named_modules():
+        if isinstance(linear, nn.Linear):
+            found = precision.format_of(f"{name}.weight", tuple(linear.weight.shape))
+            if found is not None and found.scale is not None:
+                linear.register_forward_pre_hook(hook)
+
+
+@contextlib.contextmanager
+def unrounded(module: nn.Module) -> Iterator[None]:
+    """Within it, the linear layers of `module` take their inputs as they are."""
+    inner = list(module.modules())
+    try:
+        for one in inner:
+            one.unrounded = True  # type: ignore[assignment]
+        yield
+    finally:
+        for one in inner:
+            del one.unrounded
+
+
+def rounded_to_nvfp4(x: Tensor) -> Tensor:
+    """Round rows x [..., K] to nvfp4, each divided by its largest magnitude, and multiply by it again."""
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(LEAST)
+    blocks = (x / largest).float().unflatten(-1, (-1, BLOCK))
+    scales = blocks.abs().amax(-1, keepdim=True) / TOP / WHOLE
+    steps = scales.to(torch.float8_e4m3fn).float() * WHOLE
+    numbers = (blocks / torch.where(steps > 0, steps, 1)).clamp(-TOP, TOP)
+    return (nearest_(numbers, NVFP4.code) * steps).flatten(-2).to(x.dtype) * largest

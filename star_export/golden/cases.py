@@ -30,35 +30,37 @@ class Case:
 
     `noise` maps an output to its distance from the same reference computed in the bundle's 16-bit type (see
     `tolerances`); it is empty in an fp32 bundle. `int8` is the same for activations in int8, of components
-    with int8 or int4 weights.
+    with int8 or int4 weights, and `fp4` for activations that are not rounded to nvfp4, of components with
+    nvfp4 weights.
     """
 
     inputs: Tensors = field(default_factory=dict)
     outputs: Tensors = field(default_factory=dict)
     noise: Tensors = field(default_factory=dict)
     int8: Tensors = field(default_factory=dict)
+    fp4: Tensors = field(default_factory=dict)
 
     def noise_in(self, compute: str) -> Tensors:
         """The noise of the arithmetic `compute`."""
-        return self.int8 if compute == "int8" else self.noise
+        return {"int8": self.int8, "fp4": self.fp4}.get(compute, self.noise)
 
 
 def cases_from_file(path: Path) -> dict[str, Case]:
-    """Read case name -> case from keys `case/in/name`, `case/out/name`, `case/noise/name` and
-    `case/int8/name`.
+    """Read case name -> case from keys `case/in/name`, `case/out/name`, `case/noise/name`, `case/int8/name`
+    and `case/fp4/name`.
 
     Raises InputError for a set that cannot prove anything.
     """
     cases: dict[str, Case] = {}
     for key, array in tensors_from_file(path).items():
         case, side, name = (key.split("/", 2) + ["", ""])[:3]
-        if side not in ("in", "out", "noise", "int8") or not name:
-            raise _refusal(path, "keys case/in/name and case/out/name, /noise/ and /int8/", repr(key))
+        if side not in ("in", "out", "noise", "int8", "fp4") or not name:
+            raise _refusal(path, "keys case/in/name and case/out/name, /noise/, /int8/ and /fp4/", repr(key))
         if not np.isfinite(array).all():
             raise _refusal(f"{path}: {key}", "finite numbers", "NaN or Inf")
         entry = cases.setdefault(case, Case())
         sides = {"in": entry.inputs, "out": entry.outputs, "noise": entry.noise, "int8": entry.int8}
-        sides[side][name] = array
+        (sides | {"fp4": entry.fp4})[side][name] = array
     if not cases:
         raise _refusal(path, "at least one case", "none")
     for case, entry in cases.items():

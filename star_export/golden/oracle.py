@@ -18,6 +18,7 @@ from reference.containers import LazyTensor
 from ..graph.precisions import Precision
 from ..graph.quantize import StoredTensor
 from ..graph.wrappers import FoldedStar
+from .activations import round_activations
 
 KEPT = 1 << 12  # numbers; a weight of so few, such as that of a norm, is read once and kept
 
@@ -31,6 +32,8 @@ def streamed_star(
     dtype: torch.dtype = torch.float32,
 ) -> FoldedStar:
     """The reference in `dtype`, on the CPU, with every weight of `tensors` rounded as `precision` stores it.
+
+    Activations are rounded too before products with nvfp4 weights.
 
     Its large weights are on the meta device except while the module that they belong to runs, or while it is
     `resident`. Running it raises CheckpointError for weights that are not finite.
@@ -58,6 +61,7 @@ def streamed_star(
         large = {key: name for key, name in names.items() if getattr(module, key).is_meta}
         if large:
             _Streamed(module, module, large, read)
+    round_activations(star, precision)
     _Streamed(
         star.vq_encoder, star.codebook, {"weight": "codebook.weight"}, read
     )  # it compares with all rows

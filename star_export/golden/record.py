@@ -25,7 +25,7 @@ from reference.containers import LazyTensor
 from ..components import COMPONENTS, Part, boundary
 from ..graph import wrappers
 from ..graph.precisions import Precision
-from .activations import int8_activations
+from .activations import int8_activations, unrounded
 from .compare import compare, tolerance_of
 from .feeds import CASES, LARGE, SPECS, Case, rng_of
 from .oracle import resident, streamed_star
@@ -72,7 +72,8 @@ def component_golden(
     """Record every case of one graph or table to `path`.
 
     For an oracle in 16 bits too, also record the noise of the same module when it computes in that type, and
-    for quantised linear layers that of int8 activations. The cases of a part take the residual stream from
+    for quantised linear layers that of int8 activations; or, where activations are rounded, how far that
+    moves the results. The cases of a part take the residual stream from
     the golden tensors of the part before it, at `before`. A decoder runs all cases layer by layer, so that
     its weights are read once; `tick` is called after each.
     """
@@ -98,9 +99,14 @@ def component_golden(
 # By case: in float32, and by kind of noise in another arithmetic.
 Results = tuple[dict[str, Case], dict[str, dict[str, Case]]]
 NOISE, INT8 = "noise", "int8"  # of the compute type, and of int8 activations
+FP4 = "fp4"  # of activations that are not rounded where the reference rounds them
 
 
-NOTHING = contextlib.nullcontext()
+def _arithmetic(kind: str, module: nn.Module, name: str, oracle: Oracle) -> contextlib.AbstractContextManager:
+    """The context in which `module`, called `name` in the model, computes results of `kind`."""
+    if kind == INT8:
+        return int8_activations(module, name, oracle.precision)
+    return unrounded(module) if kind == FP4 else contextlib.nullcontext()
 
 
 def _stars(part: Part, oracle: Oracle) -> dict[str, wrappers.FoldedStar]:
@@ -108,11 +114,14 @@ def _stars(part: Part, oracle: Oracle) -> dict[str, wrappers.FoldedStar]:
     stars = {"": oracle.star}
     if oracle.narrow:
         stars[NOISE] = oracle.narrow
-    if any(
-        isinstance(linear, nn.Linear)
-        and oracle.precision.format_of(f"{name}.weight", tuple(linear.weight.shape))
+    formats = [
+        oracle.precision.format_of(f"{name}.weight", tuple(linear.weight.shape))
         for name, linear in _module(part, oracle.star).named_modules(prefix=part.component)
-    ):
+        if isinstance(linear, nn.Linear)
+    ]
+    if any(found and found.scale for found in formats):
+        stars[FP4] = oracle.star
+    elif any(formats) and oracle.precision.fast_on_cpu:
         stars[INT8] = oracle.star
     return stars
 
@@ -126,7 +135,7 @@ def _at_once(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[
     found: dict[str, dict[str, Case]] = {}
     for kind, star in _stars(part, oracle).items():
         module = _module(part, star)
-        with int8_activations(module, part.component, oracle.precision) if kind == INT8 else NOTHING:
+        with _arithmetic(kind, module, part.component, oracle):
             found[kind] = {case: _outputs(part, star, feeds) for case, feeds in cases.items()}
         tick()
     return found.pop(""), found
@@ -143,7 +152,7 @@ def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Ca
         with resident(*layers.values()):
             for kind, star in stars.items():
                 name = f"{part.component}.layers.{layer}"
-                with int8_activations(layers[kind], name, oracle.precision) if kind == INT8 else NOTHING:
+                with _arithmetic(kind, layers[kind], name, oracle):
                     for case, feeds in cases.items():
                         results = found[kind][case]
                         stream = results.get("hidden_states", feeds["inputs_embeds"])

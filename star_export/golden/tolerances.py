@@ -8,6 +8,10 @@ in float32 as the noise of each case; an executor may be MARGIN times as far awa
 
 Backend `onnxruntime` multiplies int8 and int4 weights by activations in int8, and computes all else in
 float32. Export records the noise of that in the same way (`activations`), with the same margin.
+
+An nvfp4 graph rounds activations so coarsely that a difference at rounding level gives one of them the next
+number now and then, and more after it. In float32, its decoders may be off by FP4_SHARE of what all of that
+rounding changes: leaving it out, or another block, exceeds that. Ids may then differ as in 16 bits.
 """
 
 from __future__ import annotations
@@ -24,17 +28,24 @@ from ..components import COMPONENTS
 from .cases import Case
 
 MARGIN = 3.0
+FP4_SHARE = 0.5
 
 
 def compute_type(precision: str, *, twin: bool) -> str:
-    """The type that a bundle of `precision`, or its fp32 `twin`, computes in: `fp32`, `fp16` or `bf16`."""
+    """The type that a bundle of `precision`, or its fp32 `twin`, computes in: `fp32`, `fp16` or `bf16`.
+
+    That of an nvfp4 bundle's twin is `fp4`: float32, with activations rounded to nvfp4.
+    """
+    if twin and precision == "nvfp4":
+        return "fp4"
     return "fp32" if twin or precision == "fp32" else "fp16" if precision == "fp16" else "bf16"
 
 
 def compute_of(backend: str, precision: str) -> str:
     """The arithmetic of a bundle of `precision` on `backend`: a type, or `int8` for activations in int8."""
     if backend in ON_CPU:
-        return "int8" if backend == "onnxruntime" and precision in ("int8", "int4") else "fp32"
+        fast = backend == "onnxruntime" and precision in ("int8", "int4")
+        return "int8" if fast else compute_type(precision, twin=True)
     return compute_type(precision, twin=False)
 
 
@@ -47,7 +58,7 @@ def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray])
     """
     row = COMPONENTS[component_of(component)]
     table = row.tolerances
-    if compute == "fp32" or (compute == "int8" and not noise):  # no products with quantised weights
+    if compute == "fp32" or (compute in ("int8", "fp4") and not noise):  # no such products
         return table
     measured = {name for name, tolerance in table.items() if tolerance > 0}
     if missing := sorted(measured - noise.keys()):
@@ -57,6 +68,8 @@ def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray])
             f"of {', '.join(missing)}, got none",
             fix="export the bundle again",
         )
+    if compute == "fp4":
+        return table | {name: FP4_SHARE * float(noise[name]) for name in measured}
     if compute == "int8":
         return table | {name: MARGIN * float(noise[name]) for name in measured}
     found = table | {name: MARGIN * float(noise[name]) for name in measured}

@@ -16,13 +16,15 @@ from engines import plugins
 from engines.errors import InputError, listed
 from engines.targets import TARGETS
 
-from . import classic
+from . import classic, nvfp4
+from .formats import FP8, NVFP4
 from .ops import DOMAIN, NAME, OPSET
 
 Finding = tuple[str, str, str]  # rule, node, detail
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)  # what TensorRT for RTX fuses
 TOP_K_MAX = 3840
 DATA_FILE = "model.onnx.data"
+FUNCTIONS = ((DOMAIN, NAME), (DOMAIN, nvfp4.NAME))  # our operations, which have bodies in the file
 
 
 def check_graph(source: ir.Model | Path, *, target: str | None = None, dialect: str | None = None) -> None:
@@ -80,7 +82,7 @@ def _opsets(model: ir.Model) -> Iterator[Finding]:
 
 def _domains(model: ir.Model) -> Iterator[Finding]:
     for node in _nodes(model):
-        if node.domain and (node.domain, node.op_type) != (DOMAIN, NAME):
+        if node.domain and (node.domain, node.op_type) not in (*FUNCTIONS, nvfp4.QUANTIZE):
             yield (
                 "operator-domain",
                 str(node.name),
@@ -88,8 +90,9 @@ def _domains(model: ir.Model) -> Iterator[Finding]:
             )
         elif not node.domain and not onnx.defs.has(node.op_type, max_inclusive_version=OPSET, domain=""):
             yield "operator", str(node.name), f"{node.op_type} is not in opset {OPSET}"
-    if any(n.op_type == NAME for n in model.graph) and (DOMAIN, NAME, "") not in model.functions:
-        yield "function-body", "graph", f"{DOMAIN}::{NAME} is called but has no body"
+    for domain, name in FUNCTIONS:
+        if any(n.op_type == name for n in model.graph) and (domain, name, "") not in model.functions:
+            yield "function-body", "graph", f"{domain}::{name} is called but has no body"
 
 
 def _attention(model: ir.Model) -> Iterator[Finding]:
@@ -165,9 +168,28 @@ def _weights(model: ir.Model) -> Iterator[Finding]:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != DATA_FILE:
             yield "external-data", name, f"expected weights in {DATA_FILE}, got {str(tensor.location)!r}"
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
+            yield from _fused(node)
     for node in _nodes(model):
         if "sparse_value" in node.attributes:
             yield "sparse-initializer", str(node.name), "TensorRT does not support sparse tensors"
+
+
+def _fused(dequantize: ir.Node) -> Iterator[Finding]:
+    """A weight in a form that TensorRT for RTX would write out in 16 bits at every step (docs/targets.md)."""
+    dense, codes = dequantize.outputs[0], dequantize.inputs[0]
+    products = [user for user, _ in dense.uses() if user.op_type == "MatMul"]
+    if codes.dtype == FP8.code and products and _attribute(dequantize, "block_size", 0):
+        yield "fp8-blocks", str(dequantize.name), "expected one scale per output channel, got blocks"
+    for product in products if codes.dtype == NVFP4.code else []:
+        rounding = product.inputs[0].producer() if product.inputs[0] is not None else None
+        if rounding is None or rounding.op_type != nvfp4.NAME:
+            yield (
+                "nvfp4-activations",
+                str(product.name),
+                f"expected activations from {DOMAIN}::{nvfp4.NAME}, got {product.inputs[0].name}",
+            )
 
 
 def _classic(model: ir.Model) -> Iterator[Finding]:
@@ -235,6 +257,12 @@ _DIALECTS = {"modern": _RULES, "classic": (_classic, _caches, _top_k, _weights)}
 
 def _target_findings(model: ir.Model, name: str) -> Iterator[Finding]:
     target = TARGETS[name]
+    used = {value.dtype for value in model.graph.initializers.values()}
+    for found in (NVFP4, FP8):
+        if found.code in used and found.name not in target.precisions:
+            runs = ", ".join(target.precisions)
+            yield "weight-format", "graph", f"expected weights in one of {runs}, got {found.name}"
+            break  # the scales of nvfp4 are fp8
     for node in model.graph:
         if node.op_type == NAME and target.dialect == "classic":
             yield from _plugin_limits(node, name)

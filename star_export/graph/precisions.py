@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import torch
 
-from .formats import INT4, INT8, Format
+from .formats import FP8, INT4, INT8, NVFP4, Format
 
 DECODERS = ("base_ar", "stacked_ar")
 # Kernels beside the codebook and the pixels stay dense. In int8, the first of them alone changes 34 % of the
@@ -66,6 +66,22 @@ class Precision:
             self.compute.itemsize
         ]
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether a format multiplies by rounded activations (`nvfp4.py`)."""
+        return any(found.scale for found in (*self.formats.values(), *self.chosen.values()))
+
+    @property
+    def fast_on_cpu(self) -> bool:
+        """Whether ONNX Runtime multiplies by activations in int8, which takes weights in integers."""
+        found = (*self.formats.values(), *self.chosen.values())
+        return bool(found) and all(format.code.is_integer() for format in found)
+
+    @property
+    def classic(self) -> bool:
+        """Whether the classic dialect has all formats: its opsets have no 4-bit floats."""
+        return not self.rounds_activations
+
     def format_of(self, name: str, shape: tuple[int, ...]) -> Format | None:
         """The format of the weight `name` of this shape; None if it is dense.
 
@@ -107,4 +123,6 @@ PRECISIONS = {
     "bf16": Precision(ir.DataType.BFLOAT16),
     "int8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8)),
     "int4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | dict.fromkeys(DECODERS, INT4)),
+    "fp8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | dict.fromkeys(DECODERS, FP8)),
+    "nvfp4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | dict.fromkeys(DECODERS, NVFP4)),
 }

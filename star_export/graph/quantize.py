@@ -3,8 +3,8 @@
 A traced graph has the compute type bfloat16 and empty initializers. `set_precision` replaces the type, and
 `attach_weights` gives every initializer a lazy tensor, which is read, transposed, rounded or quantised only
 when the data file is written, one at a time. A quantised weight becomes codes and scales with a
-`DequantizeLinear` after them. `Precision.rounded` applies the same rounding and returns float32, for the
-reference that records golden tensors.
+`DequantizeLinear` after them; the scales of nvfp4 have one themselves. `Precision.rounded` applies the same
+rounding and returns float32, for the reference that records golden tensors.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ import torch
 
 from reference.containers import LazyTensor
 
+from . import nvfp4
 from .formats import Encoded, Format, packed
 from .precisions import TORCH_DTYPES, Precision
 
 INLINE_BYTES = 1024  # smaller tensors are shapes and scalars, and stay in model.onnx
 TRANSPOSED = "transposed"  # metadata of an initializer that stores the transpose of its checkpoint tensor
-CODES, SCALES = ".codes", ".scales"  # what a quantised weight's initializers are called, after its name
+CODES, SCALES, WHOLE = (
+    ".codes",
+    ".scales",
+    ".whole",
+)  # what a quantised weight's initializers are called, after its name
 
 
 def set_precision(model: ir.Model, compute: ir.DataType) -> None:
@@ -98,15 +103,18 @@ def _insert_dequantize(
     codes = ir.Value(
         name=f"{weight.name}{CODES}", type=ir.TensorType(found.code), shape=ir.Shape(list(weight.shape))
     )
-    scales = ir.Value(name=f"{weight.name}{SCALES}", type=ir.TensorType(scale_type), shape=ir.Shape(shape))
+    kind = found.scale or scale_type
+    scales = ir.Value(name=f"{weight.name}{SCALES}", type=ir.TensorType(kind), shape=ir.Shape(shape))
     codes.const_value = _lazy(codes.name, found.code, codes.shape, lambda: encoded.codes(transposed))
     scales.const_value = _lazy(
-        scales.name, scale_type, scales.shape, lambda: encoded.scales(transposed).reshape(shape)
+        scales.name, kind, scales.shape, lambda: encoded.scales(transposed).reshape(shape)
     )
-    node = ir.node("DequantizeLinear", [codes, scales], layout, name=f"{weight.name}.dequantize")
+    first = next(iter(weight.uses())).node
+    steps = _scaled_scales(model, first, scales, encoded, precision) if found.scale else scales
+    node = ir.node("DequantizeLinear", [codes, steps], layout, name=f"{weight.name}.dequantize")
     dense = node.outputs[0]
     dense.name, dense.dtype, dense.shape = f"{weight.name}.dense", scale_type, weight.shape
-    model.graph.insert_before(next(iter(weight.uses())).node, node)
+    model.graph.insert_before(first, node)
     weight.replace_all_uses_with(dense)
     del model.graph.initializers[weight.name]
     model.graph.initializers.add(codes)
@@ -116,6 +124,23 @@ def _insert_dequantize(
             _multiply_transposed(model, user)
         elif user.op_type == "Gather":
             user.outputs[0].type = ir.TensorType(scale_type)  # a new object, as in `set_precision`
+        elif found.scale:
+            nvfp4.round_activations(model, user)
+
+
+def _scaled_scales(
+    model: ir.Model, before: ir.Node, scales: ir.Value, encoded: _Encoded, precision: Precision
+) -> ir.Value:
+    """The output of a DequantizeLinear of `scales` by a scale of their own, in the compute type."""
+    dtype, name = precision.compute, scales.name
+    whole = ir.Value(name=f"{name}{WHOLE}", type=ir.TensorType(dtype), shape=ir.Shape([]))
+    whole.const_value = _lazy(whole.name, dtype, whole.shape, encoded.whole)
+    model.graph.initializers.add(whole)
+    node = ir.node("DequantizeLinear", [scales, whole], name=f"{name}.dequantize")
+    (steps,) = node.outputs
+    steps.name, steps.type, steps.shape = f"{name}.dense", whole.type, scales.shape
+    model.graph.insert_before(before, node)
+    return steps
 
 
 def _multiply_transposed(model: ir.Model, gemm: ir.Node) -> None:
@@ -149,7 +174,7 @@ class StoredTensor(LazyTensor):
 
 
 class _Encoded:
-    """The codes and scales of one weight, quantised once for both."""
+    """The codes and scales of one weight, quantised once for both, and the scale of the scales."""
 
     def __init__(self, tensor: LazyTensor, found: Format, dtype: torch.dtype):
         self.tensor, self.format, self.dtype = tensor, found, dtype
@@ -161,9 +186,18 @@ class _Encoded:
         return codes.T if transposed else codes.reshape(self.tensor.shape)
 
     def scales(self, transposed: bool) -> torch.Tensor:
-        """[rows, blocks] in the compute type, or [blocks, rows]."""
+        """[rows, blocks], or [blocks, rows]."""
         scales = self._take().scales
         return scales.T if transposed else scales
+
+    def whole(self) -> torch.Tensor:
+        """A scalar in the compute type."""
+        if isinstance(self.tensor, StoredTensor):
+            found = self.tensor.encoded().whole
+        else:
+            found = self.format.whole(self.tensor.load())
+        assert found is not None
+        return found.to(self.dtype)
 
     def _take(self) -> Encoded:
         made, self.made = self.made, None  # the second of the two calls frees it
@@ -183,7 +217,7 @@ def _lazy(name: str, dtype: ir.DataType, shape: ir.Shape, load: Callable[[], tor
             raise AssertionError(
                 f"{name}: the graph expects shape {tuple(shape)}, the checkpoint has {tuple(tensor.shape)}"
             )
-        if dtype == ir.DataType.INT4:
+        if dtype.bitwidth == 4:
             return ir.PackedTensor(packed(tensor), dtype=dtype, shape=shape, name=name)
         return ir.Tensor(_numpy(tensor, dtype), dtype=dtype, name=name)
 
@@ -193,14 +227,18 @@ def _lazy(name: str, dtype: ir.DataType, shape: ir.Shape, load: Callable[[], tor
 def _numpy(tensor: torch.Tensor, dtype: ir.DataType) -> np.ndarray:
     if dtype == ir.DataType.BFLOAT16:
         return tensor.to(torch.bfloat16).view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if dtype == ir.DataType.FLOAT8E4M3FN:  # bits, or numbers
+        return tensor.view(torch.int8).numpy().view(ml_dtypes.float8_e4m3fn)
     return tensor.numpy()
 
 
 def twin_from_graph(model: ir.Model) -> ir.Model:
     """Turn a stored 16-bit graph into its fp32 twin: it casts the same rounded weights to float32.
 
-    Its attention is written for the CPU.
+    Its attention is written for the CPU. nvfp4 weights and activations are written in operators that ONNX
+    Runtime has.
     """
+    nvfp4.unpack_weights(model)
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
         scale_apart(model, node)
     compute = next(v.dtype for v in _values(model) if v.dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16))

@@ -16,7 +16,7 @@ from engines.fit.speed import CPU, Measured, Times, measured_on, times_at
 from engines.targets import Target, target_from_name
 from engines.tensorrt.profiles import CAPACITY_TOKENS, MAX_ROWS
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")  # the larger ones first
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")  # what to prefer comes first
 RESIDENT, IN_TURN, NO = "resident", "in turn", "no"
 
 

@@ -100,7 +100,7 @@ def not_proven(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ..
         "that rounding the checkpoint to this precision does no harm: the reference has the same rounded "
         "weights",
     ]
-    if bundle.manifest.precision != "fp32" and compute in ("fp32", "int8"):
+    if bundle.manifest.precision != "fp32" and compute in ("fp32", "int8", "fp4"):
         gaps.append(
             f"the arithmetic of {bundle.manifest.precision}: the graphs' fp32 twins ran, "
             "with the same rounded weights"

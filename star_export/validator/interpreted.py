@@ -66,15 +66,16 @@ def interpreted(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
             where=f"{subject.backend}: expected a target of {', '.join(BUILDERS)}, got one of {builder}",
             fix="validate on the device with --target",
         )
-    native = compute_type(bundle.manifest.precision, twin=False)
+    precision = bundle.manifest.precision
+    native, wide = compute_type(precision, twin=False), compute_type(precision, twin=True)
     rows: list[Row] = []
     large = sum(file.size for file in bundle.manifest.files.values()) > LARGE_BYTES
     notes = [PROVES, *_not_compared(bundle, target), *[PART_BY_PART] * large]
-    for backend, compute in {f"interpreter-fp32:{target}": "fp32", f"interpreter:{target}": native}.items():
+    for backend, compute in {f"interpreter-fp32:{target}": wide, f"interpreter:{target}": native}.items():
         if backend.startswith("interpreter:") and native == "fp32":
             continue
         inner = Subject(bundle, backend, compute)
-        rungs = [golden_tensors, *[_steps] * (compute == "fp32"), whole_runs, teacher_forced, images]
+        rungs = [golden_tensors, *[_steps] * (compute == wide), whole_runs, teacher_forced, images]
         for rung in rungs[:1] if large else rungs:
             found, note = rung(inner, progress)
             rows += [Row(row.component, f"{compute}: {row.check}", row.worst, row.compared) for row in found]
@@ -209,14 +210,16 @@ def ties(subject: Subject, progress: Progress) -> list[Row]:
     """
     found: list[Row] = []
     components = subject.bundle.manifest.components
+    wide = compute_type(subject.bundle.manifest.precision, twin=True)
     for i, (name, spec) in enumerate(components.items()):
         session = open_session(subject.bundle, name, target=subject.target, wide=True, ties="last")
         progress(f"{name} with ties reversed", i, len(components))
         if not session.ranks:
             continue
         for case, recorded in component_cases(subject.bundle.file(spec.golden), spec).items():
-            results = run_case(session, recorded, tolerances=tolerances_of(name, "fp32", {}))
-            found += rows_from_results(name, f"fp32: case {case}, ties reversed", results)
+            tolerances = tolerances_of(name, wide, recorded.noise_in(wide))
+            results = run_case(session, recorded, tolerances=tolerances)
+            found += rows_from_results(name, f"{wide}: case {case}, ties reversed", results)
     return found
 
 
@@ -226,6 +229,8 @@ def look_at_golden(bundle: Bundle) -> Callable[[str, Parsed], None]:
     It compares the network with its golden tensors, in float32 throughout. It raises ParityError for a
     difference, and then no plan is written.
     """
+
+    wide = compute_type(bundle.manifest.precision, twin=True)
 
     def look(component: str, parsed: Parsed) -> None:
         spec = bundle.component(component)
@@ -245,9 +250,8 @@ def look_at_golden(bundle: Bundle) -> Callable[[str, Parsed], None]:
                 fix="build with a larger capacity, or without this check",
             )
         for case, recorded in fitting.items():
-            results = run_case(
-                session, recorded, tolerances=tolerances_of(component, "fp32", {}), capacity_tokens=capacity
-            )
+            tolerances = tolerances_of(component, wide, recorded.noise_in(wide))
+            results = run_case(session, recorded, tolerances=tolerances, capacity_tokens=capacity)
             check(results, where=f"{component}, interpreted: case {case}")
 
     return look

@@ -216,7 +216,7 @@ def fast_path(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     bundle = subject.bundle
     fast = Subject(bundle, "onnxruntime", compute_of("onnxruntime", bundle.manifest.precision))
     if fast.compute == subject.compute:
-        return [], "onnxruntime and onnxruntime-exact are one path: no weights are int8 or int4"
+        return [], "onnxruntime and onnxruntime-exact are one path in this precision"
     rows, _ = golden_tensors(fast, progress, only=lambda name: name in bundle.manifest.components)
     if RUNS not in bundle.manifest.files:
         return rows, "left out: the bundle holds no whole runs (it was exported with some components only)"

@@ -77,9 +77,13 @@ class Compiled:
 
 
 def compiled(model, folder: Path, *, sm: str, ranges: dict[str, list]) -> Compiled:
-    """Compile `model` for the architecture `sm`, such as `SM89`, with a profile of (min, opt, max) shapes."""
-    path = folder / f"{sm}.onnx"
-    path.write_bytes(model.SerializeToString())
+    """Compile `model`, or the file of one, for the architecture `sm`, such as `SM89`.
+
+    `ranges` maps each input to its smallest, usual and largest shape.
+    """
+    path = model if isinstance(model, Path) else folder / f"{sm}.onnx"
+    if path is not model:
+        path.write_bytes(model.SerializeToString())
     given = json.dumps({"model": str(path), "sm": sm, "ranges": ranges})
     done = subprocess.run([sys.executable, "-c", COMPILE], input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

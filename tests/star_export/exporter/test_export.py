@@ -221,7 +221,7 @@ def test_golden_tensors_can_prove_something(bundle_of, precision: str) -> None:
     [
         ({"components": ["basear"]}, "base_ar"),
         ({"components": []}, "vision_encoder"),
-        ({"precision": "fp8"}, "int4"),
+        ({"precision": "fp6"}, "int4"),
     ],
 )
 def test_unknown_names_are_refused_with_the_valid_ones(mini_checkpoint, tmp_path, options, listed) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from engines.bundle.files import sha256_of
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, ParityError, UsageError
 from star_export.cli.parser import main
+from star_export.graph import nvfp4
 from star_export.validator.ladder import validate
 from star_export.validator.rungs import identity
 
@@ -55,7 +56,7 @@ def spoil_golden(bundle: Path, file: str, change: Callable[[dict], dict]) -> Non
     rehash(bundle)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4"])
 def test_every_precision_passes_at_rounding_level(
     bundle_of: Callable[[str], Path], tmp_path: Path, precision: str
 ) -> None:
@@ -100,6 +101,23 @@ def test_a_fast_path_that_is_off_by_more_than_its_recorded_noise_is_refused(
         return {k: v / 10 if "/int8/" in k else v for k, v in tensors.items()}
 
     spoil_golden(root, "stacked_ar/golden.safetensors", shrink)
+    with pytest.raises(ParityError, match="stacked_ar: case .*expected at most"):
+        validate(root)
+
+
+def test_an_nvfp4_decoder_that_does_not_round_its_activations_is_refused(
+    bundle_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its tolerance is wide, since a rounding that falls the other way is seen; leaving it out exceeds it."""
+    root = shutil.copytree(
+        bundle_of("nvfp4"), tmp_path / "b", ignore=shutil.ignore_patterns("plans", "certificates")
+    )
+    twin = onnx.load(root / "stacked_ar/twin.onnx", load_external_data=False)
+    (function,) = [function for function in twin.functions if function.name == nvfp4.NAME]
+    (last,) = [node for node in function.node if "rounded" in node.output]
+    last.CopyFrom(helper.make_node("Identity", ["scaled"], ["rounded"]))
+    (root / "stacked_ar/twin.onnx").write_bytes(twin.SerializeToString())
+    rehash(root)
     with pytest.raises(ParityError, match="stacked_ar: case .*expected at most"):
         validate(root)
 
