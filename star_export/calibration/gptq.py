@@ -89,7 +89,7 @@ def _spread(moments: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1)
 
 
-def _rounded(weight: Tensor, steps: Tensor, spread: Tensor, top: int) -> Tensor:
+def _rounded(weight: Tensor, steps: Tensor, spread: Tensor, top: float) -> Tensor:
     """Codes in float32 [rows, K]; the columns are in the order in which they are rounded."""
     left, codes = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.shape[1], COLUMNS):

@@ -182,10 +182,10 @@ def check_calibration(
             where=f"export: calibration: expected --calibrate as well, got {calibration} alone",
             fix="add --calibrate",
         )
-    if calibrate is not None and not precision.formats:
+    if calibrate is not None and not precision.integers:
         raise UsageError(
             "There is nothing to calibrate",
-            where=f"export: calibrate: expected a precision with quantised weights, got {name}",
+            where=f"export: calibrate: expected a precision with weights in integers, got {name}",
             fix="omit --calibrate, or export in int8 or int4",
         )
 

@@ -121,7 +121,7 @@ def _stars(part: Part, oracle: Oracle) -> dict[str, wrappers.FoldedStar]:
     ]
     if any(found and found.scale for found in formats):
         stars[FP4] = oracle.star
-    elif any(formats) and oracle.precision.fast_on_cpu:
+    elif any(formats) and oracle.precision.integers:
         stars[INT8] = oracle.star
     return stars
 

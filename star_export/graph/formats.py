@@ -137,7 +137,9 @@ class Format:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A quantised weight: the bits of codes of type `code`, in int8 [rows, features], whatever their width.
+    """A quantised weight: the bits of codes of type `code` in int8 [rows, features], whatever their width.
+
+    A code that is an integer is its own bits, so INT8 stands for INT4 too.
 
     `scales` [rows, blocks] are of the compute type, or of the format's; then `whole` is the scale of them
     all, in the compute type.
@@ -145,7 +147,7 @@ class Encoded:
 
     codes: torch.Tensor
     scales: torch.Tensor
-    code: ir.DataType
+    code: ir.DataType = ir.DataType.INT8
     whole: torch.Tensor | None = None
 
     def decode(self) -> torch.Tensor:

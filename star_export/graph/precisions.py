@@ -72,8 +72,8 @@ class Precision:
         return any(found.scale for found in (*self.formats.values(), *self.chosen.values()))
 
     @property
-    def fast_on_cpu(self) -> bool:
-        """Whether ONNX Runtime multiplies by activations in int8, which takes weights in integers."""
+    def integers(self) -> bool:
+        """Whether weights are quantised, and all of them to integers."""
         found = (*self.formats.values(), *self.chosen.values())
         return bool(found) and all(format.code.is_integer() for format in found)
 
