@@ -7,7 +7,7 @@ rounded to nearest.
 int4 has blocks of 128, 64 or 32 features. int8 and fp8 have one block, the row, because TensorRT for RTX
 fuses no smaller one: it would write the whole weight out as bf16 at every step. fp8 is E4M3 (OCP 8-bit
 Floating Point Specification, 1.0). Its scale comes from the largest number: since the steps of a float grow
-with it, a search for a better one gains nothing (STAR-Nano: an error of 2.61 % in rms either way).
+with it, a search for a better one gains nothing.
 
 nvfp4 is E2M1 in blocks of 16 features, with E4M3 scales and one more scale for the whole weight. That one is
 a power of two, so a number that is decoded is exact in bf16. Of a few scales per block the one with the

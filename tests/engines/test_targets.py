@@ -34,6 +34,13 @@ def test_bf16_needs_ampere_and_the_dialect_follows_the_version():
             assert (target.dialect == "modern") == (version >= (10, 15)), target.name
 
 
+def test_fp8_needs_ada_and_nvfp4_blackwell_and_the_modern_dialect():
+    for target in TARGETS.values():
+        assert ("fp8" in target.precisions) == (target.compute_capability >= (8, 9)), target.name
+        blackwell = target.compute_capability >= (11, 0) and target.dialect == "modern"
+        assert ("nvfp4" in target.precisions) == blackwell, target.name
+
+
 def test_an_unknown_name_lists_the_valid_ones():
     assert target_from_name("rtx-4090").sm == "sm_89" and sm_from_capability((12, 0)) == "sm_120"
     with pytest.raises(UsageError) as error:

@@ -142,7 +142,7 @@ print(taken() - before, sum(weight_bytes(sizes, name, on_cpu=True) for name in n
 """
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4", "fp8", "nvfp4"])
 def test_loading_takes_at_least_what_a_refusal_demands(bundle_of, precision: str) -> None:
     code = [sys.executable, "-c", LOADED, str(bundle_of(precision))]
     done = subprocess.run(code, capture_output=True, text=True, check=True)

@@ -247,6 +247,23 @@ def test_the_precision_must_suit_the_target(bundle, tmp_path):
     assert "export with --precision fp16" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "precision, target, runs",
+    [
+        ("fp8", "rtx-3090", "fp16, bf16, int8, int4"),
+        ("fp8", "orin-agx-jp72", "fp16, bf16, int8, int4"),
+        ("nvfp4", "rtx-4090", "fp16, bf16, int8, int4, fp8"),
+        ("nvfp4", "thor-jp71", "fp16, bf16, int8, int4, fp8"),
+    ],
+)
+def test_a_target_without_a_float_format_says_what_it_runs(precision, target, runs, tmp_path):
+    bundle = Bundle.open(write_decoder_bundle(tmp_path / "b", precision=precision))
+    with pytest.raises(InputError, match=f"{target} does not run {precision} engines") as error:
+        build.check_precision(bundle, TARGETS[target])
+    assert f"expected one of {runs}, got {precision}" in error.value.where
+    assert "--precision bf16" in error.value.fix
+
+
 def test_bf16_really_cannot_be_built_for_what_the_table_says_has_none(bundle, monkeypatch):
     monkeypatch.setattr(build, "check_precision", lambda bundle, target: None)
     with pytest.raises(InputError) as error:

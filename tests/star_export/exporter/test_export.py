@@ -50,7 +50,20 @@ def test_the_graphs_boundary_is_the_manifests(bundle_of, precision: str) -> None
             assert onnx.TensorProto.BFLOAT16 not in wide or file == spec.graph
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_only_the_decoders_are_nvfp4_and_such_a_bundle_has_no_classic_graphs(bundle_of) -> None:
+    root = bundle_of("nvfp4")
+    for name, spec in Bundle.open(root).manifest.components.items():
+        graph = onnx.load(root / spec.graph, load_external_data=False).graph
+        codes = [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT4E2M1]
+        decoder = name in ("base_ar", "stacked_ar")
+        assert bool(codes) == ("nvfp4" in spec.weights) == decoder, name
+        assert {node.op_type for node in graph.node} >= {"RoundToNvfp4"} or not decoder
+        assert spec.classic is None and spec.plugin_abi is None
+    with pytest.raises(InputError, match="This bundle has no classic graphs"):
+        Bundle.open(root).graph("base_ar", dialect="classic")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "nvfp4"])
 def test_every_graph_passes_onnxs_checker(bundle_of, precision: str) -> None:
     for file in sorted(bundle_of(precision).glob("*/*.onnx")):
         onnx.checker.check_model(file, full_check=precision == "fp32")
@@ -222,6 +235,7 @@ def test_golden_tensors_can_prove_something(bundle_of, precision: str) -> None:
         ({"components": ["basear"]}, "base_ar"),
         ({"components": []}, "vision_encoder"),
         ({"precision": "fp6"}, "int4"),
+        ({"precision": "nvfp4", "calibrate": 2}, "weights in integers, got nvfp4"),
     ],
 )
 def test_unknown_names_are_refused_with_the_valid_ones(mini_checkpoint, tmp_path, options, listed) -> None:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from star_export.graph.formats import FP8, NVFP4, codes_from_numbers, nearest_, numbers_from_codes
+from star_export.graph.formats import FP8, INT8, NVFP4, codes_from_numbers, nearest_, numbers_from_codes
 from tests.helpers.linear_graphs import random
 
 NUMPY = {FP8: ml_dtypes.float8_e4m3fn, NVFP4: ml_dtypes.float4_e2m1fn}
@@ -47,6 +47,23 @@ def test_fp8_weights_are_within_half_a_step_of_their_own_size():
     encoded = FP8.encode(weight, torch.bfloat16)
     step = torch.maximum(weight.abs() * 2**-3, encoded.scales.float() * 2**-9)
     assert bool(((encoded.decode() - weight).abs() <= step / 2 * 1.01).all())
+
+
+def test_int8_loses_less_than_fp8_of_which_no_other_scale_loses_less():
+    weight = random(64, 512, seed=3)
+    steps = weight.abs().amax(1, keepdim=True) / FP8.top
+
+    def lost(rounded):
+        return float((rounded - weight).norm() / weight.norm())
+
+    def scaled(factor):
+        step = (steps * factor).bfloat16().float()
+        return nearest_((weight / step).clamp(-FP8.top, FP8.top), FP8.code) * step
+
+    errors = [lost(scaled(2 ** (i / 8))) for i in range(8)]  # one octave: smaller scales clip
+    assert errors[0] == lost(FP8.rounded(weight, torch.bfloat16))
+    assert errors[0] < 1.002 * min(errors)
+    assert errors[0] > 3 * lost(INT8.rounded(weight, torch.bfloat16))
 
 
 def test_nvfp4_weights_are_exact_in_bfloat16():

@@ -16,7 +16,7 @@ from tests.helpers.refusals import refused
 from tests.helpers.released import SIZES, qwen_json, star_json, write_configs
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4", "fp8", "nvfp4"])
 def test_a_source_has_the_sizes_of_its_exported_bundle(
     mini_checkpoint: Path, bundle_of, precision: str
 ) -> None:
