@@ -188,6 +188,34 @@ def interval(right: int, asked: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def paired_difference(ours: Sequence[bool], others: Sequence[bool]) -> tuple[float, float, float]:
+    """How much larger our share of right results is, and the 95 % confidence interval of that.
+
+    Both sides had the same items, in the same order, at least one. The interval is Newcombe's (1998,
+    "Improved confidence intervals for the difference between binomial proportions based on paired data",
+    method 10): Wilson's intervals of both shares, and the correlation of the sides. It is not empty when all
+    results agree.
+    """
+    asked, ours_right, others_right = len(ours), sum(ours), sum(others)
+    both = sum(a and b for a, b in zip(ours, others, strict=True))
+    margins = ours_right * (asked - ours_right) * others_right * (asked - others_right)
+    excess = both * asked - ours_right * others_right  # both right * both wrong - one right * other right
+    excess = max(excess - asked / 2, 0) if excess > 0 else excess  # a correction for continuity
+    correlation = excess / math.sqrt(margins) if margins else 0.0
+
+    def reach(below: float, above: float) -> float:
+        return math.sqrt(max(below * below - 2 * correlation * below * above + above * above, 0))
+
+    share, other_share = ours_right / asked, others_right / asked
+    (low, high), (other_low, other_high) = interval(ours_right, asked), interval(others_right, asked)
+    difference = share - other_share
+    return (
+        difference,
+        difference - reach(share - low, other_high - other_share),
+        difference + reach(other_share - other_low, high - share),
+    )
+
+
 def table(score: Score, reference: Score | None = None) -> str:
     """The score as text with 95 % intervals, and next to the reference's if given."""
     beside = reference is not None
