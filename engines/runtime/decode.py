@@ -9,7 +9,7 @@ step, and the drawn ids with more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -283,10 +283,23 @@ def prefill(
     position_ids: np.ndarray,
     slots: Slots,
 ) -> np.ndarray:
-    """Run a prompt through a chain of `decoders` (session, caches), each fed by the one before.
+    """Run a prompt through `decoders`, as `run_chunks` does: hidden states of the last position [B, 1, H]."""
+    for hidden in run_chunks(decoders, inputs_embeds, position_ids, slots):
+        last = hidden
+    return np.ascontiguousarray(last.read()[:, -1:])
 
-    inputs_embeds [B, L, H], position_ids [3, B, L] -> hidden states of the last position [B, 1, H]. A prompt
-    longer than a session's `prefill_tokens` is run in chunks.
+
+def run_chunks(
+    decoders: Sequence[tuple[Session, dict[str, Buffer]]],
+    inputs_embeds: np.ndarray,
+    position_ids: np.ndarray,
+    slots: Slots,
+) -> Iterator[Buffer]:
+    """Run known tokens through a chain of `decoders` (session, caches), each fed by the one before.
+
+    inputs_embeds [B, L, H], position_ids [3, B, L] -> buffers with the hidden states [B, S, H] of consecutive
+    positions. S is L, or less where a session takes fewer `prefill_tokens`. Raises InputError when `slots`
+    has no room for them.
     """
     rows, length, _ = inputs_embeds.shape
     chunk = min(session.prefill_tokens or length for session, _ in decoders)
@@ -304,4 +317,4 @@ def prefill(
             buffers["hidden_states"] = session.buffer(embeds.shape, "float32")
             session.bind(caches | buffers)()
             buffers["inputs_embeds"] = buffers["hidden_states"]
-    return np.ascontiguousarray(buffers["hidden_states"].read()[:, -1:])
+        yield buffers["hidden_states"]
