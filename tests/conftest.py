@@ -17,7 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The first trace of a checkpoint takes longer than most files. Files that trace the same one run in one
 # process, which traces it once.
 TRACES_MINIATURE = re.compile(r"\b(mini_bundle|bundle_of|graph_from_config|traced_graph|export\(str\(mini)")
-TRACES_NANO = ("validator/test_nano.py", "validator/test_score.py", "plugins/test_tensorrt.py")
+TRACES_NANO = (
+    "validator/test_nano.py",
+    "validator/test_score.py",
+    "validator/test_side_by_side.py",
+    "plugins/test_tensorrt.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest runs without xdist too

@@ -302,8 +302,16 @@ def _score(commands) -> None:
         "score",
         "count how many of STAR-Nano's tasks its bundle gets right",
         "star-nano-int4 --full",
+        "star-nano-fp32 --compare star-nano-int8 star-nano-int4",
     )
     c.add_argument("bundle", metavar="BUNDLE")
+    c.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="B",
+        help="score these bundles too, and say how far each one is from BUNDLE: points, identical images, "
+        "and the distributions that tokens are drawn from",
+    )
     c.add_argument(
         "--full",
         action="store_true",

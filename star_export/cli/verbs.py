@@ -16,9 +16,10 @@ from engines.bundle.reader import Bundle
 from engines.errors import MissingError, UsageError
 
 from .drawing import ask, edit, generate, open_star
-from .outputs import Outcome, check_files, check_folder, table, text_from_bytes
+from .outputs import Outcome, check_files, table, text_from_bytes
 from .planning import plan
 from .progress_bar import ProgressBar
+from .scoring import score
 
 if TYPE_CHECKING:
     from engines.tensorrt.build import BuiltPlan
@@ -209,31 +210,6 @@ def bench(
         *(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()),
     ]
     return Outcome(dataclasses.asdict(measured), "\n".join(text))
-
-
-def score(
-    bundle: str,
-    *,
-    full: bool = False,
-    pictures: str | None = None,
-    window: int | None = None,
-    backend: str = "onnxruntime",
-    progress: bool = True,
-) -> Outcome:
-    """Run the task benchmark of STAR-Nano with `star_export.validator.score.score`."""
-    from reference.nano.benchmark.score import json_from_score
-
-    from ..validator.score import score as measure
-
-    check_folder(pictures)
-    with ProgressBar("score", shown=progress) as bar:
-        measured = measure(bundle, backend=backend, window=window, full=full, images=pictures, progress=bar)
-    data = {
-        "score": json_from_score(measured.score),
-        "reference": measured.reference and json_from_score(measured.reference),
-        "first_differences": measured.first_differences,
-    }
-    return Outcome(data, measured.text)
 
 
 def inspect(path: str, *, target: str | None = None, component: str | None = None) -> Outcome:

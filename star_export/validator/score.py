@@ -108,12 +108,7 @@ def score(
     """
     kind = "full" if full else "small"
     with Star(bundle, backend=backend, window=window) as star:
-        if star.model.name != NAME:
-            raise InputError(
-                "Only STAR-Nano's bundles can be scored",
-                where=f"{star.bundle.path}: model: name: expected {NAME}, got {star.model.name}",
-                fix="star-export export nano --out BUNDLE",
-            )
+        check_model(star.bundle)
         reference = recorded_score(star.bundle, kind)
         painter = RuntimePainter(star)
         measured = benchmark.measure(painter, SETS[kind], progress=progress)
@@ -122,6 +117,16 @@ def score(
         write_gallery(Path(images), measured.results)
     text = benchmark.table(measured, reference)
     return ScoreReport(measured, reference, first, f"{text}\n{identity.line(first)}" if first else text)
+
+
+def check_model(bundle: Bundle) -> None:
+    """Raise InputError unless `bundle` is STAR-Nano's."""
+    if (name := bundle.manifest.model.name) != NAME:
+        raise InputError(
+            "Only STAR-Nano's bundles can be scored",
+            where=f"{bundle.path}: model: name: expected {NAME}, got {name}",
+            fix="star-export export nano --out BUNDLE",
+        )
 
 
 def first_differences(bundle: Bundle, painter: RuntimePainter) -> list[int | None]:

@@ -16,10 +16,14 @@ from .score import SEED, items
 PER_CATEGORY = 4  # prompts
 
 
+def prompts() -> list[str]:
+    """The fixed set."""
+    return [item.text for item in items("generate", PER_CATEGORY)]
+
+
 def drawn_ids(painter: Any) -> np.ndarray:
     """The image ids int64 [n, T] that a painter draws for the fixed set, image i from seed SEED + i."""
-    prompts = [item.text for item in items("generate", PER_CATEGORY)]
-    return np.asarray(painter.draw_ids(prompts, seed=SEED))
+    return np.asarray(painter.draw_ids(prompts(), seed=SEED))
 
 
 def first_differences(got: np.ndarray, wanted: np.ndarray) -> list[int | None]:

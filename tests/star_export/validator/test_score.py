@@ -18,7 +18,6 @@ from engines.progress import silent
 from reference.nano.benchmark import score as benchmark
 from reference.nano.benchmark import sweep
 from reference.nano.benchmark.painter import Painter
-from reference.nano.checkpoint import layout
 from reference.nano.world.draw import images_from_scenes
 from reference.nano.world.edits import random_edit
 from reference.nano.world.prompts import scene_of
@@ -26,11 +25,8 @@ from reference.nano.world.world import random_scene
 from star_export.cli.parser import main
 from star_export.validator import score as scoring
 from star_export.validator.ladder import Subject, score_of_tasks
+from tests.helpers.untrained_nano import SAMPLING
 
-SAMPLING = {
-    "generate": {"guidance": 2.0, "top_k": 100, "top_p": 0.9},
-    "edit": {"guidance": 1.5, "top_k": 3, "top_p": 0.8},
-}
 COUNTS = {"generate": 1, "edit": 1, "ask": 1, "reason": 1, "rebuild": 3}
 
 
@@ -125,17 +121,6 @@ def test_the_table_shows_both_sides_and_the_goals() -> None:
     edit = next(line for line in lines if line.startswith("edit") and "overall" in line)
     assert "0/5" in edit and "0.000" in edit and "1.000" in edit and edit.endswith("0.90")
     assert lines[-1].startswith("rebuild") and lines[-1].endswith("30.00")
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An untrained STAR-Nano and its bundle."""
-    from star_export.exporter.export import export
-
-    root = tmp_path_factory.mktemp("score")
-    layout.save_star(layout.new_star(layout.write_config(root / "checkpoint")), root / "checkpoint")
-    (root / "checkpoint" / "sampling.json").write_text(json.dumps(SAMPLING))
-    return root / "checkpoint", export(str(root / "checkpoint"), out=root / "bundle")
 
 
 def test_the_runtime_paints_what_the_reference_paints(nano: tuple[Path, Path]) -> None:
