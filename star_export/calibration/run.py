@@ -31,13 +31,14 @@ from reference.containers import LazyTensor
 
 from ..golden.oracle import resident, streamed_star
 from ..graph.formats import Encoded
-from ..graph.precisions import PRECISIONS, Precision
+from ..graph.precisions import DECODERS, PRECISIONS, Precision
 from ..graph.quantize import CODES, SCALES, StoredTensor
 from .examples import Example, Material, decoded
 from .gptq import SingularError
 from .layers import Calibrated, calibrate_layer, moments_of, quantise
 
-DECODERS, HEAD = ("base_ar", "stacked_ar"), "image_head"
+HEAD = "image_head"
+CALIBRATED = (*DECODERS, HEAD)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from ..golden import record as golden
 from ..golden import runs as golden_runs
 from ..graph import lint
 from ..graph.classic import classic_from_graph
-from ..graph.precisions import PRECISIONS, Precision
+from ..graph.precisions import DECODERS, PRECISIONS, Precision
 from ..graph.quantize import INLINE_BYTES, attach_weights, set_precision, twin_from_graph
 from ..graph.repeat import graph_from_config
 from ..graph.wrappers import TABLE
@@ -89,7 +89,9 @@ def export(
             where=f"export: part_bytes: expected at least 1, got {part_bytes}",
             fix="omit it to use the default",
         )
-    check_calibration(calibrate, calibration, PRECISIONS[precision], precision)
+    check_calibration(calibrate, calibration, PRECISIONS[precision], precision, names)
+    if calibration:  # what is refused is refused before anything is downloaded
+        read_material(Path(calibration), SHIPPED, calibrate or 1)
     out = Path(out)
     check_out(out)
     files = resolve_checkpoint(
@@ -167,9 +169,13 @@ def check_room(config: StarConfig, precision: str, names: list[str], out: Path, 
 
 
 def check_calibration(
-    calibrate: int | None, calibration: str | Path | None, precision: Precision, name: str
+    calibrate: int | None,
+    calibration: str | Path | None,
+    precision: Precision,
+    name: str,
+    components: list[str],
 ) -> None:
-    """Raise UsageError for a calibration of no prompts, or of a precision that has no codes to choose."""
+    """Raise UsageError for a calibration of no prompts, or without codes to choose."""
     if calibrate is not None and calibrate < 0:
         raise UsageError(
             "calibrate is out of range",
@@ -187,6 +193,13 @@ def check_calibration(
             "There is nothing to calibrate",
             where=f"export: calibrate: expected a precision with weights in integers, got {name}",
             fix="omit --calibrate, or export in int8 or int4",
+        )
+    if calibrate is not None and not set(DECODERS) & set(components):
+        raise UsageError(
+            "There is nothing to calibrate",
+            where=f"export: calibrate: expected a decoder among the components ({', '.join(DECODERS)}), "
+            f"got {', '.join(components)}",
+            fix="omit --calibrate, or export a decoder too",
         )
 
 
@@ -272,6 +285,10 @@ class Job:
             self.progress,
         )
         self.tensors |= self.calibration.stored_tensors()
+        steps = self.calibration.steps()
+        next_read = next((read for name, (_, read) in steps.items() if name not in self.stage.steps), None)
+        if next_read and not next_read.exists():  # a layer was damaged, and what it was made from is gone
+            self.stage.forget(steps)
 
     def steps(self) -> dict[str, Callable[[], None]]:
         """Name of a step -> what writes its files, in the order in which they run."""

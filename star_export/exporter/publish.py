@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,13 @@ class Stage:
             files.pop(name, None)
         self._write_journal()
         file.unlink(missing_ok=True)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let steps be done again, if they were, and remove their files."""
+        for name in names:
+            for file in self.steps.pop(name, {}):
+                (self.path / file).unlink(missing_ok=True)
+        self._write_journal()
 
     def files(self) -> dict[str, FileSpec]:
         """The bundle's files so far, by their names in it."""

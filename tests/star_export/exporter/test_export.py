@@ -26,7 +26,7 @@ from star_export.exporter import publish
 from star_export.exporter.export import export
 from star_export.golden.oracle import KEPT, resident, streamed_star
 from star_export.graph import wrappers
-from star_export.graph.precisions import PRECISIONS
+from star_export.graph.precisions import DENSE, PRECISIONS
 from star_export.validator.ladder import validate
 
 
@@ -77,7 +77,7 @@ def test_int4_weights_are_stored_as_int4_in_the_decoders_and_as_int8_elsewhere(b
         assert len(int4) == 7 * layers, file.parent.name
         wide = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.BFLOAT16}
         large = {t.name for t in graph.initializer if t.name in wide and np.prod(t.dims) > 4096}
-        assert large <= {"codebook.weight", *(name for name in wide if name.endswith(".scales"))}
+        assert large <= {"codebook.weight", *DENSE, *(name for name in wide if name.endswith(".scales"))}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])

@@ -12,7 +12,7 @@ from reference.config import config_from_files
 from reference.weights import resolve_checkpoint
 from star_export.components import COMPONENTS, whole
 from star_export.graph.formats import INT4, INT8
-from star_export.graph.precisions import EVERY, PRECISIONS
+from star_export.graph.precisions import DENSE, EVERY, PRECISIONS
 from star_export.planner.source import shapes_of
 
 LINEAR = "base_ar.layers.0.mlp.down_proj.weight"
@@ -31,6 +31,7 @@ LINEAR = "base_ar.layers.0.mlp.down_proj.weight"
         ("vision_encoder.patch_embed.weight", (64, 3, 2, 14, 14), "int8", INT8),
         ("vq_decoder.conv_in.weight", (64, 3, 3, 3), "int4", INT8),
         ("codebook.weight", (1024, 8), "int8", None),  # the VQ encoder compares with it
+        ("vq_encoder.conv_out.weight", (8, 64, 3, 3), "int8", None),
         ("base_ar.norm.weight", (64,), "int4", None),
         ("base_ar.layers.0.self_attn.q_proj.bias", (64,), "int8", None),
     ],
@@ -40,12 +41,14 @@ def test_each_weight_has_the_format_of_its_kind(name, shape, precision, expected
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_nothing_but_norms_biases_and_the_codebook_stays_wide(mini_checkpoint: Path, precision: str) -> None:
+def test_nothing_but_norms_biases_the_codebook_and_what_is_beside_it_stays_wide(
+    mini_checkpoint: Path, precision: str
+) -> None:
     files = resolve_checkpoint(str(mini_checkpoint))
     config = config_from_files(files.config_json, files.qwen_folder)
     shapes = {k: v for name in COMPONENTS for k, v in shapes_of(whole(name, config), config).items()}
     wide = {name for name, shape in shapes.items() if not PRECISIONS[precision].format_of(name, shape)}
-    assert {name for name in wide if len(shapes[name]) > 1} == {"codebook.weight"}
+    assert {name for name in wide if len(shapes[name]) > 1} == {"codebook.weight", *DENSE}
     assert {name.partition(".")[0] for name in shapes.keys() - wide} == set(EVERY)
 
 

@@ -1,0 +1,97 @@
+"""GPTQ keeps products rather than numbers: by how much, when it may, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from star_export.calibration.gptq import RATIOS, SingularError, best_scales, error_of, quantised
+from star_export.graph.formats import INT4, INT8, Format
+
+ROWS, FEATURES = 24, 256
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated_moments(features: int = FEATURES) -> Tensor:
+    """Second moments of inputs that share a few directions, with channels of very different strength."""
+    strength = torch.linspace(-2, 2, features).exp()
+    inputs = (
+        random(2000, 16) @ random(16, features, seed=1) + 0.3 * random(2000, features, seed=2)
+    ) * strength
+    return inputs.T @ inputs / len(inputs)
+
+
+@pytest.mark.parametrize("found", [INT8, INT4], ids=lambda f: f.name)
+def test_without_correlation_it_rounds_to_nearest_with_the_scales_that_were_searched(found: Format) -> None:
+    weight, identity = random(ROWS, FEATURES), torch.eye(FEATURES)
+    encoded = quantised(weight, identity, found, torch.float32)
+    scales = best_scales(weight, torch.ones(FEATURES), found, torch.float32)
+    steps = scales.repeat_interleave(FEATURES // scales.shape[1], 1)
+    assert torch.equal(encoded.scales, scales)
+    assert torch.equal(encoded.codes.float(), (weight / steps).round().clamp(-found.top, found.top))
+
+
+@pytest.mark.parametrize(("found", "share"), [(INT8, 0.6), (INT4, 0.6)], ids=["int8", "int4"])
+def test_with_correlated_inputs_it_loses_clearly_less_than_rounding(found: Format, share: float) -> None:
+    weight, moments = random(ROWS, FEATURES), correlated_moments()
+    encoded = quantised(weight, moments, found, torch.bfloat16)
+    assert int(encoded.codes.abs().max()) == found.top and encoded.scales.dtype == torch.bfloat16
+    nearest = error_of(weight, found.rounded(weight, torch.bfloat16), moments)
+    assert 0 < error_of(weight, encoded.decode(), moments) < share * nearest
+
+
+def test_the_same_inputs_give_the_same_codes() -> None:
+    weight, moments = random(ROWS, FEATURES), correlated_moments()
+    first, second = (quantised(weight, moments, INT4, torch.bfloat16) for _ in range(2))
+    assert torch.equal(first.codes, second.codes) and torch.equal(first.scales, second.scales)
+    assert torch.equal(weight, random(ROWS, FEATURES)), "the weight that is given stays as it is"
+
+
+def test_the_number_of_columns_at_once_changes_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moments = random(ROWS, 64), correlated_moments(64)
+    codes = []
+    for columns in (64, 24, 1):
+        monkeypatch.setattr("star_export.calibration.gptq.COLUMNS", columns)
+        codes.append(quantised(weight, moments, INT4, torch.float32).codes)
+    differing = max(float((other != codes[0]).float().mean()) for other in codes[1:])
+    assert differing < 0.01, "only the order of the sums differs"
+
+
+def test_a_scale_clips_what_stands_out_if_that_helps_the_others() -> None:
+    weight = random(1, 128)
+    power = torch.ones(128)
+    weight[0, 5], power[5] = 10.0, 1e-4  # a large number that hardly counts
+    clipped, exact = (best_scales(weight, p, INT4, torch.float32) for p in (power, torch.ones(128)))
+    assert float(clipped) == pytest.approx(float(RATIOS[-1]) * 10 / INT4.top)
+    assert float(exact) > float(clipped)
+
+
+def test_dead_channels_and_zero_weights_cost_nothing_and_harm_nothing() -> None:
+    weight, moments = random(ROWS, FEATURES), correlated_moments()
+    dead = torch.arange(0, FEATURES, 3)
+    moments[dead], moments[:, dead] = 0, 0
+    encoded = quantised(weight, moments, INT4, torch.bfloat16)
+    nearest = error_of(weight, INT4.rounded(weight, torch.bfloat16), moments)
+    assert error_of(weight, encoded.decode(), moments) < nearest
+    zeros = torch.zeros(ROWS, FEATURES)
+    assert not quantised(zeros, moments, INT4, torch.bfloat16).codes.any()
+    assert error_of(zeros, zeros, moments) == 0.0
+
+
+def test_a_layer_whose_inputs_are_all_zero_is_rounded_to_nearest() -> None:
+    weight, moments = random(ROWS, FEATURES), torch.zeros(FEATURES, FEATURES)
+    encoded = quantised(weight, moments, INT8, torch.bfloat16)
+    assert torch.equal(encoded.codes, INT8.encode(weight, torch.bfloat16).codes)
+    assert error_of(weight, encoded.decode(), moments) == 0.0
+
+
+@pytest.mark.parametrize("planted", [float("nan"), float("inf"), -1e6], ids=str)
+def test_moments_without_an_inverse_are_refused(planted: float) -> None:
+    moments = correlated_moments()
+    moments[3, 3] = planted
+    with pytest.raises(SingularError, match=r"positive definite moments, got \(256, 256\)"):
+        quantised(random(ROWS, FEATURES), moments, INT4, torch.bfloat16)
