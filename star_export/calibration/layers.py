@@ -45,8 +45,8 @@ def calibrate_layer(
     """Quantise the weights of one layer, named from `prefix` on, and pass the stream through it.
 
     `stream` is what the layer before handed on. Returns what the layer became, and its outputs [B, L, H] for
-    each example. Afterwards the layer in memory has the linear weights that are stored. Raises
-    SingularError.
+    each example. Afterwards the layer in memory has the linear weights that are stored, as new parameters,
+    because the old ones may be those of a memory-mapped file. Raises SingularError.
     """
     block = cast(DecoderLayer, decoder.layers[layer])
     found, attention, mlp = Calibrated(), block.self_attn, block.mlp
@@ -93,18 +93,18 @@ class _Work:
             weights = [names[name].weight for name in chosen]
             exponents = channel_exponents(weights, moments, next(iter(chosen.values())), dtype)
             factors = exponents.float().exp2()
-            weight = cast(Tensor, norm[1].weight)
-            weight.div_(factors)
-            self.found.norms[f"{self.prefix}.{norm[0]}.weight"] = weight.clone()
+            weight = cast(Tensor, norm[1].weight) / factors
+            norm[1].weight = nn.Parameter(weight, requires_grad=False)
+            self.found.norms[f"{self.prefix}.{norm[0]}.weight"] = weight
             inputs = [x / factors for x in inputs]
             moments = moments / factors / factors[:, None]
             for linear in names.values():
-                linear.weight.mul_(factors)
+                linear.weight = nn.Parameter(linear.weight * factors, requires_grad=False)
         for name, linear in names.items():
             if (format := chosen.get(name)) is None:
                 continue
             stored = quantise(self.found, name, linear.weight, moments, format, self.precision)
-            linear.weight.copy_(stored)
+            linear.weight = nn.Parameter(stored, requires_grad=False)
         return inputs
 
 

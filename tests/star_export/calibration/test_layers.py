@@ -1,0 +1,145 @@
+"""A calibrated layer: what is stored of it, what it hands on, and that others are left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference.config import DecoderConfig
+from reference.decoder import Decoder
+from star_export.calibration.examples import Example
+from star_export.calibration.gptq import SingularError
+from star_export.calibration.layers import calibrate_layer, moments_of
+from star_export.graph.formats import INT8
+from star_export.graph.precisions import PRECISIONS, Precision
+
+CONFIG = DecoderConfig(
+    num_layers=2,
+    hidden_size=64,
+    intermediate_size=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    mrope_section=(2, 3, 3),
+    max_positions=4096,
+)
+PREFIX = "base_ar.layers.0"
+LINEARS = {
+    *(f"{PREFIX}.self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"{PREFIX}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+}
+NORMS = {f"{PREFIX}.{name}_layernorm.weight" for name in ("input", "post_attention")}
+
+
+def decoder() -> Decoder:
+    made, generator = Decoder(CONFIG).requires_grad_(False), torch.Generator().manual_seed(0)
+    for name, parameter in made.named_parameters():
+        near = 1.0 if "norm" in name else 0.0
+        parameter.copy_(near + torch.randn(parameter.shape, generator=generator) / 8)
+    return made
+
+
+def stream() -> list[Example]:
+    """Two rows of 40 positions and one of 24, with a few strong channels, as trained models have them."""
+    generator, strength = torch.Generator().manual_seed(1), torch.ones(64)
+    strength[::20] = 20.0
+    return [
+        Example(
+            torch.randn(rows, length, 64, generator=generator) * strength,
+            torch.arange(length).expand(3, rows, -1),
+            image=rows == 2,
+        )
+        for rows, length in ((2, 40), (1, 24))
+    ]
+
+
+def passed(model: Decoder, example: Example) -> Tensor:
+    """What the layer computes as the reference runs it."""
+    rows, length, _ = example.embeds.shape
+    cache = model.new_cache(rows, capacity_tokens=length)[:1]
+    return model(example.embeds, example.positions, torch.zeros(rows, dtype=torch.int64), cache, range(1))[0]
+
+
+@pytest.fixture(params=["int8", "int4"])
+def precision(request: pytest.FixtureRequest) -> Precision:
+    return PRECISIONS[request.param]
+
+
+def test_the_layer_that_hands_on_has_the_weights_that_are_stored(precision: Precision) -> None:
+    model = decoder()
+    found, outputs = calibrate_layer(model, 0, stream(), prefix=PREFIX, precision=precision)
+    assert found.encoded.keys() == found.errors.keys() == LINEARS and found.norms.keys() == NORMS
+    weights = {f"base_ar.{name}": value for name, value in model.named_parameters()}
+    for name, encoded in found.encoded.items():
+        format = precision.format_of(name, tuple(weights[name].shape))
+        assert torch.equal(weights[name], encoded.decode()) and encoded.scales.dtype == torch.bfloat16
+        assert int(encoded.codes.abs().max()) <= format.top
+    for name, norm in found.norms.items():
+        assert torch.equal(weights[name], norm)
+    for output, example in zip(outputs, stream(), strict=True):
+        torch.testing.assert_close(output, passed(model, example), rtol=0, atol=1e-4)
+
+
+def test_less_is_lost_than_by_rounding_to_nearest(precision: Precision) -> None:
+    model, exact = decoder(), decoder()
+    found, outputs = calibrate_layer(model, 0, stream(), prefix=PREFIX, precision=precision)
+    assert all(0 < stored < nearest for stored, nearest in found.errors.values())
+    rounded = decoder()
+    for name, parameter in rounded.named_parameters():
+        if f"base_ar.{name}" in LINEARS:
+            parameter.copy_(precision.rounded(f"base_ar.{name}", parameter))
+
+    def off(got: list[Tensor]) -> float:
+        pairs = zip(got, (passed(exact, example) for example in stream()), strict=True)
+        return sum(float((a - b).square().sum()) for a, b in pairs)
+
+    assert off(outputs) < 0.7 * off([passed(rounded, example) for example in stream()])
+
+
+def test_only_this_layers_parameters_are_replaced_and_no_tensor_is_written(precision: Precision) -> None:
+    """The old parameters may be memory-mapped: writing to them would change what is read of the file."""
+    model = decoder()
+    held = dict(model.named_parameters())
+    before = {name: value.clone() for name, value in held.items()}
+    calibrate_layer(model, 0, stream(), prefix=PREFIX, precision=precision)
+    assert all(torch.equal(value, before[name]) for name, value in held.items())
+    changed = {f"base_ar.{name}" for name, new in model.named_parameters() if new is not held[name]}
+    assert changed == LINEARS | NORMS
+
+
+def test_the_same_stream_gives_the_same_codes(precision: Precision) -> None:
+    first, second = (
+        calibrate_layer(decoder(), 0, stream(), prefix=PREFIX, precision=precision)[0] for _ in range(2)
+    )
+    assert all(torch.equal(first.encoded[name].codes, second.encoded[name].codes) for name in LINEARS)
+
+
+def test_a_norm_is_left_alone_where_a_layer_behind_it_stays_dense() -> None:
+    """Its scales would have to go into that layer's weight too, which is stored as the checkpoint has it."""
+    query = f"{PREFIX}.self_attn.q_proj.weight"
+    mixed = Precision(PRECISIONS["int8"].compute, {}, chosen=dict.fromkeys(LINEARS - {query}, INT8))
+    model = decoder()
+    found, _ = calibrate_layer(model, 0, stream(), prefix=PREFIX, precision=mixed)
+    assert found.norms.keys() == {f"{PREFIX}.post_attention_layernorm.weight"}
+    assert found.encoded.keys() == LINEARS - {query}
+    kept = dict(model.named_parameters())["layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(kept, dict(decoder().named_parameters())["layers.0.self_attn.q_proj.weight"])
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    examples = stream()
+    examples[1].embeds[0, 3, 5] = torch.nan
+    with pytest.raises(SingularError):
+        calibrate_layer(decoder(), 0, examples, prefix=PREFIX, precision=PRECISIONS["int4"])
+
+
+def test_moments_are_of_all_inputs_or_of_evenly_spaced_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [example.embeds for example in stream()]
+    rows = torch.cat([x.flatten(0, -2) for x in inputs])
+    torch.testing.assert_close(moments_of(inputs), rows.T @ rows / len(rows))
+    monkeypatch.setattr("star_export.calibration.layers.OPERATIONS", len(rows) * 64**2 / 3)
+    some = torch.cat([x.flatten(0, -2)[::3] for x in inputs])
+    torch.testing.assert_close(moments_of(inputs), some.T @ some / len(some))
