@@ -123,8 +123,6 @@ class Calibration:
         block = decoder.layers[layer]
         stream = [example for example in started if example.image or name == "base_ar"]
         with torch.inference_mode(), resident(block), _singular(prefix):
-            for parameter in block.parameters():
-                parameter.data = parameter.clone()  # it may be a view of the file, and is changed here
             made, outputs = calibrate_layer(decoder, layer, stream, prefix=prefix, precision=self.precision)
             if layer == len(decoder.layers) - 1:
                 outputs = [decoder.norm(x) for x in outputs]

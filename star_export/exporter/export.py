@@ -34,13 +34,13 @@ from reference.model import pixel_adapter
 from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 
 from ..calibration.examples import SHIPPED, Material, read_material
-from ..calibration.run import Calibration, material_hash
+from ..calibration.run import CALIBRATED, Calibration, material_hash
 from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
 from ..golden import record as golden
 from ..golden import runs as golden_runs
 from ..graph import lint
 from ..graph.classic import classic_from_graph
-from ..graph.precisions import DECODERS, PRECISIONS, Precision
+from ..graph.precisions import PRECISIONS, Precision
 from ..graph.quantize import INLINE_BYTES, attach_weights, set_precision, twin_from_graph
 from ..graph.repeat import graph_from_config
 from ..graph.wrappers import TABLE
@@ -194,12 +194,12 @@ def check_calibration(
             where=f"export: calibrate: expected a precision with weights in integers, got {name}",
             fix="omit --calibrate, or export in int8 or int4",
         )
-    if calibrate is not None and not set(DECODERS) & set(components):
+    if calibrate is not None and not set(CALIBRATED) & set(components):
         raise UsageError(
             "There is nothing to calibrate",
-            where=f"export: calibrate: expected a decoder among the components ({', '.join(DECODERS)}), "
+            where=f"export: calibrate: expected one of {', '.join(CALIBRATED)} among the components, "
             f"got {', '.join(components)}",
-            fix="omit --calibrate, or export a decoder too",
+            fix="omit --calibrate, or export one of them too",
         )
 
 
