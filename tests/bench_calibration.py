@@ -44,7 +44,7 @@ def main() -> int:
     generator = torch.Generator().manual_seed(0)
     strength = torch.ones(hidden)
     strength[torch.randperm(hidden, generator=generator)[: int(STRONG * hidden)]] = STRONG_TIMES
-    took, lost = [], []
+    took, worked, lost = [], [], []
     with torch.inference_mode():
         for _ in range(options.layers):
             for name, parameter in decoder.named_parameters():
@@ -60,11 +60,12 @@ def main() -> int:
                 )
                 for _ in range(options.prompts)
             ]
-            started = time.monotonic()
+            started, cpu = time.monotonic(), time.process_time()
             found, _ = calibrate_layer(
                 decoder, 0, stream, prefix="base_ar.layers.0", precision=PRECISIONS[options.precision]
             )
             took.append(time.monotonic() - started)
+            worked.append(time.process_time() - cpu)
             lost = [(name.removeprefix("base_ar.layers.0."), *pair) for name, pair in found.errors.items()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = statistics.median(took)

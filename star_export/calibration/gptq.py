@@ -16,6 +16,7 @@ from torch import Tensor
 from ..graph.formats import Encoded, Format
 
 COLUMNS = 128  # that are rounded before their errors go to all others
+PIECE = 1 << 18  # numbers whose scales are searched at once
 SAMPLED = 256  # rows that an error is measured on
 DAMPING = 0.01  # of the mean of H's diagonal, which is added to it
 RATIOS = torch.linspace(1.0, 0.5, 13)  # of a block's largest magnitude that its largest code may stand for
@@ -35,8 +36,8 @@ def quantised(weight: Tensor, moments: Tensor, format: Format, dtype: torch.dtyp
     block = weight.shape[1] // scales.shape[1]
     steps = torch.where(scales == 0, 1, scales.float()).repeat_interleave(block, 1)  # [rows, K]
     order = moments.diagonal().argsort(descending=True, stable=True)
-    spread = _spread(moments[order][:, order])
-    codes = _rounded(weight[:, order], steps[:, order], spread, format.top)
+    feedback = _feedback(moments[order][:, order])
+    codes = _rounded(weight[:, order], steps[:, order], feedback, format.top)
     return Encoded(codes[:, order.argsort()].to(torch.int8), scales)
 
 
@@ -49,7 +50,7 @@ def best_scales(weight: Tensor, power: Tensor, format: Format, dtype: torch.dtyp
     block = format.block(weight.shape[1])
     assert block, f"{format.name}: no block divides {weight.shape[1]} features"
     scales = []
-    for rows in weight.split(max(1, (1 << 20) // weight.shape[1])):
+    for rows in weight.split(max(1, PIECE // weight.shape[1])):
         grouped, weights = rows.unflatten(1, (-1, block)), power.unflatten(0, (-1, block))
         largest = grouped.abs().amax(-1)
         found, least = largest.to(dtype), torch.full_like(largest, torch.inf)
@@ -74,33 +75,37 @@ def error_of(weight: Tensor, stored: Tensor, moments: Tensor) -> float:
     return float((change @ moments * change).sum()) / products if products else 0.0
 
 
-def _spread(moments: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped moments [K, K]."""
-    damped = moments.clone()
+def _feedback(moments: Tensor) -> Tensor:
+    """How much each column takes over of the errors of those before it: [K, K], strictly upper triangular.
+
+    The damped moments are (U + 1) D (U + 1)^T with U, which this returns, and a diagonal D. That gives the
+    codes of GPTQ without the inverse that it is written with (Chee et al., QuIP, 2023, theorem 6).
+    """
+    damped = moments.flip(0, 1)  # a copy: a Cholesky factor of it is one of the moments, in reverse
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean()
     diagonal[diagonal == 0] = 1  # all inputs are zero, and so is every error
-    # With the rows and columns in reverse, L L^T = H, and the inverse of L in reverse is the factor.
-    factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    factor, failed = torch.linalg.cholesky_ex(damped)
     if failed or not torch.isfinite(factor.diagonal()).all():
         raise SingularError(f"expected positive definite moments, got {tuple(moments.shape)} that are not")
-    del damped
-    identity = torch.eye(len(factor))
-    return torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1)
+    del damped, diagonal
+    factor = factor.flip(0, 1)
+    return factor.div_(factor.diagonal().clone()).triu_(1)
 
 
-def _rounded(weight: Tensor, steps: Tensor, spread: Tensor, top: float) -> Tensor:
+def _rounded(weight: Tensor, steps: Tensor, feedback: Tensor, top: float) -> Tensor:
     """Codes in float32 [rows, K]; the columns are in the order in which they are rounded."""
-    left, codes = weight.clone(), torch.empty_like(weight)
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, weight.shape[1], COLUMNS):
         stop = min(start + COLUMNS, weight.shape[1])
+        exact = weight[:, start:stop]
+        wanted = exact + errors[:, :start] @ feedback[:start, start:stop]
         # Columns are read and written one at a time, so they lie in rows here.
-        part, step = left[:, start:stop].T.contiguous(), steps[:, start:stop].T.contiguous()
-        near, errors = spread[start:stop, start:stop], torch.empty_like(part)
+        part, step, near = wanted.T.contiguous(), steps[:, start:stop].T.contiguous(), exact.T.contiguous()
         for i in range(stop - start):
             code = (part[i] / step[i]).round_().clamp_(-top, top)
-            errors[i] = (part[i] - code * step[i]) / near[i, i]
-            part[i + 1 :].addr_(near[i, i + 1 :], errors[i], alpha=-1)
-            codes[:, start + i] = code
-        left[:, stop:].addmm_(errors.T, spread[start:stop, stop:], alpha=-1)
+            near[i] -= code * step[i]
+            part[i + 1 :].addr_(feedback[start + i, start + i + 1 : stop], near[i])
+            part[i] = code
+        codes[:, start:stop], errors[:, start:stop] = part.T, near.T
     return codes
