@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def fuse_dequantize(model: ir.Model) -> int:
 
     `MatMul(x, it)` becomes MatMulNBits: codes int4 [K,N] with scales [K/block,N] (axis 0), or int8 [K,N] with
     scales [N] (axis 1), or int8 [N,K] with scales [N] (axis 0) before a Transpose -> B uint8
-    [N,K/block,block*bits/8] and scales [N,K/block]. Codes without a value stay without one. What is looked up
+    [N,blocks,block*bits/8] and scales [N,blocks]. Codes without a value stay without one. What is looked up
     or convolved is a product of codes and scales. Raises ValueError for other layouts.
     """
     found = [node for node in model.graph if node.op_type == "DequantizeLinear"]
@@ -82,26 +83,26 @@ def _for_matmulnbits(dequantize: ir.Node) -> tuple[ir.Value, ir.Value, dict[str,
     bits = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}[codes.dtype]
     (k, n), axis = codes.shape[::-1] if turned else codes.shape, dequantize.attributes["axis"].value
     block = dequantize.attributes["block_size"].value if bits == 4 else INT8_BLOCK
-    wanted = {(4, False): 0, (8, False): 1, (8, True): 0}.get((bits, turned))
-    if axis != wanted or k % block or len(dequantize.inputs) > 2:
+    wanted, blocks = {(4, False): 0, (8, False): 1, (8, True): 0}.get((bits, turned)), math.ceil(k / block)
+    if axis != wanted or bits == 4 and k % block or len(dequantize.inputs) > 2:
         raise ValueError(
             f"{dequantize.name}: no MatMulNBits has axis {axis} and blocks of {block} of {k} features"
         )
     packed = _value(
         f"{codes.name}.nbits",
         ir.DataType.UINT8,
-        (n, k // block, block * bits // 8),
+        (n, blocks, block * bits // 8),
         codes,
         lambda array: packed_from_codes(array.T if turned else array, bits=bits, block=block),
     )
-    blocks = _value(
+    steps = _value(
         f"{scales.name}.nbits",
         scales.dtype,
-        (n, k // block),
+        (n, blocks),
         scales,
-        lambda array: np.broadcast_to(array.reshape(-1, n).T, (n, k // block)),
+        lambda array: np.broadcast_to(array.reshape(-1, n).T, (n, blocks)),
     )
-    return packed, blocks, {"K": k, "N": n, "bits": bits, "block_size": block}
+    return packed, steps, {"K": k, "N": n, "bits": bits, "block_size": block}
 
 
 def widen_resize(model: ir.Model) -> int:
@@ -131,10 +132,11 @@ def widen_resize(model: ir.Model) -> int:
 
 
 def packed_from_codes(codes: np.ndarray, *, bits: int, block: int) -> np.ndarray:
-    """codes [K,N], signed -> uint8 [N, K/block, block*bits/8], offset by the zero point that MatMulNBits
-    assumes (8 or 128)."""
+    """codes [K,N], signed -> uint8 [N, blocks, block*bits/8], offset by the zero point that MatMulNBits
+    assumes (8 or 128). The last block of a row is filled up with zeros."""
     k, n = codes.shape
-    unsigned = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8).T.reshape(n, k // block, block)
+    whole = np.pad(codes.astype(np.int16), ((0, -k % block), (0, 0)))
+    unsigned = (whole + 2 ** (bits - 1)).astype(np.uint8).T.reshape(n, -1, block)
     return unsigned if bits == 8 else unsigned[..., 0::2] | unsigned[..., 1::2] << 4
 
 

@@ -120,11 +120,13 @@ def test_a_part_without_time_is_not_run_and_a_refusal_is_a_fact(tmp_path: Path) 
     assert report.record["checks"]["broken"] == {"passed": False, "detail": "ValueError: a fault"}
 
 
-def small(kind: int = TensorProto.FLOAT, *, bits: int | None = None, by_row: bool = False) -> onnx.ModelProto:
-    """x [2,128] times a weight [128,6], dense or in codes; `by_row`: [6,128] in codes before a Transpose."""
+def small(
+    kind: int = TensorProto.FLOAT, *, bits: int | None = None, by_row: bool = False, features: int = 128
+) -> onnx.ModelProto:
+    """x [2,K] times a weight [K,6], dense or in codes; `by_row`: [6,K] in codes before a Transpose."""
     random, nodes = np.random.default_rng(0), []
     if bits:
-        weight = torch.from_numpy(random.standard_normal((6, 128), np.float32))
+        weight = torch.from_numpy(random.standard_normal((6, features), np.float32))
         encoded = (INT4 if bits == 4 else INT8).encode(weight, torch.float32)
         codes, scales = encoded.codes, encoded.scales
         layout = {"axis": 0}
@@ -142,9 +144,11 @@ def small(kind: int = TensorProto.FLOAT, *, bits: int | None = None, by_row: boo
         if by_row:
             nodes.append(helper.make_node("Transpose", ["rows"], ["w"], perm=[1, 0], name="turn"))
     else:
-        weights = [ir.Tensor(random.standard_normal((128, 6), np.float32), name="w")]
+        weights = [ir.Tensor(random.standard_normal((features, 6), np.float32), name="w")]
     nodes.append(helper.make_node("MatMul", ["x", "w"], ["y"], name="multiply"))
-    x, y = (helper.make_tensor_value_info(name, kind, [2, size]) for name, size in (("x", 128), ("y", 6)))
+    x, y = (
+        helper.make_tensor_value_info(name, kind, [2, size]) for name, size in (("x", features), ("y", 6))
+    )
     return graph_of(nodes, [x], [y], weights)
 
 
@@ -166,10 +170,12 @@ def output_of(model: onnx.ModelProto, feeds: dict) -> np.ndarray:
     ).run(None, feeds)[0]
 
 
-@pytest.mark.parametrize(("bits", "by_row"), [(4, False), (8, False), (8, True)])
-def test_matmulnbits_multiplies_the_same_weights(bits: int, by_row: bool) -> None:
-    model = small(bits=bits, by_row=by_row)
-    feeds = {"x": np.random.default_rng(1).standard_normal((2, 128), np.float32)}
+@pytest.mark.parametrize(
+    ("bits", "by_row", "features"), [(4, False, 128), (8, False, 128), (8, True, 128), (8, True, 120)]
+)
+def test_matmulnbits_multiplies_the_same_weights(bits: int, by_row: bool, features: int) -> None:
+    model = small(bits=bits, by_row=by_row, features=features)
+    feeds = {"x": np.random.default_rng(1).standard_normal((2, features), np.float32)}
     wanted = output_of(model, feeds)
     graph = ir.from_proto(model)
     assert adapt.fuse_dequantize(graph) == 1
