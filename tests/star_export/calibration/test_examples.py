@@ -1,6 +1,6 @@
 """Examples of a calibration: what the model decodes itself, and what a folder may hold.
 
-docs/bad_inputs.md 63.
+docs/bad_inputs.md 64.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def a_file(folder: Path) -> None:
     folder.write_text("a cat")
 
 
-# Row 63
+# Row 64
 @pytest.mark.parametrize(
     ("plant", "words"),
     [

@@ -1,6 +1,6 @@
 """A calibrated export: it validates, says what it was calibrated on, and goes on where it was stopped.
 
-docs/bad_inputs.md 7, 63, 64 and 65.
+docs/bad_inputs.md 7 and 64 to 66.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def test_the_hash_is_that_of_all_that_is_given() -> None:
     assert material_hash(materials[3]) == material_hash(Material(("a", "b"), (), ("c",), (picture.copy(),)))
 
 
-# Row 64
+# Row 65
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -155,7 +155,7 @@ def test_a_calibration_of_nothing_is_refused_before_the_checkpoint_is_read(
     assert not list(tmp_path.iterdir())
 
 
-# Row 63
+# Row 64
 def test_a_folder_is_refused_before_the_checkpoint_is_read(tmp_path: Path, capsys) -> None:
     (tmp_path / "pictures").mkdir()
     words = ["export", "/no/such/checkpoint", "--out", str(tmp_path / "out"), "--precision", "int4"]
@@ -195,7 +195,7 @@ def run_until(miniature, folder: Path, planted: dict[str, Tensor], last: str) ->
 WEIGHT = "base_ar.layers.1.mlp.down_proj.weight"
 
 
-# Row 65
+# Row 66
 def test_activations_that_are_not_finite_are_refused_with_their_layer(miniature, tmp_path: Path) -> None:
     """Every weight is finite, and their products are not."""
     huge = torch.full(miniature.tensors[WEIGHT].shape, 3e38)
