@@ -20,6 +20,7 @@ TURING = ("fp16",)
 AMPERE = ("fp16", "bf16", "int8", "int4")
 ADA = (*AMPERE, "fp8")
 BLACKWELL = (*ADA, "nvfp4")  # nvfp4 in the modern dialect only
+MIXED = ("int8", "int4")  # the formats of a bundle in mixed precision
 _PROCESSORS = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -48,6 +49,10 @@ class Target:
     def sm(self) -> str:
         """The architecture in NVIDIA's short form: `sm_86`."""
         return sm_from_capability(self.compute_capability)
+
+    def runs(self, precision: str) -> bool:
+        """Whether the device supports a bundle of this precision; `mixed` needs all of its formats."""
+        return set(MIXED if precision == "mixed" else (precision,)) <= set(self.precisions)
 
 
 class _Software(NamedTuple):

@@ -22,7 +22,7 @@ from ..targets import Target
 
 NAME, ABI = "KVCacheAttention", 1  # the ABI is the plugin's version: plugin_fields.h, STAR_ABI
 HEAD_DIMS, MAX_ROWS, MAX_CAPACITY = (64, 128), 8, 4096
-PRECISIONS = ("fp16", "bf16", "int8", "int4")
+PRECISIONS = ("fp16", "bf16", "int8", "int4", "mixed")
 VARIABLE = "STAR_PLUGIN"
 FOLDER = Path(__file__).parent
 BUILT = FOLDER / "build" / "libstar_plugins.so"

@@ -129,7 +129,7 @@ def check_precision(bundle: Bundle, target: Target) -> None:
     Raises InputError naming the precisions that it runs.
     """
     precision = bundle.manifest.precision
-    if precision not in target.precisions:
+    if not target.runs(precision):
         better = "bf16" if "bf16" in target.precisions else "fp16"
         raise InputError(
             f"{target.name} does not run {precision} engines",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,21 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from engines.bundle.manifest import ModelSpec
 from engines.errors import InputError
-from engines.inputs.prompt import Chat
-from engines.progress import Progress
-from reference.config import StarConfig
 from reference.containers import LazyTensor
 
-from ..golden.oracle import resident, streamed_star
+from ..golden.oracle import resident
 from ..graph.formats import Encoded
-from ..graph.precisions import DECODERS, PRECISIONS, Precision
+from ..graph.precisions import DECODERS, Precision
 from ..graph.quantize import CODES, SCALES, StoredTensor
-from .examples import Example, Material, decoded
+from .decodes import DECODE, EXAMPLES, Decodes
+from .examples import Example, Material
 from .gptq import SingularError
 from .layers import Calibrated, calibrate_layer, moments_of, quantise
 
@@ -43,36 +40,29 @@ CALIBRATED = (*DECODERS, HEAD)
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibration on its way, in `folder`. `tensors` are the checkpoint's, and stay as they are."""
+    """A calibration on its way, in the folder of its `decodes`."""
 
-    folder: Path
-    config: StarConfig
-    tensors: Mapping[str, LazyTensor]
+    decodes: Decodes
     precision: Precision
-    rope_bf16: bool
-    chat: Chat
-    model: ModelSpec
-    material: Material
-    progress: Progress
 
     def steps(self) -> dict[str, tuple[Callable[[], None], Path | None]]:
         """Name of a step -> what writes its files, and the file that nothing reads after it, in order."""
         steps: dict[str, tuple[Callable[[], None], Path | None]] = {}
-        steps["decode the examples"] = self._decode, None
-        before = "examples"
-        for name, layer in self._layers():
-            run, read = partial(self._calibrate, name, layer, before), self._path(before, "stream")
+        steps[DECODE] = self.decodes.decode, None
+        before = EXAMPLES
+        for name, layer in self.decodes.layers():
+            run, read = partial(self._calibrate, name, layer, before), self.decodes.path(before)
             steps[f"calibrate {name} layer {layer}"] = run, read
             before = f"{name}.layers.{layer}"
-        steps[f"calibrate {HEAD}"] = partial(self._calibrate_head, before), self._path(before, "stream")
+        steps[f"calibrate {HEAD}"] = partial(self._calibrate_head, before), self.decodes.path(before)
         return steps
 
     def stored_tensors(self) -> dict[str, LazyTensor]:
         """The weights as calibrated, which are read once the steps have run."""
         found: dict[str, LazyTensor] = {}
         for prefix in self._prefixes():
-            path = self._path(prefix, "weights")
-            for weight, tensor in self.tensors.items():
+            path = self.decodes.path(prefix, "weights")
+            for weight, tensor in self.decodes.tensors.items():
                 if not weight.startswith(f"{prefix}."):
                     continue
                 shape = tuple(tensor.shape)
@@ -89,9 +79,9 @@ class Calibration:
         stored, and as rounding to nearest would."""
         found: dict[str, dict[str, Any]] = {}
         for prefix in self._prefixes():
-            text = self._path(prefix, "errors", "json").read_text()
+            text = self.decodes.path(prefix, "errors", "json").read_text()
             for weight, (stored, nearest) in json.loads(text).items():
-                format, sizes = self.precision.stored(weight, tuple(self.tensors[weight].shape))
+                format, sizes = self.precision.stored(weight, tuple(self.decodes.tensors[weight].shape))
                 found[weight] = {
                     "format": format,
                     "bytes": sum(sizes),
@@ -100,26 +90,13 @@ class Calibration:
                 }
         return found
 
-    def _layers(self) -> list[tuple[str, int]]:
-        return [(name, i) for name in DECODERS for i in range(getattr(self.config, name).num_layers)]
-
     def _prefixes(self) -> list[str]:
         """What the names of calibrated weights begin with, in the order of the steps."""
-        return [*(f"{name}.layers.{layer}" for name, layer in self._layers()), HEAD]
-
-    def _path(self, what: str, kind: str, suffix: str = "safetensors") -> Path:
-        return self.folder / f"{what}.{kind}.{suffix}"
-
-    def _decode(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        star = streamed_star(self.config, self.tensors, PRECISIONS["fp32"], rope_bf16=self.rope_bf16)
-        sampling = self.model.sampling.generate
-        self._write("examples", decoded(star, self.chat, self.model, self.material, sampling, self.progress))
+        return [*(f"{name}.layers.{layer}" for name, layer in self.decodes.layers()), HEAD]
 
     def _calibrate(self, name: str, layer: int, before: str) -> None:
-        prefix, started = f"{name}.layers.{layer}", self._read(before)
-        star = streamed_star(self.config, self.tensors, PRECISIONS["fp32"], rope_bf16=self.rope_bf16)
-        decoder = getattr(star, name)
+        prefix, started = f"{name}.layers.{layer}", self.decodes.read(before)
+        decoder = getattr(self.decodes.star(), name)
         block = decoder.layers[layer]
         stream = [example for example in started if example.image or name == "base_ar"]
         with torch.inference_mode(), resident(block), _singular(prefix):
@@ -135,13 +112,13 @@ class Calibration:
             )
         self._write_weights(prefix, made)
         handed_on = [Example(x, e.positions, e.image) for x, e in zip(outputs, stream, strict=True)]
-        self._write(prefix, handed_on)
+        self.decodes.write(prefix, handed_on)
 
     def _calibrate_head(self, before: str) -> None:
         """Quantise the image head for the positions that it draws from."""
-        weight, tokens = f"{HEAD}.weight", self.config.vq.image_tokens
-        inputs = [example.embeds[:, -tokens:] for example in self._read(before)]
-        tensor, made = self.tensors[weight], Calibrated()
+        weight, tokens = f"{HEAD}.weight", self.decodes.config.vq.image_tokens
+        inputs = [example.embeds[:, -tokens:] for example in self.decodes.read(before)]
+        tensor, made = self.decodes.tensors[weight], Calibrated()
         if format := self.precision.format_of(weight, tuple(tensor.shape)):
             with torch.inference_mode(), _singular(weight):
                 quantise(made, weight, tensor.load().float(), moments_of(inputs), format, self.precision)
@@ -151,22 +128,10 @@ class Calibration:
         tensors: dict[str, Tensor] = dict(made.norms)
         for weight, encoded in made.encoded.items():
             tensors |= {f"{weight}{CODES}": encoded.codes, f"{weight}{SCALES}": encoded.scales}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, self._path(prefix, "weights"))
-        self._path(prefix, "errors", "json").write_text(json.dumps(made.errors))
-
-    def _write(self, name: str, examples: list[Example]) -> None:
-        tensors: dict[str, Tensor] = {}
-        for i, example in enumerate(examples):
-            kind = f"{i}.{'image' if example.image else 'text'}"
-            tensors |= {f"{kind}.embeds": example.embeds, f"{kind}.positions": example.positions}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, self._path(name, "stream"))
-
-    def _read(self, name: str) -> list[Example]:
-        found, tensors = [], load_file(self._path(name, "stream"))
-        for key in sorted((k for k in tensors if k.endswith(".embeds")), key=lambda k: int(k.split(".")[0])):
-            kind = key.removesuffix(".embeds")
-            found.append(Example(tensors[key], tensors[f"{kind}.positions"], kind.endswith("image")))
-        return found
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, self.decodes.path(prefix, "weights")
+        )
+        self.decodes.path(prefix, "errors", "json").write_text(json.dumps(made.errors))
 
 
 @contextlib.contextmanager

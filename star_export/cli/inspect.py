@@ -12,6 +12,8 @@ from engines.bundle.reader import MANIFEST, Bundle
 from engines.errors import InputError, MissingError, UsageError
 from engines.tensorrt.plan import BUILD, describe_plans
 
+from ..choice import formats_of
+
 
 def describe(path: Path) -> dict:
     """Describe a bundle (every file is hashed), a `.onnx`, a `.plan` or a folder of plans.
@@ -89,6 +91,7 @@ def describe_bundle(path: Path) -> dict:
         "model": manifest.model.name,
         "precision": manifest.precision,
         "calibration": asdict(manifest.calibration) if manifest.calibration else "none",
+        **_formats(bundle),
         "image_size": manifest.model.image_size,
         "image_tokens": manifest.model.image_tokens,
         "files": len(manifest.files),
@@ -202,6 +205,18 @@ def _row(data: dict) -> str:
 def _later_cache(name: str) -> bool:
     family, _, rest = name.partition(".")
     return family in ("past_key_values", "present") and not rest.startswith("0.")
+
+
+def _formats(bundle: Bundle) -> dict[str, str]:
+    """In one line, the formats that layers have in mixed precision; nothing of another bundle."""
+    found = formats_of(bundle)
+    if found is None:
+        return {}
+    wide = ", ".join(found.wide()) or "no layer"
+    return {
+        "layers": f"{found.bytes} bytes of a budget of {found.budget.bytes}, {found.bits:.3f} bits per "
+        f"weight; int8: {wide}; int4: the others"
+    }
 
 
 def _weights(formats: dict[str, int]) -> str:

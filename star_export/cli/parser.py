@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 
@@ -25,6 +26,7 @@ from .arguments import (
     add_running,
     add_window,
     count,
+    number,
     words,
 )
 from .failures import out_of_memory, three_lines
@@ -114,6 +116,7 @@ def _export(commands) -> None:
         "nano --out star-nano",
         "star-3b --out star-3b --precision int4",
         "star-7b --from downloads --out star-7b --precision int4",
+        "star-7b --out star-7b-mixed --precision mixed --target rtx-5070 --calibrate",
     )
     c.add_argument(
         "source",
@@ -124,7 +127,26 @@ def _export(commands) -> None:
     c.add_argument(
         "--out", required=True, metavar="BUNDLE", help="the bundle to create; absent or an empty folder"
     )
-    c.add_argument("--precision", default="fp32", choices=PRECISIONS, help="default: fp32")
+    c.add_argument(
+        "--precision",
+        default="fp32",
+        choices=(*PRECISIONS, "mixed"),
+        help="default: fp32; `mixed` needs --bits or --target",
+    )
+    budget = c.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--bits",
+        type=number(0, math.inf),
+        metavar="B",
+        help="with --precision mixed: int8 for the layers of the decoders where it helps most, and int4 for "
+        "the others, at most B bits per weight on average, scales included",
+    )
+    budget.add_argument(
+        "--target",
+        metavar="T",
+        help="with --precision mixed: as many layers in int8 as let `generate` stay loaded in 90 % of the "
+        "memory of T, a device of `star-export targets`",
+    )
     for part, what in (("checkpoint", "STAR-*.pt"), ("base", "the Qwen2.5-VL folder"), ("vq", "VQ-Model.pt")):
         c.add_argument(f"--{part}", metavar="PATH", help=f"{what} to use instead of the one in SOURCE")
     c.add_argument(

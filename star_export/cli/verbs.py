@@ -57,6 +57,8 @@ def export(
     part_bytes: int | None = None,
     calibrate: int | None = None,
     calibration: str | None = None,
+    bits: float | None = None,
+    target: str | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Export a checkpoint to a bundle with `star_export.exporter.export.export`.
@@ -87,6 +89,8 @@ def export(
             part_bytes=part_bytes or PART_BYTES,
             calibrate=calibrate,
             calibration=calibration,
+            bits=bits,
+            target=target,
             progress=bar,
         )
     files = Bundle.open(path).manifest.files

@@ -11,14 +11,12 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
-import torch
-from safetensors.torch import save_file
 
 from engines import plugins
 from engines.bundle.files import sha256_from_file
@@ -29,25 +27,28 @@ from engines.fit.work import check_export
 from engines.inputs.prompt import Chat
 from engines.progress import Progress, adder, silent
 from reference.config import StarConfig, config_from_files
-from reference.containers import LazyTensor, tensors_from_safetensors
-from reference.model import pixel_adapter
+from reference.containers import LazyTensor
 from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 
+from ..calibration.decodes import Decodes
+from ..calibration.effects import Effects, images_of
 from ..calibration.examples import SHIPPED, Material, read_material
 from ..calibration.run import CALIBRATED, Calibration, material_hash
+from ..choice import FORMATS_FILE, Formats, json_from_formats
 from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
 from ..golden import record as golden
 from ..golden import runs as golden_runs
 from ..graph import lint
 from ..graph.classic import classic_from_graph
-from ..graph.precisions import PRECISIONS, Precision
+from ..graph.precisions import MIXED, PRECISIONS, Precision, mixed
 from ..graph.quantize import INLINE_BYTES, attach_weights, set_precision, twin_from_graph
 from ..graph.repeat import graph_from_config
 from ..graph.wrappers import TABLE
 from ..planner.source import Source, bytes_by_format, largest_tensor_bytes, shapes_of, sizes_from_source
+from .budget import budget_of, check_mixed, formats_of, precision_of
 from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
 from .publish import Stage, check_out, stage_path, staged, write_manifest
-from .tables import ROWS, Table
+from .tables import Table, stored_image_table, write_image_table
 
 
 def export(
@@ -63,6 +64,8 @@ def export(
     components: list[str] | None = None,
     calibrate: int | None = None,
     calibration: str | Path | None = None,
+    bits: float | None = None,
+    target: str | None = None,
     part_bytes: int = PART_BYTES,
     progress: Progress = silent,
 ) -> Path:
@@ -74,13 +77,15 @@ def export(
     `calibrate` chooses the codes of the decoders' weights for what the model computes when it draws that many
     prompts (0: as many as give INPUTS inputs), and edits and answers a quarter as many. They are those of the
     folder `calibration` (`prompts.txt`, one per line, and pictures), or shipped ones.
+    Precision `mixed` gives int8 to those layers of the decoders where it helps the draws most, and int4 to
+    the others: at most so many `bits` per weight, or so that `generate` stays loaded on the device `target`.
     `components` limits the export to some rows of the table. A decoder of more than `part_bytes` is stored in
     parts of at most that size.
 
     A run that was killed goes on where it stopped when it is repeated. Raises UsageError for unknown names,
     InputError for an `out` that is not empty or cannot be written, and CheckpointError for invalid files.
     """
-    _check_names("precision", [precision], PRECISIONS)
+    _check_names("precision", [precision], [*PRECISIONS, MIXED])
     names = list(COMPONENTS) if components is None else list(dict.fromkeys(components))
     _check_names("component", names, COMPONENTS)
     if part_bytes < 1:
@@ -89,7 +94,8 @@ def export(
             where=f"export: part_bytes: expected at least 1, got {part_bytes}",
             fix="omit it to use the default",
         )
-    check_calibration(calibrate, calibration, PRECISIONS[precision], precision, names)
+    check_calibration(calibrate, calibration, PRECISIONS.get(precision, mixed({})), precision, names)
+    check_mixed(precision, bits=bits, target=target)
     if calibration:  # what is refused is refused before anything is downloaded
         read_material(Path(calibration), SHIPPED, calibrate or 1)
     out = Path(out)
@@ -99,7 +105,8 @@ def export(
     )
     config = config_from_files(files.config_json, files.qwen_folder)
     tensors = named_tensors(files, config)
-    check_room(config, precision, names, out, part_bytes=part_bytes)
+    budget = budget_of(config, bits=bits, target=target) if precision == MIXED else None
+    check_room(config, "int4" if budget else precision, names, out, part_bytes=part_bytes)
     host_files = tokenizer_files(files) | score_files(files)
     model = model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16)
     material = None
@@ -115,8 +122,11 @@ def export(
             pictures=len(material.pictures),
             sha256=material_hash(material),
         )
+    given = material or (drawn_material(files, config) if budget else None)
     inputs = {
         "calibration": described and asdict(described),
+        "budget": budget and asdict(budget),
+        "decoded": given and material_hash(given),
         "checkpoint": checkpoint_hashes(files, progress),
         "precision": precision,
         "rope_bf16": rope_bf16,
@@ -126,15 +136,27 @@ def export(
         "code": code_hash(),
     }
     with staged(out, inputs, progress) as stage:
-        job = Job(stage, config, tensors, PRECISIONS[precision], names, part_bytes, rope_bf16, progress)
+        table = stage.scratch / "image_table.safetensors"
+        stage.step("image table", partial(write_image_table, config, tensors, table))
+        tensors = dict(tensors) | {TABLE: stored_image_table(config, table)}
+        decodes, chosen = None, PRECISIONS.get(precision)
+        if given:
+            decodes = decodes_of(stage, config, tensors, rope_bf16, host_files, model, given, progress)
+        if budget:
+            assert decodes
+            effects = Effects(decodes, keep_examples=material is not None)
+            _forget_damaged(stage, effects.steps())
+            _run(stage, effects.steps(), progress)
+            formats = formats_of(config, budget, effects)
+            stage.step("formats of the layers", lambda: _write_formats(stage.bundle, formats))
+            chosen = precision_of(config, formats)
+        assert chosen
+        job = Job(stage, config, tensors, chosen, names, part_bytes, rope_bf16, progress)
         if material:
-            job.calibrate(host_files, model, material)
+            assert decodes
+            job.calibrate(decodes)
         steps = job.steps()
-        for i, (name, write) in enumerate(steps.items()):
-            progress(name, i, len(steps))
-            stage.step(name, write)
-            if (read := job.read_last.get(name)) and read.exists():
-                stage.drop(read)
+        _run(stage, {name: (write, job.read_last.get(name)) for name, write in steps.items()}, progress)
         progress("publish", len(steps), len(steps))
         stage.step("files of the host", lambda: _write_files(stage.bundle, host_files))
         write_manifest(
@@ -257,8 +279,7 @@ class Job:
                 part_bytes=part_bytes,
             )
         ]
-        self.image_table = stage.scratch / "image_table.safetensors"
-        self.tensors = dict(tensors) | {TABLE: self._stored_image_table()}
+        self.tensors = dict(tensors)
         self.calibration: Calibration | None = None
         self.read_last: dict[str, Path] = {}  # step -> a file of the stage that no later step reads
 
@@ -267,32 +288,15 @@ class Job:
         """The reference with the weights as stored, once those that are calibrated are there."""
         return golden.oracle_of(self.config, self.tensors, self.precision, rope_bf16=self.rope_bf16)
 
-    def calibrate(self, host_files: Mapping[str, bytes], model: ModelSpec, material: Material) -> None:
+    def calibrate(self, decodes: Decodes) -> None:
         """Calibrate the decoders before anything else is written."""
-        tokenizer, template = (
-            host_files[name].decode() for name in ("tokenizer.json", "chat_template.jinja")
-        )
-        chat = Chat(tokenizer, template, model)
-        self.calibration = Calibration(
-            self.stage.scratch / "calibration",
-            self.config,
-            dict(self.tensors),
-            self.precision,
-            self.rope_bf16,
-            chat,
-            model,
-            material,
-            self.progress,
-        )
+        self.calibration = Calibration(decodes, self.precision)
         self.tensors |= self.calibration.stored_tensors()
-        steps = self.calibration.steps()
-        next_read = next((read for name, (_, read) in steps.items() if name not in self.stage.steps), None)
-        if next_read and not next_read.exists():  # a layer was damaged, and what it was made from is gone
-            self.stage.forget(steps)
+        _forget_damaged(self.stage, self.calibration.steps())
 
     def steps(self) -> dict[str, Callable[[], None]]:
         """Name of a step -> what writes its files, in the order in which they run."""
-        steps: dict[str, Callable[[], None]] = {"image table": self._write_image_table}
+        steps: dict[str, Callable[[], None]] = {}
         if self.calibration:
             for name, (run, read) in self.calibration.steps().items():
                 steps[name] = run
@@ -339,30 +343,6 @@ class Job:
         chain = [other for other in self.parts if other.component == part.component]
         at = chain.index(part) if part in chain else 0
         return self.stage.bundle / chain[at - 1].name if at else None
-
-    def _write_image_table(self) -> None:
-        """Compute adapter(codebook) once: it takes as many operations as thousands of decode steps."""
-        config, tensors = self.config, self.tensors
-        adapter = pixel_adapter(
-            config.vq.codebook_dim, config.base_ar.hidden_size, depth=config.adapter_depth
-        )
-        adapter.load_state_dict(
-            {name: tensors[f"pixel_adapter.{name}"].load().float() for name in adapter.state_dict()}
-        )
-        codebook = tensors["codebook.weight"].load()
-        with torch.inference_mode():
-            table = torch.cat([adapter(rows.float()) for rows in codebook.split(ROWS)])
-        save_file({TABLE: table}, self.image_table)
-
-    def _stored_image_table(self) -> LazyTensor:
-        """adapter(codebook) [codebook_size, H] in float32, read from the stage."""
-        config = self.config
-        shape = (config.vq.codebook_size, config.base_ar.hidden_size)
-
-        def read() -> torch.Tensor:
-            return tensors_from_safetensors(self.image_table)[TABLE].load()
-
-        return LazyTensor(TABLE, shape, torch.float32, self.image_table, read)
 
 
 def checkpoint_hashes(files: CheckpointFiles, progress: Progress = silent) -> dict[str, str]:
@@ -436,12 +416,58 @@ def component_spec(part: Part, config: StarConfig, precision: Precision) -> Comp
     )
 
 
+def decodes_of(
+    stage: Stage,
+    config: StarConfig,
+    tensors: Mapping[str, LazyTensor],
+    rope_bf16: bool,
+    host_files: Mapping[str, bytes],
+    model: ModelSpec,
+    material: Material,
+    progress: Progress,
+) -> Decodes:
+    """What an export decodes of `material` with the checkpoint, in its scratch folder."""
+    tokenizer, template = (host_files[name].decode() for name in ("tokenizer.json", "chat_template.jinja"))
+    chat = Chat(tokenizer, template, model)
+    folder = stage.scratch / "calibration"
+    return Decodes(folder, config, tensors, rope_bf16, chat, model, material, progress)
+
+
+def drawn_material(files: CheckpointFiles, config: StarConfig) -> Material:
+    """The prompts that layers are measured on where nothing is calibrated: images only."""
+    found = read_material(None, shipped_prompts(files), images_of(config.vq.image_tokens))
+    return replace(found, edits=(), questions=())
+
+
+def _run(
+    stage: Stage, steps: Mapping[str, tuple[Callable[[], None], Path | None]], progress: Progress
+) -> None:
+    """Run the steps that are not done yet, and remove the file that none reads after a step."""
+    for i, (name, (write, read_last)) in enumerate(steps.items()):
+        progress(name, i, len(steps))
+        stage.step(name, write)
+        if read_last and read_last.exists():
+            stage.drop(read_last)
+
+
+def _forget_damaged(stage: Stage, steps: Mapping[str, tuple[Callable[[], None], Path | None]]) -> None:
+    """Forget all steps if one was damaged: what it was made from, by the one before it, may be gone."""
+    done = [name in stage.steps for name in steps]
+    next_read = next((read for (_, read), ended in zip(steps.values(), done) if not ended), None)
+    if done != sorted(done, reverse=True) or (next_read and not next_read.exists()):
+        stage.forget(steps)
+
+
+def _write_formats(folder: Path, formats: Formats) -> None:
+    (folder / FORMATS_FILE).write_text(json_from_formats(formats))
+
+
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, data in files.items():
         (folder / name).write_bytes(data)
 
 
-def _check_names(kind: str, names: list[str], valid: Mapping[str, object]) -> None:
+def _check_names(kind: str, names: list[str], valid: Collection[str]) -> None:
     wrong = [name for name in names if name not in valid]
     if wrong or not names:
         raise UsageError(

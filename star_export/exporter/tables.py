@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from safetensors.torch import save_file
 
 from engines.bundle.manifest import TableSpec
 from reference.config import StarConfig
-from reference.containers import LazyTensor
+from reference.containers import LazyTensor, tensors_from_safetensors
+from reference.model import pixel_adapter
 
 from ..components import boundary, whole
 from ..graph import lint
 from ..graph.precisions import TORCH_DTYPES, Precision
 from ..graph.quantize import CODES, SCALES
+from ..graph.wrappers import TABLE
 
 FILE = "table.data"  # the rows, and after them their scales if the rows are quantised
 ROWS = 4096  # of a table that are computed or written at once
@@ -93,3 +97,21 @@ class Table:
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def write_image_table(config: StarConfig, tensors: Mapping[str, LazyTensor], path: Path) -> None:
+    """Write adapter(codebook) once: it takes as many operations as thousands of decode steps."""
+    adapter = pixel_adapter(config.vq.codebook_dim, config.base_ar.hidden_size, depth=config.adapter_depth)
+    adapter.load_state_dict(
+        {name: tensors[f"pixel_adapter.{name}"].load().float() for name in adapter.state_dict()}
+    )
+    codebook = tensors["codebook.weight"].load()
+    with torch.inference_mode():
+        table = torch.cat([adapter(rows.float()) for rows in codebook.split(ROWS)])
+    save_file({TABLE: table}, path)
+
+
+def stored_image_table(config: StarConfig, path: Path) -> LazyTensor:
+    """adapter(codebook) [codebook_size, H] in float32, as `write_image_table` stores it."""
+    shape = (config.vq.codebook_size, config.base_ar.hidden_size)
+    return LazyTensor(TABLE, shape, torch.float32, path, lambda: tensors_from_safetensors(path)[TABLE].load())

@@ -44,7 +44,7 @@ def compute_type(precision: str, *, twin: bool) -> str:
 def compute_of(backend: str, precision: str) -> str:
     """The arithmetic of a bundle of `precision` on `backend`: a type, or `int8` for activations in int8."""
     if backend in ON_CPU:
-        fast = backend == "onnxruntime" and precision in ("int8", "int4")
+        fast = backend == "onnxruntime" and precision in ("int8", "int4", "mixed")
         return "int8" if fast else compute_type(precision, twin=True)
     return compute_type(precision, twin=False)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 import torch
@@ -127,3 +127,9 @@ PRECISIONS = {
     "fp8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | dict.fromkeys(DECODERS, FP8)),
     "nvfp4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | dict.fromkeys(DECODERS, NVFP4)),
 }
+MIXED = "mixed"  # the precision whose decoders have a format for each layer
+
+
+def mixed(chosen: Mapping[str, Format]) -> Precision:
+    """int4, but for the weights that `chosen` has a format for, by their whole names."""
+    return replace(PRECISIONS["int4"], chosen=chosen)

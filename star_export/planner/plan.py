@@ -283,7 +283,7 @@ def _use(device: _Device, *, rows: int, capacity_tokens: int) -> Use:
 
 def _reason(device: _Device, precision: str) -> str | None:
     """Why `device` runs no bundle of this precision; None if it does."""
-    if device.target is None or precision in device.target.precisions:
+    if device.target is None or device.target.runs(precision):
         return None
     return f"runs {', '.join(device.target.precisions)}"
 

@@ -20,6 +20,7 @@ from engines.sessions import check_backend
 from engines.targets import target_from_name
 from engines.tensorrt.module import check_runnable, tensorrt_of
 
+from ..choice import formats_of
 from ..golden.compare import Comparison, excess, verdict
 from ..golden.tolerances import compute_of
 from ..scores import SCORE
@@ -66,9 +67,12 @@ def validate(
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, json_from_certificate(certificate).encode())
     if report is not None:
+        from .formats_report import html_from_formats
         from .report import html_from_certificate
 
-        write_atomic(Path(report), html_from_certificate(certificate).encode())
+        formats = formats_of(opened)
+        more = html_from_formats(formats) if formats else ""
+        write_atomic(Path(report), html_from_certificate(certificate, more).encode())
     check_certificate(certificate, path)
     return certificate
 

@@ -27,8 +27,8 @@ _HEAD = (
 )
 
 
-def html_from_certificate(certificate: Certificate) -> str:
-    """Make the page: the verdict, what ran where, a table per rung, and what is not proven."""
+def html_from_certificate(certificate: Certificate, more: str = "") -> str:
+    """Make the page: the verdict, what ran where, a table per rung, `more` (HTML), and what is not proven."""
     facts = {
         "bundle": certificate.bundle,
         "precision": certificate.precision,
@@ -52,6 +52,7 @@ def html_from_certificate(certificate: Certificate) -> str:
             "<p>A value is the largest absolute difference in units of the reference's standard deviation, "
             "or for ids the share that differs. Each row shows the worst of the tensors that were compared.",
             *(_rung(rung) for rung in certificate.rungs),
+            *([more] if more else []),
             "<h2>Not proven</h2>",
             "<ul>",
             *(f"<li>{_text(gap)}" for gap in certificate.not_proven),
