@@ -65,11 +65,12 @@ def test_the_wheel_holds_the_three_packages_and_no_tests(wheel: list[str]) -> No
 
 
 def test_of_star_nano_the_wheel_holds_what_a_user_needs(wheel: list[str]) -> None:
-    """Checkpoint, sampling and recorded score; training logs, images and the sweep stay in the repository."""
+    """Checkpoint, sampling, prompts and score; training logs, images and the sweep stay in the repository."""
     folder = "reference/nano/weights/"
     base = ("config", "generation_config", "preprocessor_config", "tokenizer", "tokenizer_config")
     assert {name.removeprefix(folder) for name in wheel if name.startswith(folder)} == {
         *("STAR-Nano.json", "STAR-Nano.pt", "VQ-Model.pt", "sampling.json", "score.json"),
+        "calibration.txt",
         *(f"Qwen2.5-VL-nano/{name}.json" for name in base),
         "Qwen2.5-VL-nano/model.safetensors",
     }
