@@ -37,8 +37,10 @@ def test_of_the_image_table_a_step_reads_a_row_in_the_format_of_its_rows() -> No
     model = SIZES.model
     whole = sum(SIZES.weights[name] for name in ("base_ar", "stacked_ar", "image_head"))
     caches = sum(SIZES.cache_bytes(n, rows=2, capacity_tokens=9) for n in ("base_ar", "stacked_ar"))
-    int8 = replace(SIZES, precision="int8", formats=SIZES.formats | {"image_head": {"int8": 12_800}})
-    for sizes, row in ((SIZES, 2 * model.hidden_size), (int8, model.hidden_size + 4)):
+    codes, dense = model.hidden_size + 4, 2 * model.hidden_size
+    heads = {"int8": 12_700, "bf16": 100}, {"int8": 6_400, "bf16": 6_400}  # with a bias; with a dense table
+    quantised, mixed = (replace(SIZES, formats=SIZES.formats | {"image_head": head}) for head in heads)
+    for sizes, row in ((SIZES, dense), (quantised, codes), (mixed, dense)):
         read = image_step_bytes(sizes, rows=2, filled_tokens=9)
         assert read == whole + caches - model.codebook_size * row
 

@@ -27,6 +27,7 @@ LINEAR = "base_ar.layers.0.mlp.down_proj.weight"
         (LINEAR, (64, 256), "bf16", None),
         ("image_head.weight", (64, 256), "int4", INT8),
         ("image_table.weight", (64, 256), "int4", INT8),
+        ("image_table.weight", (64, 256), "int8", None),  # in 8 bits it would change draws
         ("token_embedding.weight", (64, 256), "int8", INT8),
         ("vision_encoder.patch_embed.weight", (64, 3, 2, 14, 14), "int8", INT8),
         ("vq_decoder.conv_in.weight", (64, 3, 3, 3), "int4", INT8),
@@ -48,8 +49,10 @@ def test_nothing_but_norms_biases_the_codebook_and_what_is_beside_it_stays_wide(
     config = config_from_files(files.config_json, files.qwen_folder)
     shapes = {k: v for name in COMPONENTS for k, v in shapes_of(whole(name, config), config).items()}
     wide = {name for name, shape in shapes.items() if not PRECISIONS[precision].format_of(name, shape)}
-    assert {name for name in wide if len(shapes[name]) > 1} == {"codebook.weight", *DENSE}
-    assert {name.partition(".")[0] for name in shapes.keys() - wide} == set(EVERY)
+    table = {"image_table.weight"} if precision == "int8" else set()
+    assert {name for name in wide if len(shapes[name]) > 1} == {"codebook.weight", *DENSE, *table}
+    kinds = {name.partition(".")[0] for name in shapes.keys() - wide | table}
+    assert kinds == set(EVERY)
 
 
 def test_a_chosen_format_goes_before_that_of_its_kind() -> None:
@@ -67,14 +70,14 @@ def test_a_rounded_weight_keeps_its_shape_and_is_the_stored_one(precision: str) 
         assert got.shape == weight.shape and got.dtype == torch.float32
         assert torch.equal(got, weight) == (precision == "fp32")
         stored, sizes = chosen.stored(name, shape)
-        if stored in ("int8", "int4"):
-            # Rows of the image table leave the graph in float32, so their scales are not rounded.
-            dtype = torch.float32 if name.startswith("image_table") else torch.bfloat16
-            encoded = {"int8": INT8, "int4": INT4}[stored].encode(weight, dtype)
-            assert torch.equal(got, encoded.decode().reshape(shape))
-            assert sizes == (weight.numel() * (4 if stored == "int4" else 8) // 8, encoded.scales.nbytes)
-        else:
-            assert stored == precision and sizes == (weight.numel() * (4 if precision == "fp32" else 2),)
+        if not (found := chosen.format_of(name, shape)):
+            assert stored == chosen.dense_name and sizes == (weight.numel() * chosen.compute.itemsize,)
+            continue
+        # Rows of the image table leave the graph in float32, so their scales are not rounded.
+        dtype = torch.float32 if name.startswith("image_table") else torch.bfloat16
+        encoded = found.encode(weight, dtype)
+        assert stored == found.name and torch.equal(got, encoded.decode().reshape(shape))
+        assert sizes[:2] == (weight.numel() * found.bits // 8, encoded.scales.nbytes)
 
 
 def test_the_noise_of_16_bit_dense_weights_is_that_of_their_type() -> None:
