@@ -86,6 +86,29 @@ def test_a_bad_manifest_is_refused(root, change, match):
     refused(root, match)
 
 
+CALIBRATION = {"prompts": 2, "edits": 1, "questions": 1, "pictures": 0, "sha256": "0" * 64}
+
+
+def test_what_a_bundle_was_calibrated_on_is_read(root):
+    assert Bundle.open(root).manifest.calibration is None
+    edit_manifest(root, lambda v: v.__setitem__("calibration", CALIBRATION))
+    assert Bundle.open(root).manifest.calibration.prompts == 2
+
+
+@pytest.mark.parametrize(
+    "found, match",
+    [
+        ([], "calibration: expected CalibrationSpec or NoneType, got"),
+        (CALIBRATION | {"extra": 0}, "calibration: extra: expected no such key"),
+        (CALIBRATION | {"prompts": "2"}, "calibration: prompts: expected int"),
+        ({"prompts": 2}, "calibration: edits: expected this key"),
+    ],
+)
+def test_a_calibration_that_is_not_one_is_refused(root, found, match):
+    edit_manifest(root, lambda v: v.__setitem__("calibration", found))
+    refused(root, match)
+
+
 def test_a_manifest_that_is_not_utf8_or_huge_is_refused(root, monkeypatch):
     (root / "manifest.json").write_bytes(b"\xff\xfe{}")
     refused(root, "UTF-8")

@@ -70,6 +70,47 @@ def test_a_read_only_parent_is_refused(tmp_path, monkeypatch) -> None:
         publish.check_out(tmp_path / "out")
 
 
+def stopped(out, *steps: str, then=lambda stage: None) -> list[str]:
+    """Run steps that write a scratch file of their name, then `then`, then stop; the steps that ran."""
+    ran: list[str] = []
+
+    def write(stage, name: str) -> None:
+        ran.append(name)
+        (stage.scratch / name).write_text(name)
+
+    with pytest.raises(KeyboardInterrupt), publish.staged(out, {}) as stage:
+        for name in steps:
+            stage.step(name, lambda name=name: write(stage, name))
+        then(stage)
+        raise KeyboardInterrupt
+    return ran
+
+
+def scratch(out) -> list[str]:
+    return sorted(path.name for path in (publish.stage_path(out) / publish.SCRATCH).iterdir())
+
+
+def test_a_step_stays_done_when_its_file_is_dropped(tmp_path) -> None:
+    out = tmp_path / "out"
+    assert stopped(out, "a", "b", then=lambda stage: stage.drop(stage.scratch / "a")) == ["a", "b"]
+    assert scratch(out) == ["b"]
+    assert stopped(out, "a", "b", "c") == ["c"] and scratch(out) == ["b", "c"]
+
+
+def test_a_file_that_was_dropped_just_before_a_kill_is_removed_by_the_next_run(tmp_path) -> None:
+    out = tmp_path / "out"
+    stopped(out, "a", "b", then=lambda stage: stage.drop(stage.scratch / "a"))
+    (publish.stage_path(out) / publish.SCRATCH / "a").write_text("a")
+    assert stopped(out, "a", "b") == [] and scratch(out) == ["b"]
+
+
+def test_steps_that_are_forgotten_run_again_and_their_files_are_removed_before(tmp_path) -> None:
+    out = tmp_path / "out"
+    stopped(out, "a", "b", "c", then=lambda stage: stage.forget(["a", "b", "never run"]))
+    assert scratch(out) == ["c"]
+    assert stopped(out, "a", "b", "c") == ["a", "b"] and scratch(out) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("kind", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_what_stops_before_the_first_step_leaves_nothing(tmp_path, kind) -> None:
     expected = InputError if isinstance(kind, OSError) else KeyboardInterrupt
