@@ -9,7 +9,7 @@ from torch import Tensor
 from reference.config import DecoderConfig
 from reference.decoder import Decoder
 from star_export.calibration.examples import Example
-from star_export.calibration.gptq import SingularError
+from star_export.calibration.gptq import SingularError, quantised
 from star_export.calibration.layers import calibrate_layer, moments_of
 from star_export.graph.formats import INT8
 from star_export.graph.precisions import PRECISIONS, Precision
@@ -97,6 +97,21 @@ def test_less_is_lost_than_by_rounding_to_nearest(precision: Precision) -> None:
         return sum(float((a - b).square().sum()) for a, b in pairs)
 
     assert off(outputs) < 0.7 * off([passed(rounded, example) for example in stream()])
+
+
+def test_codes_are_chosen_for_the_inputs_that_the_scales_of_channels_leave(precision: Precision) -> None:
+    model, exact = decoder(), decoder().layers[0]
+    found, _ = calibrate_layer(model, 0, stream(), prefix=PREFIX, precision=precision)
+    norm = model.layers[0].input_layernorm
+    factors = exact.input_layernorm.weight / norm.weight
+    assert torch.equal(factors.log2(), factors.log2().round()) and len(factors.unique()) > 1
+    moments = moments_of([norm(example.embeds) for example in stream()])
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = getattr(exact.self_attn, name).weight
+        format = precision.format_of(f"{PREFIX}.self_attn.{name}.weight", tuple(weight.shape))
+        wanted = quantised(weight * factors, moments, format, torch.bfloat16)
+        got = found.encoded[f"{PREFIX}.self_attn.{name}.weight"]
+        assert torch.equal(got.codes, wanted.codes) and torch.equal(got.scales, wanted.scales)
 
 
 def test_only_this_layers_parameters_are_replaced_and_no_tensor_is_written(precision: Precision) -> None:
