@@ -17,8 +17,10 @@ from torch import Tensor
 
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, UsageError
+from engines.progress import silent
 from reference.containers import LazyTensor
 from reference.errors import CheckpointError
+from star_export.calibration.decodes import Decodes
 from star_export.calibration.examples import Material
 from star_export.calibration.run import CALIBRATED, Calibration, material_hash
 from star_export.cli.parser import main
@@ -83,10 +85,10 @@ def stopped(mini_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def goes_on(checkpoint: Path, out: Path, calibrated: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Repeat the export, which must give the same bytes; what it calibrated anew."""
     done: list[str] = []
-    for name in ("_decode", "_calibrate"):
-        original = getattr(Calibration, name)
+    for owner, name in ((Decodes, "decode"), (Calibration, "_calibrate")):
+        original = getattr(owner, name)
         monkeypatch.setattr(
-            Calibration,
+            owner,
             name,
             lambda self, *given, original=original: (
                 done.append(" ".join(map(str, given[:2]))) or original(self, *given)
@@ -175,18 +177,17 @@ def run_until(miniature, folder: Path, planted: dict[str, Tensor], last: str) ->
         )
         for name, value in given.items()
     }
-    calibration = Calibration(
+    decodes = Decodes(
         folder,
         miniature.config,
         {**miniature.tensors, **lazy},
-        PRECISIONS["int4"],
         True,
         miniature.chat,
         miniature.model,
         Material(("a red cat",), (), ("what is",)),
-        lambda *_: None,
+        silent,
     )
-    for name, (run, _) in calibration.steps().items():
+    for name, (run, _) in Calibration(decodes, PRECISIONS["int4"]).steps().items():
         run()
         if name == last:
             break
