@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from engines.bundle.reader import Bundle
-from engines.errors import UsageError
+from engines.errors import InputError, UsageError
 from engines.fit.memory import Use, task_memory, workspace_bytes
+from engines.targets import target_from_name
+from engines.tensorrt.build import check_precision
 from reference import tasks
 from reference.config import config_from_files
 from reference.weights import load_star, resolve_checkpoint
@@ -23,7 +25,9 @@ from star_export.exporter import publish
 from star_export.exporter.budget import SHARE, budget_of, bytes_of, layers_of
 from star_export.exporter.export import export
 from star_export.golden.divergence import divergence
+from star_export.golden.tolerances import compute_of
 from star_export.graph.precisions import PRECISIONS
+from star_export.planner.plan import plan
 from star_export.planner.source import Source, find_source, sizes_from_source
 from star_export.validator.ladder import validate
 
@@ -123,9 +127,11 @@ def test_the_bundle_validates_and_its_report_has_the_table_and_the_plot(made, tm
     assert all(found.layer in page for found in formats_in(made[0]).layers)
 
 
+@pytest.mark.parametrize("damaged", [False, True], ids=["killed", "killed and damaged"])
 def test_an_export_that_was_killed_while_it_measured_gives_the_same_bytes(
-    mini_checkpoint, made, tmp_path: Path, monkeypatch
+    mini_checkpoint, made, tmp_path: Path, monkeypatch, damaged: bool
 ) -> None:
+    """Layers that were measured are not measured again, unless a file of one is damaged."""
     monkeypatch.setattr("star_export.calibration.effects.TOKENS", 64)
     out, measured, calls = tmp_path / "bundle", Effects._measure, []
 
@@ -136,13 +142,18 @@ def test_an_export_that_was_killed_while_it_measured_gives_the_same_bytes(
         measured(self, at)
 
     monkeypatch.setattr(Effects, "_measure", measure)
+    options = {"precision": "mixed", "bits": BITS, "components": ["stacked_ar"]}
     with pytest.raises(KeyboardInterrupt):
-        export(str(mini_checkpoint), out=out, precision="mixed", bits=BITS)
-    assert publish.stage_path(out).exists() and not out.exists()
-    export(str(mini_checkpoint), out=out, precision="mixed", bits=BITS)
-    assert calls == [0, 1, 2, 2, 3, 4, 5], "layers that were measured are not measured again"
+        export(str(mini_checkpoint), out=out, **options)
+    stage = publish.stage_path(out)
+    assert stage.exists() and not out.exists()
+    if damaged:
+        (stage / "scratch" / "calibration" / "base_ar.layers.0.kl.json").write_text("{}")
+    export(str(mini_checkpoint), out=out, **options)
+    assert calls == ([0, 1, 2, 0, 1, 2, 3, 4, 5] if damaged else [0, 1, 2, 2, 3, 4, 5])
     files, others = (json.loads((b / "manifest.json").read_text())["files"] for b in (out, made[0]))
-    assert files == others
+    assert "formats.json" in files and "stacked_ar/model.onnx.data" in files
+    assert all(others[name] == spec for name, spec in files.items())
 
 
 def test_a_calibrated_export_measures_on_the_examples_of_its_calibration(
@@ -158,6 +169,16 @@ def test_a_calibrated_export_measures_on_the_examples_of_its_calibration(
     for weight, row in table.items():
         if weight.startswith(("base_ar", "stacked_ar")):
             assert row["format"] == chosen[".".join(weight.split(".")[:3])], weight
+
+
+def test_a_device_runs_the_bundle_if_it_has_both_formats(made) -> None:
+    bundle = Bundle.open(made[0])
+    check_precision(bundle, target_from_name("rtx-4060"))
+    with pytest.raises(InputError, match="does not run mixed"):
+        check_precision(bundle, target_from_name("rtx-2080-ti"))
+    places = plan(str(made[0]), targets=["rtx-4060", "rtx-2080-ti"]).places
+    assert [place.reason for place in places] == [None, "runs fp16"]
+    assert compute_of("onnxruntime", "mixed") == "int8" and compute_of("tensorrt:t", "mixed") == "bf16"
 
 
 @pytest.mark.parametrize(
