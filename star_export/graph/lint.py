@@ -24,7 +24,6 @@ Finding = tuple[str, str, str]  # rule, node, detail
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)  # what TensorRT for RTX fuses
 TOP_K_MAX = 3840
 DATA_FILE = "model.onnx.data"
-FUNCTIONS = ((DOMAIN, NAME), (DOMAIN, nvfp4.NAME))  # our operations, which have bodies in the file
 
 
 def check_graph(source: ir.Model | Path, *, target: str | None = None, dialect: str | None = None) -> None:
@@ -72,7 +71,7 @@ def _opsets(model: ir.Model) -> Iterator[Finding]:
     if "" not in model.opset_imports or not len(model.graph):
         yield "opset", "graph", f"expected nodes of opset {OPSET}, got an empty model"
     for domain, version in model.opset_imports.items():
-        if (domain, version) not in (("", OPSET), (DOMAIN, 1)):
+        if (domain, version) not in (("", OPSET), (DOMAIN, 1), (nvfp4.QUANTIZE[0], 1)):
             yield (
                 "opset",
                 "graph",
@@ -82,7 +81,7 @@ def _opsets(model: ir.Model) -> Iterator[Finding]:
 
 def _domains(model: ir.Model) -> Iterator[Finding]:
     for node in _nodes(model):
-        if node.domain and (node.domain, node.op_type) not in (*FUNCTIONS, nvfp4.QUANTIZE):
+        if node.domain and (node.domain, node.op_type) not in ((DOMAIN, NAME), nvfp4.QUANTIZE):
             yield (
                 "operator-domain",
                 str(node.name),
@@ -90,9 +89,8 @@ def _domains(model: ir.Model) -> Iterator[Finding]:
             )
         elif not node.domain and not onnx.defs.has(node.op_type, max_inclusive_version=OPSET, domain=""):
             yield "operator", str(node.name), f"{node.op_type} is not in opset {OPSET}"
-    for domain, name in FUNCTIONS:
-        if any(n.op_type == name for n in model.graph) and (domain, name, "") not in model.functions:
-            yield "function-body", "graph", f"{domain}::{name} is called but has no body"
+    if any(n.op_type == NAME for n in model.graph) and (DOMAIN, NAME, "") not in model.functions:
+        yield "function-body", "graph", f"{DOMAIN}::{NAME} is called but has no body"
 
 
 def _attention(model: ir.Model) -> Iterator[Finding]:
@@ -183,13 +181,9 @@ def _fused(dequantize: ir.Node) -> Iterator[Finding]:
     if codes.dtype == FP8.code and products and _attribute(dequantize, "block_size", 0):
         yield "fp8-blocks", str(dequantize.name), "expected one scale per output channel, got blocks"
     for product in products if codes.dtype == NVFP4.code else []:
-        rounding = product.inputs[0].producer() if product.inputs[0] is not None else None
-        if rounding is None or rounding.op_type != nvfp4.NAME:
-            yield (
-                "nvfp4-activations",
-                str(product.name),
-                f"expected activations from {DOMAIN}::{nvfp4.NAME}, got {product.inputs[0].name}",
-            )
+        if not nvfp4.is_rounded(product.inputs[0]):
+            got = product.inputs[0].name
+            yield "nvfp4-activations", str(product.name), f"expected activations in nvfp4, got {got}"
 
 
 def _classic(model: ir.Model) -> Iterator[Finding]:

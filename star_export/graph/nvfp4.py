@@ -1,18 +1,18 @@
 """Activations in nvfp4: the one form in which TensorRT for RTX reads nvfp4 weights as they are stored.
 
 With activations in bf16 it writes the whole weight out as bf16 at every step (docs/targets.md). So the inputs
-of a product are rounded too, by `star::RoundToNvfp4(x) -> (rounded, largest)`, an ONNX local function of
-x [B,S,K] in rows of K: each row is divided by its largest magnitude, `largest` [B,S,1], then each block of 16
-by a scale in E4M3, and rounded to E2M1. The product is multiplied by `largest` afterwards. The scale of the
-scales is thus a constant without any calibration, and TensorRT fuses both steps into neighbouring kernels.
+x [B,S,K] of a product are rounded too: each row is divided by its largest magnitude [B,S,1], then each block
+of 16 by a scale in E4M3, and rounded to E2M1. The product is multiplied by the row's magnitude afterwards.
+Thus the scale of the scales is a constant without any calibration, and TensorRT fuses what is done to a row
+into neighbouring kernels.
 
-The function has two bodies of equal meaning: one with TensorRT's own operator, and one for ONNX Runtime,
-which has no FP4, in standard operators. `golden/activations.py` rounds the reference's activations alike.
+TensorRT's parser has an operator for the blocks. ONNX Runtime has neither it nor FP4: in the fp32 twin it is
+the local function `star::RoundToNvfp4`, in standard operators. `golden/activations.py` rounds the reference's
+activations alike.
 """
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -26,6 +26,7 @@ QUANTIZE = "trt", "TRT_FP4DynamicQuantize"  # an operator of TensorRT's parser, 
 TOP, TOP_OF_SCALES = LARGEST[NVFP4.code], LARGEST[ir.DataType.FLOAT8E4M3FN]
 # The scale of the scales of rows whose largest magnitude is 1: a power of two, so that it is exact in bf16.
 WHOLE = 2.0 ** np.ceil(np.log2(1 / TOP / TOP_OF_SCALES))
+Size = int | ir.SymbolicDim
 LEAST = 2.0**-100  # instead of the largest magnitude of a row of zeros
 
 
@@ -36,18 +37,7 @@ def round_activations(model: ir.Model, product: ir.Node) -> None:
     """
     x, graph = product.inputs[0], model.graph
     assert product.op_type == "MatMul" and x is not None and x.shape is not None and len(x.shape) == 3
-    rounding = next((node for node, _ in x.uses() if node.op_type == NAME), None)
-    if rounding is None:
-        rounding = ir.node(NAME, [x], domain=DOMAIN, num_outputs=2, name=f"{x.name}.round")
-        for value, suffix, width in zip(rounding.outputs, ("rounded", "largest"), (x.shape[2], 1)):
-            value.name, value.type = f"{x.name}.{suffix}", x.type
-            value.shape = ir.Shape([*list(x.shape)[:2], width])
-        before = x.producer()
-        assert before is not None, f"{x.name}: expected the result of a node"
-        graph.insert_after(before, rounding)
-        model.functions[(DOMAIN, NAME, "")] = body_for_tensorrt()
-        model.opset_imports[DOMAIN] = VERSION
-    rounded, largest = rounding.outputs
+    largest, rounded = _rounded(model, x)
     old = product.outputs[0]
     scaled = ir.node("Mul", [old, largest], name=f"{product.name}.scaled")
     new = scaled.outputs[0]
@@ -59,79 +49,131 @@ def round_activations(model: ir.Model, product: ir.Node) -> None:
     graph.insert_after(product, scaled)
 
 
-def body_for_tensorrt() -> ir.Function:
-    """The function in bfloat16, with the operator that becomes an `IDynamicQuantizeLayer`."""
-    domain, operator = QUANTIZE
-    quantise = helper.make_node(
-        operator,
-        ["scaled", "whole"],
-        ["codes", "scales"],
-        domain=domain,
-        axis=-1,
-        block_size=BLOCK,
-        scale_type=TensorProto.FLOAT8E4M3FN,
+def _rounded(model: ir.Model, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The largest magnitudes of the rows of `x`, and its rows divided by them and rounded."""
+    graph, dtype, before = model.graph, x.dtype, x.producer()
+    assert dtype is not None and x.shape is not None and before is not None, x.name
+    made = {value.name: value for node in graph for value in node.outputs}
+    if f"{x.name}.rounded" in made:
+        return made[f"{x.name}.largest"], made[f"{x.name}.rounded"]
+    batch, length, features = x.shape
+    nodes: list[ir.Node] = []
+
+    def add(suffix: str, op: str, *inputs: ir.Value, last: Size = features, **attributes) -> ir.Value:
+        node = ir.node(op, inputs, attributes, name=f"{x.name}.{suffix}")
+        (value,) = node.outputs
+        value.name, value.type, value.shape = node.name, x.type, ir.Shape([batch, length, last])
+        nodes.append(node)
+        return value
+
+    axis, least, whole = (
+        _constant(model, f"{x.name}.{suffix}", array)
+        for suffix, array in (
+            ("axis", np.array([-1])),
+            ("least", np.array(LEAST, dtype.numpy())),
+            ("whole", np.array(WHOLE, dtype.numpy())),
+        )
     )
-    return _function(
-        [
-            *_rows_divided(ml_dtypes.bfloat16),
-            _constant("whole", np.array(WHOLE, ml_dtypes.bfloat16)),
-            quantise,
-            _node("DequantizeLinear", ["scales", "whole"], "steps"),
-            _node("DequantizeLinear", ["codes", "steps"], "rounded", axis=-1, block_size=BLOCK),
-        ],
-        domain,
+    found = add("row_largest", "ReduceMax", add("magnitudes", "Abs", x), axis, last=1, keepdims=1)
+    largest = add("largest", "Max", found, least, last=1)
+    scaled = add("scaled", "Div", x, largest)
+    quantise = ir.node(
+        QUANTIZE[1],
+        [scaled, whole],
+        {"axis": -1, "block_size": BLOCK, "scale_type": ir.DataType.FLOAT8E4M3FN.value},
+        domain=QUANTIZE[0],
+        num_outputs=2,
+        name=f"{x.name}.quantise",
     )
+    codes, scales = quantise.outputs
+    for value, suffix, kind, width in (
+        (codes, "codes", NVFP4.code, features),
+        (scales, "scales", ir.DataType.FLOAT8E4M3FN, features // BLOCK),
+    ):
+        value.name, value.type = f"{x.name}.{suffix}", ir.TensorType(kind)
+        value.shape = ir.Shape([batch, length, width])
+    nodes.append(quantise)
+    steps = add("steps", "DequantizeLinear", scales, whole, last=features // BLOCK)
+    rounded = add("rounded", "DequantizeLinear", codes, steps, axis=-1, block_size=BLOCK)
+    graph.insert_after(before, nodes)
+    model.opset_imports[QUANTIZE[0]] = VERSION
+    return largest, rounded
 
 
-def body_for_cpu() -> ir.Function:
-    """The function in float32 and standard operators. Numbers of E2M1 have steps of 0.5 up to 2, of 1 up to
-    4 and of 2 up to 6, so the parts of a number are rounded apart."""
-    parts = [
-        _constant("two", np.float32(2)),
-        _constant("four", np.float32(4)),
-        _constant("half", np.float32(0.5)),
+def is_rounded(value: ir.Value | None) -> bool:
+    """Whether `value` was rounded by `round_activations`."""
+    node = value.producer() if value is not None else None
+    codes = node.inputs[0].producer() if node is not None and node.inputs and node.inputs[0] else None
+    return codes is not None and (codes.domain, codes.op_type) == QUANTIZE
+
+
+def unpack_activations(model: ir.Model) -> None:
+    """Let a stored graph round activations by `star::RoundToNvfp4`, in float32, for ONNX Runtime."""
+    found = [node for node in model.graph if (node.domain, node.op_type) == QUANTIZE]
+    for quantise in found:
+        (codes, scales), whole = quantise.outputs, quantise.inputs[1]
+        ((steps, _),), ((dequantise, _),) = scales.uses(), codes.uses()
+        call = ir.node(NAME, [quantise.inputs[0]], domain=DOMAIN, name=quantise.name)
+        rounded, old = call.outputs[0], dequantise.outputs[0]
+        rounded.name, rounded.type, rounded.shape = old.name, old.type, old.shape
+        model.graph.insert_before(quantise, call)
+        old.replace_all_uses_with(rounded)
+        model.graph.remove([dequantise, steps, quantise], safe=True)
+        del model.graph.initializers[str(whole.name)]
+    if found:
+        del model.opset_imports[QUANTIZE[0]]
+        model.functions[(DOMAIN, NAME, "")] = function_body()
+        model.opset_imports[DOMAIN] = VERSION
+
+
+def function_body() -> ir.Function:
+    """`star::RoundToNvfp4(x) -> rounded`: x [B,S,K] in float32, of rows whose largest magnitude is 1.
+
+    Numbers of E2M1 have steps of 0.5 up to 2, of 1 up to 4 and of 2 up to 6, so the parts of a number are
+    rounded apart.
+    """
+    numbers = {"zero": 0, "half": 0.5, "one": 1, "two": 2, "four": 4, "top": TOP, "whole": WHOLE}
+    arrays = {name: np.array(number, np.float32) for name, number in numbers.items()}
+    arrays |= {"last": np.array([-1]), "blocked": np.array([0, 0, -1, BLOCK])}
+    nodes = [
+        helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array))
+        for name, array in arrays.items()
+    ]
+    nodes += [
+        _node("Reshape", ["x", "blocked"], "blocks"),
+        _node("Abs", ["blocks"], "magnitudes"),
+        _node("ReduceMax", ["magnitudes", "last"], "largest", keepdims=1),
+        _node("Div", ["largest", "top"], "wanted"),
+        _node("Div", ["wanted", "whole"], "wide_scales"),
+        _node("Cast", ["wide_scales"], "scales", to=TensorProto.FLOAT8E4M3FN),
+        _node("Cast", ["scales"], "rounded_scales", to=TensorProto.FLOAT),
+        _node("Mul", ["rounded_scales", "whole"], "steps"),
+        _node("Greater", ["steps", "zero"], "any"),
+        _node("Where", ["any", "steps", "one"], "safe"),
+        _node("Div", ["blocks", "safe"], "numbers"),
         _node("Abs", ["numbers"], "size"),
         _node("Sub", ["size", "two"], "above_two"),
         _node("Sub", ["size", "four"], "above_four"),
     ]
-    for name, step, part in (
-        ("low", "half", "size"),
-        ("middle", "one", "above_two"),
-        ("high", "two", "above_four"),
-    ):
-        parts += [
-            _node("Clip", [part, "zero", "two"], f"{name}_part"),
-            _node("Div", [f"{name}_part", step], f"{name}_steps"),
-            _node("Round", [f"{name}_steps"], f"{name}_whole"),
-            _node("Mul", [f"{name}_whole", step], f"{name}_rounded"),
+    for part, step in (("size", "half"), ("above_two", "one"), ("above_four", "two")):
+        nodes += [
+            _node("Clip", [part, "zero", "two"], f"{part}.part"),
+            _node("Div", [f"{part}.part", step], f"{part}.steps"),
+            _node("Round", [f"{part}.steps"], f"{part}.whole"),
+            _node("Mul", [f"{part}.whole", step], f"{part}.rounded"),
         ]
-    return _function(
-        [
-            *_rows_divided(np.float32),
-            _constant("whole", np.float32(WHOLE)),
-            _constant("zero", np.float32(0)),
-            _constant("one", np.float32(1)),
-            _constant("top", np.float32(TOP)),
-            _constant("blocked", np.array([0, 0, -1, BLOCK])),
-            _node("Reshape", ["scaled", "blocked"], "blocks"),
-            _node("Abs", ["blocks"], "block_magnitudes"),
-            _node("ReduceMax", ["block_magnitudes", "last"], "block_largest", keepdims=1),
-            _node("Div", ["block_largest", "top"], "wanted"),
-            _node("Div", ["wanted", "whole"], "wide_scales"),
-            _node("Cast", ["wide_scales"], "scales", to=TensorProto.FLOAT8E4M3FN),
-            _node("Cast", ["scales"], "rounded_scales", to=TensorProto.FLOAT),
-            _node("Mul", ["rounded_scales", "whole"], "steps"),
-            _node("Greater", ["steps", "zero"], "any"),
-            _node("Where", ["any", "steps", "one"], "safe"),
-            _node("Div", ["blocks", "safe"], "numbers"),
-            *parts,
-            _node("Sum", ["low_rounded", "middle_rounded", "high_rounded"], "rounded_size"),
-            _node("Sign", ["numbers"], "sign"),
-            _node("Mul", ["sign", "rounded_size"], "rounded_numbers"),
-            _node("Mul", ["rounded_numbers", "steps"], "rounded_blocks"),
-            _node("Shape", ["x"], "shape"),
-            _node("Reshape", ["rounded_blocks", "shape"], "rounded"),
-        ]
+    nodes += [
+        _node("Sum", ["size.rounded", "above_two.rounded", "above_four.rounded"], "rounded_size"),
+        _node("Sign", ["numbers"], "sign"),
+        _node("Mul", ["sign", "rounded_size"], "rounded_numbers"),
+        _node("Mul", ["rounded_numbers", "steps"], "rounded_blocks"),
+        _node("Shape", ["x"], "shape"),
+        _node("Reshape", ["rounded_blocks", "shape"], "rounded"),
+    ]
+    what = "Round to nvfp4: numbers of E2M1, in blocks of 16 with scales in E4M3."
+    imports = [helper.make_opsetid("", OPSET)]
+    return ir.serde.deserialize_function(
+        helper.make_function(DOMAIN, NAME, ["x"], ["rounded"], nodes, imports, doc_string=what)
     )
 
 
@@ -146,8 +188,6 @@ def unpack_weights(model: ir.Model) -> None:
         codes.const_value = _as_uint4(stored)
         codes.type = ir.TensorType(ir.DataType.UINT4)
         _look_up(model, dequantize)
-    if (DOMAIN, NAME, "") in model.functions:
-        model.functions[(DOMAIN, NAME, "")] = body_for_cpu()
 
 
 def _as_uint4(stored: ir.TensorProtocol) -> ir.TensorProtocol:
@@ -185,16 +225,15 @@ def _look_up(model: ir.Model, dequantize: ir.Node) -> None:
         nodes.append(node)
         return node.outputs[0]
 
-    def constant(suffix: str, values: object, dtype: ir.DataType) -> ir.Value:
-        tensor = ir.tensor(np.asarray(values, dtype.numpy()), dtype=dtype, name=f"{dense.name}.{suffix}")
-        value = ir.Value(name=tensor.name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)
-        model.graph.initializers.add(value)
-        return value
-
-    table = constant("table", [*E2M1, *(-number for number in E2M1)], ir.DataType.FLOAT)
-    blocked = constant("blocked", [features // BLOCK, BLOCK, rows], ir.DataType.INT64)
-    flat = constant("flat", [features, rows], ir.DataType.INT64)
-    axis = constant("axis", [1], ir.DataType.INT64)
+    table, blocked, flat, axis = (
+        _constant(model, f"{dense.name}.{suffix}", np.array(values))
+        for suffix, values in (
+            ("table", np.array([*E2M1, *(-number for number in E2M1)], np.float32)),
+            ("blocked", [features // BLOCK, BLOCK, rows]),
+            ("flat", [features, rows]),
+            ("axis", [1]),
+        )
+    )
     wide = ir.DataType.FLOAT.value
     numbers = add("Gather", table, add("Cast", codes, dtype=ir.DataType.INT32, to=ir.DataType.INT32.value))
     column = add("Mul", add("Cast", scales, to=wide), add("Cast", whole, to=wide))
@@ -206,36 +245,13 @@ def _look_up(model: ir.Model, dequantize: ir.Node) -> None:
     model.graph.remove([dequantize, inner], safe=True)
 
 
-def _rows_divided(dtype: type) -> list[NodeProto]:
-    """x -> `largest`, and `scaled` = x / largest."""
-    return [
-        _constant("last", np.array([-1])),
-        _constant("least", np.array(LEAST, dtype)),
-        _node("Abs", ["x"], "magnitudes"),
-        _node("ReduceMax", ["magnitudes", "last"], "row_largest", keepdims=1),
-        _node("Max", ["row_largest", "least"], "largest"),
-        _node("Div", ["x", "largest"], "scaled"),
-    ]
+def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    """A small initializer."""
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    model.graph.initializers.add(value)
+    return value
 
 
 def _node(op: str, inputs: list[str], output: str, **attributes) -> NodeProto:
     return helper.make_node(op, inputs, [output], **attributes)
-
-
-def _constant(name: str, value: np.ndarray | np.float32) -> NodeProto:
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.asarray(value)))
-
-
-def _function(nodes: list[NodeProto], *domains: str) -> ir.Function:
-    imports = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
-    return ir.serde.deserialize_function(
-        helper.make_function(
-            DOMAIN,
-            NAME,
-            ["x"],
-            ["rounded", "largest"],
-            nodes,
-            imports,
-            doc_string="Round rows of activations to nvfp4, each divided by its largest magnitude.",
-        )
-    )

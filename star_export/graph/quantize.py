@@ -238,6 +238,7 @@ def twin_from_graph(model: ir.Model) -> ir.Model:
     Its attention is written for the CPU. nvfp4 weights and activations are written in operators that ONNX
     Runtime has.
     """
+    nvfp4.unpack_activations(model)
     nvfp4.unpack_weights(model)
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
         scale_apart(model, node)

@@ -57,7 +57,7 @@ def test_only_the_decoders_are_nvfp4_and_such_a_bundle_has_no_classic_graphs(bun
         codes = [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT4E2M1]
         decoder = name in ("base_ar", "stacked_ar")
         assert bool(codes) == ("nvfp4" in spec.weights) == decoder, name
-        assert {node.op_type for node in graph.node} >= {"RoundToNvfp4"} or not decoder
+        assert {node.op_type for node in graph.node} >= {"TRT_FP4DynamicQuantize"} or not decoder
         assert spec.classic is None and spec.plugin_abi is None
     with pytest.raises(InputError, match="This bundle has no classic graphs"):
         Bundle.open(root).graph("base_ar", dialect="classic")
