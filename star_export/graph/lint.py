@@ -24,6 +24,7 @@ Finding = tuple[str, str, str]  # rule, node, detail
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)  # what TensorRT for RTX fuses
 TOP_K_MAX = 3840
 DATA_FILE = "model.onnx.data"
+FUNCTIONS = ((DOMAIN, NAME), (DOMAIN, nvfp4.NAME))  # our operations; twins alone have the second
 
 
 def check_graph(source: ir.Model | Path, *, target: str | None = None, dialect: str | None = None) -> None:
@@ -81,7 +82,7 @@ def _opsets(model: ir.Model) -> Iterator[Finding]:
 
 def _domains(model: ir.Model) -> Iterator[Finding]:
     for node in _nodes(model):
-        if node.domain and (node.domain, node.op_type) not in ((DOMAIN, NAME), nvfp4.QUANTIZE):
+        if node.domain and (node.domain, node.op_type) not in (*FUNCTIONS, nvfp4.QUANTIZE):
             yield (
                 "operator-domain",
                 str(node.name),
@@ -89,8 +90,9 @@ def _domains(model: ir.Model) -> Iterator[Finding]:
             )
         elif not node.domain and not onnx.defs.has(node.op_type, max_inclusive_version=OPSET, domain=""):
             yield "operator", str(node.name), f"{node.op_type} is not in opset {OPSET}"
-    if any(n.op_type == NAME for n in model.graph) and (DOMAIN, NAME, "") not in model.functions:
-        yield "function-body", "graph", f"{DOMAIN}::{NAME} is called but has no body"
+    for domain, name in FUNCTIONS:
+        if any(n.op_type == name for n in model.graph) and (domain, name, "") not in model.functions:
+            yield "function-body", "graph", f"{domain}::{name} is called but has no body"
 
 
 def _attention(model: ir.Model) -> Iterator[Finding]:

@@ -88,12 +88,13 @@ def test_a_plan_of_what_is_written_reads_weights_as_they_are_stored(precision, s
 
 
 def test_products_that_share_an_input_share_its_rounding(products):
-    precision, path, _, _ = products
+    precision, path, twin, _ = products
     model = ir.load(path)
     roundings = [node for node in model.graph if (node.domain, node.op_type) == nvfp4.QUANTIZE]
     assert len(roundings) == (precision == "nvfp4")
-    onnx.checker.check_model(str(path))
-    lint.check_graph(path)
+    for graph in (path, twin):
+        onnx.checker.check_model(str(graph))
+        lint.check_graph(graph)
 
 
 def test_the_twin_reads_the_codes_where_they_are_stored(products):
