@@ -144,7 +144,7 @@ def _export(commands) -> None:
     budget.add_argument(
         "--target",
         metavar="T",
-        help="with --precision mixed: as many layers in int8 as let `generate` stay loaded in 90 % of the "
+        help="with --precision mixed: as many layers in int8 as let `generate` stay loaded in 90 %% of the "
         "memory of T, a device of `star-export targets`",
     )
     for part, what in (("checkpoint", "STAR-*.pt"), ("base", "the Qwen2.5-VL folder"), ("vq", "VQ-Model.pt")):

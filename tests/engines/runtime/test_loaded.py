@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engines.errors import MissingError, UsageError
-from engines.fit.memory import task_memory
+from engines.fit.memory import task_memory, weight_bytes
 from engines.runtime import loaded
 from engines.runtime.star import Star
 
@@ -83,9 +83,9 @@ def test_a_generous_budget_keeps_everything(mini_bundle: Path) -> None:
 
 def test_what_was_used_longest_ago_is_given_back(mini_bundle: Path) -> None:
     with Star(mini_bundle) as star:
-        sizes = star.loaded.sizes.weights
+        sizes = star.loaded.sizes
     names = ("vision_encoder", "vq_decoder", "vq_encoder")
-    with Star(mini_bundle, memory=sum(sizes[name] for name in names)) as star:
+    with Star(mini_bundle, memory=sum(weight_bytes(sizes, name, on_cpu=True) for name in names)) as star:
         sessions = {name: star.session(name) for name in names}
         assert star.session("vision_encoder") is sessions["vision_encoder"]  # used again
         star.session("stacked_ar")

@@ -21,10 +21,10 @@ from star_export.exporter.export import export
 def test_too_little_disk_or_memory_is_refused_and_nothing_is_left(
     probe: str, mini_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, probe, lambda *_: 50_000_000)
+    monkeypatch.setattr(machine, probe, lambda *_: 1_000_000)
     with pytest.raises(MissingError, match=f"too little {probe.removeprefix('free_')} to export") as caught:
         export(str(mini_checkpoint), out=tmp_path / "b", precision="int4")
-    assert "50000000 bytes" in caught.value.where and caught.value.exit_code == 5
+    assert "1000000 bytes" in caught.value.where and caught.value.exit_code == 5
     assert not list(tmp_path.iterdir())
 
 
