@@ -125,7 +125,8 @@ PRECISIONS = {
     "int8": Precision(ir.DataType.BFLOAT16, {name: INT8 for name in EVERY if name != "image_table"}),
     "int4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | dict.fromkeys(DECODERS, INT4)),
     "fp8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | dict.fromkeys(DECODERS, FP8)),
-    "nvfp4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | dict.fromkeys(DECODERS, NVFP4)),
+    # Without stacked_ar, which bears 4 bits of weights and activations far worse (docs/figures.md).
+    "nvfp4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | {"base_ar": NVFP4}),
 }
 MIXED = "mixed"  # the precision whose decoders have a format for each layer
 

@@ -50,12 +50,12 @@ def test_the_graphs_boundary_is_the_manifests(bundle_of, precision: str) -> None
             assert onnx.TensorProto.BFLOAT16 not in wide or file == spec.graph
 
 
-def test_only_the_decoders_are_nvfp4_and_such_a_bundle_has_no_classic_graphs(bundle_of) -> None:
+def test_only_the_base_decoder_is_nvfp4_and_such_a_bundle_has_no_classic_graphs(bundle_of) -> None:
     root = bundle_of("nvfp4")
     for name, spec in Bundle.open(root).manifest.components.items():
         graph = onnx.load(root / spec.graph, load_external_data=False).graph
         codes = [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT4E2M1]
-        decoder = name in ("base_ar", "stacked_ar")
+        decoder = name == "base_ar"
         assert bool(codes) == ("nvfp4" in spec.weights) == decoder, name
         assert {node.op_type for node in graph.node} >= {"TRT_FP4DynamicQuantize"} or not decoder
         assert spec.classic is None and spec.plugin_abi is None

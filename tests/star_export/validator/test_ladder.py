@@ -112,13 +112,13 @@ def test_an_nvfp4_decoder_that_does_not_round_its_activations_is_refused(
     root = shutil.copytree(
         bundle_of("nvfp4"), tmp_path / "b", ignore=shutil.ignore_patterns("plans", "certificates")
     )
-    twin = onnx.load(root / "stacked_ar/twin.onnx", load_external_data=False)
+    twin = onnx.load(root / "base_ar/twin.onnx", load_external_data=False)
     (function,) = [function for function in twin.functions if function.name == nvfp4.NAME]
     (last,) = [node for node in function.node if "rounded" in node.output]
     last.CopyFrom(helper.make_node("Identity", ["x"], ["rounded"]))
-    (root / "stacked_ar/twin.onnx").write_bytes(twin.SerializeToString())
+    (root / "base_ar/twin.onnx").write_bytes(twin.SerializeToString())
     rehash(root)
-    with pytest.raises(ParityError, match="stacked_ar: case .*expected at most"):
+    with pytest.raises(ParityError, match="base_ar: case .*expected at most"):
         validate(root)
 
 
