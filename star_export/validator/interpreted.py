@@ -29,7 +29,7 @@ from engines.sessions.interpreter import InterpreterSession, open_session
 from engines.targets import target_from_name
 from engines.tensorrt.plan import plan_spec
 
-from ..components import COMPONENTS, FLIPPED_IDS
+from ..components import COMPONENTS, FLIPPED_IDS, FLIPPED_IDS_NVFP4
 from ..golden.cases import Case, cases_from_file, component_cases
 from ..golden.compare import check, compare
 from ..golden.run_case import run_case
@@ -103,7 +103,8 @@ def teacher_forced(subject: Subject, progress: Progress) -> tuple[list[Row], str
     progress("teacher-forced run", 0, 1)
     with Star(subject.bundle, backend=subject.backend, window=1) as star:
         ids = forced_ids(star, case)
-    tolerances = {"image_ids": 0.0 if subject.compute == "fp32" else FLIPPED_IDS}
+    flipped = FLIPPED_IDS_NVFP4 if subject.bundle.manifest.precision == "nvfp4" else FLIPPED_IDS
+    tolerances = {"image_ids": 0.0 if subject.compute == "fp32" else flipped}
     results = compare({"image_ids": ids}, case.outputs, tolerances=tolerances)
     return rows_from_results("runtime", "teacher-forced", results), ""
 
