@@ -15,6 +15,11 @@ from ..errors import MissingError
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 NO_LIMIT_BYTES = 1 << 60  # a limit of this size means none
+NEARLY_NONE_BYTES = 1 << 25  # with so little left, anything fails that allocates
+NO_MEMORY = (  # Python, torch, ONNX Runtime and the system's loader each have words of their own
+    *("can't allocate memory", "failed to allocate memory", "cannot allocate memory"),
+    *("bad allocation", "bad_alloc", "can't start new thread", "failed to map segment"),
+)
 _LIMITS = {  # file of a limit, file of its use, and what of the use can be given back, in memory.stat
     "": ("memory.max", "memory.current", ("active_file", "inactive_file")),
     "memory": (
@@ -33,6 +38,20 @@ def free_memory() -> int | None:
     """
     found = [free for probe in (_available, _in_groups, _in_limits) for free in probe()]
     return max(0, min(found)) if found else None
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether `error`, or an error that it came from, says that no memory is left, or none is left now.
+
+    Libraries hide it: one wraps a MemoryError, another fails without a word of memory.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, MemoryError) or any(words in str(link).lower() for words in NO_MEMORY):
+            return True
+        link = link.__cause__ or link.__context__
+    free = free_memory()
+    return free is not None and free < NEARLY_NONE_BYTES
 
 
 def free_disk(folder: str | Path) -> int | None:

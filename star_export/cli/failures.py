@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from engines.errors import MissingError, StarError
+from engines.fit.machine import memory_ran_out
 from reference.errors import CheckpointError
 
-NO_MEMORY = (  # Python, torch, ONNX Runtime and the system's loader each have words of their own
-    *("can't allocate memory", "failed to allocate memory", "cannot allocate memory"),
-    *("bad allocation", "bad_alloc", "can't start new thread", "failed to map segment"),
-)
 
-
-def out_of_memory(error: Exception, verb: str) -> MissingError | None:
-    """The user's error for a library's own, if that says that no memory or address space is left."""
-    if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_MEMORY):
+def out_of_memory(error: BaseException, verb: str) -> MissingError | None:
+    """The user's error for a library's own, if no memory or address space is left."""
+    if not memory_ran_out(error):
         return None
     said = (str(error).strip() or "no memory left").splitlines()[0][:200]
     return MissingError(

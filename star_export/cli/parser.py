@@ -13,7 +13,7 @@ import math
 import os
 import sys
 
-from engines.errors import StarError, UsageError
+from engines.errors import InputError, StarError, UsageError
 from reference.errors import CheckpointError
 
 from .. import __version__
@@ -44,8 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(outcome.data, indent=1, ensure_ascii=False) if as_json else outcome.text, flush=True)
         return 0
     except (StarError, CheckpointError) as error:
-        print(three_lines(error), file=sys.stderr)
-        return error.exit_code
+        # What looks like a bad file may be a library that ran out of memory while it read it.
+        cause = error.__context__ if isinstance(error, InputError) else None
+        told = out_of_memory(cause, verb) if cause else None
+        print(three_lines(told or error), file=sys.stderr)
+        return (told or error).exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

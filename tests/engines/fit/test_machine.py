@@ -94,3 +94,30 @@ def test_too_little_names_the_bytes_needed_and_free(monkeypatch: pytest.MonkeyPa
             check()
         assert "2000 bytes" in caught.value.where and "1999 bytes" in caught.value.where
         assert caught.value.exit_code == 5
+
+
+def test_a_library_that_hides_its_lack_of_memory_is_seen_through(system: Path) -> None:
+    def raised(error: Exception, cause: Exception | None) -> Exception:
+        try:
+            try:
+                raise cause or ValueError("no cause")
+            except Exception:
+                raise error from None
+        except Exception as caught:
+            return caught
+
+    assert machine.memory_ran_out(MemoryError())
+    assert machine.memory_ran_out(RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes"))
+    assert machine.memory_ran_out(raised(RuntimeError("failed"), MemoryError()))
+    assert not machine.memory_ran_out(raised(RuntimeError("failed"), KeyError("a")))
+
+
+def test_any_failure_is_one_of_memory_where_none_is_left(
+    system: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = SystemError("error return without exception set")
+    (system / "proc/self/status").write_text("VmSize: 1000000 kB\nVmData: 1000 kB\n")
+    for left, ran_out in ((machine.NEARLY_NONE_BYTES - 1, True), (machine.NEARLY_NONE_BYTES, False)):
+        limits = {resource.RLIMIT_AS: 1024 * 10**6 + left, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, limits=limits: (limits[kind],) * 2)
+        assert machine.memory_ran_out(failed) == ran_out

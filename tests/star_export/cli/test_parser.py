@@ -129,6 +129,20 @@ def test_each_kind_of_error_has_its_exit_code(
     assert len(capsys.readouterr().err.splitlines()) == (3 if code != 130 else 1)
 
 
+def test_a_bad_file_that_is_a_lack_of_memory_is_told_as_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def verb():
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise InputError("This is not an ONNX file", where="w", fix="f") from None
+
+    monkeypatch.setattr(verbs, "doctor", verb)
+    assert main(["doctor"]) == MissingError.exit_code
+    assert "too little memory" in capsys.readouterr().err
+
+
 def test_a_bug_of_ours_is_a_traceback_and_exit_code_1() -> None:
     code = (
         "import sys; from star_export.cli import parser as cli, verbs\n"
