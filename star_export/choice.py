@@ -118,7 +118,8 @@ def check_budget(budget: Budget, *, smallest_bytes: int, largest_bytes: int, wei
         return
     small = budget.bytes < smallest_bytes
     if budget.target and small:
-        fix = "choose a device with more memory, or export in int4 and load in turn (--memory)"
+        bits = f"{8 * smallest_bytes / weights:.3f}"
+        fix = f"choose a device with more memory, or give --bits {bits} and load in turn (--memory)"
     elif budget.target:
         fix = f"export with --precision int8, with which generate is resident on {budget.target}"
     else:

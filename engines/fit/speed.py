@@ -54,10 +54,8 @@ def image_step_bytes(sizes: Sizes, *, rows: int, filled_tokens: int) -> int:
 
     The head's file also holds the table of image embeddings, of which a step reads a row per image.
     """
-    model, head = sizes.model, sizes.formats.get("image_head", {})
+    model = sizes.model
     table = model.codebook_size * model.hidden_size * sizes.cache_item_bytes
-    if "int8" in head and table > sum(size for name, size in head.items() if name != "int8"):
-        table = model.codebook_size * (model.hidden_size + 4)  # codes and their scales
     weights = sum(sizes.weights.get(name, 0) for name in ("base_ar", "stacked_ar", "image_head"))
     return weights - table + _caches(sizes, ("base_ar", "stacked_ar"), rows, filled_tokens)
 

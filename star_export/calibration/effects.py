@@ -25,7 +25,7 @@ from reference.decoder import Decoder
 
 from ..golden.divergence import divergence
 from ..golden.oracle import resident
-from ..graph.precisions import PRECISIONS
+from ..graph.precisions import EQUAL_LAYERS
 from ..graph.wrappers import FoldedStar
 from .decodes import DECODE, EXAMPLES, Decodes
 from .examples import Example
@@ -117,7 +117,7 @@ class Effects:
         for key, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 weight = f"{prefix}.{key}.weight"
-                stored = PRECISIONS[format].rounded(weight, self.decodes.tensors[weight].load())
+                stored = EQUAL_LAYERS[format].rounded(weight, self.decodes.tensors[weight].load())
                 module.weight = nn.Parameter(stored, requires_grad=False)
 
     def _logits(self, star: FoldedStar, stream: list[Example]) -> list[np.ndarray]:

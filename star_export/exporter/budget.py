@@ -18,7 +18,7 @@ from ..calibration.run import material_hash
 from ..choice import LARGE, SMALL, Budget, Formats, LayerFormats, check_budget, choose
 from ..components import whole
 from ..graph.formats import FORMATS
-from ..graph.precisions import DECODERS, MIXED, PRECISIONS, Precision, mixed
+from ..graph.precisions import DECODERS, EQUAL_LAYERS, MIXED, Precision, mixed
 from ..graph.repeat import layer_of
 from ..planner.source import Source, shapes_of, sizes_from_source
 
@@ -54,9 +54,9 @@ def layers_of(config: StarConfig) -> dict[str, Shapes]:
     return found
 
 
-def bytes_of(shapes: Shapes, format: str) -> int:
-    """Bytes of weights of these shapes in `format`, with their scales."""
-    return sum(sum(PRECISIONS[format].stored(name, shape)[1]) for name, shape in shapes.items())
+def bytes_of(shapes: Shapes, precision: Precision) -> int:
+    """Bytes of weights of these shapes in `precision`, with their scales."""
+    return sum(sum(precision.stored(name, shape)[1]) for name, shape in shapes.items())
 
 
 def budget_of(config: StarConfig, *, bits: float | None, target: str | None) -> Budget:
@@ -67,9 +67,11 @@ def budget_of(config: StarConfig, *, bits: float | None, target: str | None) -> 
     """
     layers = layers_of(config).values()
     weights = sum(math.prod(shape) for shapes in layers for shape in shapes.values())
-    smallest, largest = (sum(bytes_of(shapes, name) for shapes in layers) for name in (SMALL, LARGE))
+    smallest, largest = (
+        sum(bytes_of(shapes, EQUAL_LAYERS[name]) for shapes in layers) for name in (SMALL, LARGE)
+    )
     if target is not None:
-        budget = _budget_on(target_from_name(target), config, smallest_bytes=smallest)
+        budget = _budget_on(target_from_name(target), config)
     else:
         assert bits is not None
         asked = bits * weights / 8
@@ -79,7 +81,7 @@ def budget_of(config: StarConfig, *, bits: float | None, target: str | None) -> 
     return budget
 
 
-def _budget_on(target: Target, config: StarConfig, *, smallest_bytes: int) -> Budget:
+def _budget_on(target: Target, config: StarConfig) -> Budget:
     """What `generate` leaves for the layers in a share of the target's memory, as `plan` counts it.
 
     Two rows, and a cache and a prompt of all positions, at most CAPACITY_TOKENS.
@@ -91,10 +93,11 @@ def _budget_on(target: Target, config: StarConfig, *, smallest_bytes: int) -> Bu
             f"{', '.join(target.precisions)}",
             fix="choose another device; `star-export targets` describes them",
         )
-    sizes = sizes_from_source(Source(config, copied_bytes=0), SMALL)
+    sizes = sizes_from_source(Source(config, copied_bytes=0), LARGE)
+    layers = sum(bytes_of(shapes, EQUAL_LAYERS[LARGE]) for shapes in layers_of(config).values())
     capacity = min(sizes.model.max_positions, CAPACITY_TOKENS)
     use = Use(2, capacity, capacity, on_cpu=False)
-    rest = task_memory(sizes, TASK, use).resident_bytes + workspace_bytes(sizes, use) - smallest_bytes
+    rest = task_memory(sizes, TASK, use).resident_bytes + workspace_bytes(sizes, use) - layers
     left = int(SHARE * target.memory_bytes) - rest
     return Budget(left, target=target.name, memory_bytes=target.memory_bytes, share=SHARE)
 
@@ -102,10 +105,10 @@ def _budget_on(target: Target, config: StarConfig, *, smallest_bytes: int) -> Bu
 def formats_of(config: StarConfig, budget: Budget, effects: Effects) -> Formats:
     """Choose the layers' formats by what was measured."""
     layers, kl = layers_of(config), effects.kl()
-    found = [
-        LayerFormats(name, {format: bytes_of(shapes, format) for format in (SMALL, LARGE)}, kl[name])
-        for name, shapes in layers.items()
-    ]
+    found = []
+    for name, shapes in layers.items():
+        sizes = {format: bytes_of(shapes, equal) for format, equal in EQUAL_LAYERS.items()}
+        found.append(LayerFormats(name, sizes, kl[name]))
     return Formats(
         budget=budget,
         weights=sum(math.prod(shape) for shapes in layers.values() for shape in shapes.values()),

@@ -17,7 +17,7 @@ from reference.model import pixel_adapter
 
 from ..components import boundary, whole
 from ..graph import lint
-from ..graph.precisions import TORCH_DTYPES, Precision
+from ..graph.precisions import Precision
 from ..graph.quantize import CODES, SCALES
 from ..graph.wrappers import TABLE
 
@@ -44,7 +44,6 @@ class Table:
         name, sizes = precision.stored(self.weight, shape)
         quantised, shared = len(sizes) > 1, self._shared(bundle)
         file, offset, scales = shared or (f"{self.name}/{FILE}", 0, sizes[0])
-        scale_dtype = str(TORCH_DTYPES[precision.scale_type(self.weight)]).removeprefix("torch.")
         inputs, outputs = boundary(whole(self.name, config), config, precision.dtype_name)
         return TableSpec(
             file=file,
@@ -55,7 +54,7 @@ class Table:
             inputs=inputs,
             outputs=outputs,
             scales_offset=scales if quantised else None,
-            scales_dtype=scale_dtype if quantised else None,
+            scales_dtype=precision.dtype_name if quantised else None,
             weights={} if shared else {name: sum(sizes)},
         )
 
@@ -66,13 +65,13 @@ class Table:
         (bundle / self.name).mkdir(parents=True, exist_ok=True)
         rows, dtype = self.tensor.load(), self.precision.torch_dtype
         found = self.precision.format_of(self.weight, tuple(rows.shape))
-        scale_dtype, scales = TORCH_DTYPES[self.precision.scale_type(self.weight)], list[torch.Tensor]()
+        scales: list[torch.Tensor] = []
         with open(bundle / self.name / FILE, "wb") as file:
             for some in rows.split(ROWS):
                 if found is None:
                     file.write(_bytes(some.to(dtype)))
                 else:
-                    encoded = found.encode(some, scale_dtype)
+                    encoded = found.encode(some, dtype)
                     file.write(_bytes(encoded.codes))
                     scales.append(encoded.scales)
             for part in scales:

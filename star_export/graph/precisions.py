@@ -1,7 +1,7 @@
 """Precisions: which format each weight of a model has, and the type of everything else.
 
-The name of a precision covers the whole model. What it leaves in 16 bits are norms, biases, the codebook,
-which the VQ encoder compares with and which is small, and the kernels of DENSE.
+The name of a precision covers the whole model. What it leaves in 16 bits are norms, biases, the image table,
+the codebook, which the VQ encoder compares with and which is small, and the kernels of DENSE.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ DECODERS = ("base_ar", "stacked_ar")
 # Kernels beside the codebook and the pixels stay dense. In int8 they alone change 41 % of the ids that
 # STAR-Nano's VQ encoder finds, and all others 4 % (`python -m tests.bench_formats`).
 DENSE = ("vq_encoder.conv_out.weight", "vq_encoder.quant_conv.weight", "vq_decoder.conv_out.weight")
-# Weights by the first part of their names.
+# Weights by the first part of their names. The image table is left in 16 bits: its rows in int8 would change
+# draws as much as all of stacked_ar does.
 EVERY = (
     *DECODERS,
     "token_embedding",
     "text_head",
-    "image_table",
     "image_head",
     "vision_encoder",
     "vq_encoder",
@@ -48,7 +48,7 @@ class Precision:
     """
 
     compute: ir.DataType
-    formats: Mapping[str, Format] = field(default_factory=dict)
+    formats: dict[str, Format] = field(default_factory=dict)
     chosen: Mapping[str, Format] = field(default_factory=dict)
 
     @property
@@ -94,26 +94,19 @@ class Precision:
             return found
         return INT8
 
-    def scale_type(self, name: str) -> ir.DataType:
-        """The type of the scales of a weight, if it is quantised.
-
-        Rows of the image table leave `image_head` in float32, without a product that would round them.
-        """
-        return ir.DataType.FLOAT if name.partition(".")[0] == "image_table" else self.compute
-
     def rounded(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight` as the bundle stores it, widened to float32; it keeps the checkpoint's shape."""
         found = self.format_of(name, tuple(weight.shape))
         if found is None:
             return weight.to(self.torch_dtype).float()
-        return found.rounded(weight, TORCH_DTYPES[self.scale_type(name)])
+        return found.rounded(weight, self.torch_dtype)
 
     def stored(self, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         """The name of the weight's format, and the bytes of each tensor that it is stored as."""
         found = self.format_of(name, shape)
         if found is None:
             return self.dense_name, (int(math.prod(shape) * self.compute.itemsize),)
-        scale_bytes = int(self.scale_type(name).itemsize)
+        scale_bytes = int(self.compute.itemsize)
         return found.name, found.stored_bytes(shape[0], math.prod(shape[1:]), scale_bytes=scale_bytes)
 
 
@@ -121,16 +114,19 @@ PRECISIONS = {
     "fp32": Precision(ir.DataType.FLOAT),
     "fp16": Precision(ir.DataType.FLOAT16),
     "bf16": Precision(ir.DataType.BFLOAT16),
-    # Without the image table, whose rows in int8 would change draws as much as all of stacked_ar does.
-    "int8": Precision(ir.DataType.BFLOAT16, {name: INT8 for name in EVERY if name != "image_table"}),
-    "int4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | dict.fromkeys(DECODERS, INT4)),
+    "int8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8)),
+    # Without stacked_ar, which bears 4 bits far worse than base_ar (docs/figures.md).
+    "int4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | {"base_ar": INT4}),
     "fp8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | dict.fromkeys(DECODERS, FP8)),
-    # Without stacked_ar, which bears 4 bits of weights and activations far worse (docs/figures.md).
     "nvfp4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | {"base_ar": NVFP4}),
 }
 MIXED = "mixed"  # the precision whose decoders have a format for each layer
 
 
 def mixed(chosen: Mapping[str, Format]) -> Precision:
-    """int4, but for the weights that `chosen` has a format for, by their whole names."""
-    return replace(PRECISIONS["int4"], chosen=chosen)
+    """int4 in both decoders, but for the weights that `chosen` has a format for, by their whole names."""
+    formats = PRECISIONS["int8"].formats | dict.fromkeys(DECODERS, INT4)
+    return replace(PRECISIONS["int4"], formats=formats, chosen=chosen)
+
+
+EQUAL_LAYERS = {"int4": mixed({}), "int8": PRECISIONS["int8"]}  # all layers of both decoders in one format

@@ -22,7 +22,7 @@ from reference.containers import LazyTensor
 
 from . import nvfp4
 from .formats import Encoded, Format, packed
-from .precisions import TORCH_DTYPES, Precision
+from .precisions import Precision
 
 INLINE_BYTES = 1024  # smaller tensors are shapes and scalars, and stay in model.onnx
 TRANSPOSED = "transposed"  # metadata of an initializer that stores the transpose of its checkpoint tensor
@@ -98,12 +98,11 @@ def _insert_dequantize(
         layout = {"axis": 0 if transposed else 1, "block_size": size}
         shape = [features // size, rows] if transposed else [rows, features // size]
 
-    scale_type = precision.scale_type(str(weight.name))
-    encoded = _Encoded(tensor, found, TORCH_DTYPES[scale_type])
+    encoded = _Encoded(tensor, found, precision.torch_dtype)
     codes = ir.Value(
         name=f"{weight.name}{CODES}", type=ir.TensorType(found.code), shape=ir.Shape(list(weight.shape))
     )
-    kind = found.scale or scale_type
+    kind = found.scale or precision.compute
     scales = ir.Value(name=f"{weight.name}{SCALES}", type=ir.TensorType(kind), shape=ir.Shape(shape))
     codes.const_value = _lazy(codes.name, found.code, codes.shape, lambda: encoded.codes(transposed))
     scales.const_value = _lazy(
@@ -113,7 +112,7 @@ def _insert_dequantize(
     steps = _scaled_scales(model, first, scales, encoded, precision) if found.scale else scales
     node = ir.node("DequantizeLinear", [codes, steps], layout, name=f"{weight.name}.dequantize")
     dense = node.outputs[0]
-    dense.name, dense.dtype, dense.shape = f"{weight.name}.dense", scale_type, weight.shape
+    dense.name, dense.dtype, dense.shape = f"{weight.name}.dense", precision.compute, weight.shape
     model.graph.insert_before(first, node)
     weight.replace_all_uses_with(dense)
     del model.graph.initializers[weight.name]
@@ -122,8 +121,6 @@ def _insert_dequantize(
     for user, _ in list(dense.uses()):
         if user.op_type == "Gemm":
             _multiply_transposed(model, user)
-        elif user.op_type == "Gather":
-            user.outputs[0].type = ir.TensorType(scale_type)  # a new object, as in `set_precision`
         elif found.scale:
             nvfp4.round_activations(model, user)
 
@@ -264,8 +261,7 @@ def twin_from_graph(model: ir.Model) -> ir.Model:
 def scale_apart(model: ir.Model, dequantize: ir.Node) -> None:
     """Write a `DequantizeLinear` that ONNX Runtime does not fuse as a product of codes and scales.
 
-    It fuses those of products only. Of a table, only the rows that are looked up are scaled; the kernel of a
-    convolution is scaled once, while it is loaded.
+    It fuses those of products only. The kernel of a convolution is scaled once, while it is loaded.
     """
     codes, scales = dequantize.inputs[:2]
     (dense,) = dequantize.outputs
@@ -273,24 +269,16 @@ def scale_apart(model: ir.Model, dequantize: ir.Node) -> None:
     for user, _ in list(dense.uses()):
         if user.op_type in ("MatMul", "Transpose"):
             continue
-        if user.op_type == "Gather":
-            rows, row_scales = (
-                _node_before(user, "Gather", [value, user.inputs[1]], value, suffix, axis=0)
-                for value, suffix in ((codes, CODES), (scales, SCALES))
-            )
-            scaled = _scaled(user, rows, row_scales, [-1])
-            scaled.shape = user.outputs[0].shape
-            user.outputs[0].replace_all_uses_with(scaled)
-            model.graph.remove(user, safe=True)
-        else:
-            scaled = _scaled(user, codes, scales, list(range(1, len(codes.shape))))
-            user.replace_input_with(list(user.inputs).index(dense), scaled)
+        scaled = _scaled(user, codes, scales)
+        user.replace_input_with(list(user.inputs).index(dense), scaled)
     if not dense.uses():
         model.graph.remove(dequantize, safe=True)
 
 
-def _scaled(at: ir.Node, codes: ir.Value, scales: ir.Value, axes: list[int]) -> ir.Value:
+def _scaled(at: ir.Node, codes: ir.Value, scales: ir.Value) -> ir.Value:
     """codes [n, ...] times scales [n], in the type of the scales, before the node `at`."""
+    assert codes.shape is not None
+    axes = list(range(1, len(codes.shape)))
     places = ir.Value(
         name=f"{at.name}.axes", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(axes)])
     )

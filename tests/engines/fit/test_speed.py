@@ -25,24 +25,12 @@ def test_a_step_reads_what_the_benchmark_counts(mini_bundle: Path) -> None:
         assert image_step_bytes(star.loaded.sizes, rows=2, filled_tokens=filled) == read
 
 
-def test_rows_of_the_image_table_and_their_scales_count_for_neither(bundle_of) -> None:
+def test_rows_of_the_image_table_count_for_neither(bundle_of) -> None:
     with Star(bundle_of("int4")) as star:
         loop, sizes = star.image_loop(num_images=1, length=8, tokens=2), star.loaded.sizes
         decoders = sizes.weights["base_ar"] + sizes.weights["stacked_ar"]
         head = bytes_read(star, loop, "image_head", 8)
         assert image_step_bytes(sizes, rows=0, filled_tokens=0) == decoders + head
-
-
-def test_of_the_image_table_a_step_reads_a_row_in_the_format_of_its_rows() -> None:
-    model = SIZES.model
-    whole = sum(SIZES.weights[name] for name in ("base_ar", "stacked_ar", "image_head"))
-    caches = sum(SIZES.cache_bytes(n, rows=2, capacity_tokens=9) for n in ("base_ar", "stacked_ar"))
-    codes, dense = model.hidden_size + 4, 2 * model.hidden_size
-    heads = {"int8": 12_700, "bf16": 100}, {"int8": 6_400, "bf16": 6_400}  # with a bias; with a dense table
-    quantised, mixed = (replace(SIZES, formats=SIZES.formats | {"image_head": head}) for head in heads)
-    for sizes, row in ((SIZES, dense), (quantised, codes), (mixed, dense)):
-        read = image_step_bytes(sizes, rows=2, filled_tokens=9)
-        assert read == whole + caches - model.codebook_size * row
 
 
 def test_the_times_are_bytes_over_the_bandwidth() -> None:

@@ -26,7 +26,7 @@ from star_export.exporter.budget import SHARE, budget_of, bytes_of, layers_of
 from star_export.exporter.export import export
 from star_export.golden.divergence import divergence
 from star_export.golden.tolerances import compute_of
-from star_export.graph.precisions import PRECISIONS
+from star_export.graph.precisions import EQUAL_LAYERS
 from star_export.planner.plan import plan
 from star_export.planner.source import Source, find_source, sizes_from_source
 from star_export.validator.ladder import validate
@@ -86,7 +86,7 @@ def test_the_measured_divergence_of_a_layer_is_that_of_the_whole_model(mini_chec
                 changed = 0
                 for name, parameter in star.named_parameters():
                     if name.startswith(f"{layer.layer}.") and parameter.dim() == 2:
-                        parameter.data = PRECISIONS[format].rounded(name, parameter.data)
+                        parameter.data = EQUAL_LAYERS[format].rounded(name, parameter.data)
                         changed += 1
                 assert changed == 7
                 pairs = zip(logits(star), first, strict=True)
@@ -208,16 +208,18 @@ def test_what_cannot_be_met_is_refused_before_anything_is_written(
 
 
 def test_the_budget_of_a_device_is_what_generate_leaves_in_its_share_of_the_memory() -> None:
-    """With every layer in int4, and what the budget leaves for int8 beside, the share is filled."""
+    """With every layer in int8, less what the budget lacks for that, the share is filled."""
     config = find_source("star-7b").config
     budget, layers = budget_of(config, bits=None, target="rtx-5070"), layers_of(config).values()
-    smallest, largest = (sum(bytes_of(shapes, name) for shapes in layers) for name in ("int4", "int8"))
+    smallest, largest = (
+        sum(bytes_of(shapes, EQUAL_LAYERS[name]) for shapes in layers) for name in ("int4", "int8")
+    )
     assert smallest < budget.bytes < largest
     assert (budget.memory_bytes, budget.share) == (12 * 10**9, SHARE)
-    sizes = sizes_from_source(Source(config, 0), "int4")
+    sizes = sizes_from_source(Source(config, 0), "int8")
     use = Use(rows=2, capacity_tokens=2048, prefill_tokens=2048, on_cpu=False)
     taken = task_memory(sizes, "generate", use).resident_bytes + workspace_bytes(sizes, use)
-    assert taken + budget.bytes - smallest == int(SHARE * budget.memory_bytes)
+    assert taken + budget.bytes - largest == int(SHARE * budget.memory_bytes)
     with pytest.raises(UsageError, match="below the smallest"):
         budget_of(config, bits=None, target="rtx-4060")
 

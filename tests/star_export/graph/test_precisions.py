@@ -26,8 +26,9 @@ LINEAR = "base_ar.layers.0.mlp.down_proj.weight"
         (LINEAR, (64, 256), "int8", INT8),
         (LINEAR, (64, 256), "bf16", None),
         ("image_head.weight", (64, 256), "int4", INT8),
-        ("image_table.weight", (64, 256), "int4", INT8),
-        ("image_table.weight", (64, 256), "int8", None),  # in 8 bits it would change draws
+        (LINEAR.replace("base", "stacked"), (64, 256), "int4", INT8),  # it bears 4 bits far worse
+        (LINEAR.replace("base", "stacked"), (64, 256), "nvfp4", INT8),
+        ("image_table.weight", (64, 256), "int4", None),  # in 8 bits it would change draws
         ("token_embedding.weight", (64, 256), "int8", INT8),
         ("vision_encoder.patch_embed.weight", (64, 3, 2, 14, 14), "int8", INT8),
         ("vq_decoder.conv_in.weight", (64, 3, 3, 3), "int4", INT8),
@@ -42,17 +43,18 @@ def test_each_weight_has_the_format_of_its_kind(name, shape, precision, expected
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_nothing_but_norms_biases_the_codebook_and_what_is_beside_it_stays_wide(
+def test_nothing_but_norms_biases_the_image_table_and_what_is_near_the_codebook_stays_wide(
     mini_checkpoint: Path, precision: str
 ) -> None:
     files = resolve_checkpoint(str(mini_checkpoint))
     config = config_from_files(files.config_json, files.qwen_folder)
     shapes = {k: v for name in COMPONENTS for k, v in shapes_of(whole(name, config), config).items()}
     wide = {name for name, shape in shapes.items() if not PRECISIONS[precision].format_of(name, shape)}
-    table = {"image_table.weight"} if precision == "int8" else set()
-    assert {name for name in wide if len(shapes[name]) > 1} == {"codebook.weight", *DENSE, *table}
-    kinds = {name.partition(".")[0] for name in shapes.keys() - wide | table}
-    assert kinds == set(EVERY)
+    assert {name for name in wide if len(shapes[name]) > 1} == {
+        *("codebook.weight", "image_table.weight"),
+        *DENSE,
+    }
+    assert {name.partition(".")[0] for name in shapes.keys() - wide} == set(EVERY)
 
 
 def test_a_chosen_format_goes_before_that_of_its_kind() -> None:
@@ -64,7 +66,7 @@ def test_a_chosen_format_goes_before_that_of_its_kind() -> None:
 @pytest.mark.parametrize("precision", list(PRECISIONS))
 def test_a_rounded_weight_keeps_its_shape_and_is_the_stored_one(precision: str) -> None:
     chosen = PRECISIONS[precision]
-    for name, shape in ((LINEAR, (8, 64)), ("image_table.weight", (8, 64)), ("vq_decoder.w", (8, 4, 3, 3))):
+    for name, shape in ((LINEAR, (8, 64)), ("image_head.weight", (8, 64)), ("vq_decoder.w", (8, 4, 3, 3))):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         got = chosen.rounded(name, weight)
         assert got.shape == weight.shape and got.dtype == torch.float32
@@ -73,9 +75,7 @@ def test_a_rounded_weight_keeps_its_shape_and_is_the_stored_one(precision: str) 
         if not (found := chosen.format_of(name, shape)):
             assert stored == chosen.dense_name and sizes == (weight.numel() * chosen.compute.itemsize,)
             continue
-        # Rows of the image table leave the graph in float32, so their scales are not rounded.
-        dtype = torch.float32 if name.startswith("image_table") else torch.bfloat16
-        encoded = found.encode(weight, dtype)
+        encoded = found.encode(weight, torch.bfloat16)
         assert stored == found.name and torch.equal(got, encoded.decode().reshape(shape))
         assert sizes[:2] == (weight.numel() * found.bits // 8, encoded.scales.nbytes)
 
