@@ -3,9 +3,9 @@
     python -m tests.bench_formats [--formats int8 int4 fp8 nvfp4]
 
 Of the parts that decide an image token, the divergence of its distribution: teacher-forced on the recorded
-images of the benchmark's fixed set, guided and filtered as STAR-Nano samples. Of the VQ encoder, the share of
-ids that change on held-out images; of the VQ decoder and the vision encoder, the signal over its change in
-dB.
+images of the benchmark's fixed set, guided and filtered as STAR-Nano samples; and the same of each decoder's
+cache in int8 with a scale per position and head, which no bundle has. Of the VQ encoder, the share of ids
+that change on held-out images; of the VQ decoder and the vision encoder, the signal over its change in dB.
 This is a benchmark, not a test: it asserts nothing.
 """
 
@@ -29,8 +29,8 @@ from reference.nano.checkpoint.vision import embeds_of, prepared
 from reference.nano.world.draw import images_from_scenes
 from reference.weights import SHIPPED
 from star_export.golden.divergence import divergence
-from star_export.graph.formats import FORMATS, Format
-from star_export.graph.precisions import DENSE
+from star_export.graph.formats import FORMATS, INT8, Format
+from star_export.graph.precisions import DECODERS, DENSE
 from star_export.scores import SCORE, ids_from_score
 
 TABLE = "image_table"  # adapter(codebook), which a bundle stores in place of the adapter
@@ -56,16 +56,22 @@ def main() -> int:
         return forced_logits(painter, ids, guidance=sampling.guidance)
 
     wanted = logits()
+
+    def show(part: str, format: str) -> None:
+        apart = divergence(logits(), wanted, top_k=sampling.top_k, top_p=sampling.top_p)
+        kl, variation = apart.kl, apart.total_variation
+        percentile = np.percentile(kl, 95)
+        print(f"{part:<17}{format:<8}{kl.mean():<11.2e}{percentile:<11.2e}{variation.mean():.4f}")
+
     print("part             format  KL mean    95 %       TV mean")
     for part in DRAWN:
         for name in options.formats:
             with rounded(star, part, FORMATS[name]) as count:
-                if not count:
-                    continue
-                apart = divergence(logits(), wanted, top_k=sampling.top_k, top_p=sampling.top_p)
-            kl, variation = apart.kl, apart.total_variation
-            percentile = np.percentile(kl, 95)
-            print(f"{part:<17}{name:<8}{kl.mean():<11.2e}{percentile:<11.2e}{variation.mean():.4f}")
+                if count:
+                    show(part, name)
+    for decoder in DECODERS:
+        with rounded_cache(star, decoder):
+            show(f"{decoder} cache", INT8.name)
     with torch.inference_mode():
         vq_ids = star.vq_encoder(planes)
         runs: dict[str, Callable[[], Tensor]] = {
@@ -88,6 +94,23 @@ def main() -> int:
                     print(f"{part:<17}{'all but some':<15}{name:<8}{decibels:.1f} dB")
     print(f"some: {', '.join(DENSE)}")
     return 0
+
+
+@contextlib.contextmanager
+def rounded_cache(star: Star, decoder: str) -> Iterator[None]:
+    """Round keys and values of a decoder to int8 during the block, with a scale per position and head."""
+
+    def narrow(x: Tensor) -> Tensor:
+        return INT8.rounded(x.flatten(0, -2), torch.float32).view(x.shape)
+
+    def of_narrow(whole: Callable) -> Callable:
+        return lambda query, key, value, *rest: whole(query, narrow(key), narrow(value), *rest)
+
+    with contextlib.ExitStack() as stack:
+        for layer in getattr(star, decoder).layers:
+            attention = layer.self_attn
+            stack.enter_context(mock.patch.object(attention, "attention", of_narrow(attention.attention)))
+        yield
 
 
 @contextlib.contextmanager
