@@ -34,9 +34,7 @@ _H200 = "python -m tests.gpu --steps real_widths"
 _GRAPH = "ONNX Runtime with a CUDA graph"
 MEASURED = (
     Measured("h200", 2048, "bf16", 0.24, 4.20e12, _GRAPH, _H200),
-    Measured("h200", 2048, "int4", 0.06, 4.20e12, _GRAPH, _H200),
     Measured("h200", 3584, "bf16", 0.44, 4.16e12, _GRAPH, _H200),
-    Measured("h200", 3584, "int4", 0.12, 4.11e12, _GRAPH, _H200),
 )
 
 

@@ -375,8 +375,8 @@ def _plan(commands) -> None:
     c.add_argument(
         "--precision",
         action="append",
-        choices=PRECISIONS,
-        help="may be repeated (default: all, of a bundle its own)",
+        choices=(*PRECISIONS, "mixed"),
+        help="may be repeated (default: all, of a bundle its own); `mixed` with its fewest bits per weight",
     )
     c.add_argument(
         "--rows", type=count, default=2, metavar="N", help="batch, two rows per image (default: 2)"

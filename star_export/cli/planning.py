@@ -147,6 +147,8 @@ def _notes(answer: Plan) -> list[str]:
                     f"{text_from_bytes(task.in_turn_bytes)} in turn); {'; or '.join(task.remedies)}"
                 )
                 lines += textwrap.wrap(line, 110, subsequent_indent="  ", break_on_hyphens=False)
+    if any(store.precision == "mixed" and store.export for store in answer.stores):
+        lines.append("mixed: with its fewest bits per weight; more --bits make it larger, up to int8")
     commands = dict.fromkeys(place.share.command for place in answer.places if place.share)
     lines += [f"measured with: {command}" for command in commands]
     return lines

@@ -130,3 +130,8 @@ def mixed(chosen: Mapping[str, Format]) -> Precision:
 
 
 EQUAL_LAYERS = {"int4": mixed({}), "int8": PRECISIONS["int8"]}  # all layers of both decoders in one format
+
+
+def precision_named(name: str) -> Precision:
+    """The precision of this name; of `mixed` the smallest one, with all layers in int4."""
+    return mixed({}) if name == MIXED else PRECISIONS[name]

@@ -16,7 +16,7 @@ from engines.fit.speed import CPU, Measured, Times, measured_on, times_at
 from engines.targets import Target, target_from_name
 from engines.tensorrt.profiles import CAPACITY_TOKENS, MAX_ROWS
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")  # what to prefer comes first
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4", "mixed")  # what to prefer comes first
 RESIDENT, IN_TURN, NO = "resident", "in turn", "no"
 
 
@@ -122,10 +122,10 @@ def plan(
     """Answer for `source`, a bundle or what `export` takes, on each of `targets` in each of `precisions`.
 
     A target is a name of the device table, or `cpu` for this host. A bundle has one precision; of any other
-    source all are answered for unless some are named. `rows` is the batch, two for each image, and
-    `capacity_tokens` that of the caches (by default the model's positions, at most 2048). Nothing is
-    downloaded and no weight is read. Raises UsageError for unknown names, InputError and CheckpointError for
-    an invalid bundle or checkpoint.
+    source all are answered for unless some are named, `mixed` with its fewest bits per weight. `rows` is the
+    batch, two for each image, and `capacity_tokens` that of the caches (by default the model's positions, at
+    most 2048). Nothing is downloaded and no weight is read. Raises UsageError for unknown names, InputError
+    and CheckpointError for an invalid bundle or checkpoint.
     """
     devices = [_device(name, cpu_bandwidth_bytes_per_s) for name in targets or (CPU,)]
     if wrong := [name for name in precisions if name not in PRECISIONS]:

@@ -26,7 +26,7 @@ from reference.weights import SHIPPED, named_tensors, resolve_checkpoint
 from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
 from ..golden.feeds import CASES, LARGE, SPECS
 from ..graph import wrappers
-from ..graph.precisions import PRECISIONS, Precision
+from ..graph.precisions import Precision, precision_named
 from ..graph.quantize import INLINE_BYTES
 from ..graph.repeat import layer_of
 
@@ -75,8 +75,11 @@ def sizes_from_source(
     *,
     part_bytes: int = PART_BYTES,
 ) -> Sizes:
-    """The sizes of the bundle that an export in `precision` would write; `names` limits the components."""
-    config, chosen, overhead = source.config, PRECISIONS[precision], source.copied_bytes
+    """The sizes of the bundle that an export in `precision` would write; `names` limits the components.
+
+    `mixed` is the smallest such bundle, with the fewest bits per weight.
+    """
+    config, chosen, overhead = source.config, precision_named(precision), source.copied_bytes
     shared: set[str] = set()
     graphs, formats = {}, {}
     tables = {name: weight for name in names if (weight := COMPONENTS[name].table)}
@@ -186,7 +189,7 @@ def geometry_of(config: StarConfig) -> Geometry:
 
 def _parts(name: str, config: StarConfig, precision: str, part_bytes: int) -> list[Part]:
     """The graphs that the export divides a component into."""
-    stored = sum(stored_tensors(shapes_of(whole(name, config), config), PRECISIONS[precision]))
+    stored = sum(stored_tensors(shapes_of(whole(name, config), config), precision_named(precision)))
     return parts_of(name, config, weight_bytes=stored, part_bytes=part_bytes)
 
 

@@ -55,18 +55,14 @@ def test_a_device_that_does_not_run_a_precision_says_which_it_runs() -> None:
 
 
 def test_the_time_on_the_h200_is_near_what_was_measured_there() -> None:
-    """docs/figures.md: 8.39 and 11.0 ms in bf16, 9.25 and 11.0 in int4."""
-    for source, precision, measured_ms in (
-        ("star-3b", "bf16", 8.39),
-        ("star-3b", "int4", 9.25),
-        ("star-7b", "bf16", 11.0),
-        ("star-7b", "int4", 11.0),
-    ):
-        found = place(source, "h200", precision)
+    """docs/figures.md: 8.39 and 11.0 ms in bf16. What was measured in int4 had other formats then."""
+    for source, measured_ms in (("star-3b", 8.39), ("star-7b", 11.0)):
+        found = place(source, "h200", "bf16")
         assert found.measured is not None and found.limit is not None
         assert found.measured.image_token_ms == pytest.approx(measured_ms, rel=0.08)
         assert found.limit.image_token_ms < found.measured.image_token_ms
     assert place("star-3b", "rtx-4090", "bf16").measured is None
+    assert place("star-3b", "h200", "int4").measured is None
 
 
 def test_a_bundle_is_answered_as_its_source(

@@ -16,6 +16,15 @@ from tests.helpers.refusals import refused
 from tests.helpers.released import SIZES, qwen_json, star_json, write_configs
 
 
+def test_mixed_is_planned_as_the_smallest_bundle_with_both_decoders_in_int4() -> None:
+    source = find_source("star-3b")
+    sizes = {name: sizes_from_source(source, name) for name in ("int8", "int4", "mixed")}
+    assert sizes["mixed"].bundle_bytes < sizes["int4"].bundle_bytes < sizes["int8"].bundle_bytes
+    for name, decoder in (("mixed", "stacked_ar"), ("mixed", "base_ar"), ("int4", "base_ar")):
+        parts = [found for part, found in sizes[name].formats.items() if part.startswith(decoder)]
+        assert parts and all("int8" not in found and "int4" in found for found in parts), (name, decoder)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4", "fp8", "nvfp4"])
 def test_a_source_has_the_sizes_of_its_exported_bundle(
     mini_checkpoint: Path, bundle_of, precision: str
