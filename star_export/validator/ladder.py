@@ -34,6 +34,7 @@ from .certificate import (
     new_certificate,
 )
 from .interpreted import interpreted
+from .other_ways import other_ways
 from .rungs import decoder_steps, fast_path, files_and_graphs, golden_tensors, whole_runs
 from .subject import RUNS, Subject
 
@@ -161,6 +162,7 @@ RUNGS: dict[str, Callable[[Subject, Progress], tuple[list[Row], str]]] = {
     "golden tensors": golden_tensors,
     "decoder steps": decoder_steps,
     "whole runs": whole_runs,
+    "other ways": other_ways,
     "fast path": fast_path,
     "score": score_of_tasks,
 }
