@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import onnx
 import onnx_ir as ir
 import torch
 from onnx import defs, helper
@@ -97,32 +98,69 @@ def translation_table() -> dict:
 
 def function_body() -> ir.Function:
     """The ONNX local function: `TensorScatter` into both caches, then `Attention` under the explicit mask."""
+    seen = ["present_key", "present_value", "mask"]
+    return _function([_node("Attention", ["query", *seen], "output", name="attend")])
+
+
+def cpu_function_body(*, heads: int, kv_heads: int) -> ir.Function:
+    """The same operation for ONNX Runtime on the CPU, which would copy each key head once per query head, and
+    multiply by all slots of the cache.
+
+    The query heads of a key head attend as positions of it, and only to the slots up to the last one that any
+    row has written. The mask must show none after it, as the traced graphs' does not.
+    """
+    constants = {
+        "two": [2],  # the axis of the slots
+        "three": [3],
+        "first": [0],
+        "grouped_shape": [0, kv_heads, -1, 0],  # [B,h,S,D] -> [B,KV,h/KV*S,D]
+        "copies": [1, heads // kv_heads, 1, 1],
+        "rows_shape": [0, 1, -1, 0],  # [B,h/KV,S,n] -> [B,1,h/KV*S,n]
+        "shape": [0, heads, -1, 0],
+    }
+    written = "written_key", "written_value"
+    return _function(
+        [
+            *(
+                helper.make_node("Constant", [], [name], name=name, value_ints=numbers)
+                for name, numbers in constants.items()
+            ),
+            _node("Shape", ["key"], "new", start=2, end=3),
+            _node("ReduceMax", ["write_indices"], "last", keepdims=1),
+            _node("Add", ["last", "new"], "end"),
+            _node("Slice", ["present_key", "first", "end", "two"], written[0]),
+            _node("Slice", ["present_value", "first", "end", "two"], written[1]),
+            _node("Slice", ["mask", "first", "end", "three"], "written_mask"),
+            _node("Expand", ["written_mask", "copies"], "copied"),
+            _node("Reshape", ["copied", "rows_shape"], "rows"),
+            _node("Reshape", ["query", "grouped_shape"], "grouped"),
+            _node("Attention", ["grouped", *written, "rows"], "attended", name="attend"),
+            _node("Reshape", ["attended", "shape"], "output"),
+        ]
+    )
+
+
+def _node(op: str, inputs: list[str], output: str, *, name: str = "", **attributes) -> onnx.NodeProto:
+    return helper.make_node(op, inputs, [output], name=name or output, **attributes)
+
+
+def _function(attend: list[onnx.NodeProto]) -> ir.Function:
+    """The local function that writes into both caches, and then attends."""
+    written = {"axis": -2, "mode": "linear"}
     nodes = [
-        helper.make_node(
-            "TensorScatter",
-            [past, new, "write_indices"],
-            [present],
-            name=f"write_{new}",
-            axis=-2,
-            mode="linear",
-        )
+        _node("TensorScatter", [past, new, "write_indices"], present, name=f"write_{new}", **written)
         for past, new, present in (
             ("past_key", "key", "present_key"),
             ("past_value", "value", "present_value"),
         )
     ]
-    nodes.append(
-        helper.make_node(
-            "Attention", ["query", "present_key", "present_value", "mask"], ["output"], name="attend"
-        )
-    )
     return ir.serde.deserialize_function(
         helper.make_function(
             DOMAIN,
             NAME,
             list(_INPUTS),
             list(_OUTPUTS),
-            nodes,
+            nodes + attend,
             [helper.make_opsetid("", OPSET)],
             doc_string="Write new keys and values into the caches in place, "
             "then attend over what the mask shows.",

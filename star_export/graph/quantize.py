@@ -20,7 +20,7 @@ import torch
 
 from reference.containers import LazyTensor
 
-from . import nvfp4
+from . import nvfp4, ops
 from .formats import Encoded, Format, packed
 from .precisions import Precision
 
@@ -255,7 +255,17 @@ def twin_from_graph(model: ir.Model) -> ir.Model:
     for node in model.graph:
         if node.op_type == "Cast" and node.attributes["to"].value == compute:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
+    attend_on_cpu(model)
     return model
+
+
+def attend_on_cpu(model: ir.Model) -> None:
+    """Give `star::KVCacheAttention` the body for the CPU, in a graph that calls it."""
+    call = next((node for node in model.graph if node.op_type == ops.NAME), None)
+    if call is not None:
+        heads, kv_heads = (int(call.inputs[i].shape[1]) for i in (0, 3))
+        body = ops.cpu_function_body(heads=heads, kv_heads=kv_heads)
+        model.functions[body.identifier()] = body
 
 
 def scale_apart(model: ir.Model, dequantize: ir.Node) -> None:

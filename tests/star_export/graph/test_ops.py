@@ -40,8 +40,12 @@ def arrays(rows, heads, kv_heads, new, capacity, head_dim, writes) -> dict[str, 
     }
 
 
-def onnx_function(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """One call of the local function, its body inlined by ONNX Runtime."""
+def cpu_body(feeds: dict[str, np.ndarray]) -> ir.Function:
+    return ops.cpu_function_body(heads=feeds["query"].shape[1], kv_heads=feeds["key"].shape[1])
+
+
+def onnx_function(feeds: dict[str, np.ndarray], body: ir.Function) -> list[np.ndarray]:
+    """One call of the local function with this body, inlined by ONNX Runtime."""
     kinds = {"write_indices": TensorProto.INT64, "mask": TensorProto.BOOL}
     inputs = [
         helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), feeds[n].shape) for n in INPUTS
@@ -53,7 +57,7 @@ def onnx_function(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     node = helper.make_node(ops.NAME, list(INPUTS), [o.name for o in outputs], domain=ops.DOMAIN)
     model = helper.make_model(
         helper.make_graph([node], "call", inputs, outputs),
-        functions=[ir.to_proto(ops.function_body())],
+        functions=[ir.to_proto(body)],
         opset_imports=[helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, 1)],
         ir_version=11,
     )
@@ -71,9 +75,18 @@ def test_torch_onnx_and_numpy_agree(shape) -> None:
         t.numpy() for t in ops.kv_cache_attention(*(torch.from_numpy(feeds[n].copy()) for n in INPUTS))
     ]
     numpy_op = defined(*(feeds[n].copy() for n in INPUTS[:-1]))
-    for ours, theirs, expected in zip(torch_op, onnx_function(feeds), numpy_op, strict=True):
-        np.testing.assert_allclose(ours, expected, atol=2e-6)
-        np.testing.assert_allclose(theirs, expected, atol=2e-6)
+    for found in (torch_op, *(onnx_function(feeds, body) for body in (ops.function_body(), cpu_body(feeds)))):
+        for ours, expected in zip(found, numpy_op, strict=True):
+            np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_on_the_cpu_no_slot_is_read_after_the_last_written_one() -> None:
+    feeds = arrays(2, 4, 2, 2, 9, 16, (4, 4))
+    expected, *_ = onnx_function(feeds, ops.function_body())
+    for cache in ("past_key", "past_value"):
+        feeds[cache][:, :, 6:] = np.nan
+    output, *_ = onnx_function(feeds, cpu_body(feeds))
+    np.testing.assert_allclose(output, expected, atol=2e-6)
 
 
 def test_the_torch_op_leaves_the_past_as_it_was() -> None:
