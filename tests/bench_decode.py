@@ -1,19 +1,23 @@
 """A decode step at STAR-3B's width on the CPU, beside its bandwidth limit: python -m tests.bench_decode
 
-[--layers 4] [--precisions int4 int8 fp32] [--rows 1 2] [--repeats 15] [--capacity 704] [--keep FOLDER]
+[--layers 4] [--precisions int4 int8 fp32] [--rows 1 2] [--repeats 15] [--capacity 704] [--alone]
+[--keep FOLDER]
 
 A decoder of a few layers and the image head, with weights of noise, are written to a temporary folder and run
-on both backends of the CPU, at one position and, with the last number of rows, at 16. PyTorch runs the same
-decoder in float32; OpenVINO (from the fp32 graph) joins it where it is installed. All variants are measured
-in turns. Before each call two threads read 512 MiB, so that no weight lies in a cache, as in a whole model;
-the fastest such read is the bandwidth. The limit is the stored weights over the bandwidth, and a share is the
-limit divided by the time. Nothing is asserted, and what runs beside it changes the figures.
+on both backends of the CPU, at one position and, the decoder with the last number of rows, at 16. Beside them
+run the decoder's products alone, as ONNX Runtime's operators, and the peers that are installed
+(`bench_peers`). What has one precision is measured in turns.
+
+Before each call, 512 MiB are read, so that no weight lies in a cache, as in a whole model. Before that, one
+thread per core reads as many bytes as the call's weights are stored in, which lie in no cache either: the
+median of this time is the limit, and the share is the median of this time over the call's, pair by pair.
+Nothing is asserted, and what runs beside it changes the figures; two cores that nothing else may take, as
+`chrt -f 1` gives them to root, repeat best.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import statistics
 import tempfile
@@ -21,27 +25,31 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.files import sha256_of
 from engines.bundle.manifest import FileSpec, GoldenSpec, Manifest, json_from_manifest
 from engines.bundle.reader import Bundle
 from engines.bundle.tensors import bound_tensors, present_name, shape_from_symbols
-from engines.sessions import ON_CPU, open_session
+from engines.sessions import ON_CPU, Session, open_session
+from engines.sessions.onnxruntime import ACTIVATION_BLOCK
+from reference.config import DecoderConfig
 from reference.containers import LazyTensor
-from reference.model import Star
 from star_export.components import whole
 from star_export.exporter.export import component_spec, write_component
 from star_export.graph.precisions import PRECISIONS
 from star_export.graph.quantize import TRANSPOSED
+from tests.bench_peers import BITS, Step, Steps, missing, peer_steps
 from tests.gpu.graphs import graph_of
 from tests.gpu.sizes import SIZES
 from tests.helpers.tiny_bundle import MODEL, SCHEMA
 
-READ_BYTES = 1 << 29
+FLUSHED_BYTES = 1 << 29
 POSITIONS, FILLED = 16, 320  # of a prefill; slots before the step that is measured
 
 
@@ -91,9 +99,8 @@ def noise_of(model) -> dict[str, LazyTensor]:
     return {name: lazy(name, value) for name, value in empty.items()}
 
 
-def bound_step(bundle: Bundle, name: str, backend: str, *, rows: int, tokens: int, capacity: int):
-    """(step, session) of one component, with `FILLED` slots of its caches before it."""
-    session = open_session(bundle, name, backend=backend)
+def bound_step(session: Session, *, rows: int, tokens: int, capacity: int) -> Callable[[], None]:
+    """A step of one component, with `FILLED` slots of its caches before it."""
     sizes = {"B": rows, "S": tokens, "C": capacity, "N": max(1, rows // 2), "2N": 2 * max(1, rows // 2)}
     buffers = {}
     rng = np.random.default_rng(0)
@@ -103,49 +110,51 @@ def bound_step(bundle: Bundle, name: str, backend: str, *, rows: int, tokens: in
             buffer.write(rng.standard_normal(buffer.shape, dtype=np.float32))
         elif spec.name in GIVEN:
             buffer.write(np.full(buffer.shape, GIVEN[spec.name], buffer.dtype))
-    return session.bind(buffers), session
+    return session.bind(buffers)
 
 
 GIVEN = {"write_indices": FILLED, "top_k": 100, "top_p": 0.8, "guidance": 1.1, "noise": 0.5}
 
 
-def torch_step(layers: int, *, rows: int, tokens: int, capacity: int) -> Callable[[], object]:
-    """The same decoder in PyTorch, eager, float32: `reference.decoder` with random weights."""
-    config = few_layers(layers)
-    small = replace(config, stacked_ar=replace(config.stacked_ar, num_layers=0))
-    with torch.device("meta"):
-        decoder = Star(small, rope_bf16=True).base_ar
-    decoder = decoder.to_empty(device="cpu")
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    cache = config.base_ar
-    shape = (rows, cache.num_kv_heads, capacity, cache.head_dim)
-    pairs = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)]
-    given = torch.randn(rows, tokens, cache.hidden_size)
-    positions, indices = torch.zeros(3, rows, tokens, dtype=torch.int64), torch.full((rows,), FILLED)
+def products_steps(config: DecoderConfig, precision: str, rows: list[int]) -> Steps:
+    """The products of a decoder's layers alone, as ONNX Runtime's operators, on weights of noise."""
+    import onnxruntime
 
-    def step() -> object:
-        with torch.inference_mode():
-            return decoder(given, positions, indices, pairs)
+    size, inner, kv = config.hidden_size, config.intermediate_size, config.num_kv_heads * config.head_dim
+    layer = [(size, size), (size, kv), (size, kv), (size, size), (size, inner), (size, inner), (inner, size)]
+    bits, block = {"int4": (4, 128), "int8": (8, ACTIVATION_BLOCK)}.get(precision, (32, 0))
+    rng, nodes, weights = np.random.default_rng(0), [], []
+    for i, (features, columns) in enumerate(layer * config.num_layers):
+        given, fixed = [f"x{features}", f"weight{i}"], {"K": features, "N": columns, "bits": bits}
+        if not block:
+            weights.append(rng.standard_normal((features, columns), dtype=np.float32))
+            nodes.append(helper.make_node("MatMul", given, [f"y{i}"]))
+            continue
+        weights.append(rng.integers(0, 256, (columns, features // block, block * bits // 8), dtype=np.uint8))
+        given.append(f"scales{features}.{columns}")
+        fixed |= {"block_size": block, "accuracy_level": 4}
+        nodes.append(helper.make_node("MatMulNBits", given, [f"y{i}"], domain="com.microsoft", **fixed))
+    named = {f"weight{i}": array for i, array in enumerate(weights)}
+    for features, columns in set(layer) if block else ():
+        scales = rng.random((columns, features // block), dtype=np.float32)
+        named[f"scales{features}.{columns}"] = scales
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+        for names in ([f"x{size}", f"x{inner}"], [node.output[0] for node in nodes])
+    )
+    held = [numpy_helper.from_array(array, name) for name, array in named.items()]
+    graph = helper.make_graph(nodes, "products", inputs, outputs, held)
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    stored = sum(array.nbytes for array in weights)
 
-    step()
-    return step
+    def feeds(count: int) -> dict[str, np.ndarray]:
+        return {f"x{n}": rng.standard_normal((1, count, n), dtype=np.float32) for n in (size, inner)}
 
-
-def openvino_step(graph: Path, *, rows: int, tokens: int, capacity: int) -> Callable[[], object]:
-    """The fp32 graph in OpenVINO, which is no dependency of this project."""
-    import openvino
-
-    compiled = openvino.Core().compile_model(str(graph), "CPU")
-    request = compiled.create_infer_request()
-    for port in compiled.inputs:
-        name = port.get_any_name()
-        tail = [d.get_length() if d.is_static else None for d in port.partial_shape]
-        shape = {"inputs_embeds": (rows, tokens, tail[-1]), "position_ids": (3, rows, tokens)}.get(name)
-        shape = shape or ((rows,) if name == "write_indices" else (rows, tail[1], capacity, tail[3]))
-        kind = np.int64 if "ids" in name or "indices" in name else np.float32
-        request.set_tensor(name, openvino.Tensor(np.full(shape, GIVEN.get(name, 0), kind)))
-    return request.infer
+    return {count: (partial(session.run, None, feeds(count)), stored) for count in rows}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,8 +164,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--capacity", type=int, default=704)
+    parser.add_argument("--alone", action="store_true", help="leave the peers out")
     parser.add_argument("--keep", type=Path, help="keep the bundles in this folder, and use those in it")
     given = parser.parse_args(argv)
+    for peer in () if given.alone else missing():
+        print(f"{peer} is not installed")
     with tempfile.TemporaryDirectory() as folder:
         for precision in given.precisions:
             measure(given.keep or Path(folder), precision, given)
@@ -164,64 +176,66 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(folder: Path, precision: str, given: argparse.Namespace) -> None:
     """Measure one precision and print its table; a precision at a time, to bound memory."""
-    root = folder / precision
+    root, config = folder / precision, few_layers(given.layers).base_ar
     if not (root / "manifest.json").exists():
         write_bundle(root, precision, given.layers)
     bundle = Bundle.open(root)
     print(f"{precision}: {given.layers} layers of STAR-3B's width, capacity {given.capacity}", flush=True)
-    shapes = [(rows, 1) for rows in given.rows] + [(given.rows[-1], POSITIONS)]
-    backends = ON_CPU if precision in ("int8", "int4") else ON_CPU[:1]
-    for backend in backends:
+    quantised = precision in BITS and precision != "fp32"
+    calls: dict[str, Step] = {}
+    for backend in ON_CPU if quantised else ON_CPU[:1]:
         for name in ("base_ar", "image_head"):
-            stored = stored_bytes(bundle, name)
-            started = time.perf_counter()
-            open_session(bundle, name, backend=backend).close()
+            stored, started = stored_bytes(bundle, name), time.perf_counter()
+            session = open_session(bundle, name, backend=backend)
             seconds = time.perf_counter() - started
             print(f"  {backend:20} {name:12} loads {stored >> 20} MiB in {seconds:.2f} s", flush=True)
-    calls: dict[str, tuple[Callable[[], object], int]] = {}
-    for rows, tokens in shapes:
-        size = {"rows": rows, "tokens": tokens, "capacity": given.capacity}
-        label = f"{rows} x {tokens}"
-        for backend in backends:
-            for name in ("base_ar", "image_head") if tokens == 1 else ("base_ar",):
-                stored = stored_bytes(bundle, name)
-                calls[f"{backend} {name} {label}"] = bound_step(bundle, name, backend, **size)[0], stored
-        if precision == "fp32":
-            stored = stored_bytes(bundle, "base_ar")
-            calls[f"PyTorch, eager base_ar {label}"] = torch_step(given.layers, **size), stored
-            if importlib.util.find_spec("openvino"):
-                graph = bundle.path / bundle.component("base_ar").graph
-                calls[f"OpenVINO base_ar {label}"] = openvino_step(graph, **size), stored
-    print_table(calls, repeats=given.repeats)
+            shapes = [(rows, 1) for rows in given.rows]
+            shapes += [(given.rows[-1], POSITIONS)] if name == "base_ar" else []
+            for rows, tokens in shapes:
+                step = bound_step(session, rows=rows, tokens=tokens, capacity=given.capacity)
+                calls[f"{rows} x {tokens} {backend} {name}"] = step, stored
+    if precision in BITS:
+        sizes = {"rows": given.rows, "filled": FILLED, "capacity": given.capacity}
+        peers = () if given.alone else peer_steps(precision, config, folder, **sizes)
+        for name, steps in (("products alone", products_steps(config, precision, given.rows)), *peers):
+            calls |= {f"{rows} x 1 {name}": step for rows, step in steps.items()}
+    print_table(dict(sorted(calls.items())), repeats=given.repeats)
 
 
 def stored_bytes(bundle: Bundle, name: str) -> int:
     """Bytes of the weights that a step of a component reads: all but the image head's table of embeddings."""
-    config, item = few_layers(1), 4 if bundle.manifest.precision == "fp32" else 2
-    table = config.vq.codebook_size * config.base_ar.hidden_size * item if name == "image_head" else 0
+    config, precision = few_layers(1), PRECISIONS[bundle.manifest.precision]
+    sizes = config.vq.codebook_size, config.base_ar.hidden_size
+    table = sum(precision.stored("image_table.weight", sizes)[1]) if name == "image_head" else 0
     return sum(bundle.manifest.files[file].size for file in bundle.weights(name)) - table
 
 
-def print_table(calls: dict[str, tuple[Callable[[], object], int]], *, repeats: int) -> None:
+def print_table(calls: dict[str, Step], *, repeats: int) -> None:
     """Measure in turns; print the median of each, the limit and the share."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
     cores = os.cpu_count() or 1
-    blocks, reads = [np.ones(READ_BYTES // 8 // cores) for _ in range(cores)], []
+    others = [np.ones(FLUSHED_BYTES // 4 // cores, np.float32) for _ in range(cores)]
+    blocks = [np.ones(max(n for _, n in calls.values()) // 4 // cores, np.float32) for _ in range(cores)]
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     with ThreadPoolExecutor(cores) as pool:
+
+        def cold(call: Callable[[], object]) -> float:
+            list(pool.map(np.max, others))
+            return timed(call)
+
         for turn in range(repeats + 1):
-            for name, (call, _) in calls.items():
-                reads.append(timed(lambda: list(pool.map(np.sum, blocks))))
-                seconds[name] += [timed(call)] if turn else []
-    bandwidth = READ_BYTES / min(reads)
-    print(
-        f"  {cores} cores read {bandwidth / 1e9:.1f} GB/s, {READ_BYTES / statistics.median(reads) / 1e9:.1f} "
-        "in the median"
-    )
-    print(f"  {'':44} {'ms':>8} {'fastest':>8} {'limit':>8} {'share':>6}")
+            for name, (call, stored) in calls.items():
+                parts = [block[: stored // 4 // cores] for block in blocks]
+                read = cold(lambda: list(pool.map(np.max, parts)))
+                seconds[name] += [(cold(call), read)] if turn else []
+    rates = [stored / read for name, (_, stored) in calls.items() for _, read in seconds[name]]
+    usual, best = statistics.median(rates) / 1e9, max(rates) / 1e9
+    print(f"  {cores} cores read {usual:.1f} GB/s in the median, {best:.1f} at best")
+    print(f"  {'rows x positions':44} {'MiB':>6} {'ms':>8} {'fastest':>8} {'limit':>8} {'share':>6}")
     for name, (_, stored) in calls.items():
-        median, limit = statistics.median(seconds[name]), stored / bandwidth
-        times = f"{median * 1e3:8.2f} {min(seconds[name]) * 1e3:8.2f} {limit * 1e3:8.2f}"
-        print(f"  {name:44} {times} {limit / median:6.2f}", flush=True)
+        taken, reads = zip(*seconds[name])
+        share = statistics.median(read / took for took, read in seconds[name])
+        times = [1e3 * t for t in (statistics.median(taken), min(taken), statistics.median(reads))]
+        print(f"  {name:44} {stored >> 20:6} " + " ".join(f"{t:8.2f}" for t in times) + f" {share:6.2f}")
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -292,7 +292,8 @@ WIDTH = 11008  # STAR-3B's largest inner size
 
 @pytest.fixture(params=["int4", "int8"])
 def product(request, tmp_path):
-    """(run, x, weight): a graph that multiplies x [2,K] by a weight [K,32] in int4 or int8, of real width."""
+    """(run, x, weight, block): a graph that multiplies x [2,K] by a weight [K,32] in int4 or int8, of real
+    width. Its fast path rounds x in blocks of `block`."""
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -331,18 +332,19 @@ def product(request, tmp_path):
         )
         return session.run(None, {"x": x})[0]
 
-    return run, x, codes * (scales.repeat(128, 0) if scales.ndim == 2 else scales)
+    block = 128 if request.param == "int4" else module.ACTIVATION_BLOCK
+    return run, x, codes * (scales.repeat(128, 0) if scales.ndim == 2 else scales), block
 
 
 def test_the_exact_path_multiplies_quantised_weights_in_float32(product):
-    run, x, weight = product
+    run, x, weight, _ = product
     wanted = x.astype(np.float64) @ weight
     assert np.abs(run(exact=True) - wanted).max() < 1e-5 * wanted.std()
 
 
 def test_the_fast_path_rounds_activations_to_int8_in_blocks_and_nothing_else(product):
-    run, x, weight = product
-    blocks = x.reshape(2, -1, module.ACTIVATION_BLOCK)
+    run, x, weight, block = product
+    blocks = x.reshape(2, -1, block)
     scales = np.abs(blocks).max(-1, keepdims=True) / 127
     rounded = (np.round(blocks / scales) * scales).reshape(2, -1).astype(np.float64)
     wanted, got = x.astype(np.float64) @ weight, run(exact=False)

@@ -1,0 +1,270 @@
+"""The peers of `bench_decode`: other runtimes at a decode step of STAR-3B's width, on weights of noise.
+
+    .venv/bin/pip install openvino onnxruntime-genai
+
+None is a dependency of this project, and one that is not installed is left out by name. Each holds a decoder
+of the same widths and `filled` positions before the step, and computes as it does by itself:
+
+* transformers: `Qwen2Model`, eager, in float32 and bfloat16, with a `DynamicCache`;
+* OpenVINO, the runtime of OpenVINO GenAI: a stateful graph in the form that GenAI loads (caches as state,
+  rows chosen by `beam_idx`, integer weights with a scale per row, or per 128 features in int4), compiled for
+  latency; with activations in bf16, its default here, and in f32, where it rounds them to int8 for integer
+  weights. Its caches have 8 bits;
+* ONNX Runtime GenAI: what its own builder makes of that `Qwen2` model, run by its `Generator`. Its step also
+  looks up a token, multiplies by a head of 256 tokens and draws one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from reference.config import DecoderConfig
+
+Step = tuple[Callable[[], object], int]  # a step, and the bytes of the weights that it reads
+Steps = dict[int, Step]
+TOKENS = 256  # of the peers' vocabulary, since STAR's is another part of the model
+POSITIONS = 1024  # of their tables of angles
+NEEDED = {"OpenVINO": "openvino", "ONNX Runtime GenAI": "onnxruntime_genai", "transformers": "transformers"}
+BITS = {"fp32": 32, "int8": 8, "int4": 4}
+
+
+def peer_steps(
+    precision: str, config: DecoderConfig, folder: Path, *, rows: list[int], filled: int, capacity: int
+) -> Iterator[tuple[str, Steps]]:
+    """(name, steps) of each installed peer that has such a precision. `folder` is for its files.
+
+    The steps of a peer, by the number of rows, share its weights.
+    """
+    size = {"rows": rows, "filled": filled}
+    if has("transformers") and precision == "fp32":
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"transformers, {str(dtype).removeprefix('torch.')}"
+            yield name, transformers_steps(config, dtype, **size)
+    if has("OpenVINO"):
+        for kind in ("bf16", "f32"):
+            yield f"OpenVINO, {precision}, {kind}", openvino_steps(config, BITS[precision], kind, **size)
+    if has("ONNX Runtime GenAI") and has("transformers"):
+        root = folder / f"genai-{precision}"
+        if not (root / "genai_config.json").exists():
+            build_genai(config, precision, folder, root)
+        yield f"ONNX Runtime GenAI, {precision}", genai_steps(config, root, capacity=capacity, **size)
+
+
+def missing() -> list[str]:
+    """The peers that are not installed."""
+    return [peer for peer in NEEDED if not has(peer)]
+
+
+def has(peer: str) -> bool:
+    """Whether a peer is installed."""
+    return importlib.util.find_spec(NEEDED[peer]) is not None
+
+
+def qwen2_config(config: DecoderConfig):
+    """The configuration of a `Qwen2` model of the same sizes."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=TOKENS,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=POSITIONS,
+        rms_norm_eps=config.rms_norm_eps,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def transformers_steps(config: DecoderConfig, dtype: torch.dtype, *, rows: list[int], filled: int) -> Steps:
+    """One new position of `Qwen2Model` in eager mode; the cache is cut back after it."""
+    from transformers import DynamicCache, Qwen2Model
+
+    with torch.device("meta"):
+        model = Qwen2Model(qwen2_config(config)).to(dtype).eval()
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.rotary_emb = type(model.rotary_emb)(config=model.config)
+
+    def step_of(count: int) -> Callable[[], None]:
+        cache = DynamicCache(config=model.config)
+
+        def run(tokens: int) -> None:
+            embeds = torch.ones(count, tokens, config.hidden_size, dtype=dtype)
+            with torch.inference_mode():
+                model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+
+        def step() -> None:
+            run(1)
+            cache.crop(-1)
+
+        run(filled)
+        return step
+
+    stored = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
+    return {count: (step_of(count), stored) for count in rows}
+
+
+def build_genai(config: DecoderConfig, precision: str, folder: Path, root: Path) -> None:
+    """Let ONNX Runtime GenAI's builder convert a random `Qwen2` model, in blocks of 128 features."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+    source = folder / "qwen2"
+    if not source.exists():
+        Qwen2ForCausalLM(qwen2_config(config)).save_pretrained(source)
+        words = Tokenizer(models.WordLevel({str(i): i for i in range(TOKENS)}, unk_token="0"))
+        named = {"bos_token": "0", "eos_token": "1", "pad_token": "1"}
+        PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(source)
+    build = ["-i", source, "-o", root, "-p", precision, "-e", "cpu", "-c", folder / "cache"]
+    build += [] if precision == "fp32" else ["--extra_options", "block_size=128", "accuracy_level=4"]
+    module = "onnxruntime_genai.models.builder"
+    subprocess.run([sys.executable, "-m", module, *build], check=True, capture_output=True)
+
+
+def genai_steps(config: DecoderConfig, root: Path, *, rows: list[int], filled: int, capacity: int) -> Steps:
+    """One token of ONNX Runtime GenAI's `Generator`."""
+    import onnxruntime_genai as genai
+
+    model = genai.Model(str(root))
+
+    def step_of(count: int) -> Callable[[], None]:
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(batch_size=count, max_length=capacity, min_length=capacity)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(np.full((count, filled), 7, np.int32))
+        generator.generate_next_token()
+        return generator.generate_next_token
+
+    tables = 4 * (TOKENS * config.hidden_size + POSITIONS * config.head_dim)  # of which a step reads a row
+    stored = sum(file.stat().st_size for file in root.glob("*.data")) - tables
+    return {count: (step_of(count), stored) for count in rows}
+
+
+def openvino_steps(config: DecoderConfig, bits: int, kind: str, *, rows: list[int], filled: int) -> Steps:
+    """One new position of a stateful OpenVINO model, whose state grows with each."""
+    import openvino
+
+    model, stored = openvino_model(config, bits)
+    if bits == 32 and kind == "bf16":
+        stored //= 2  # it converts the weights while it loads them
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": kind}
+    compiled = openvino.Core().compile_model(model, "CPU", hints)
+
+    def step_of(count: int) -> Callable[[], None]:
+        request, seen = compiled.create_infer_request(), 0
+
+        def run(tokens: int = 1) -> None:
+            nonlocal seen
+            positions = np.arange(seen, seen + tokens, dtype=np.float32)
+            request.infer(
+                {
+                    "inputs_embeds": np.ones((count, tokens, config.hidden_size), np.float32),
+                    "attention_mask": np.zeros((count, 1, tokens, seen + tokens), np.float32),
+                    "position_ids": np.tile(positions, (count, 1)),
+                    "beam_idx": np.arange(count, dtype=np.int32),
+                }
+            )
+            seen += tokens
+
+        run(filled)
+        return run
+
+    return {count: (step_of(count), stored) for count in rows}
+
+
+def openvino_model(config: DecoderConfig, bits: int):
+    """(model, bytes of its weights): the decoder in OpenVINO's operators."""
+    import openvino
+    from openvino import opset13 as op
+
+    rng, stored = np.random.default_rng(0), [0]
+    size, heads, kv, dim = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+
+    def constant(values: np.ndarray):
+        stored[0] += values.nbytes
+        return op.constant(values)
+
+    def weight(rows: int, features: int):
+        """[rows, features] in float32, or integers times scales."""
+        if bits == 32:
+            return constant(rng.standard_normal((rows, features), dtype=np.float32) / features**0.5)
+        block = 128 if bits == 4 else features
+        shape = [rows, features // block, block] if bits == 4 else [rows, features]
+        kind = openvino.Type.i4 if bits == 4 else openvino.Type.i8
+        codes = openvino.Tensor(kind, openvino.Shape(shape))
+        codes.data[...] = rng.integers(-128, 128, codes.data.shape, dtype=np.int8).view(codes.data.dtype)
+        stored[0] += codes.byte_size
+        scales = constant(np.full([*shape[:-1], 1], 0.5 / 2 ** (bits - 1) / features**0.5, np.float16))
+        wide = op.multiply(op.convert(op.constant(codes), "f16"), scales)
+        return op.convert(op.reshape(wide, [rows, features], False) if bits == 4 else wide, "f32")
+
+    def linear(x, rows: int, features: int, *, bias: bool = False):
+        made = op.matmul(x, weight(rows, features), False, True)
+        return op.add(made, constant(np.zeros((1, 1, rows), np.float32))) if bias else made
+
+    def norm(x):
+        mean = op.reduce_mean(op.power(x, np.float32(2)), [-1], True)
+        root = op.sqrt(op.add(mean, np.float32(config.rms_norm_eps)))
+        scaled = op.multiply(op.divide(np.float32(1), root), x)
+        return op.multiply(scaled, constant(np.ones((1, 1, size), np.float32)))
+
+    def turned(x):
+        """Rotary embedding of x [B, h, S, D] in halves."""
+        first, second = op.split(x, 3, 2).outputs()
+        other = op.concat([op.multiply(second, np.float32(-1)), first], 3)
+        return op.add(op.multiply(x, cos), op.multiply(other, sin))
+
+    def split(x, count: int):
+        return op.transpose(op.reshape(x, [0, 0, count, dim], True), [0, 2, 1, 3])
+
+    def cached(new, name: str):
+        """(the whole cache [B, h, n, D], the node that keeps it) after `new` [B, KV, S, D]."""
+        shape = op.concat([batch, np.array([kv, 0, dim], np.int64)], 0)
+        empty, open_shape = op.broadcast(np.float32(0), shape), openvino.PartialShape([-1, kv, -1, dim])
+        past = op.read_value(empty, name, openvino.Type.f32, open_shape)
+        whole = op.concat([op.gather(past, rows_of, np.int64(0)), new], 2)
+        copies = np.array([1, 1, heads // kv, 1, 1], np.int64)
+        shared = op.broadcast(op.unsqueeze(whole, [2]), copies, broadcast_spec="BIDIRECTIONAL")
+        return op.reshape(shared, [0, heads, -1, dim], True), op.assign(whole, name)
+
+    inputs = {
+        "inputs_embeds": op.parameter([-1, -1, size], np.float32),
+        "attention_mask": op.parameter([-1, 1, -1, -1], np.float32),
+        "position_ids": op.parameter([-1, -1], np.float32),
+        "beam_idx": op.parameter([-1], np.int32),
+    }
+    for name, node in inputs.items():
+        node.friendly_name = name
+        node.output(0).tensor.set_names({name})
+    x, mask, positions, rows_of = inputs.values()
+    batch = op.gather(op.shape_of(x, "i64"), np.array([0]), np.int64(0))
+    frequencies = (1 / config.rope_theta ** (np.arange(0, dim, 2) / dim)).astype(np.float32)
+    half = op.multiply(op.unsqueeze(positions, [1, 3]), frequencies.reshape(1, 1, 1, -1))
+    angles = op.concat([half, half], 3)
+    cos, sin, kept = op.cos(angles), op.sin(angles), []
+    for layer in range(config.num_layers):
+        normed = norm(x)
+        query, key, value = (
+            split(linear(normed, count * dim, size, bias=True), count) for count in (heads, kv, kv)
+        )
+        (keys, keep_key), (values, keep_value) = cached(turned(key), f"k{layer}"), cached(value, f"v{layer}")
+        kept += [keep_key, keep_value]
+        seen = op.scaled_dot_product_attention(turned(query), keys, values, mask)
+        seen = op.reshape(op.transpose(seen, [0, 2, 1, 3]), [0, 0, size], True)
+        x = op.add(x, linear(seen, size, size))
+        normed = norm(x)
+        gate, up = (linear(normed, config.intermediate_size, size) for _ in range(2))
+        x = op.add(x, linear(op.multiply(op.swish(gate), up), size, config.intermediate_size))
+    model = openvino.Model([op.result(norm(x))], kept, list(inputs.values()), "decoder")
+    return model, stored[0]
