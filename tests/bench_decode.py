@@ -50,6 +50,7 @@ from tests.gpu.sizes import SIZES
 from tests.helpers.tiny_bundle import MODEL, SCHEMA
 
 FLUSHED_BYTES = 1 << 29
+PAUSE_S = 0.1  # after which the threads of the call before no longer spin
 POSITIONS, FILLED = 16, 320  # of a prefill; slots before the step that is measured
 
 
@@ -225,6 +226,7 @@ def print_table(calls: dict[str, Step], *, repeats: int) -> None:
         for turn in range(repeats + 1):
             for name, (call, stored) in calls.items():
                 parts = [block[: stored // 4 // cores] for block in blocks]
+                time.sleep(PAUSE_S)
                 read = cold(lambda: list(pool.map(np.max, parts)))
                 seconds[name] += [(cold(call), read)] if turn else []
     rates = [stored / read for name, (_, stored) in calls.items() for _, read in seconds[name]]

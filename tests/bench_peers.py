@@ -3,7 +3,7 @@
     .venv/bin/pip install openvino onnxruntime-genai
 
 None is a dependency of this project, and one that is not installed is left out by name. Each holds a decoder
-of the same widths and `filled` positions before the step, and computes as it does by itself:
+of the same widths and `filled` positions before the step, and computes as it does by itself, on all cores:
 
 * transformers: `Qwen2Model`, eager, in float32 and bfloat16, with a `DynamicCache`;
 * OpenVINO, the runtime of OpenVINO GenAI: a stateful graph in the form that GenAI loads (caches as state,
@@ -17,6 +17,8 @@ of the same widths and `filled` positions before the step, and computes as it do
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -136,7 +138,10 @@ def genai_steps(config: DecoderConfig, root: Path, *, rows: list[int], filled: i
     """One token of ONNX Runtime GenAI's `Generator`."""
     import onnxruntime_genai as genai
 
-    model = genai.Model(str(root))
+    settings = genai.Config(str(root))
+    session = {"session_options": {"intra_op_num_threads": os.cpu_count()}}  # by itself it takes one here
+    settings.overlay(json.dumps({"model": {"decoder": session}}))
+    model = genai.Model(settings)
 
     def step_of(count: int) -> Callable[[], None]:
         parameters = genai.GeneratorParams(model)
@@ -159,6 +164,7 @@ def openvino_steps(config: DecoderConfig, bits: int, kind: str, *, rows: list[in
     if bits == 32 and kind == "bf16":
         stored //= 2  # it converts the weights while it loads them
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": kind}
+    hints["INFERENCE_NUM_THREADS"] = str(os.cpu_count())
     compiled = openvino.Core().compile_model(model, "CPU", hints)
 
     def step_of(count: int) -> Callable[[], None]:

@@ -169,6 +169,17 @@ def test_the_twins_of_a_16_bit_graphs_two_dialects_agree(
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
+def test_a_twins_attention_is_written_for_the_cpu_and_the_stored_graphs_is_not(bundle_of) -> None:
+    """With equal results, so that only this and the time of a step show it."""
+    folder = bundle_of("int4") / "base_ar"
+    bodies = [
+        ir.load(folder / name).functions[(ops.DOMAIN, ops.NAME, "")] for name in ("twin.onnx", "model.onnx")
+    ]
+    twins, stored = ([node.op_type for node in body] for body in bodies)
+    assert stored == ["TensorScatter", "TensorScatter", "Attention"]
+    assert twins == [node.op_type for node in ops.cpu_function_body(heads=4, kv_heads=2)]
+
+
 def test_the_plugins_nodes_carry_its_version_and_fields_and_the_manifest_its_abi(mini_bundle: Path) -> None:
     bundle = Bundle.open(mini_bundle)
     for name, spec in bundle.manifest.components.items():
