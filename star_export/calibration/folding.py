@@ -17,36 +17,34 @@ from torch import Tensor
 from ..graph.formats import Format
 from .gptq import best_scales
 
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # how far the scales follow the strength of the inputs
+ALPHAS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # how far the scales follow the power
 ROWS = 512  # of each weight that are tried
 
 
-def channel_exponents(
-    weights: Sequence[Tensor], moments: Tensor, format: Format, dtype: torch.dtype
-) -> Tensor:
+def channel_exponents(weights: Sequence[Tensor], power: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
     """The exponents e int64 [K] for which weights [rows, K] times 2^e, rounded, keep their products best.
 
-    `moments` [K, K] are the second moments of the inputs that the weights share. Exponents are 0 if no
-    scaling helps.
+    `power` [K] is that of the feedback of the inputs that the weights share: what their errors do once GPTQ
+    has taken back what it can. Exponents are 0 if no scaling helps.
     """
-    strength = moments.diagonal().clamp(min=1e-20).log2() / 2
+    strength = power.clamp(min=1e-20).log2() / 2
     strength = strength - strength.mean()
     chosen = [weight[:: max(1, len(weight) // ROWS)].float() for weight in weights]
     best, least = torch.zeros_like(strength), float("inf")
     for alpha in ALPHAS:
         exponents = (alpha * strength).round().clamp(-8, 8)
         factors = exponents.exp2()
-        power = moments.diagonal() / factors.square()
-        error = 0.0
-        for weight in chosen:
-            scaled = weight * factors
-            scales = best_scales(scaled, power, format, dtype)
-            step = torch.where(scales == 0, 1, scales.float()).repeat_interleave(
-                scaled.shape[1] // scales.shape[1], 1
-            )
-            stored = (scaled / step).round().clamp(-format.top, format.top) * step / factors
-            change = weight - stored
-            error += float((change @ moments * change).sum())
+        error = sum(_error(weight * factors, power / factors.square(), format, dtype) for weight in chosen)
         if error < least:
             best, least = exponents, error
     return best.long()
+
+
+def _error(weight: Tensor, power: Tensor, format: Format, dtype: torch.dtype) -> float:
+    """What rounding to nearest leaves, with the scales that GPTQ would begin with."""
+    scales = best_scales(weight, power, format, dtype)
+    steps = torch.where(scales == 0, 1, scales.float()).repeat_interleave(
+        weight.shape[1] // scales.shape[1], 1
+    )
+    stored = (weight / steps).round_().clamp_(format.bottom, format.top).mul_(steps)
+    return float((stored.sub_(weight).square_() * power).sum())

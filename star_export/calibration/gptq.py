@@ -5,10 +5,13 @@ moments H = X^T X / n. The columns of W are rounded one after the other, those o
 and each error is taken back by the columns that are not rounded yet, as far as the inputs correlate.
 
 Source: Frantar et al., GPTQ, 2023 (arXiv 2210.17323), with the order of columns of its later code. Scales are
-chosen before, for every block by itself, so their layout does not depend on that order.
+chosen before, for every block by itself, so their layout does not depend on that order. They keep small what
+remains after the errors were taken back; what the inputs' own strength weighs would lose more.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,30 +22,67 @@ COLUMNS = 128  # that are rounded before their errors go to all others
 PIECE = 1 << 18  # numbers whose scales are searched at once
 SAMPLED = 256  # rows that an error is measured on
 DAMPING = 0.01  # of the mean of H's diagonal, which is added to it
-RATIOS = torch.linspace(1.0, 0.5, 13)  # of a block's largest magnitude that its largest code may stand for
+# Shares of a block's largest magnitude that its largest code may stand for. Those that clip little are closer
+# to each other: int8 needs those, and int4 the others.
+RATIOS = 1 - torch.linspace(0, 1, 16) ** 1.5 / 2
 
 
 class SingularError(ValueError):
     """The second moments have no inverse, even damped: the inputs are zero, or not finite."""
 
 
-def quantised(weight: Tensor, moments: Tensor, format: Format, dtype: torch.dtype) -> Encoded:
-    """Quantise `weight` [rows, K] for inputs of second moments `moments` [K, K], with scales in `dtype`.
+@dataclass(frozen=True)
+class Feedback:
+    """How the columns of weights [rows, K] take back each other's errors, for inputs that they share.
 
-    Raises SingularError.
+    `order` int64 [K] is that in which the columns are rounded. In it, `shares` [K, K], strictly upper
+    triangular, says how much each column takes over of the errors of those before it. What remains of an
+    error e[k] is the mean square `power`[k] e[k]^2 of the products.
     """
-    weight = weight.float()
-    scales = best_scales(weight, moments.diagonal(), format, dtype)
+
+    order: Tensor
+    shares: Tensor
+    power: Tensor
+
+    def scaled(self, factors: Tensor) -> Feedback:
+        """The same for weights whose columns are multiplied by `factors` [K], and their inputs divided."""
+        in_order = factors[self.order]
+        return Feedback(self.order, self.shares * in_order / in_order[:, None], self.power / factors.square())
+
+
+def feedback_of(moments: Tensor) -> Feedback:
+    """The feedback of inputs with the second moments H = `moments` [K, K]. Raises SingularError.
+
+    Damped and in order, H is (U + 1) D (U + 1)^T with the shares U and a diagonal D, the power. That gives
+    the codes of GPTQ without the inverse that it is written with (Chee et al., QuIP, 2023, theorem 6).
+    """
+    order = moments.diagonal().argsort(descending=True, stable=True)
+    reverse = order.flip(0)
+    damped = moments[reverse][:, reverse]  # a Cholesky factor of it is one of the moments, in reverse
+    diagonal = damped.diagonal()
+    diagonal += DAMPING * diagonal.mean()
+    diagonal[diagonal == 0] = 1  # all inputs are zero, and so is every error
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed or not torch.isfinite(factor.diagonal()).all():
+        raise SingularError(f"expected positive definite moments, got {tuple(moments.shape)} that are not")
+    del damped, diagonal
+    factor = factor.flip(0, 1)
+    root = factor.diagonal().clone()
+    return Feedback(order, factor.div_(root).triu_(1), root.square()[order.argsort()])
+
+
+def quantised(weight: Tensor, feedback: Feedback, format: Format, dtype: torch.dtype) -> Encoded:
+    """Quantise `weight` [rows, K] for inputs of that feedback, with scales in `dtype`."""
+    weight, order = weight.float(), feedback.order
+    scales = best_scales(weight, feedback.power, format, dtype)
     block = weight.shape[1] // scales.shape[1]
     steps = torch.where(scales == 0, 1, scales.float()).repeat_interleave(block, 1)  # [rows, K]
-    order = moments.diagonal().argsort(descending=True, stable=True)
-    feedback = _feedback(moments[order][:, order])
-    codes = _rounded(weight[:, order], steps[:, order], feedback, format.top)
+    codes = _rounded(weight[:, order], steps[:, order], feedback.shares, format)
     return Encoded(codes[:, order.argsort()].to(torch.int8), scales)
 
 
 def best_scales(weight: Tensor, power: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
-    """The scale of each block that rounds it with the least error, inputs weighted by their `power` [K].
+    """The scale of each block that rounds it with the least error, whose squares are weighted by `power` [K].
 
     weight [rows, K] -> [rows, blocks] in `dtype`. Clipping the largest numbers is allowed if it helps the
     others more.
@@ -57,7 +97,7 @@ def best_scales(weight: Tensor, power: Tensor, format: Format, dtype: torch.dtyp
         for ratio in RATIOS:
             tried = (largest * ratio / format.top).to(dtype)
             step = torch.where(tried == 0, 1, tried.float())[..., None]
-            rounded = (grouped / step).round_().clamp_(-format.top, format.top).mul_(step)
+            rounded = (grouped / step).round_().clamp_(format.bottom, format.top).mul_(step)
             error = (rounded.sub_(grouped).square_() * weights).sum(-1)
             found, least = torch.where(error < least, tried, found), torch.minimum(error, least)
         scales.append(found)
@@ -75,37 +115,19 @@ def error_of(weight: Tensor, stored: Tensor, moments: Tensor) -> float:
     return float((change @ moments * change).sum()) / products if products else 0.0
 
 
-def _feedback(moments: Tensor) -> Tensor:
-    """How much each column takes over of the errors of those before it: [K, K], strictly upper triangular.
-
-    The damped moments are (U + 1) D (U + 1)^T with U, which this returns, and a diagonal D. That gives the
-    codes of GPTQ without the inverse that it is written with (Chee et al., QuIP, 2023, theorem 6).
-    """
-    damped = moments.flip(0, 1)  # a copy: a Cholesky factor of it is one of the moments, in reverse
-    diagonal = damped.diagonal()
-    diagonal += DAMPING * diagonal.mean()
-    diagonal[diagonal == 0] = 1  # all inputs are zero, and so is every error
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed or not torch.isfinite(factor.diagonal()).all():
-        raise SingularError(f"expected positive definite moments, got {tuple(moments.shape)} that are not")
-    del damped, diagonal
-    factor = factor.flip(0, 1)
-    return factor.div_(factor.diagonal().clone()).triu_(1)
-
-
-def _rounded(weight: Tensor, steps: Tensor, feedback: Tensor, top: float) -> Tensor:
+def _rounded(weight: Tensor, steps: Tensor, shares: Tensor, format: Format) -> Tensor:
     """Codes in float32 [rows, K]; the columns are in the order in which they are rounded."""
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, weight.shape[1], COLUMNS):
         stop = min(start + COLUMNS, weight.shape[1])
         exact = weight[:, start:stop]
-        wanted = exact + errors[:, :start] @ feedback[:start, start:stop]
+        wanted = exact + errors[:, :start] @ shares[:start, start:stop]
         # Columns are read and written one at a time, so they lie in rows here.
         part, step, near = wanted.T.contiguous(), steps[:, start:stop].T.contiguous(), exact.T.contiguous()
         for i in range(stop - start):
-            code = (part[i] / step[i]).round_().clamp_(-top, top)
+            code = (part[i] / step[i]).round_().clamp_(format.bottom, format.top)
             near[i] -= code * step[i]
-            part[i + 1 :].addr_(feedback[start + i, start + i + 1 : stop], near[i])
+            part[i + 1 :].addr_(shares[start + i, start + i + 1 : stop], near[i])
             part[i] = code
         codes[:, start:stop], errors[:, start:stop] = part.T, near.T
     return codes

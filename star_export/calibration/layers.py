@@ -21,7 +21,7 @@ from ..graph.formats import Encoded, Format
 from ..graph.precisions import Precision
 from .examples import Example
 from .folding import channel_exponents
-from .gptq import error_of, quantised
+from .gptq import Feedback, error_of, feedback_of, quantised
 
 OPERATIONS = 5e11  # of the moments of a weight, which limits the inputs that they are taken from
 
@@ -88,32 +88,41 @@ class _Work:
         formats = {n: self.precision.format_of(n, tuple(m.weight.shape)) for n, m in names.items()}
         chosen = {name: found for name, found in formats.items() if found}
         dtype = self.precision.torch_dtype
+        if not chosen:
+            return inputs
         moments = moments_of(inputs)
+        feedback = feedback_of(moments)
         if norm is not None and len(chosen) == len(names):
             weights = [names[name].weight for name in chosen]
-            exponents = channel_exponents(weights, moments, next(iter(chosen.values())), dtype)
+            exponents = channel_exponents(weights, feedback.power, next(iter(chosen.values())), dtype)
             factors = exponents.float().exp2()
             weight = cast(Tensor, norm[1].weight) / factors
             norm[1].weight = nn.Parameter(weight, requires_grad=False)
             self.found.norms[f"{self.prefix}.{norm[0]}.weight"] = weight
             inputs = [x / factors for x in inputs]
-            moments = moments / factors / factors[:, None]
+            moments, feedback = moments / factors / factors[:, None], feedback.scaled(factors)
             for linear in names.values():
                 linear.weight = nn.Parameter(linear.weight * factors, requires_grad=False)
         for name, linear in names.items():
             if (format := chosen.get(name)) is None:
                 continue
-            stored = quantise(self.found, name, linear.weight, moments, format, self.precision)
+            stored = quantise(self.found, name, linear.weight, moments, feedback, format, self.precision)
             linear.weight = nn.Parameter(stored, requires_grad=False)
         return inputs
 
 
 def quantise(
-    found: Calibrated, name: str, weight: Tensor, moments: Tensor, format: Format, precision: Precision
+    found: Calibrated,
+    name: str,
+    weight: Tensor,
+    moments: Tensor,
+    feedback: Feedback,
+    format: Format,
+    precision: Precision,
 ) -> Tensor:
     """Add the codes of a weight to `found`, and return what they stand for."""
     dtype = precision.torch_dtype
-    encoded = quantised(weight, moments, format, dtype)
+    encoded = quantised(weight, feedback, format, dtype)
     stored, nearest = encoded.decode(), format.rounded(weight, dtype)
     found.encoded[name] = encoded
     found.errors[name] = error_of(weight, stored, moments), error_of(weight, nearest, moments)

@@ -31,7 +31,7 @@ from ..graph.precisions import DECODERS, Precision
 from ..graph.quantize import CODES, SCALES, StoredTensor
 from .decodes import DECODE, EXAMPLES, Decodes
 from .examples import Example, Material
-from .gptq import SingularError
+from .gptq import SingularError, feedback_of
 from .layers import Calibrated, calibrate_layer, moments_of, quantise
 
 HEAD = "image_head"
@@ -121,7 +121,9 @@ class Calibration:
         tensor, made = self.decodes.tensors[weight], Calibrated()
         if format := self.precision.format_of(weight, tuple(tensor.shape)):
             with torch.inference_mode(), _singular(weight):
-                quantise(made, weight, tensor.load().float(), moments_of(inputs), format, self.precision)
+                moments = moments_of(inputs)
+                feedback = feedback_of(moments)
+                quantise(made, weight, tensor.load().float(), moments, feedback, format, self.precision)
         self._write_weights(HEAD, made)
 
     def _write_weights(self, prefix: str, made: Calibrated) -> None:

@@ -52,8 +52,13 @@ class Format:
 
     @property
     def top(self) -> float:
-        """The largest number of the code's type that is used; the smallest is its negative."""
+        """The largest number of the code's type."""
         return LARGEST.get(self.code, 2 ** (self.bits - 1) - 1)
+
+    @property
+    def bottom(self) -> float:
+        """The smallest number of the code's type, of which rounding to nearest makes no use in integers."""
+        return -self.top - 1 if self.code.is_integer() else -self.top
 
     def block(self, features: int) -> int | None:
         """The size of a block in a row of so many features; None if no block divides it."""

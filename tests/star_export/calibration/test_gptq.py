@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from star_export.calibration.gptq import RATIOS, SingularError, best_scales, error_of, quantised
+from star_export.calibration.gptq import (
+    RATIOS,
+    SingularError,
+    best_scales,
+    error_of,
+    feedback_of,
+    quantised,
+)
 from star_export.graph.formats import INT4, INT8, Format
 
 ROWS, FEATURES = 24, 256
@@ -28,25 +37,26 @@ def correlated_moments(features: int = FEATURES) -> Tensor:
 @pytest.mark.parametrize("found", [INT8, INT4], ids=lambda f: f.name)
 def test_without_correlation_it_rounds_to_nearest_with_the_scales_that_were_searched(found: Format) -> None:
     weight, identity = random(ROWS, FEATURES), torch.eye(FEATURES)
-    encoded = quantised(weight, identity, found, torch.float32)
+    encoded = quantised(weight, feedback_of(identity), found, torch.float32)
     scales = best_scales(weight, torch.ones(FEATURES), found, torch.float32)
     steps = scales.repeat_interleave(FEATURES // scales.shape[1], 1)
     assert torch.equal(encoded.scales, scales)
-    assert torch.equal(encoded.codes.float(), (weight / steps).round().clamp(-found.top, found.top))
+    assert torch.equal(encoded.codes.float(), (weight / steps).round().clamp(found.bottom, found.top))
 
 
 @pytest.mark.parametrize(("found", "share"), [(INT8, 0.6), (INT4, 0.6)], ids=["int8", "int4"])
 def test_with_correlated_inputs_it_loses_clearly_less_than_rounding(found: Format, share: float) -> None:
     weight, moments = random(ROWS, FEATURES), correlated_moments()
-    encoded = quantised(weight, moments, found, torch.bfloat16)
-    assert int(encoded.codes.abs().max()) == found.top and encoded.scales.dtype == torch.bfloat16
+    encoded = quantised(weight, feedback_of(moments), found, torch.bfloat16)
+    assert found.bottom <= int(encoded.codes.min()) and int(encoded.codes.max()) == found.top
+    assert encoded.scales.dtype == torch.bfloat16
     nearest = error_of(weight, found.rounded(weight, torch.bfloat16), moments)
     assert 0 < error_of(weight, encoded.decode(), moments) < share * nearest
 
 
 def test_the_same_inputs_give_the_same_codes() -> None:
     weight, moments = random(ROWS, FEATURES), correlated_moments()
-    first, second = (quantised(weight, moments, INT4, torch.bfloat16) for _ in range(2))
+    first, second = (quantised(weight, feedback_of(moments), INT4, torch.bfloat16) for _ in range(2))
     assert torch.equal(first.codes, second.codes) and torch.equal(first.scales, second.scales)
     assert torch.equal(weight, random(ROWS, FEATURES)), "the weight that is given stays as it is"
 
@@ -56,7 +66,7 @@ def test_the_number_of_columns_at_once_changes_no_code(monkeypatch: pytest.Monke
     codes = []
     for columns in (64, 24, 1):
         monkeypatch.setattr("star_export.calibration.gptq.COLUMNS", columns)
-        codes.append(quantised(weight, moments, INT4, torch.float32).codes)
+        codes.append(quantised(weight, feedback_of(moments), INT4, torch.float32).codes)
     differing = max(float((other != codes[0]).float().mean()) for other in codes[1:])
     assert differing < 0.01, "only the order of the sums differs"
 
@@ -74,18 +84,19 @@ def test_dead_channels_and_zero_weights_cost_nothing_and_harm_nothing() -> None:
     weight, moments = random(ROWS, FEATURES), correlated_moments()
     dead = torch.arange(0, FEATURES, 3)
     moments[dead], moments[:, dead] = 0, 0
-    encoded = quantised(weight, moments, INT4, torch.bfloat16)
+    encoded = quantised(weight, feedback_of(moments), INT4, torch.bfloat16)
     nearest = error_of(weight, INT4.rounded(weight, torch.bfloat16), moments)
     assert error_of(weight, encoded.decode(), moments) < nearest
     zeros = torch.zeros(ROWS, FEATURES)
-    assert not quantised(zeros, moments, INT4, torch.bfloat16).codes.any()
+    assert not quantised(zeros, feedback_of(moments), INT4, torch.bfloat16).codes.any()
     assert error_of(zeros, zeros, moments) == 0.0
 
 
 def test_a_layer_whose_inputs_are_all_zero_is_rounded_to_nearest() -> None:
     weight, moments = random(ROWS, FEATURES), torch.zeros(FEATURES, FEATURES)
-    encoded = quantised(weight, moments, INT8, torch.bfloat16)
-    assert torch.equal(encoded.codes, INT8.encode(weight, torch.bfloat16).codes)
+    encoded = quantised(weight, feedback_of(moments), INT8, torch.bfloat16)
+    same = quantised(weight, feedback_of(torch.eye(FEATURES)), INT8, torch.bfloat16)
+    assert torch.equal(encoded.codes, same.codes)
     assert error_of(weight, encoded.decode(), moments) == 0.0
 
 
@@ -94,4 +105,48 @@ def test_moments_without_an_inverse_are_refused(planted: float) -> None:
     moments = correlated_moments()
     moments[3, 3] = planted
     with pytest.raises(SingularError, match=r"positive definite moments, got \(256, 256\)"):
-        quantised(random(ROWS, FEATURES), moments, INT4, torch.bfloat16)
+        feedback_of(moments)
+
+
+def test_the_power_is_what_remains_of_a_columns_error() -> None:
+    """The products' mean square is the sum over columns of power times the square of what was rounded off."""
+    weight, moments = random(ROWS, FEATURES), correlated_moments()
+    feedback, order = feedback_of(moments), moments.diagonal().argsort(descending=True, stable=True)
+    encoded = quantised(weight, feedback, INT4, torch.float32)
+    error = (weight - encoded.decode())[:, order]
+    own = error + error @ feedback.shares  # an error of its own is what a column adds to those it takes over
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(FEATURES)
+    change = weight - encoded.decode()
+    wanted = float((change @ damped * change).sum())
+    assert float((own.square() * feedback.power[order]).sum()) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("found", [INT8, INT4], ids=lambda f: f.name)
+def test_scales_follow_what_remains_of_errors_rather_than_the_strength_of_inputs(found: Format) -> None:
+    """Strong inputs of a few directions: errors of the columns that are rounded first are taken back."""
+    weight, moments = random(ROWS, FEATURES), correlated_moments()
+    feedback = feedback_of(moments)
+    ours = quantised(weight, feedback, found, torch.float32)
+    theirs = quantised(weight, replace(feedback, power=moments.diagonal()), found, torch.float32)
+    lost, wrong = (error_of(weight, stored.decode(), moments) for stored in (ours, theirs))
+    assert lost < wrong
+
+
+def test_the_smallest_code_is_used_where_it_makes_the_steps_smaller() -> None:
+    weight = torch.zeros(1, 128)
+    weight[0, :3] = torch.tensor([-8.0, 5.0, 3.0])
+    encoded = quantised(weight, feedback_of(torch.eye(128)), INT4, torch.float32)
+    assert encoded.codes[0, 0] == -8
+
+
+def test_feedback_for_scaled_weights_gives_the_same_products() -> None:
+    moments = correlated_moments()
+    factors = torch.randint(-3, 4, (FEATURES,), generator=torch.Generator().manual_seed(0)).float().exp2()
+    feedback = feedback_of(moments)
+    scaled = feedback.scaled(factors)
+    upper = torch.eye(FEATURES) + scaled.shares
+    order = feedback.order
+    found = (upper * scaled.power[order]) @ upper.T
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(FEATURES)
+    wanted = (damped / factors / factors[:, None])[order][:, order]
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.diagonal().mean()))

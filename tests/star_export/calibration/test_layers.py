@@ -9,7 +9,7 @@ from torch import Tensor
 from reference.config import DecoderConfig
 from reference.decoder import Decoder
 from star_export.calibration.examples import Example
-from star_export.calibration.gptq import SingularError, quantised
+from star_export.calibration.gptq import SingularError, feedback_of, quantised
 from star_export.calibration.layers import calibrate_layer, moments_of
 from star_export.graph.formats import INT8
 from star_export.graph.precisions import PRECISIONS, Precision
@@ -76,7 +76,7 @@ def test_the_layer_that_hands_on_has_the_weights_that_are_stored(precision: Prec
     for name, encoded in found.encoded.items():
         format = precision.format_of(name, tuple(weights[name].shape))
         assert torch.equal(weights[name], encoded.decode()) and encoded.scales.dtype == torch.bfloat16
-        assert int(encoded.codes.abs().max()) <= format.top
+        assert format.bottom <= int(encoded.codes.min()) and int(encoded.codes.max()) <= format.top
     for name, norm in found.norms.items():
         assert torch.equal(weights[name], norm)
     for output, example in zip(outputs, stream(), strict=True):
@@ -105,11 +105,12 @@ def test_codes_are_chosen_for_the_inputs_that_the_scales_of_channels_leave(preci
     norm = model.layers[0].input_layernorm
     factors = exact.input_layernorm.weight / norm.weight
     assert torch.equal(factors.log2(), factors.log2().round()) and len(factors.unique()) > 1
-    moments = moments_of([norm(example.embeds) for example in stream()])
+    unscaled = feedback_of(moments_of([exact.input_layernorm(example.embeds) for example in stream()]))
+    feedback = unscaled.scaled(factors)
     for name in ("q_proj", "k_proj", "v_proj"):
         weight = getattr(exact.self_attn, name).weight
         format = precision.format_of(f"{PREFIX}.self_attn.{name}.weight", tuple(weight.shape))
-        wanted = quantised(weight * factors, moments, format, torch.bfloat16)
+        wanted = quantised(weight * factors, feedback, format, torch.bfloat16)
         got = found.encoded[f"{PREFIX}.self_attn.{name}.weight"]
         assert torch.equal(got.codes, wanted.codes) and torch.equal(got.scales, wanted.scales)
 
