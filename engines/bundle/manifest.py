@@ -182,13 +182,13 @@ class GoldenSpec:
 class CalibrationSpec:
     """What the codes of the decoders were chosen for: images that the model drew and edited, and answers.
 
-    `pictures` counts those that were given to it. `sha256` is that of all texts and pictures.
+    `images` counts those that were given to it. `sha256` is that of all texts and images.
     """
 
     prompts: int
     edits: int
     questions: int
-    pictures: int
+    images: int
     sha256: str
 
 

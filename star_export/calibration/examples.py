@@ -36,22 +36,22 @@ WINDOW = 16  # tokens per forward
 ANSWER_TOKENS = 32
 RESIDENT_NUMBERS = 1 << 28  # a model of fewer weights is held in memory while it decodes
 PROMPTS = "prompts.txt"  # in a folder of calibration, one prompt per line
-PICTURES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".jpg", ".jpeg")
 QUESTION = "Describe this image."
 SHIPPED = Path(__file__).parent / PROMPTS
 
 
 @dataclass(frozen=True)
 class Material:
-    """Texts and pictures: prompts to draw, instructions to edit by, questions, and pictures uint8 [H, W, 3].
+    """Texts and images: prompts to draw, instructions to edit by, questions, and images uint8 [H, W, 3].
 
-    Without pictures, those that are drawn first are edited and asked about.
+    Without images, those that are drawn first are edited and asked about.
     """
 
     prompts: tuple[str, ...]
     edits: tuple[str, ...]
     questions: tuple[str, ...]
-    pictures: tuple[np.ndarray, ...] = ()
+    images: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,15 @@ class Example:
     image: bool
 
 
-def read_material(folder: Path | None, shipped: Path, count: int) -> Material:
-    """The first `count` prompts of `folder`, or else of the file `shipped`, and the pictures of `folder`.
+def read_material(folder: Path | None, shipped: Path, count: int, *, fewer: bool = False) -> Material:
+    """The first `count` prompts of `folder`, or else of the file `shipped`, and the images of `folder`.
 
-    A line `edit: TEXT` is an instruction, and `ask: TEXT` a question; there are a quarter as many of each.
-    Raises InputError for a folder or file with nothing to use.
+    A line `edit: TEXT` is an instruction, and `ask: TEXT` a question; at most a quarter as many of each are
+    taken. With `fewer`, a file of fewer prompts will do. Raises InputError for one otherwise, and for a
+    folder or file with nothing to use.
     """
     quarter = max(1, count // 4)
-    pictures = _pictures(folder, quarter) if folder else ()
+    images = _images(folder, quarter) if folder else ()
     file = folder / PROMPTS if folder and (folder / PROMPTS).is_file() else shipped
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -96,29 +97,35 @@ def read_material(folder: Path | None, shipped: Path, count: int) -> Material:
             where=f"{file}: expected at least one line with a prompt to draw, got {len(lines)} lines",
             fix="write one prompt per line",
         )
+    if len(kinds["draw"]) < count and not fewer:
+        raise InputError(
+            "The calibration has fewer prompts than it is to draw",
+            where=f"{file}: expected {count} prompts to draw, got {len(kinds['draw'])}",
+            fix=f"calibrate with {len(kinds['draw'])} prompts or fewer, or add prompts, one per line",
+        )
     return Material(
         prompts=tuple(kinds["draw"][:count]),
         edits=tuple(kinds["edit"][:quarter]),
         questions=tuple(kinds["ask"][:quarter] or [QUESTION]),
-        pictures=pictures,
+        images=images,
     )
 
 
-def _pictures(folder: Path, count: int) -> tuple[np.ndarray, ...]:
+def _images(folder: Path, count: int) -> tuple[np.ndarray, ...]:
     try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
         usable = found or (folder / PROMPTS).is_file()
     except OSError as error:
         raise InputError(
             "The folder of the calibration cannot be read",
-            where=f"{folder}: expected a folder with {PROMPTS} or pictures, got: {reason(error)}",
+            where=f"{folder}: expected a folder with {PROMPTS} or images, got: {reason(error)}",
             fix="check the spelling, or omit it to use the shipped prompts",
         ) from None
     if not usable:
         raise InputError(
             "The folder of the calibration holds nothing to use",
-            where=f"{folder}: expected {PROMPTS}, or pictures ({', '.join(PICTURES)}), got neither",
-            fix="add pictures, or prompts, one per line",
+            where=f"{folder}: expected {PROMPTS}, or images ({', '.join(SUFFIXES)}), got neither",
+            fix="add images, or prompts, one per line",
         )
     return tuple(read_image(path) for path in found[:count])
 
@@ -133,10 +140,10 @@ def decoded(
 ) -> list[Example]:
     """Let `star` decode what `material` asks for, and return what its decoders were fed.
 
-    Raises InputError, before anything is drawn, for a picture that the model does not take.
+    Raises InputError, before anything is drawn, for an image that the model does not take.
     """
-    for picture in material.pictures:
-        edit_inputs(picture, model)
+    for image in material.images:
+        edit_inputs(image, model)
     numbers = sum(parameter.numel() for parameter in star.parameters())
     with (
         torch.inference_mode(),
@@ -146,16 +153,16 @@ def decoded(
         drawn = [_Fed(star.token_embedding(_tensor(p.input_ids)), _tensor(p.position_ids)) for p in prompts]
         ids = draw(star, drawn, sampling, progress=progress)
         examples = [_with_image(star, fed, row) for fed, row in zip(drawn, ids, strict=True)]
-        pictures = list(material.pictures)
-        if not pictures:
+        images = list(material.images)
+        if not images:
             count = max(len(material.edits), len(material.questions))
-            pictures = [
+            images = [
                 images_from_decoded(star.vq_decoder(ids[i : i + 1]).numpy())[0]
                 for i in range(min(count, len(ids)))
             ]
         edits = []
         for i, text in enumerate(material.edits):
-            vision, square = edit_inputs(pictures[i % len(pictures)], model)
+            vision, square = edit_inputs(images[i % len(images)], model)
             prompt = chat.edit_prompt(text, grid_h=vision.grid_h, grid_w=vision.grid_w)
             embeds = _embedded(star, prompt, vision)
             image_ids = star.vq_encoder(torch.from_numpy(square))[0]
@@ -165,7 +172,7 @@ def decoded(
             ids = draw(star, edits, sampling, progress=progress)
             examples += [_with_image(star, fed, row) for fed, row in zip(edits, ids, strict=True)]
         for i, question in enumerate(material.questions):
-            vision = ask_inputs(pictures[i % len(pictures)], model)
+            vision = ask_inputs(images[i % len(images)], model)
             prompt = chat.ask_prompt(question, grid_h=vision.grid_h, grid_w=vision.grid_w)
             progress("answer for calibration", i, len(material.questions))
             examples.append(_answered(star, _embedded(star, prompt, vision), prompt))
@@ -233,7 +240,7 @@ def _with_image(star: FoldedStar, fed: _Fed, ids: Tensor) -> Example:
 
 
 def _answered(star: FoldedStar, embeds: Tensor, prompt: Prompt) -> Example:
-    """A question about a picture, and the answer that the base decoder gives, greedily."""
+    """A question about an image, and the answer that the base decoder gives, greedily."""
     positions, limit = _tensor(prompt.position_ids), embeds.shape[1] + ANSWER_TOKENS
     cache, fed, first = star.base_ar.new_cache(1, capacity_tokens=limit), embeds, 0
     for _ in range(ANSWER_TOKENS):
@@ -248,7 +255,7 @@ def _answered(star: FoldedStar, embeds: Tensor, prompt: Prompt) -> Example:
 
 
 def _embedded(star: FoldedStar, prompt: Prompt, vision: VisionInputs) -> Tensor:
-    """The embeddings of a prompt with a picture: [B, L, H]."""
+    """The embeddings of a prompt with an image: [B, L, H]."""
     embeds = star.token_embedding(_tensor(prompt.input_ids))
     given = [torch.from_numpy(array) for array in vision.feeds().values()]
     embeds[:, prompt.vision_tokens] = star.vision_encoder(*given)

@@ -145,7 +145,7 @@ def _singular(what: str) -> Iterator[None]:
         raise InputError(
             "A layer cannot be calibrated",
             where=f"{what}: {error}",
-            fix="check the checkpoint and the pictures of the calibration, or calibrate with more prompts",
+            fix="check the checkpoint and the images of the calibration, or calibrate with more prompts",
         ) from None
 
 
@@ -154,8 +154,8 @@ def material_hash(material: Material) -> str:
     digest = hashlib.sha256()
     for text in (*material.prompts, "\0edits", *material.edits, "\0questions", *material.questions):
         digest.update(text.encode() + b"\0")
-    for picture in material.pictures:
-        digest.update(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes())
+    for image in material.images:
+        digest.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
     return digest.hexdigest()
 
 

@@ -172,7 +172,7 @@ def _export(commands) -> None:
     c.add_argument(
         "--calibration",
         metavar="FOLDER",
-        help="prompts.txt (one per line; `edit: TEXT` and `ask: TEXT` too) and pictures to calibrate with "
+        help="prompts.txt (one per line; `edit: TEXT` and `ask: TEXT` too) and images to calibrate with "
         "(default: shipped prompts)",
     )
     c.add_argument(

@@ -32,7 +32,7 @@ from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 
 from ..calibration.decodes import Decodes
 from ..calibration.effects import Effects, images_of
-from ..calibration.examples import SHIPPED, Material, read_material
+from ..calibration.examples import PROMPTS, SHIPPED, Material, read_material
 from ..calibration.run import CALIBRATED, Calibration, material_hash
 from ..choice import FORMATS_FILE, Formats, json_from_formats
 from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
@@ -75,8 +75,8 @@ def export(
     `checkpoint`, `base` and `vq` override parts of it. `from_folder` holds parts of `star-3b` or `star-7b`
     that need not be downloaded. `rope_bf16=False` keeps the rotary frequencies in float32 (docs/star.md 0.2).
     `calibrate` chooses the codes of the decoders' weights for what the model computes when it draws that many
-    prompts (0: as many as give INPUTS inputs), and edits and answers a quarter as many. They are those of the
-    folder `calibration` (`prompts.txt`, one per line, and pictures), or shipped ones.
+    prompts (0: as many as give INPUTS inputs, or all), and edits and answers a quarter as many. They are
+    those of the folder `calibration` (`prompts.txt`, one per line, and images), or shipped ones.
     Precision `mixed` gives int8 to those layers of the decoders where it helps the draws most, and int4 to
     the others: at most so many `bits` per weight, or so that `generate` stays loaded on the device `target`.
     `components` limits the export to some rows of the table. A decoder of more than `part_bytes` is stored in
@@ -97,7 +97,8 @@ def export(
     check_calibration(calibrate, calibration, PRECISIONS.get(precision, mixed({})), precision, names)
     check_mixed(precision, bits=bits, target=target)
     if calibration:  # what is refused is refused before anything is downloaded
-        read_material(Path(calibration), SHIPPED, calibrate or 1)
+        own = Path(calibration, PROMPTS).is_file()
+        read_material(Path(calibration), SHIPPED, calibrate or 1, fewer=not own)
     out = Path(out)
     check_out(out)
     files = resolve_checkpoint(
@@ -112,14 +113,15 @@ def export(
     material = None
     if calibrate is not None:
         prompts = calibrate or math.ceil(INPUTS / 2 / config.vq.image_tokens)  # with two rows of guidance
-        material = read_material(Path(calibration) if calibration else None, shipped_prompts(files), prompts)
+        folder, shipped = Path(calibration) if calibration else None, shipped_prompts(files)
+        material = read_material(folder, shipped, prompts, fewer=not calibrate)
     described = None
     if material:
         described = CalibrationSpec(
             prompts=len(material.prompts),
             edits=len(material.edits),
             questions=len(material.questions),
-            pictures=len(material.pictures),
+            images=len(material.images),
             sha256=material_hash(material),
         )
     given = material or (drawn_material(files, config) if budget else None)
@@ -435,7 +437,7 @@ def decodes_of(
 
 def drawn_material(files: CheckpointFiles, config: StarConfig) -> Material:
     """The prompts that layers are measured on where nothing is calibrated: images only."""
-    found = read_material(None, shipped_prompts(files), images_of(config.vq.image_tokens))
+    found = read_material(None, shipped_prompts(files), images_of(config.vq.image_tokens), fewer=True)
     return replace(found, edits=(), questions=())
 
 

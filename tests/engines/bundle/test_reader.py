@@ -86,7 +86,7 @@ def test_a_bad_manifest_is_refused(root, change, match):
     refused(root, match)
 
 
-CALIBRATION = {"prompts": 2, "edits": 1, "questions": 1, "pictures": 0, "sha256": "0" * 64}
+CALIBRATION = {"prompts": 2, "edits": 1, "questions": 1, "images": 0, "sha256": "0" * 64}
 
 
 def test_what_a_bundle_was_calibrated_on_is_read(root):

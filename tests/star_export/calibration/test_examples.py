@@ -20,7 +20,7 @@ from reference import tasks
 from star_export.calibration import examples
 from star_export.calibration.examples import PROMPTS, QUESTION, SEED, SHIPPED, decoded, draw, read_material
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
 
 
 def fed(miniature, text: str):
@@ -96,7 +96,7 @@ def test_examples_hold_prompts_images_and_answers_as_the_decoders_were_fed(minia
 
 
 def test_the_same_material_gives_the_same_examples(miniature, material) -> None:
-    material = replace(material, pictures=(PICTURE,))
+    material = replace(material, images=(IMAGE,))
     sampling = miniature.model.sampling.generate
     first, second = (
         decoded(miniature.star, miniature.chat, miniature.model, material, sampling) for _ in range(2)
@@ -104,41 +104,54 @@ def test_the_same_material_gives_the_same_examples(miniature, material) -> None:
     assert all(torch.equal(a.embeds, b.embeds) for a, b in zip(first, second, strict=True))
 
 
-def test_a_picture_that_the_model_does_not_take_is_refused_before_anything_is_drawn(
+def test_an_image_that_the_model_does_not_take_is_refused_before_anything_is_drawn(
     miniature, material, monkeypatch
 ) -> None:
     monkeypatch.setattr(examples, "draw", lambda *_, **__: pytest.fail("drawn"))
-    line = replace(material, pictures=(np.zeros((2, 3000, 3), np.uint8),))
+    line = replace(material, images=(np.zeros((2, 3000, 3), np.uint8),))
     with pytest.raises(InputError) as error:
         decoded(miniature.star, miniature.chat, miniature.model, line, miniature.model.sampling.generate)
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_a_folder_gives_prompts_edits_questions_and_pictures(tmp_path: Path) -> None:
+def test_a_folder_gives_prompts_edits_questions_and_images(tmp_path: Path) -> None:
     (tmp_path / PROMPTS).write_text(
         "a cat\n\nedit: make it blue\nwarning: a sign\nask: what is it?\nedit:\nedit: make it red\n a dog \n"
     )
     for name in ("b.PNG", "a.png", "notes.txt"):
-        write_png(tmp_path / name, PICTURE if name[0] == "a" else PICTURE[::-1].copy())
-    few, many = (read_material(tmp_path, SHIPPED, count) for count in (2, 8))
+        write_png(tmp_path / name, IMAGE if name[0] == "a" else IMAGE[::-1].copy())
+    few, many = (read_material(tmp_path, SHIPPED, count, fewer=True) for count in (2, 8))
     assert few.prompts == ("a cat", "warning: a sign") and many.prompts == (*few.prompts, "a dog")
     assert (few.edits, many.edits) == (("make it blue",), ("make it blue", "make it red"))
     assert few.questions == many.questions == ("what is it?",)
-    assert len(few.pictures) == 1 and len(many.pictures) == 2
-    np.testing.assert_array_equal(few.pictures[0], PICTURE)
+    assert len(few.images) == 1 and len(many.images) == 2
+    np.testing.assert_array_equal(few.images[0], IMAGE)
 
 
 def test_what_a_folder_lacks_is_shipped(tmp_path: Path) -> None:
-    write_png(tmp_path / "a.png", PICTURE)
+    write_png(tmp_path / "a.png", IMAGE)
     shipped = read_material(None, SHIPPED, 8)
     found = read_material(tmp_path, SHIPPED, 8)
     assert (len(shipped.prompts), len(shipped.edits), len(shipped.questions)) == (8, 2, 2)
-    assert not shipped.pictures and len(found.pictures) == 1
+    assert not shipped.images and len(found.images) == 1
     assert (found.prompts, found.edits, found.questions) == (
         *(shipped.prompts, shipped.edits, shipped.questions),
     )
     (tmp_path / PROMPTS).write_text("a cat")
-    assert read_material(tmp_path, SHIPPED, 8).questions == (QUESTION,)
+    assert read_material(tmp_path, SHIPPED, 1).questions == (QUESTION,)
+
+
+# Row 64
+def test_more_prompts_than_there_are_is_an_error_that_says_how_many(tmp_path: Path) -> None:
+    (tmp_path / PROMPTS).write_text("a cat\nedit: make it blue\na dog\n")
+    with pytest.raises(InputError) as error:
+        read_material(tmp_path, SHIPPED, 3)
+    assert f"{tmp_path / PROMPTS}: expected 3 prompts to draw, got 2" in error.value.where
+    assert "with 2 prompts or fewer" in error.value.fix and len(str(error.value).splitlines()) == 3
+    assert read_material(tmp_path, SHIPPED, 2).prompts == ("a cat", "a dog")
+    with pytest.raises(InputError, match="expected 1000 prompts to draw, got 32"):
+        read_material(None, SHIPPED, 1000)
+    assert len(read_material(None, SHIPPED, 1000, fewer=True).prompts) == 32
 
 
 def nothing(folder: Path) -> None:
@@ -154,12 +167,12 @@ def only_edits(folder: Path) -> None:
     (folder / PROMPTS).write_text("edit: make it blue\n\n")
 
 
-def broken_picture(folder: Path) -> None:
-    write_png(folder / "a.png", PICTURE)
+def broken_image(folder: Path) -> None:
+    write_png(folder / "a.png", IMAGE)
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:100])
 
 
-def no_picture(folder: Path) -> None:
+def no_image(folder: Path) -> None:
     (folder / "a.jpg").write_text("<html>")
 
 
@@ -176,11 +189,11 @@ def a_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("plant", "words"),
     [
-        (nothing, "expected prompts.txt, or pictures (.png, .jpg, .jpeg), got neither"),
+        (nothing, "expected prompts.txt, or images (.png, .jpg, .jpeg), got neither"),
         (not_utf8, "prompts.txt: expected a text file in UTF-8, got UnicodeDecodeError"),
         (only_edits, "prompts.txt: expected at least one line with a prompt to draw, got 1 lines"),
-        (broken_picture, "a.png"),
-        (no_picture, "a.jpg: expected PNG or JPEG"),
+        (broken_image, "a.png"),
+        (no_image, "a.jpg: expected PNG or JPEG"),
         (absent, "got: No such file or directory"),
         (a_file, "got: Not a directory"),
     ],

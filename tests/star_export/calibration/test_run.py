@@ -45,7 +45,7 @@ def test_a_calibrated_bundle_validates_and_says_what_it_was_calibrated_on(
     assert manifest.calibration is not None
     found = asdict(manifest.calibration)
     assert len(found.pop("sha256")) == 64
-    assert found == {"prompts": 2, "edits": 1, "questions": 1, "pictures": 0}
+    assert found == {"prompts": 2, "edits": 1, "questions": 1, "images": 0}
     table = json.loads((calibrated / CALIBRATION).read_text())
     assert CALIBRATION in manifest.files
     assert {name.partition(".")[0] for name in table} == set(CALIBRATED)
@@ -124,17 +124,17 @@ def test_a_layer_that_was_damaged_is_calibrated_anew_from_the_first_on(
 
 
 def test_the_hash_is_that_of_all_that_is_given() -> None:
-    picture = np.zeros((4, 6, 3), np.uint8)
+    image = np.zeros((4, 6, 3), np.uint8)
     materials = [
         Material(("a", "b"), (), ("c",)),
         Material(("a",), ("b",), ("c",)),
         Material(("ab",), (), ("c",)),
-        Material(("a", "b"), (), ("c",), (picture,)),
-        Material(("a", "b"), (), ("c",), (picture.reshape(6, 4, 3),)),
-        Material(("a", "b"), (), ("c",), (picture + np.uint8(1),)),
+        Material(("a", "b"), (), ("c",), (image,)),
+        Material(("a", "b"), (), ("c",), (image.reshape(6, 4, 3),)),
+        Material(("a", "b"), (), ("c",), (image + np.uint8(1),)),
     ]
     assert len({material_hash(material) for material in materials}) == len(materials)
-    assert material_hash(materials[3]) == material_hash(Material(("a", "b"), (), ("c",), (picture.copy(),)))
+    assert material_hash(materials[3]) == material_hash(Material(("a", "b"), (), ("c",), (image.copy(),)))
 
 
 # Row 65
@@ -143,7 +143,7 @@ def test_the_hash_is_that_of_all_that_is_given() -> None:
     [
         ({"calibrate": -1}, "expected 1 prompt or more, or 0 for the default, got -1"),
         ({"calibrate": 2, "precision": "bf16"}, "expected a precision with weights in integers, got bf16"),
-        ({"calibration": "pictures"}, "expected --calibrate as well, got pictures alone"),
+        ({"calibration": "images"}, "expected --calibrate as well, got images alone"),
         ({"calibrate": 2, "components": ["vq_decoder"]}, "expected one of base_ar, stacked_ar, image_head"),
     ],
     ids=lambda value: "",
@@ -159,13 +159,16 @@ def test_a_calibration_of_nothing_is_refused_before_the_checkpoint_is_read(
 
 # Row 64
 def test_a_folder_is_refused_before_the_checkpoint_is_read(tmp_path: Path, capsys) -> None:
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     words = ["export", "/no/such/checkpoint", "--out", str(tmp_path / "out"), "--precision", "int4"]
-    assert main([*words, "--calibrate", "2", "--calibration", str(tmp_path / "pictures")]) == 3
+    assert main([*words, "--calibrate", "2", "--calibration", str(tmp_path / "images")]) == 3
     what, where, fix = capsys.readouterr().err.splitlines()
-    assert "holds nothing to use" in what and str(tmp_path / "pictures") in where and fix
-    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+    assert "holds nothing to use" in what and str(tmp_path / "images") in where and fix
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
     assert main([*words, "--calibrate", "x"]) == 2
+    (tmp_path / "images" / "prompts.txt").write_text("a cat")
+    assert main([*words, "--calibrate", "2", "--calibration", str(tmp_path / "images")]) == 3
+    assert "expected 2 prompts to draw, got 1" in capsys.readouterr().err
 
 
 def run_until(miniature, folder: Path, planted: dict[str, Tensor], last: str) -> None:
