@@ -199,12 +199,14 @@ def test_with_the_device_both_run(monkeypatch):
         "golden tensors",
         "decoder steps",
         "whole runs",
+        "other ways",
     ]
     assert list(validate.rungs_of("onnxruntime", scored=True)) == [
         "files and graphs",
         "golden tensors",
         "decoder steps",
         "whole runs",
+        "other ways",
         "score",
     ]
     monkeypatch.setattr(validate, "check_runnable", here_is_no_gpu)
