@@ -1,8 +1,8 @@
 """The parity ladder: does a bundle compute, on this device, what the reference computed when it was exported?
 
 Each rung builds on the last: files and graphs; every component against its golden tensors; the decoders step
-by step against their own prefill; the ids of whole runs, also in other ways; and for a model whose tasks can be
-judged, how many it gets right. A rung that fails ends the validation. The numbers go into a certificate.
+by step against their own prefill; the ids of whole runs, also in other ways; and for a model whose tasks can
+be judged, how many it gets right. A rung that fails ends the validation. The numbers go into a certificate.
 """
 
 from __future__ import annotations
