@@ -41,7 +41,7 @@ from engines.sessions.onnxruntime import ACTIVATION_BLOCK
 from reference.config import DecoderConfig
 from reference.containers import LazyTensor
 from star_export.components import whole
-from star_export.exporter.export import component_spec, write_component
+from star_export.exporter.component import component_spec, write_component
 from star_export.graph.precisions import PRECISIONS
 from star_export.graph.quantize import TRANSPOSED
 from tests.bench_peers import BITS, Step, Steps, missing, peer_steps

@@ -32,7 +32,7 @@ def write_layer(folder: Path) -> None:
     from reference.mini import write_checkpoint
     from reference.weights import resolve_checkpoint
     from star_export.components import whole
-    from star_export.exporter.export import write_component
+    from star_export.exporter.component import write_component
     from star_export.graph.precisions import PRECISIONS
     from star_export.graph.repeat import graph_from_config
     from star_export.graph.trace import meta_star

@@ -7,48 +7,44 @@ memory-mapped checkpoint, one weight at a time, so that a model of any size need
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import onnx_ir as ir
-
-from engines import plugins
-from engines.bundle.files import sha256_from_file
-from engines.bundle.manifest import SCHEMA, CalibrationSpec, ComponentSpec, Manifest, ModelSpec
-from engines.bundle.tensors import present_name
+from engines.bundle.manifest import SCHEMA, CalibrationSpec, Manifest
 from engines.errors import UsageError
 from engines.fit.work import check_export
-from engines.inputs.prompt import Chat
-from engines.progress import Progress, adder, silent
+from engines.progress import Progress, silent
 from reference.config import StarConfig, config_from_files
 from reference.containers import LazyTensor
-from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
+from reference.weights import named_tensors, resolve_checkpoint
 
 from ..calibration.decodes import Decodes
-from ..calibration.effects import Effects, images_of
-from ..calibration.examples import PROMPTS, SHIPPED, Material, read_material
-from ..calibration.run import CALIBRATED, Calibration, material_hash
+from ..calibration.effects import Effects
+from ..calibration.examples import PROMPTS, SHIPPED, read_material
+from ..calibration.run import Calibration, material_hash
 from ..choice import FORMATS_FILE, Formats, json_from_formats
-from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
+from ..components import COMPONENTS, PART_BYTES, Part, parts_of, whole
 from ..golden import record as golden
 from ..golden import runs as golden_runs
-from ..graph import lint
-from ..graph.classic import classic_from_graph
 from ..graph.precisions import MIXED, PRECISIONS, Precision, mixed
-from ..graph.quantize import INLINE_BYTES, attach_weights, set_precision, twin_from_graph
 from ..graph.repeat import graph_from_config
 from ..graph.wrappers import TABLE
-from ..planner.source import Source, bytes_by_format, largest_tensor_bytes, shapes_of, sizes_from_source
+from ..planner.source import Source, largest_tensor_bytes, sizes_from_source
 from .budget import budget_of, check_mixed, formats_of, precision_of
+from .component import component_spec, write_component
+from .identity import VERSIONS, checkpoint_hashes, code_hash
+from .material import check_calibration, decodes_of, drawn_material, shipped_prompts
 from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
 from .publish import Stage, check_out, stage_path, staged, write_manifest
 from .tables import Table, stored_image_table, write_image_table
+
+CALIBRATION = "calibration.json"  # of a bundle: what each weight lost
+INPUTS = 10_000  # of a weight, that a calibration has by default
 
 
 def export(
@@ -192,62 +188,6 @@ def check_room(config: StarConfig, precision: str, names: list[str], out: Path, 
     )
 
 
-def check_calibration(
-    calibrate: int | None,
-    calibration: str | Path | None,
-    precision: Precision,
-    name: str,
-    components: list[str],
-) -> None:
-    """Raise UsageError for a calibration of no prompts, or without codes to choose."""
-    if calibrate is not None and calibrate < 0:
-        raise UsageError(
-            "calibrate is out of range",
-            where=f"export: calibrate: expected 1 prompt or more, or 0 for the default, got {calibrate}",
-            fix="omit the number to use the default",
-        )
-    if calibration and calibrate is None:
-        raise UsageError(
-            "A folder of calibration without a calibration",
-            where=f"export: calibration: expected --calibrate as well, got {calibration} alone",
-            fix="add --calibrate",
-        )
-    if calibrate is not None and not precision.integers:
-        raise UsageError(
-            "There is nothing to calibrate",
-            where=f"export: calibrate: expected a precision with weights in integers, got {name}",
-            fix="omit --calibrate, or export in int8 or int4",
-        )
-    if calibrate is not None and not set(CALIBRATED) & set(components):
-        raise UsageError(
-            "There is nothing to calibrate",
-            where=f"export: calibrate: expected one of {', '.join(CALIBRATED)} among the components, "
-            f"got {', '.join(components)}",
-            fix="omit --calibrate, or export one of them too",
-        )
-
-
-def shipped_prompts(files: CheckpointFiles) -> Path:
-    """The prompts beside a checkpoint, or else ours."""
-    own = files.config_json.parent / CALIBRATION_PROMPTS
-    return own if own.exists() else SHIPPED
-
-
-CALIBRATION = "calibration.json"  # of a bundle: what each weight lost
-CALIBRATION_PROMPTS = "calibration.txt"  # beside a checkpoint's configuration
-INPUTS = 10_000  # of a weight, that a calibration has by default
-VERSIONS = ("torch", "onnx", "onnx-ir", "onnxscript")  # the packages that decide the bytes of a bundle
-
-
-def code_hash() -> str:
-    """The SHA-256 of this project's sources: steps of another state of the code are not gone on with."""
-    digest, root = hashlib.sha256(), Path(__file__).parents[2]
-    for package in ("reference", "engines", "star_export"):
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
 class Job:
     """One export: its parts and tables, and the steps that write their files to `stage`."""
 
@@ -345,100 +285,6 @@ class Job:
         chain = [other for other in self.parts if other.component == part.component]
         at = chain.index(part) if part in chain else 0
         return self.stage.bundle / chain[at - 1].name if at else None
-
-
-def checkpoint_hashes(files: CheckpointFiles, progress: Progress = silent) -> dict[str, str]:
-    """File name -> SHA-256 of every file of the checkpoint that an export reads; links are followed."""
-    paths = [
-        files.config_json,
-        files.star_pt,
-        files.vq_pt,
-        *sorted(path for path in files.qwen_folder.iterdir() if path.suffix in (".json", ".safetensors")),
-    ]
-    tick = adder(progress, "hash the checkpoint, in bytes", sum(path.stat().st_size for path in paths))
-    found = {}
-    for path in paths:
-        with open(path, "rb") as file:
-            found[path.name] = sha256_from_file(file, tick=tick)
-    return found
-
-
-def write_component(
-    model: ir.Model,
-    tensors: Mapping[str, LazyTensor],
-    precision: Precision,
-    folder: Path,
-    *,
-    progress: Progress = silent,
-) -> None:
-    """Set a traced graph's precision, lint it, and stream its weights into `folder/model.onnx.data`.
-
-    Then write the classic graph, if the classic dialect has all of the precision's formats, and for a 16-bit
-    graph the fp32 twin. They share the weights.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    set_precision(model, precision.compute)
-    attach_weights(model, tensors, precision)
-    lint.check_graph(model)
-    values = [value.const_value for value in model.graph.initializers.values()]
-    sizes = [value.nbytes for value in values if value is not None]
-    streamed = sum(size for size in sizes if size > INLINE_BYTES)
-    tick = adder(progress, "write weights, in bytes", streamed)
-    ir.save(
-        model,
-        folder / "model.onnx",
-        external_data=lint.DATA_FILE,
-        size_threshold_bytes=INLINE_BYTES,
-        callback=lambda tensor, _: tick(tensor.nbytes),
-    )
-    if precision.classic:
-        classic = classic_from_graph(ir.load(folder / "model.onnx"))
-        (folder / "classic.onnx").write_bytes(ir.to_proto(classic).SerializeToString())
-        lint.check_graph(folder / "classic.onnx", dialect="classic")
-    if precision.compute != ir.DataType.FLOAT:
-        twin = twin_from_graph(ir.load(folder / "model.onnx"))
-        (folder / "twin.onnx").write_bytes(ir.to_proto(twin).SerializeToString())
-    lint.check_graph(folder / "model.onnx")
-
-
-def component_spec(part: Part, config: StarConfig, precision: Precision) -> ComponentSpec:
-    """Build the manifest's entry of one graph."""
-    inputs, outputs = boundary(part, config, precision.dtype_name)
-    twin = None if precision.compute == ir.DataType.FLOAT else f"{part.name}/twin.onnx"
-    abi = plugins.ABI if any(present_name(t.name) for t in inputs) else None
-    return ComponentSpec(
-        graph=f"{part.name}/model.onnx",
-        twin=twin,
-        golden=f"{part.name}/golden.safetensors",
-        inputs=inputs,
-        outputs=outputs,
-        classic=f"{part.name}/classic.onnx" if precision.classic else None,
-        plugin_abi=abi if precision.classic else None,
-        weights=bytes_by_format(shapes_of(part, config), precision),
-    )
-
-
-def decodes_of(
-    stage: Stage,
-    config: StarConfig,
-    tensors: Mapping[str, LazyTensor],
-    rope_bf16: bool,
-    host_files: Mapping[str, bytes],
-    model: ModelSpec,
-    material: Material,
-    progress: Progress,
-) -> Decodes:
-    """What an export decodes of `material` with the checkpoint, in its scratch folder."""
-    tokenizer, template = (host_files[name].decode() for name in ("tokenizer.json", "chat_template.jinja"))
-    chat = Chat(tokenizer, template, model)
-    folder = stage.scratch / "calibration"
-    return Decodes(folder, config, tensors, rope_bf16, chat, model, material, progress)
-
-
-def drawn_material(files: CheckpointFiles, config: StarConfig) -> Material:
-    """The prompts that layers are measured on where nothing is calibrated: images only."""
-    found = read_material(None, shipped_prompts(files), images_of(config.vq.image_tokens), fewer=True)
-    return replace(found, edits=(), questions=())
 
 
 def _run(
