@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..graph.formats import Format
-from .gptq import best_scales
+from .gptq import best_scales, steps_of
 
 ALPHAS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # how far the scales follow the power
 ROWS = 512  # of each weight that are tried
@@ -42,9 +42,7 @@ def channel_exponents(weights: Sequence[Tensor], power: Tensor, format: Format, 
 
 def _error(weight: Tensor, power: Tensor, format: Format, dtype: torch.dtype) -> float:
     """What rounding to nearest leaves, with the scales that GPTQ would begin with."""
-    scales = best_scales(weight, power, format, dtype)
-    steps = torch.where(scales == 0, 1, scales.float()).repeat_interleave(
-        weight.shape[1] // scales.shape[1], 1
-    )
-    stored = (weight / steps).round_().clamp_(format.bottom, format.top).mul_(steps)
+    scales, whole = best_scales(weight, power, format, dtype)
+    steps = steps_of(scales, whole, weight.shape[1])
+    stored = format.nearest_(weight / steps).mul_(steps)
     return float((stored.sub_(weight).square_() * power).sum())

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..graph.formats import Encoded, Format
+from ..graph.formats import TRIED, Encoded, Format, codes_from_numbers
 
 COLUMNS = 128  # that are rounded before their errors go to all others
 PIECE = 1 << 18  # numbers whose scales are searched at once
@@ -72,36 +72,46 @@ def feedback_of(moments: Tensor) -> Feedback:
 
 
 def quantised(weight: Tensor, feedback: Feedback, format: Format, dtype: torch.dtype) -> Encoded:
-    """Quantise `weight` [rows, K] for inputs of that feedback, with scales in `dtype`."""
+    """Quantise `weight` [rows, K] for inputs of that feedback; scales that have no type are in `dtype`."""
     weight, order = weight.float(), feedback.order
-    scales = best_scales(weight, feedback.power, format, dtype)
-    block = weight.shape[1] // scales.shape[1]
-    steps = torch.where(scales == 0, 1, scales.float()).repeat_interleave(block, 1)  # [rows, K]
-    codes = _rounded(weight[:, order], steps[:, order], feedback.shares, format)
-    return Encoded(codes[:, order.argsort()].to(torch.int8), scales)
+    scales, whole = best_scales(weight, feedback.power, format, dtype)
+    steps = steps_of(scales, whole, weight.shape[1])
+    numbers = _rounded(weight[:, order], steps[:, order], feedback.shares, format)
+    codes = codes_from_numbers(numbers[:, order.argsort()], format.code)
+    return Encoded(codes, scales, format.code, None if whole is None else whole.to(dtype))
 
 
-def best_scales(weight: Tensor, power: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
+def best_scales(
+    weight: Tensor, power: Tensor, format: Format, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """The scale of each block that rounds it with the least error, whose squares are weighted by `power` [K].
 
-    weight [rows, K] -> [rows, blocks] in `dtype`. Clipping the largest numbers is allowed if it helps the
-    others more.
+    weight [rows, K] -> [rows, blocks] in `dtype`, and None; or in the format's own type, and the scale of
+    them all. Clipping the largest numbers is allowed if it helps the others more.
     """
-    block = format.block(weight.shape[1])
+    block, whole = format.block(weight.shape[1]), format.whole(weight)
     assert block, f"{format.name}: no block divides {weight.shape[1]} features"
+    kind, ratios = (dtype, RATIOS) if whole is None else (torch.float8_e4m3fn, torch.tensor(TRIED))
+    unit = torch.ones(()) if whole is None else whole
     scales = []
     for rows in weight.split(max(1, PIECE // weight.shape[1])):
         grouped, weights = rows.unflatten(1, (-1, block)), power.unflatten(0, (-1, block))
-        largest = grouped.abs().amax(-1)
-        found, least = largest.to(dtype), torch.full_like(largest, torch.inf)
-        for ratio in RATIOS:
-            tried = (largest * ratio / format.top).to(dtype)
-            step = torch.where(tried == 0, 1, tried.float())[..., None]
-            rounded = (grouped / step).round_().clamp_(format.bottom, format.top).mul_(step)
+        largest = grouped.abs().amax(-1) / unit
+        found, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+        for ratio in ratios:
+            tried = (largest * ratio / format.top).to(kind).float()
+            step = torch.where(tried == 0, 1, tried * unit)[..., None]
+            rounded = format.nearest_(grouped / step).mul_(step)
             error = (rounded.sub_(grouped).square_() * weights).sum(-1)
             found, least = torch.where(error < least, tried, found), torch.minimum(error, least)
-        scales.append(found)
-    return torch.cat(scales)
+        scales.append(found.to(kind))
+    return torch.cat(scales), whole
+
+
+def steps_of(scales: Tensor, whole: Tensor | None, features: int) -> Tensor:
+    """What a code of 1 stands for: scales [rows, blocks] -> [rows, features], 1 where a scale is 0."""
+    steps = scales.float() if whole is None else scales.float() * whole
+    return torch.where(steps == 0, 1, steps).repeat_interleave(features // scales.shape[1], 1)
 
 
 def error_of(weight: Tensor, stored: Tensor, moments: Tensor) -> float:
@@ -116,7 +126,7 @@ def error_of(weight: Tensor, stored: Tensor, moments: Tensor) -> float:
 
 
 def _rounded(weight: Tensor, steps: Tensor, shares: Tensor, format: Format) -> Tensor:
-    """Codes in float32 [rows, K]; the columns are in the order in which they are rounded."""
+    """Numbers of the code's type in float32 [rows, K], the columns in the order in which they are rounded."""
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, weight.shape[1], COLUMNS):
         stop = min(start + COLUMNS, weight.shape[1])
@@ -125,7 +135,7 @@ def _rounded(weight: Tensor, steps: Tensor, shares: Tensor, format: Format) -> T
         # Columns are read and written one at a time, so they lie in rows here.
         part, step, near = wanted.T.contiguous(), steps[:, start:stop].T.contiguous(), exact.T.contiguous()
         for i in range(stop - start):
-            code = (part[i] / step[i]).round_().clamp_(format.bottom, format.top)
+            code = format.nearest_(part[i] / step[i])
             near[i] -= code * step[i]
             part[i + 1 :].addr_(shares[start + i, start + i + 1 : stop], near[i])
             part[i] = code

@@ -82,7 +82,8 @@ class _Work:
     ) -> list[Tensor]:
         """Quantise linear layers that share `inputs`, and return the inputs that they then take.
 
-        Scales of channels are folded into `norm`, if the inputs come from one and no layer stays dense.
+        Scales of channels are folded into `norm`, if the inputs come from one and no layer stays dense or
+        multiplies by rounded activations, which were rounded otherwise then.
         """
         names = {f"{self.prefix}.{name}.weight": linear for name, linear in linears.items()}
         formats = {n: self.precision.format_of(n, tuple(m.weight.shape)) for n, m in names.items()}
@@ -92,7 +93,8 @@ class _Work:
             return inputs
         moments = moments_of(inputs)
         feedback = feedback_of(moments)
-        if norm is not None and len(chosen) == len(names):
+        folded = len(chosen) == len(names) and not any(found.scale for found in chosen.values())
+        if norm is not None and folded:
             weights = [names[name].weight for name in chosen]
             exponents = channel_exponents(weights, feedback.power, next(iter(chosen.values())), dtype)
             factors = exponents.float().exp2()

@@ -26,9 +26,9 @@ from engines.errors import InputError
 from reference.containers import LazyTensor
 
 from ..golden.oracle import resident
-from ..graph.formats import Encoded
+from ..graph.formats import Encoded, Format
 from ..graph.precisions import DECODERS, Precision
-from ..graph.quantize import CODES, SCALES, StoredTensor
+from ..graph.quantize import CODES, SCALES, WHOLE, StoredTensor
 from .decodes import DECODE, EXAMPLES, Decodes
 from .examples import Example, Material
 from .gptq import SingularError, feedback_of
@@ -66,8 +66,9 @@ class Calibration:
                 if not weight.startswith(f"{prefix}."):
                     continue
                 shape = tuple(tensor.shape)
-                if self.precision.format_of(weight, shape):
-                    encoded, values = partial(_encoded, path, weight), partial(_values, path, weight)
+                if format := self.precision.format_of(weight, shape):
+                    encoded = partial(_encoded, path, weight, format)
+                    values = partial(_values, path, weight, format)
                     found[weight] = StoredTensor(weight, shape, torch.float32, path, values, encoded)
                 elif weight.endswith("layernorm.weight"):
                     read = partial(_tensor, path, weight)
@@ -130,6 +131,8 @@ class Calibration:
         tensors: dict[str, Tensor] = dict(made.norms)
         for weight, encoded in made.encoded.items():
             tensors |= {f"{weight}{CODES}": encoded.codes, f"{weight}{SCALES}": encoded.scales}
+            if encoded.whole is not None:
+                tensors[f"{weight}{WHOLE}"] = encoded.whole
         save_file(
             {key: value.contiguous() for key, value in tensors.items()}, self.decodes.path(prefix, "weights")
         )
@@ -164,9 +167,11 @@ def _tensor(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-def _encoded(path: Path, weight: str) -> Encoded:
-    return Encoded(_tensor(path, f"{weight}{CODES}"), _tensor(path, f"{weight}{SCALES}"))
+def _encoded(path: Path, weight: str, format: Format) -> Encoded:
+    codes, scales = _tensor(path, f"{weight}{CODES}"), _tensor(path, f"{weight}{SCALES}")
+    whole = _tensor(path, f"{weight}{WHOLE}") if format.scale else None
+    return Encoded(codes, scales, format.code, whole)
 
 
-def _values(path: Path, weight: str) -> Tensor:
-    return _encoded(path, weight).decode()
+def _values(path: Path, weight: str, format: Format) -> Tensor:
+    return _encoded(path, weight, format).decode()

@@ -44,11 +44,11 @@ def check_calibration(
             where=f"export: calibration: expected --calibrate as well, got {calibration} alone",
             fix="add --calibrate",
         )
-    if calibrate is not None and not precision.integers:
+    if calibrate is not None and not precision.quantised:
         raise UsageError(
             "There is nothing to calibrate",
-            where=f"export: calibrate: expected a precision with weights in integers, got {name}",
-            fix="omit --calibrate, or export in int8 or int4",
+            where=f"export: calibrate: expected a precision with quantised weights, got {name}",
+            fix="omit --calibrate, or export in int8, int4, fp8, nvfp4 or mixed",
         )
     if calibrate is not None and not set(CALIBRATED) & set(components):
         raise UsageError(

@@ -60,6 +60,10 @@ class Format:
         """The smallest number of the code's type, of which rounding to nearest makes no use in integers."""
         return -self.top - 1 if self.code.is_integer() else -self.top
 
+    def nearest_(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Round `numbers`, which are in units of their scales, to numbers of the code's type, in place."""
+        return nearest_(numbers.clamp_(self.bottom, self.top), self.code)
+
     def block(self, features: int) -> int | None:
         """The size of a block in a row of so many features; None if no block divides it."""
         if not self.blocks:

@@ -72,6 +72,11 @@ class Precision:
         return any(found.scale for found in (*self.formats.values(), *self.chosen.values()))
 
     @property
+    def quantised(self) -> bool:
+        """Whether any weight is stored as codes."""
+        return bool(self.formats or self.chosen)
+
+    @property
     def integers(self) -> bool:
         """Whether weights are quantised, and all of them to integers."""
         found = (*self.formats.values(), *self.chosen.values())

@@ -15,8 +15,9 @@ from star_export.calibration.gptq import (
     error_of,
     feedback_of,
     quantised,
+    steps_of,
 )
-from star_export.graph.formats import INT4, INT8, Format
+from star_export.graph.formats import FORMATS, FP8, INT4, INT8, NVFP4, Format, numbers_from_codes
 
 ROWS, FEATURES = 24, 256
 
@@ -34,22 +35,28 @@ def correlated_moments(features: int = FEATURES) -> Tensor:
     return inputs.T @ inputs / len(inputs)
 
 
-@pytest.mark.parametrize("found", [INT8, INT4], ids=lambda f: f.name)
+@pytest.mark.parametrize("found", FORMATS.values(), ids=FORMATS)
 def test_without_correlation_it_rounds_to_nearest_with_the_scales_that_were_searched(found: Format) -> None:
     weight, identity = random(ROWS, FEATURES), torch.eye(FEATURES)
     encoded = quantised(weight, feedback_of(identity), found, torch.float32)
-    scales = best_scales(weight, torch.ones(FEATURES), found, torch.float32)
-    steps = scales.repeat_interleave(FEATURES // scales.shape[1], 1)
-    assert torch.equal(encoded.scales, scales)
-    assert torch.equal(encoded.codes.float(), (weight / steps).round().clamp(found.bottom, found.top))
+    scales, whole = best_scales(weight, torch.ones(FEATURES), found, torch.float32)
+    steps = steps_of(scales, whole, FEATURES)
+    assert torch.equal(encoded.scales.float(), scales.float()) and encoded.code == found.code
+    assert (encoded.whole is None) == (found.scale is None)
+    assert torch.equal(encoded.decode(), found.nearest_(weight / steps) * steps)
 
 
-@pytest.mark.parametrize(("found", "share"), [(INT8, 0.6), (INT4, 0.6)], ids=["int8", "int4"])
+@pytest.mark.parametrize(
+    ("found", "share"),
+    [(INT8, 0.6), (INT4, 0.6), (FP8, 0.6), (NVFP4, 0.6)],
+    ids=lambda f: getattr(f, "name", ""),
+)
 def test_with_correlated_inputs_it_loses_clearly_less_than_rounding(found: Format, share: float) -> None:
     weight, moments = random(ROWS, FEATURES), correlated_moments()
     encoded = quantised(weight, feedback_of(moments), found, torch.bfloat16)
-    assert found.bottom <= int(encoded.codes.min()) and int(encoded.codes.max()) == found.top
-    assert encoded.scales.dtype == torch.bfloat16
+    numbers = numbers_from_codes(encoded.codes, found.code)
+    assert found.bottom <= float(numbers.min()) and float(numbers.max()) == found.top
+    assert encoded.scales.dtype == (torch.float8_e4m3fn if found.scale else torch.bfloat16)
     nearest = error_of(weight, found.rounded(weight, torch.bfloat16), moments)
     assert 0 < error_of(weight, encoded.decode(), moments) < share * nearest
 
@@ -75,7 +82,7 @@ def test_a_scale_clips_what_stands_out_if_that_helps_the_others() -> None:
     weight = random(1, 128)
     power = torch.ones(128)
     weight[0, 5], power[5] = 10.0, 1e-4  # a large number that hardly counts
-    clipped, exact = (best_scales(weight, p, INT4, torch.float32) for p in (power, torch.ones(128)))
+    clipped, exact = (best_scales(weight, p, INT4, torch.float32)[0] for p in (power, torch.ones(128)))
     assert float(clipped) == pytest.approx(float(RATIOS[-1]) * 10 / INT4.top)
     assert float(exact) > float(clipped)
 

@@ -142,7 +142,7 @@ def test_the_hash_is_that_of_all_that_is_given() -> None:
     ("options", "words"),
     [
         ({"calibrate": -1}, "expected 1 prompt or more, or 0 for the default, got -1"),
-        ({"calibrate": 2, "precision": "bf16"}, "expected a precision with weights in integers, got bf16"),
+        ({"calibrate": 2, "precision": "bf16"}, "expected a precision with quantised weights, got bf16"),
         ({"calibration": "images"}, "expected --calibrate as well, got images alone"),
         ({"calibrate": 2, "components": ["vq_decoder"]}, "expected one of base_ar, stacked_ar, image_head"),
     ],

@@ -235,7 +235,7 @@ def test_golden_tensors_can_prove_something(bundle_of, precision: str) -> None:
         ({"components": ["basear"]}, "base_ar"),
         ({"components": []}, "vision_encoder"),
         ({"precision": "fp6"}, "int4"),
-        ({"precision": "nvfp4", "calibrate": 2}, "weights in integers, got nvfp4"),
+        ({"precision": "fp16", "calibrate": 2}, "quantised weights, got fp16"),
     ],
 )
 def test_unknown_names_are_refused_with_the_valid_ones(mini_checkpoint, tmp_path, options, listed) -> None:
