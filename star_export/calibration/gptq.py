@@ -97,7 +97,8 @@ def best_scales(
     for rows in weight.split(max(1, PIECE // weight.shape[1])):
         grouped, weights = rows.unflatten(1, (-1, block)), power.unflatten(0, (-1, block))
         largest = grouped.abs().amax(-1) / unit
-        found, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+        found = (largest * ratios[0] / format.top).to(kind).float()  # also where every error overflows
+        least = torch.full_like(largest, torch.inf)
         for ratio in ratios:
             tried = (largest * ratio / format.top).to(kind).float()
             step = torch.where(tried == 0, 1, tried * unit)[..., None]
