@@ -21,6 +21,7 @@ HOST_ONLY = {
     "safetensors",
     "ml_dtypes",
     "huggingface_hub",
+    "polygraphy",
 }
 RUNTIME = {"numpy", "PIL", "tokenizers", "jinja2", "tqdm"}
 EXECUTORS = {
