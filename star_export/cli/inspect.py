@@ -149,22 +149,50 @@ def describe_networks(path: Path, target: str, component: str | None = None) -> 
     """
     from engines.sessions.interpreter import describe_component
 
-    if not (path / MANIFEST).is_file():
-        raise UsageError(
-            "Only a bundle's layers can be shown for a target",
-            where=f"{path}: expected a folder with {MANIFEST}",
-            fix="star-export inspect BUNDLE --target T",
-        )
-    bundle = Bundle.open(path)
-    names = list(bundle.manifest.components)
-    if component in names:
-        names = [component]
-    elif component:
-        names = bundle.parts(component)
+    bundle = _bundle(path, "Only a bundle's layers can be shown for a target", "--target T")
+    names = _graphs(bundle, component)
     return {
         "bundle": str(path),
         "networks": {name: describe_component(bundle, name, target=target) for name in names},
     }
+
+
+def files_for_polygraphy(path: Path, folder: Path, component: str | None = None) -> dict:
+    """Write the golden tensors of a bundle's components, or of one, to `folder`, for `polygraphy run`.
+
+    Returns the command of each case on the CPU, where a 16-bit graph's fp32 twin runs. Raises UsageError for
+    a path that is not a bundle, and what `star_export.golden.polygraphy_files.write_cases` raises.
+    """
+    from ..golden.polygraphy_files import write_cases
+
+    bundle = _bundle(path, "Only a bundle has golden tensors", "--polygraphy FOLDER")
+    names = _graphs(bundle, component)
+    written = write_cases(bundle, folder, only=lambda name: name in names)
+    cases = [
+        asdict(case) | {"command": f"polygraphy run {case.graph} --onnxrt $(cat {case.options})"}
+        for case in written
+        if Path(case.graph) == bundle.path / bundle.graph_name(case.component, twin=True)
+    ]
+    return {"bundle": str(path), "folder": str(folder), "cases": cases}
+
+
+def _bundle(path: Path, what: str, option: str) -> Bundle:
+    """The bundle at `path`; raises UsageError with `what` is wrong where there is none."""
+    if not (path / MANIFEST).is_file():
+        raise UsageError(
+            what,
+            where=f"{path}: expected a folder with {MANIFEST}",
+            fix=f"star-export inspect BUNDLE {option}",
+        )
+    return Bundle.open(path)
+
+
+def _graphs(bundle: Bundle, component: str | None) -> list[str]:
+    """The names of all graphs, or of those of one component. Raises UsageError with the valid names."""
+    names = list(bundle.manifest.components)
+    if component is None:
+        return names
+    return [component] if component in names else bundle.parts(component)
 
 
 def text_from_description(data: dict) -> str:

@@ -397,6 +397,7 @@ def _inspect(commands) -> None:
         "star-3b-bf16",
         "star-3b-bf16/base_ar/model.onnx",
         "star-3b-bf16 --target rtx-4090 --component base_ar",
+        "star-3b-bf16 --polygraphy parity --component base_ar",
     )
     c.add_argument("path", metavar="X", help="a bundle, a .onnx or a .plan")
     c.add_argument(
@@ -404,7 +405,13 @@ def _inspect(commands) -> None:
         metavar="T",
         help="show a bundle's layers as TensorRT parses them for T, and what it will fuse",
     )
-    c.add_argument("--component", metavar="A", help="show only this component (default: all)")
+    c.add_argument(
+        "--polygraphy",
+        metavar="FOLDER",
+        help="write a bundle's golden tensors to FOLDER, absent or empty, for `polygraphy run` "
+        "(docs/parity.md)",
+    )
+    c.add_argument("--component", metavar="A", help="only this component (default: all)")
 
 
 def _targets(commands) -> None:

@@ -216,19 +216,29 @@ def bench(
     return Outcome(dataclasses.asdict(measured), "\n".join(text))
 
 
-def inspect(path: str, *, target: str | None = None, component: str | None = None) -> Outcome:
+def inspect(
+    path: str, *, target: str | None = None, component: str | None = None, polygraphy: str | None = None
+) -> Outcome:
     """Describe a bundle, an ONNX file or a plan with `star_export.cli.inspect`.
 
-    With a target, describe instead a bundle's layers as that target's TensorRT parses them.
+    With a target, describe instead a bundle's layers as that target's TensorRT parses them; with
+    `polygraphy`, write a bundle's golden tensors to that folder for `polygraphy run`. Raises UsageError for
+    both, or for a component with neither.
     """
-    from .inspect import describe, describe_networks, text_from_description
+    from .inspect import describe, describe_networks, files_for_polygraphy, text_from_description
 
-    if component and not target:
+    if bool(target) + bool(polygraphy) != 1 and (component or polygraphy):
         raise UsageError(
-            "--component needs a target",
-            where="--component: expected --target as well, got none",
-            fix=f"star-export inspect {path} --target T --component {component}",
+            "This needs either a target or a folder",
+            where="inspect: expected one of --target and --polygraphy, got "
+            + ("both" if target else "--component alone"),
+            fix=f"star-export inspect {path} --target T --component A, "
+            f"or star-export inspect {path} --polygraphy FOLDER --component A",
         )
+    if polygraphy:
+        data = files_for_polygraphy(Path(path), Path(polygraphy), component)
+        lines = [(case["component"], case["case"], case["command"]) for case in data["cases"]]
+        return Outcome(data, table(("component", "case", "command"), lines))
     data = describe_networks(Path(path), target, component) if target else describe(Path(path))
     return Outcome(data, text_from_description(data))
 
