@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TARGET ?= rtx-4090
 
-.PHONY: setup demo lint test gpu-check
+.PHONY: setup demo lint test peers gpu-check
 
 setup: .venv/installed
 
@@ -39,6 +39,16 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+peers: setup .venv-peers/installed  # another exporter computes the same: docs/figures.md, "Peers"
+	.venv-peers/bin/python -W ignore -m tests.peers.exporter
+	$(BIN)/python -m tests.peers.ours
+
+.venv-peers/installed: pyproject.toml tests/peers/constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -c tests/peers/constraints.txt "torch==2.13.0"
+	.venv-peers/bin/python -m pip install --quiet -c tests/peers/constraints.txt -e ".[peers]"
+	touch $@
 
 gpu-check: setup  # what only a GPU can show, within 8 minutes: docs/gpu_check.md
 	$(BIN)/python -m tests.gpu --out gpu-check
