@@ -1,5 +1,8 @@
 """Whole runs of the oracle, recorded for a bundle: a greedy and a sampled image's first ids, and an answer's.
 
+Of the sampled image the guided logits are recorded too, as the case `forced`: a bundle that is fed its ids
+must give them again.
+
 They share each step's forward, so that the weights of a large model are read once per step.
 """
 
@@ -26,7 +29,8 @@ HELD = 1 << 26  # weights; those of a larger model are read and rounded at every
 
 
 def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda: None) -> None:
-    """Record short whole runs: greedy and sampled image ids of one prompt, and an answer's ids.
+    """Record short whole runs: greedy and sampled image ids of one prompt, the logits that the latter were
+    drawn from, and an answer's ids.
 
     `tick` is called after each step of the three.
     """
@@ -45,7 +49,7 @@ def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda:
     with resident(*[oracle.star] * (numbers <= HELD)):
         for _ in range(TRIES if oracle.spec.images > 1 else 1):
             rows = rng.integers(0, config.vocab_size, shape)
-            greedy, sampled, answer = runs_in_step(oracle.star, rows, settings, tick=tick)
+            greedy, sampled, answer, logits = runs_in_step(oracle.star, rows, settings, tick=tick)
             if len(set(answer.tolist())) > 2:
                 break
     common = {"input_ids": rows, "guidance": np.array([settings.guidance], np.float32)}
@@ -58,6 +62,10 @@ def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda:
         "sample/in/top_k": np.array([settings.top_k]),
         "sample/in/top_p": np.array([settings.top_p], np.float32),
         "sample/in/seed": np.array([settings.seed]),
+        "forced/in/input_ids": rows,
+        "forced/in/guidance": common["guidance"],
+        "forced/in/image_ids": sampled,
+        "forced/out/logits": logits,
         "answer/in/input_ids": rows[:1],
         "answer/in/position_ids": np.broadcast_to(np.arange(PROMPT_TOKENS), (3, 1, PROMPT_TOKENS)),
         "answer/out/ids": answer,
@@ -79,16 +87,18 @@ class RunSettings:
 
 def runs_in_step(
     star: Star, rows: np.ndarray, settings: RunSettings, *, tick: Callable[[], None] = lambda: None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Greedy and sampled `tasks.generate` of rows [2,L], and `tasks.answer` of the first, in step.
 
     They share each step's forward, so the weights of a streamed Star are read once per step and not once per
-    run. Returns image ids [1,T] of the two, and the answer's ids [n].
+    run. Returns image ids [1,T] of the two, the answer's ids [n], and the sampled image's guided
+    logits float32 [1,T,V].
     """
     config, prompt = star.config, torch.from_numpy(rows)
     ids, tokens = torch.cat([prompt, prompt, prompt[:1]]), settings.image_tokens
     greedy: list[torch.Tensor] = []
     sampled: list[torch.Tensor] = []
+    logits_of_sampled: list[torch.Tensor] = []
     seen, first, ended = prompt[0], 0, False
     steps = max(tokens, settings.answer_tokens)
     capacity = rows.shape[1] + steps - 1
@@ -112,6 +122,7 @@ def runs_in_step(
                 )
                 guided = tasks.guide(star.image_head(drawn[:, -1:]).squeeze(1).float(), settings.guidance)
                 greedy.append(guided[:1].argmax(-1))
+                logits_of_sampled.append(guided[1:])
                 noise = gumbel_noise(settings.seed, image=0, steps=[step], size=guided.shape[-1])
                 sampled.append(
                     tasks.sample(
@@ -125,4 +136,5 @@ def runs_in_step(
         torch.stack(greedy, dim=1).numpy(),
         torch.stack(sampled, dim=1).numpy(),
         seen[rows.shape[1] :].numpy(),
+        torch.stack(logits_of_sampled, dim=1).numpy(),
     )

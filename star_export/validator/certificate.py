@@ -1,18 +1,21 @@
 """What a validation proved, where, and what it did not: `certificates/<backend>-<device>.json` in the bundle.
 
-A certificate is for one bundle (the SHA-256 of its manifest), one backend and one device, and says whether it
-passed. It proves equality on the recorded inputs. It does not prove good intent, because whoever can write
-the bundle can also write the certificate.
+A certificate is for one bundle (the SHA-256 of its manifest, which lists that of every file), the plans that
+ran, one backend and one device, and says whether it passed. Its own SHA-256 tells a change by hand; `chain`
+reads it back and checks it. It proves equality on the recorded inputs. It does not prove good intent, because
+whoever can write the bundle can also write the certificate.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import math
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +23,11 @@ from engines.bundle.files import sha256_of
 from engines.bundle.reader import MANIFEST, Bundle
 from engines.sessions import ON_CPU
 
-from ..golden.compare import Comparison
+from ..golden.compare import Comparison, excess
 
 FOLDER = "certificates"
-SCHEMA = 2  # 1 had `limit` for `tolerance`
+SCHEMA = 3  # 1 had `limit` for `tolerance`; 2 had no hash of its own and no driver
+CONTENT = "content_sha256"
 PACKAGES = ("star-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt", "onnx")
 
 
@@ -56,7 +60,7 @@ class Certificate:
     """The contents of a certificate.
 
     `compute` is the type of the executor's arithmetic; `plans` maps components to the SHA-256 of the plans
-    that ran.
+    that ran, and `driver` is the newest CUDA version that the device's driver supports, "" on the CPU.
     """
 
     schema: int
@@ -67,11 +71,23 @@ class Certificate:
     backend: str
     compute: str
     device: str
+    driver: str
     versions: dict[str, str]
     plans: dict[str, str]
     made_at: str
     rungs: tuple[Rung, ...]
     not_proven: tuple[str, ...]
+
+
+def rows_from_results(component: str, check: str, results: Iterable[Comparison]) -> list[Row]:
+    """Keep the worst result per kind of tensor and tolerance.
+
+    A cache has two tolerances, one for its written slots and one for the others.
+    """
+    kinds: dict[tuple, list[Comparison]] = {}
+    for result in results:
+        kinds.setdefault((result.tensor.partition(".")[0], result.tolerance), []).append(result)
+    return [Row(component, check, max(group, key=excess), len(group)) for group in kinds.values()]
 
 
 def new_certificate(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ...]) -> Certificate:
@@ -85,6 +101,7 @@ def new_certificate(bundle: Bundle, backend: str, compute: str, rungs: tuple[Run
         backend=backend,
         compute=compute,
         device=device_name(backend),
+        driver=driver_of(backend),
         versions=versions(),
         plans=plan_hashes(bundle, backend),
         made_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -120,7 +137,8 @@ def not_proven(bundle: Bundle, backend: str, compute: str, rungs: tuple[Rung, ..
 
 
 def json_from_certificate(certificate: Certificate) -> str:
-    """Format as JSON text; numbers that are not finite become null."""
+    """Format as JSON text with the hash of the rest as its last entry; numbers that are not finite become
+    null."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -129,7 +147,14 @@ def json_from_certificate(certificate: Certificate) -> str:
             return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(plain(dataclasses.asdict(certificate)), indent=1, allow_nan=False) + "\n"
+    contents = plain(dataclasses.asdict(certificate))
+    return json.dumps(contents | {CONTENT: content_sha256(contents)}, indent=1, allow_nan=False) + "\n"
+
+
+def content_sha256(contents: dict) -> str:
+    """The SHA-256 (hex) of a certificate's entries without that of the hash itself, in a canonical form."""
+    text = json.dumps(contents, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def certificate_path(bundle: Path, backend: str, device: str) -> Path:
@@ -144,6 +169,15 @@ def device_name(backend: str) -> str:
     from engines.tensorrt.device import gpus
 
     return gpus()[0].name
+
+
+def driver_of(backend: str) -> str:
+    """The newest CUDA version that the driver of `backend`'s device supports, or "" for the CPU."""
+    if device_name(backend) == "cpu":
+        return ""
+    from engines.tensorrt.device import driver_version
+
+    return driver_version() or ""
 
 
 def plan_hashes(bundle: Bundle, backend: str) -> dict[str, str]:

@@ -1,15 +1,11 @@
-"""The part of a report on mixed precision: a table of the layers, and a plot of bytes against divergence.
-
-The plot is SVG in the page itself, so the report stays one file without a plotting library.
-"""
+"""The part of a report on mixed precision: a table of the layers, and a plot of bytes against divergence."""
 
 from __future__ import annotations
 
 import html
 
 from ..choice import LARGE, SMALL, Formats, upgrades
-
-WIDTH, HEIGHT, MARGIN = 760, 320, 64  # of the plot, in pixels
+from .plots import Plot, Scale
 
 
 def html_from_formats(formats: Formats) -> str:
@@ -35,9 +31,9 @@ def html_from_formats(formats: Formats) -> str:
             f"{formats.bits:.3f} bits per weight; {len(formats.wide())} of {len(formats.layers)} are in "
             f"{LARGE}. KL is the mean divergence per image token in nats, with only that layer rounded to "
             f"nearest, on {formats.images} images of {formats.image_tokens} tokens.",
-            svg_from_formats(formats),
-            "<table><tr>" + "".join(f"<th>{name}" for name in head) + rows,
-            "</table>",
+            f'<figure class="plot">{svg_from_formats(formats)}</figure>',
+            '<div class="scroll"><table><tr>' + "".join(f"<th>{name}" for name in head) + rows,
+            "</table></div>",
         ]
     )
 
@@ -59,44 +55,16 @@ def frontier(formats: Formats) -> list[tuple[str, int, float]]:
 def svg_from_formats(formats: Formats) -> str:
     """Plot the frontier: filled points are layers that were chosen, the dashed line is the budget."""
     points, wide = frontier(formats), {f"{layer} in {LARGE}" for layer in formats.wide()}
-    low, high = points[0][1], max(points[-1][1], formats.budget.bytes)
+    high = max(points[-1][1], formats.budget.bytes)
     top = max(max(kl for _, _, kl in points), 1e-12)
-
-    def x(size: int) -> float:
-        return MARGIN + (WIDTH - 2 * MARGIN) * (size - low) / max(1, high - low)
-
-    def y(kl: float) -> float:
-        return HEIGHT - MARGIN + (2 * MARGIN - HEIGHT) * max(kl, 0.0) / top
-
-    line = " ".join(f"{x(size):.1f},{y(kl):.1f}" for _, size, kl in points)
-    dots = [
-        f'<circle cx="{x(size):.1f}" cy="{y(kl):.1f}" r="4" stroke="#24569c" '
-        f'fill="{"#24569c" if what in wide else "#fff"}"><title>{html.escape(what)}: {size} bytes, '
-        f"{kl:.4g} nats</title></circle>"
-        for what, size, kl in points
-    ]
-    bottom, budget = HEIGHT - MARGIN, x(formats.budget.bytes)
-    words = [
-        (MARGIN, bottom + 18, "middle", f"{low / 1e6:.2f} MB"),
-        (WIDTH - MARGIN, bottom + 18, "middle", f"{high / 1e6:.2f} MB"),
-        (budget, MARGIN - 8, "middle", "budget"),
-        (MARGIN - 6, bottom, "end", "0"),
-        (MARGIN - 6, MARGIN + 4, "end", f"{top:.3g}"),
-        (WIDTH / 2, HEIGHT - 12, "middle", "bytes of the layers; each point gives int8 to one more"),
-        (MARGIN, 20, "start", "sum of the layers' KL per image token, in nats"),
-    ]
-    return "\n".join(
-        [
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
-            'font-size="12" font-family="system-ui,sans-serif">',
-            f'<path d="M{MARGIN},{MARGIN}V{bottom}H{WIDTH - MARGIN}" fill="none" stroke="#999"/>',
-            f'<path d="M{budget:.1f},{MARGIN}V{bottom}" stroke="#a30b0b" stroke-dasharray="5 4"/>',
-            f'<polyline points="{line}" fill="none" stroke="#24569c"/>',
-            *dots,
-            *(
-                f'<text x="{left:.1f}" y="{base:.1f}" text-anchor="{anchor}">{text}</text>'
-                for left, base, anchor, text in words
-            ),
-            "</svg>",
-        ]
+    plot = Plot(Scale(points[0][1] / 1e6, high / 1e6), Scale(0, top))
+    plot.line([(size / 1e6, max(kl, 0.0)) for _, size, kl in points])
+    for what, size, kl in points:
+        plot.point(size / 1e6, max(kl, 0.0), f"{what}: {size} bytes, {kl:.4g} nats", filled=what in wide)
+    plot.limit(x=formats.budget.bytes / 1e6, says="budget")
+    return plot.svg(
+        "Bytes against divergence",
+        f"From {SMALL} everywhere, each point gives {LARGE} to one more layer; {len(wide)} were chosen.",
+        x_label="MB of the layers",
+        y_label="sum of the layers' KL per image token, in nats",
     )

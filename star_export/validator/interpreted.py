@@ -34,8 +34,8 @@ from ..golden.cases import Case, cases_from_file, component_cases
 from ..golden.compare import check, compare
 from ..golden.run_case import run_case
 from ..golden.tolerances import compute_type, tolerances_of
-from .certificate import Row
-from .rungs import decoder_steps, golden_tensors, rows_from_results, whole_runs
+from .certificate import Row, rows_from_results
+from .rungs import decoder_steps, golden_tensors, whole_runs
 from .subject import RUNS, Subject
 
 STEPS, CHUNK_TOKENS = 16, 256  # single steps of each decoder; tokens at once to fill the whole capacity

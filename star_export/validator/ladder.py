@@ -33,6 +33,7 @@ from .certificate import (
     json_from_certificate,
     new_certificate,
 )
+from .evidence import Evidence
 from .interpreted import interpreted
 from .other_ways import other_ways
 from .rungs import decoder_steps, fast_path, files_and_graphs, golden_tensors, whole_runs
@@ -61,19 +62,21 @@ def validate(
     opened = Bundle.open(bundle)
     backend = _backend_of(target) if target else backend
     check_backend(backend)
-    subject = Subject(opened, backend, compute_of(backend, opened.manifest.precision))
+    evidence = Evidence() if report is not None else None
+    subject = Subject(opened, backend, compute_of(backend, opened.manifest.precision), evidence)
     path = certificate_path(opened.path, backend, device_name(backend))
     path.unlink(missing_ok=True)
     certificate = run_ladder(subject, progress)
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, json_from_certificate(certificate).encode())
-    if report is not None:
+    if report is not None and evidence is not None:
         from .formats_report import html_from_formats
         from .report import html_from_certificate
 
         formats = formats_of(opened)
         more = html_from_formats(formats) if formats else ""
-        write_atomic(Path(report), html_from_certificate(certificate, more).encode())
+        page = html_from_certificate(certificate, evidence, bundle=str(bundle), more=more)
+        write_atomic(Path(report), page.encode())
     check_certificate(certificate, path)
     return certificate
 
@@ -148,6 +151,10 @@ def score_of_tasks(subject: Subject, progress: Progress) -> tuple[list[Row], str
     for task, (value, tolerance) in shortfalls(found.score, found.reference).items():
         check = f"{task}: {shown(found.score, task)}, the reference {shown(found.reference, task)}"
         rows.append(Row("runtime", check, Comparison("shortfall", value, tolerance), 1))
+    if subject.evidence:
+        from .shown_tasks import show_tasks
+
+        show_tasks(subject.evidence, subject.bundle, found, backend=subject.backend)
     first = found.first_differences
     others = Comparison("image_ids", sum(token is not None for token in first) / len(first), 1.0)
     return [

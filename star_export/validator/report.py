@@ -1,19 +1,53 @@
-"""Format a certificate as one self-contained HTML page. This module knows nothing of how it was made."""
+"""Format a certificate and its evidence as one self-contained HTML page for a person.
+
+This module knows nothing of how they were made.
+"""
 
 from __future__ import annotations
 
 import html
 import math
+import shlex
 
+from ..golden.compare import excess, verdict
 from .certificate import Certificate, Row, Rung
+from .evidence import Evidence
+from .exhibits import commands, html_from_images, html_from_plots
+from .plots import STYLE as PLOT_STYLE
 
-_STYLE = """\
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}
-body{color:#1a1a1a;background:#fff}
-table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}
-th,td{text-align:left;padding:.2rem .7rem;border-bottom:1px solid #ddd}
-td.n{text-align:right;font-variant-numeric:tabular-nums}
-.pass{color:#06662d}.fail{color:#a30b0b;font-weight:600}"""
+_STYLE = (
+    """\
+:root{color-scheme:light dark;--page:#fff;--ink:#1a1d21;--soft:#575e68;--line:#cfd4da;--card:#f5f6f8}
+:root{--good:#06662d;--bad:#b3261e;--c0:#24569c;--c1:#a65200;--c2:#2a7230;--c3:#74389b}
+@media(prefers-color-scheme:dark){
+:root{--page:#14171b;--ink:#e6e9ed;--soft:#a8b0bb;--line:#424a54;--card:#1d2228}
+:root{--good:#6fd08c;--bad:#ff8a80;--c0:#82b1f7;--c1:#f0a35e;--c2:#7fd18a;--c3:#cf9df0}}
+*{box-sizing:border-box}
+body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:75rem;padding:1rem;overflow-wrap:anywhere}
+body{color:var(--ink);background:var(--page)}
+h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.2rem;margin:2rem 0 .5rem}h3{font-size:1rem;margin:0}
+.lead{font-size:1.05rem;border-left:5px solid var(--good);padding:.1rem 0 .1rem .9rem}
+.lead.failed{border-color:var(--bad)}
+.pass{color:var(--good)}.fail{color:var(--bad);font-weight:600}
+.grid,.cards{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
+.grid,.cards{align-items:start}
+.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem;margin:0}
+.card p{color:var(--soft);font-size:.9rem;margin:.5rem 0 0}
+.plot figcaption{font-weight:600;font-size:.95rem;margin-bottom:.5rem}
+.images{display:flex;gap:.5rem;margin-top:.5rem}
+.images figure{margin:0;flex:1 1 0;max-width:10rem;text-align:center;font-size:.85rem;color:var(--soft)}
+.images img{width:100%;height:auto;image-rendering:pixelated;border:1px solid var(--line)}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.9rem}
+th,td{text-align:left;padding:.2rem .7rem .2rem 0;border-bottom:1px solid var(--line);vertical-align:top}
+.scroll td,.scroll th{overflow-wrap:normal}
+td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+summary{cursor:pointer;padding:.25rem 0}dl{margin:.5rem 0 0}dt{color:var(--soft)}dd{margin:0}
+pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem}
+pre{overflow-x:auto;overflow-wrap:normal}
+"""
+    + PLOT_STYLE
+)
 _HEAD = (
     "",
     "component",
@@ -27,8 +61,14 @@ _HEAD = (
 )
 
 
-def html_from_certificate(certificate: Certificate, more: str = "") -> str:
-    """Make the page: the verdict, what ran where, a table per rung, `more` (HTML), and what is not proven."""
+def html_from_certificate(
+    certificate: Certificate, evidence: Evidence, *, bundle: str, more: str = ""
+) -> str:
+    """Make the page: verdict, gaps, images, plots, tables, `more` (HTML), machine, hashes and commands.
+
+    `bundle` is the path that the commands name.
+    """
+    title = f"{certificate.bundle}, {certificate.precision}, on {certificate.backend}"
     facts = {
         "bundle": certificate.bundle,
         "precision": certificate.precision,
@@ -37,49 +77,92 @@ def html_from_certificate(certificate: Certificate, more: str = "") -> str:
         "device": certificate.device,
         "made at": certificate.made_at,
         "manifest SHA-256": certificate.manifest_sha256,
-    } | certificate.versions
-    title = f"{certificate.bundle}, {certificate.precision}, on {certificate.backend}"
+    }
+    facts |= {f"plan {name} SHA-256": sha256 for name, sha256 in certificate.plans.items()}
+    facts |= certificate.versions
     return "\n".join(
         [
             "<!doctype html>",
-            '<html lang="en"><meta charset="utf-8">',
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width,initial-scale=1">',
             f"<title>{_text(title)}</title>",
-            f"<style>{_STYLE}</style>",
-            f"<h1>{_verdict(certificate.passed)} {_text(title)}</h1>",
-            "<table>",
-            *(f"<tr><th>{_text(name)}<td>{_text(value)}" for name, value in facts.items()),
-            "</table>",
-            "<p>A value is the largest absolute difference in units of the reference's standard deviation, "
-            "or for ids the share that differs. Each row shows the worst of the tensors that were compared.",
-            *(_rung(rung) for rung in certificate.rungs),
-            *([more] if more else []),
+            f"<style>{_STYLE}</style></head><body><main>",
+            f"<h1>{_verdict(certificate.passed)}: {_text(title)}</h1>",
+            f'<p class="lead{"" if certificate.passed else " failed"}">{_text(_covers(certificate))}</p>',
             "<h2>Not proven</h2>",
             "<ul>",
-            *(f"<li>{_text(gap)}" for gap in certificate.not_proven),
+            *(f"<li>{_text(gap)}</li>" for gap in certificate.not_proven),
             "</ul>",
-            "</html>",
+            "<h2>What was drawn and answered</h2>",
+            f'<div class="cards">{html_from_images(evidence)}</div>',
+            "<h2>Errors and draws</h2>",
+            html_from_plots(certificate, evidence),
+            "<h2>All comparisons</h2>",
+            "<p>A value is the largest absolute difference in units of the reference's standard deviation, "
+            "or for ids the share that differs. Each row shows the worst of the tensors that were "
+            "compared.</p>",
+            *(_rung(rung) for rung in certificate.rungs),
+            *([more] if more else []),
+            "<h2>Machine, versions and hashes</h2>",
+            "<table>",
+            *(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in facts.items()),
+            "</table>",
+            "<h2>To reproduce</h2>",
+            f"<pre>{_text(_lines(certificate, evidence, bundle))}</pre>",
+            "</main></body></html>",
             "",
         ]
     )
 
 
+def _covers(certificate: Certificate) -> str:
+    """The verdict in words, and what it covers."""
+    rows = [row for rung in certificate.rungs for row in rung.rows]
+    tensors, components = sum(row.compared for row in rows), {row.component for row in rows} - {"runtime"}
+    compared = (
+        f"{tensors} tensors of {len(components)} components and tables, in the rungs "
+        f"{', '.join(rung.name for rung in certificate.rungs)}, were compared with what the reference "
+        "computed from the same inputs and the same rounded weights."
+    )
+    if not certificate.passed:
+        row = max((row for row in rows if not row.worst.passed), key=lambda row: excess(row.worst))
+        return (
+            f"This bundle does not compute what the reference computes. Worst: {row.component}: {row.check}: "
+            f"{verdict(row.worst)}. {compared} The rungs after the one that failed did not run."
+        )
+    bounded = [row for row in rows if row.component != "runtime" and row.worst.tolerance > 0]
+    if not bounded:
+        return f"What was compared agrees. {compared}"
+    row = max(bounded, key=lambda row: excess(row.worst))
+    return (
+        f"On {certificate.device} this bundle computes what the reference computes. {compared} Nearest to "
+        f"its tolerance is {row.component}: {row.worst.tensor}, which used {excess(row.worst):.0%} of it."
+    )
+
+
+def _lines(certificate: Certificate, evidence: Evidence, bundle: str) -> str:
+    return "\n".join(map(shlex.join, commands(certificate, evidence, bundle)))
+
+
 def _rung(rung: Rung) -> str:
-    note = f"<p>{_text(rung.note)}" if rung.note else ""
-    head = "<tr>" + "".join(f"<th>{name}" for name in _HEAD) if rung.rows else ""
-    rows = "".join(map(_row, rung.rows))
-    title = f"<h2>{_verdict(rung.passed)} {_text(rung.name)} ({rung.seconds:.1f} s)</h2>"
-    return f"{title}{note}<table>{head}{rows}</table>"
+    note = f"<p>{_text(rung.note)}</p>" if rung.note else ""
+    head = "<tr>" + "".join(f"<th>{name}</th>" for name in _HEAD) + "</tr>"
+    table = (
+        f'<div class="scroll"><table>{head}{"".join(map(_row, rung.rows))}</table></div>' if rung.rows else ""
+    )
+    title = f"{_verdict(rung.passed)}: {_text(rung.name)} ({rung.seconds:.1f} s, {len(rung.rows)} rows)"
+    return f"<details{'' if rung.passed else ' open'}><summary>{title}</summary>{note}{table}</details>"
 
 
 def _row(row: Row) -> str:
     r = row.worst
     numbers = "".join(
-        f'<td class="n">{_number(value)}'
+        f'<td class="n">{_number(value)}</td>'
         for value in (r.value, r.tolerance, r.max_abs, r.cosine, row.compared)
     )
     tensor = ": ".join(part for part in (r.place, r.tensor, r.fault) if part)
-    words = "".join(f"<td>{_text(cell)}" for cell in (row.component, row.check, tensor))
-    return f"\n<tr><td>{_verdict(r.passed)}{words}{numbers}"
+    words = "".join(f"<td>{_text(cell)}</td>" for cell in (row.component, row.check, tensor))
+    return f"\n<tr><td>{_verdict(r.passed)}</td>{words}{numbers}</tr>"
 
 
 def _verdict(passed: bool) -> str:

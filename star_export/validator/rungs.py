@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from engines.bundle.manifest import ComponentSpec, TableSpec, component_of
 from engines.bundle.tensors import present_name
@@ -25,14 +23,16 @@ from engines.tensorrt.plan import plan_spec
 from engines.tensorrt.profiles import fits
 
 from ..golden.cases import Case, cases_from_file, component_cases
-from ..golden.compare import Comparison, compare, excess
+from ..golden.compare import compare
 from ..golden.run_case import extended, run_case
 from ..golden.tolerances import compute_of, largest_noise, tolerances_of
-from .certificate import Row
+from .certificate import Row, rows_from_results
 from .rollout import check_decoder
+from .run_golden import FORCED, RUN, decoded_image, forced_rows, identity, run_ids
 from .subject import RUNS, Subject
 
 ROLLOUT_TOKENS = 64
+NO_RUNS = "left out: the bundle holds no whole runs (it was exported with some components only)"
 
 
 def files_and_graphs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
@@ -120,6 +120,8 @@ def golden_tensors(
                     own_draws=subject.compute != "fp32",
                 )
                 rows += rows_from_results(name, f"case {case}", results)
+                if subject.evidence:
+                    subject.evidence.add(name, f"case {case}", results)
         finally:
             session.close()
     return (
@@ -174,22 +176,21 @@ def decoder_steps(
         finally:
             session.close()
         for check, results in checks.items():
+            if subject.evidence:
+                subject.evidence.add(name, check, results)
             rows += rows_from_results(name, f"{check}: {steps} steps, capacity {capacity}", results)
     return rows, "" if rows else "no decoder in this bundle"
 
 
 def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
-    """Compare the ids of short runs of the runtime, greedy, sampled and answering, with the reference's."""
-    if RUNS not in subject.bundle.manifest.files:
-        return [], "left out: the bundle holds no whole runs (it was exported with some components only)"
-    cases = cases_from_file(subject.bundle.file(RUNS))
-    if wrong := set(cases) ^ set(RUN):
-        raise InputError(
-            "The golden set cannot prove anything",
-            where=f"{RUNS}: expected the cases {', '.join(RUN)}; "
-            f"missing or unknown: {', '.join(sorted(wrong))}",
-            fix="export the bundle again",
-        )
+    """Compare the ids of short runs of the runtime, greedy, sampled and answering, with the reference's.
+
+    Where it was recorded, also the guided logits of the sampled run, teacher-forced; in 16 bits they are only
+    shown.
+    """
+    cases = _recorded_runs(subject)
+    if not cases:
+        return [], NO_RUNS
     rows: list[Row] = []
     tolerance = 0.0 if subject.compute == "fp32" else 1.0
     with Star(subject.bundle, backend=subject.backend, window=1) as star:
@@ -197,14 +198,33 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
             return [], f"left out: {refusal}"
         for i, (case, recorded) in enumerate(cases.items()):
             progress(f"whole run: {case}", i, len(cases))
-            results = compare(
-                RUN[case](star, recorded),
-                recorded.outputs,
-                tolerances=dict.fromkeys(recorded.outputs, tolerance),
-            )
+            if case == FORCED:
+                rows += forced_rows(subject, star, recorded, drawn=cases["sample"])
+                continue
+            got = RUN[case](star, recorded)
+            results = compare(got, recorded.outputs, tolerances=dict.fromkeys(recorded.outputs, tolerance))
             rows += rows_from_results("runtime", case, results)
+            if subject.evidence:
+                subject.evidence.ids.append(run_ids(star, case, got, recorded))
+        if subject.evidence:
+            subject.evidence.images.append(decoded_image(subject, star))
     note = f"ids are reported, not bounded: in {subject.compute} a near tie may fall either way"
     return rows, note if tolerance else ""
+
+
+def _recorded_runs(subject: Subject) -> dict[str, Case]:
+    """The recorded whole runs by name, {} in a bundle without them. Raises InputError."""
+    if RUNS not in subject.bundle.manifest.files:
+        return {}
+    cases = cases_from_file(subject.bundle.file(RUNS))
+    if wrong := (set(cases) - {FORCED}) ^ set(RUN):
+        raise InputError(
+            "The golden set cannot prove anything",
+            where=f"{RUNS}: expected the cases {', '.join(RUN)}; "
+            f"missing or unknown: {', '.join(sorted(wrong))}",
+            fix="export the bundle again",
+        )
+    return cases
 
 
 def fast_path(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
@@ -218,9 +238,9 @@ def fast_path(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     if fast.compute == subject.compute:
         return [], "onnxruntime and onnxruntime-exact are one path in this precision"
     rows, _ = golden_tensors(fast, progress, only=lambda name: name in bundle.manifest.components)
-    if RUNS not in bundle.manifest.files:
-        return rows, "left out: the bundle holds no whole runs (it was exported with some components only)"
-    cases = cases_from_file(bundle.file(RUNS))
+    cases = {name: case for name, case in _recorded_runs(subject).items() if name in RUN}
+    if not cases:
+        return rows, NO_RUNS
     with Star(bundle, backend=fast.backend, window=1) as star:
         if refusal := no_room(star):
             return rows, f"left out: whole runs: {refusal}"
@@ -242,47 +262,6 @@ def no_room(star: Star) -> str:
     except MissingError as error:
         return f"{error.what}: {error.where}"
     return ""
-
-
-def identity(case: str, name: str, got: np.ndarray, wanted: np.ndarray) -> Row:
-    """How many ids of a run equal `wanted` [n], and where the first other one is; `got` may be shorter."""
-    equal = got[: len(wanted)] == wanted[: len(got)]
-    first = len(equal) if equal.all() else int(equal.argmin())
-    said = "all" if first == len(wanted) else f"{equal.sum()} of {len(wanted)}, first other at {first}"
-    others = Comparison(name, 1 - float(equal.sum()) / len(wanted), 1.0)
-    return Row("runtime", f"{case}: ids as the exact path's: {said}", others, len(wanted))
-
-
-def _generate(star, case: Case) -> Mapping[str, np.ndarray]:
-    given = case.inputs
-    ids = star.generate_ids(
-        given["input_ids"],
-        guidance=float(given["guidance"][0]),
-        top_k=int(given.get("top_k", [1])[0]),
-        top_p=float(given.get("top_p", [1.0])[0]),
-        seed=int(given["seed"][0]) if "seed" in given else None,
-        tokens=case.outputs["image_ids"].shape[1],
-    )
-    return {"image_ids": ids}
-
-
-def _answer(star, case: Case) -> Mapping[str, np.ndarray]:
-    given, tokens = case.inputs, len(case.outputs["ids"])
-    return {"ids": star.answer_ids(given["input_ids"], given["position_ids"], max_new_tokens=tokens)}
-
-
-RUN = {"generate": _generate, "sample": _generate, "answer": _answer}
-
-
-def rows_from_results(component: str, check: str, results: Iterable[Comparison]) -> list[Row]:
-    """Keep the worst result per kind of tensor and tolerance.
-
-    A cache has two tolerances, one for its written slots and one for the others.
-    """
-    kinds: dict[tuple, list[Comparison]] = {}
-    for result in results:
-        kinds.setdefault((result.tensor.partition(".")[0], result.tolerance), []).append(result)
-    return [Row(component, check, max(group, key=excess), len(group)) for group in kinds.values()]
 
 
 def _fits(subject: Subject, component: str, session, case: Case) -> bool:

@@ -36,12 +36,13 @@ class ScoreReport:
     """The bundle's score, the reference's if it was recorded, and a table of both.
 
     `first_differences` tells, for each image of a fixed set that was recorded too, the first token whose id
-    is not that of the fp32 reference, or None if all are.
+    is not that of the fp32 reference, or None if all are; `image_ids` int64 [n, T] has what was drawn.
     """
 
     score: benchmark.Score
     reference: benchmark.Score | None
     first_differences: list[int | None]
+    image_ids: np.ndarray | None
     text: str
 
 
@@ -112,11 +113,13 @@ def score(
         reference = recorded_score(star.bundle, kind)
         painter = RuntimePainter(star)
         measured = benchmark.measure(painter, SETS[kind], progress=progress)
-        first = first_differences(star.bundle, painter) if reference else []
+        drawn = identity.drawn_ids(painter) if reference else None
+        first = [] if drawn is None else identity.first_differences(drawn, recorded_ids(star.bundle))
     if images is not None:
         write_gallery(Path(images), measured.results)
     text = benchmark.table(measured, reference)
-    return ScoreReport(measured, reference, first, f"{text}\n{identity.line(first)}" if first else text)
+    text = f"{text}\n{identity.line(first)}" if first else text
+    return ScoreReport(measured, reference, first, drawn, text)
 
 
 def check_model(bundle: Bundle) -> None:
@@ -129,10 +132,9 @@ def check_model(bundle: Bundle) -> None:
         )
 
 
-def first_differences(bundle: Bundle, painter: RuntimePainter) -> list[int | None]:
-    """Draw the recorded images again: for each, the first token whose id is another, or None."""
-    wanted = ids_from_score(bundle.file(SCORE).read_bytes(), where=str(bundle.path / SCORE))
-    return identity.first_differences(identity.drawn_ids(painter), wanted)
+def recorded_ids(bundle: Bundle) -> np.ndarray:
+    """The ids int64 [n, T] of the fp32 reference's images of the fixed set. Raises InputError."""
+    return ids_from_score(bundle.file(SCORE).read_bytes(), where=str(bundle.path / SCORE))
 
 
 def recorded_score(bundle: Bundle, kind: str) -> benchmark.Score | None:

@@ -6,16 +6,22 @@ from dataclasses import dataclass
 
 from engines.bundle.reader import Bundle
 
+from .evidence import Evidence
+
 RUNS = "golden.safetensors"  # whole runs, at the bundle's root
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The components of `bundle` on `backend`, which computes in `compute` (fp32, fp16 or bf16)."""
+    """The components of `bundle` on `backend`, which computes in `compute` (fp32, fp16 or bf16).
+
+    Rungs add to `evidence`, if there is one, what a report shows.
+    """
 
     bundle: Bundle
     backend: str
     compute: str
+    evidence: Evidence | None = None
 
     @property
     def target(self) -> str:

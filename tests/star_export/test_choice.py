@@ -111,7 +111,7 @@ def test_the_plot_goes_from_int4_everywhere_to_int8_where_it_helps() -> None:
     assert [kl for _, _, kl in points] == pytest.approx([2.0, 1.9, 1.5, 0.6, 0.5])
     svg = svg_from_formats(formats(62))
     assert svg.count("<circle") == 5
-    assert svg.count('fill="#24569c"') == 2, "the layers that were chosen are filled"
+    assert svg.count('class="c0 f0"') == 2, "the layers that were chosen are filled"
 
 
 def test_the_table_has_a_row_for_every_layer_and_text_is_escaped() -> None:

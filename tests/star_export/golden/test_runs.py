@@ -18,7 +18,7 @@ def test_runs_in_step_are_the_tasks_runs(mini_checkpoint: Path) -> None:
     rows = np.random.default_rng(5).integers(0, star.config.vocab_size, (2, 6))
     for answer_tokens in (2, 7):  # shorter and longer than the images
         settings = RunSettings(2.5, 30, 0.9, 3, 5, answer_tokens)
-        greedy, sampled, answer = runs_in_step(star, rows, settings)
+        greedy, sampled, answer, logits = runs_in_step(star, rows, settings)
         prompt = torch.from_numpy(rows)
         common = {"guidance": 2.5, "image_tokens": 5}
         wanted = tasks.generate(star, prompt, top_k=1, top_p=1.0, noise=None, **common)
@@ -33,6 +33,7 @@ def test_runs_in_step_are_the_tasks_runs(mini_checkpoint: Path) -> None:
             **common,
         )
         np.testing.assert_array_equal(sampled, wanted.image_ids)
+        np.testing.assert_allclose(logits, wanted.cfg_logits.transpose(0, 1), atol=1e-4)
         assert not np.array_equal(greedy, sampled)
         positions = torch.arange(6).expand(3, 1, -1)
         ids = tasks.answer(star, prompt[:1], positions, None, max_new_tokens=answer_tokens)

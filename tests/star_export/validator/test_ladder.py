@@ -20,7 +20,7 @@ from engines.errors import InputError, MissingError, ParityError, UsageError
 from star_export.cli.parser import main
 from star_export.graph import nvfp4
 from star_export.validator.ladder import validate
-from star_export.validator.rungs import identity
+from star_export.validator.run_golden import identity
 
 
 @pytest.fixture
