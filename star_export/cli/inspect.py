@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from engines.errors import InputError, MissingError, UsageError
 from engines.tensorrt.plan import BUILD, describe_plans
 
 from ..choice import formats_of
+from ..validator.chain import Link, links
 
 
 def describe(path: Path) -> dict:
@@ -100,7 +100,7 @@ def describe_bundle(path: Path) -> dict:
         "plans": {
             name: {c: p["state"] for c, p in plan["components"].items()} for name, plan in plans.items()
         },
-        "certificates": [_certificate(file) for file in sorted((path / "certificates").glob("*.json"))],
+        "certificates": [line_from_link(link) for link in links(bundle)],
     }
 
 
@@ -263,9 +263,7 @@ def _onnx_signature(value) -> str:
     return f"{onnx.TensorProto.DataType.Name(tensor.elem_type).lower()}[{axes}]"
 
 
-def _certificate(path: Path) -> str:
-    try:
-        data = json.loads(path.read_text())
-        return f"{path.name}: {'passed' if data['passed'] is True else 'FAILED'} at {data['made_at']}"
-    except (ValueError, KeyError, TypeError):
-        return f"{path.name}: unreadable"
+def line_from_link(link: Link) -> str:
+    """One certificate on one line: `onnxruntime-exact-cpu.json: passed at 2026-11-28T...`."""
+    made = f" at {link.certificate.made_at}" if link.certificate else ""
+    return f"{link.path.name}: {link.state}{made}" + (f"; {link.reason}" if link.reason else "")

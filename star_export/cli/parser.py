@@ -88,6 +88,7 @@ def build_parser() -> Parser:
         _export,
         _build,
         _validate,
+        _certificate,
         _generate,
         _edit,
         _ask,
@@ -238,6 +239,24 @@ def _validate(commands) -> None:
         help="what runs the ONNX (default: onnxruntime-exact)",
     )
     c.add_argument("--report", metavar="FILE.html", help="also write the numbers to an HTML page")
+    add_progress(c)
+
+
+def _certificate(commands) -> None:
+    c = _command(
+        commands,
+        "certificate",
+        "list what was proved of a bundle and where, and check that it still holds",
+        "star-3b-bf16",
+        "star-3b-bf16 --backend tensorrt:rtx-4090",
+    )
+    c.add_argument("bundle", metavar="BUNDLE")
+    c.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="only the certificate of this backend, which must hold here: exit code 3 if it is absent, "
+        "damaged, of other bytes or of another device, 4 if it failed",
+    )
     add_progress(c)
 
 

@@ -19,6 +19,7 @@ from .drawing import ask, edit, generate, open_star
 from .outputs import Outcome, check_files, table, text_from_bytes
 from .planning import plan
 from .progress_bar import ProgressBar
+from .proofs import certificate
 from .scoring import score
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "ask",
     "bench",
     "build",
+    "certificate",
     "doctor",
     "edit",
     "export",
