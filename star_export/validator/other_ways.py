@@ -18,8 +18,9 @@ from engines.tensorrt.profiles import largest
 
 from ..golden.cases import Case, cases_from_file
 from ..golden.compare import compare
-from .certificate import Row
-from .rungs import RUN, no_room, rows_from_results
+from .certificate import Row, rows_from_results
+from .run_golden import RUN
+from .rungs import no_room
 from .subject import RUNS, Subject
 
 WINDOW_TOKENS = 8
