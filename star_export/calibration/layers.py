@@ -28,7 +28,7 @@ OPERATIONS = 5e11  # of the moments of a weight, which limits the inputs that th
 
 @dataclass
 class Calibrated:
-    """What a layer became, by the names of its weights: codes, norms with scales folded in, and errors.
+    """What a layer became, by the names of its weights: codes, norms with any scales folded in, and errors.
 
     `errors` are mean squares of the change of a weight's products over those of the products: as stored, and
     what rounding to nearest would give.
@@ -89,6 +89,8 @@ class _Work:
         formats = {n: self.precision.format_of(n, tuple(m.weight.shape)) for n, m in names.items()}
         chosen = {name: found for name, found in formats.items() if found}
         dtype = self.precision.torch_dtype
+        if norm is not None:
+            self.found.norms[f"{self.prefix}.{norm[0]}.weight"] = cast(Tensor, norm[1].weight)
         if not chosen:
             return inputs
         moments = moments_of(inputs)

@@ -99,6 +99,22 @@ def test_less_is_lost_than_by_rounding_to_nearest(precision: Precision) -> None:
     assert off(outputs) < 0.7 * off([passed(rounded, example) for example in stream()])
 
 
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+def test_floats_lose_less_than_by_rounding_too_and_norms_before_nvfp4_are_left_alone(name: str) -> None:
+    model = decoder()
+    found, outputs = calibrate_layer(model, 0, stream(), prefix=PREFIX, precision=PRECISIONS[name])
+    assert found.encoded.keys() == LINEARS and found.norms.keys() == NORMS
+    assert all(0 < stored < nearest for stored, nearest in found.errors.values())
+    weights = {f"base_ar.{key}": value for key, value in model.named_parameters()}
+    for key, encoded in found.encoded.items():
+        assert torch.equal(weights[key], encoded.decode()), key
+    for key in ("input_layernorm", "post_attention_layernorm"):
+        same = torch.equal(found.norms[f"{PREFIX}.{key}.weight"], getattr(decoder().layers[0], key).weight)
+        assert same == (name == "nvfp4")
+    for output, example in zip(outputs, stream(), strict=True):
+        torch.testing.assert_close(output, passed(model, example), rtol=0, atol=1e-4)
+
+
 def test_codes_are_chosen_for_the_inputs_that_the_scales_of_channels_leave(precision: Precision) -> None:
     model, exact = decoder(), decoder().layers[0]
     found, _ = calibrate_layer(model, 0, stream(), prefix=PREFIX, precision=precision)
@@ -139,7 +155,11 @@ def test_a_norm_is_left_alone_where_a_layer_behind_it_stays_dense() -> None:
     mixed = Precision(PRECISIONS["int8"].compute, {}, chosen=dict.fromkeys(LINEARS - {query}, INT8))
     model = decoder()
     found, _ = calibrate_layer(model, 0, stream(), prefix=PREFIX, precision=mixed)
-    assert found.norms.keys() == {f"{PREFIX}.post_attention_layernorm.weight"}
+    untouched, folded = (
+        torch.equal(found.norms[f"{PREFIX}.{name}.weight"], getattr(decoder().layers[0], name).weight)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    )
+    assert found.norms.keys() == NORMS and untouched and not folded
     assert found.encoded.keys() == LINEARS - {query}
     kept = dict(model.named_parameters())["layers.0.self_attn.q_proj.weight"]
     assert torch.equal(kept, dict(decoder().named_parameters())["layers.0.self_attn.q_proj.weight"])

@@ -62,6 +62,17 @@ def test_its_codes_are_not_those_of_rounding_to_nearest(calibrated: Path, bundle
     assert Bundle.open(bundle_of("int4")).manifest.calibration is None
 
 
+def test_floats_with_scales_of_scales_are_stored_as_they_were_chosen(
+    mini_checkpoint: Path, bundle_of, tmp_path: Path
+) -> None:
+    options = OPTIONS | {"precision": "nvfp4", "components": ["base_ar"]}
+    out = export(str(mini_checkpoint), out=tmp_path / "bundle", **options)
+    data = "base_ar/model.onnx.data"
+    assert (out / data).read_bytes() != (bundle_of("nvfp4") / data).read_bytes()
+    assert {row["format"] for row in json.loads((out / CALIBRATION).read_text()).values()} >= {"nvfp4"}
+    assert validate(out).passed  # the golden tensors are of the codes that were chosen
+
+
 STOPPED = "calibrate stacked_ar layer 0"
 
 
