@@ -108,9 +108,9 @@ def test_floats_lose_less_than_by_rounding_too_and_norms_before_nvfp4_are_left_a
     weights = {f"base_ar.{key}": value for key, value in model.named_parameters()}
     for key, encoded in found.encoded.items():
         assert torch.equal(weights[key], encoded.decode()), key
-    for key in ("input_layernorm", "post_attention_layernorm"):
-        same = torch.equal(found.norms[f"{PREFIX}.{key}.weight"], getattr(decoder().layers[0], key).weight)
-        assert same == (name == "nvfp4")
+    for key in ("input_layernorm", "post_attention_layernorm") if name == "nvfp4" else ():
+        norm = getattr(decoder().layers[0], key).weight
+        assert torch.equal(found.norms[f"{PREFIX}.{key}.weight"], norm)
     for output, example in zip(outputs, stream(), strict=True):
         torch.testing.assert_close(output, passed(model, example), rtol=0, atol=1e-4)
 
