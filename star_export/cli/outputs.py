@@ -10,15 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from engines.bundle.files import write_atomic
-from engines.errors import InputError
+from engines.errors import InputError, StarError
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a verb: `data` for `--json`, `text` for people."""
+    """The result of a verb: `data` for `--json`, `text` for people.
+
+    `error` is why the verb failed all the same: it is told after the result, and decides the exit code.
+    """
 
     data: dict
     text: str
+    error: StarError | None = None
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         verb, as_json = arguments.pop("verb"), arguments.pop("json")
         outcome = getattr(verbs, verb)(**arguments)
         print(json.dumps(outcome.data, indent=1, ensure_ascii=False) if as_json else outcome.text, flush=True)
+        if outcome.error:
+            raise outcome.error
         return 0
     except (StarError, CheckpointError) as error:
         # What looks like a bad file may be a library that ran out of memory while it read it.
@@ -225,6 +227,7 @@ def _validate(commands) -> None:
         "show with numbers that a bundle computes what the reference computes",
         "star-3b-bf16 --report parity.html",
         "star-3b-bf16 --target rtx-4090",
+        "star-3b-bf16 --bisect base_ar --source star-3b",
     )
     c.add_argument("bundle", metavar="BUNDLE")
     c.add_argument(
@@ -239,6 +242,17 @@ def _validate(commands) -> None:
         help="what runs the ONNX (default: onnxruntime-exact)",
     )
     c.add_argument("--report", metavar="FILE.html", help="also write the numbers to an HTML page")
+    c.add_argument(
+        "--bisect",
+        nargs="?",
+        const="",
+        metavar="COMPONENT",
+        help="compare COMPONENT layer by layer with the reference, and name the first wrong tensor; without "
+        "COMPONENT, the one that fails the validation",
+    )
+    c.add_argument(
+        "--source", metavar="SOURCE", help="with --bisect: the checkpoint that the bundle was exported from"
+    )
     add_progress(c)
 
 

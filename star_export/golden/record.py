@@ -136,7 +136,7 @@ def _at_once(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[
     for kind, star in _stars(part, oracle).items():
         module = _module(part, star)
         with _arithmetic(kind, module, part.component, oracle):
-            found[kind] = {case: _outputs(part, star, feeds) for case, feeds in cases.items()}
+            found[kind] = {case: outputs_of(part, star, feeds) for case, feeds in cases.items()}
         tick()
     return found.pop(""), found
 
@@ -156,12 +156,12 @@ def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Ca
                     for case, feeds in cases.items():
                         results = found[kind][case]
                         stream = results.get("hidden_states", feeds["inputs_embeds"])
-                        results |= _outputs(one, star, feeds | {"inputs_embeds": stream})
+                        results |= outputs_of(one, star, feeds | {"inputs_embeds": stream})
         tick()
     return found.pop(""), found
 
 
-def _outputs(part: Part, star: wrappers.FoldedStar, feeds: Case) -> Case:
+def outputs_of(part: Part, star: wrappers.FoldedStar, feeds: Case) -> Case:
     """Run one graph's module of `star`: returns outputs by name in float32 or int64."""
     inputs, outputs = boundary(part, star.config, "float32")
     module, dtype = wrappers.wrapper_of(part, star), star.base_ar.norm.weight.dtype

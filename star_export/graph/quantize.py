@@ -22,6 +22,7 @@ from reference.containers import LazyTensor
 
 from . import nvfp4, ops
 from .formats import Encoded, Format, packed
+from .modules import hand_on
 from .precisions import Precision
 
 INLINE_BYTES = 1024  # smaller tensors are shapes and scalars, and stay in model.onnx
@@ -53,6 +54,7 @@ def set_precision(model: ir.Model, compute: ir.DataType) -> None:
             and node.inputs[0].dtype == node.outputs[0].dtype
             and not node.outputs[0].is_graph_output()
         ):
+            hand_on(node.outputs[0], node.inputs[0])
             node.outputs[0].replace_all_uses_with(node.inputs[0])
             model.graph.remove(node, safe=True)
 
@@ -158,6 +160,7 @@ def _multiply_transposed(model: ir.Model, gemm: ir.Node) -> None:
     turned.name, turned.type = f"{weight.name}.transposed", weight.type
     turned.shape = ir.Shape(list(weight.shape)[::-1])
     new.name, new.type, new.shape = old.name, old.type, old.shape
+    hand_on(old, new)
     model.graph.insert_before(gemm, made)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     model.graph.remove(gemm, safe=True)

@@ -16,6 +16,7 @@ from engines.bundle.tensors import PAST, PRESENT
 from reference.config import StarConfig
 
 from ..components import COMPONENTS, Part
+from .modules import MODULE
 from .trace import traced_graph
 
 TRACED_LAYERS = 2  # the first is fed by the embedding, the second by a layer, as all that follow
@@ -101,6 +102,15 @@ def _move_layers(model: ir.Model, by: int) -> None:
             value.name = in_layer(value.name, layer + by)
     for value in weights:
         model.graph.initializers.add(value)
+    for value in (value for node in model.graph for value in node.outputs):
+        module = value.metadata_props.get(MODULE)
+        if module and (layer := layer_of(f"{module}.")) is not None:
+            value.metadata_props[MODULE] = _module_in_layer(module, layer + by)
+
+
+def _module_in_layer(module: str, layer: int) -> str:
+    """The same tensor of the reference in another layer; one of no layer, such as an angle, is kept."""
+    return in_layer(f"{module}.", layer)[:-1] if layer_of(f"{module}.") is not None else module
 
 
 def layer_of(name: str) -> int | None:
@@ -185,6 +195,8 @@ def _copy(node: ir.Node, inputs: list[ir.Value | None], layer: int) -> ir.Node:
     )
     for value, made in zip(node.outputs, copy.outputs):
         made.name, made.type, made.shape = in_layer(value.name, layer), value.type, value.shape
+        if MODULE in value.metadata_props:
+            made.metadata_props[MODULE] = _module_in_layer(value.metadata_props[MODULE], layer)
     return copy
 
 

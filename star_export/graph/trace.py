@@ -2,7 +2,7 @@
 
 The graph needs shapes, not numbers, so nothing here depends on the size of a checkpoint. An initializer has
 the name of its parameter in `reference.model.Star`, and the layout [in, out] where a linear layer multiplies
-by it.
+by it; a value's metadata has the tensor of `Star` that it is (`modules.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from reference.config import StarConfig
 
 from ..components import COMPONENTS, Part, boundary
 from . import ops, wrappers
+from .modules import MODULE, modules_from_scopes
 from .quantize import TRANSPOSED
 
 EXAMPLE = {"B": 2, "S": 5, "C": 24, "N": 3, "P": 24}  # sizes while tracing; all these axes stay dynamic
@@ -74,7 +75,10 @@ def graph_from_part(part: Part, star: wrappers.FoldedStar) -> ir.Model:
     if any(node.op_type == ops.NAME for node in model.graph):
         body = ops.function_body()
         model.functions[body.identifier()] = body
+    modules = modules_from_scopes(model, module, star)
     _strip(name, model)
+    for value, tensor in modules.items():
+        value.metadata_props[MODULE] = tensor
     return model
 
 
@@ -202,6 +206,7 @@ def _multiply_rows(model: ir.Model, transpose: ir.Node, weight: ir.Value) -> Non
     ((matmul, _),) = transpose.outputs[0].uses()
     old = matmul.outputs[0]
     gemm = ir.node("Gemm", [matmul.inputs[0], weight], {"transB": 1}, name=matmul.name)
+    gemm.metadata_props.update(matmul.metadata_props)
     new = gemm.outputs[0]
     new.name, new.type, new.shape = old.name, old.type, old.shape
     model.graph.insert_before(matmul, gemm)

@@ -14,6 +14,7 @@ from reference.config import StarConfig, config_from_files
 from reference.weights import named_tensors, resolve_checkpoint
 from star_export.components import Part
 from star_export.components import whole as whole_part
+from star_export.graph.modules import MODULE
 from star_export.graph.precisions import PRECISIONS
 from star_export.graph.quantize import attach_weights, set_precision
 from star_export.graph.repeat import TRACED_LAYERS, graph_from_config, in_layer, layer_of, repeat_layers
@@ -31,7 +32,8 @@ def config(files) -> StarConfig:
 
 
 def canonical(model: ir.Model) -> list[tuple]:
-    """The graph without the names of inner values: each node with the places of its inputs."""
+    """The graph without the names of inner values: each node with the places of its inputs, and the tensors
+    of the reference that its outputs are."""
     place = {value: value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
     place |= {
         value: ("constant", value.const_value.numpy().tobytes())
@@ -41,9 +43,11 @@ def canonical(model: ir.Model) -> list[tuple]:
     nodes = []
     for i, node in enumerate(model.graph):
         attributes = sorted((a.name, a.type, str(a.value)) for a in node.attributes.values())
-        nodes.append(
-            (node.domain, node.op_type, node.overload, [place.get(v) for v in node.inputs], attributes)
+        inputs, modules = (
+            [place.get(v) for v in node.inputs],
+            [v.metadata_props.get(MODULE) for v in node.outputs],
         )
+        nodes.append((node.domain, node.op_type, node.overload, inputs, attributes, modules))
         place |= {value: (i, j) for j, value in enumerate(node.outputs)}
     return nodes
 

@@ -1,0 +1,120 @@
+"""A bisection names the right node of each of the twelve planted faults, and nothing in a right graph."""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from engines.bundle.reader import Bundle
+from engines.errors import InputError, ParityError, UsageError
+from star_export.cli.parser import main
+from star_export.golden.oracle import streamed_star
+from star_export.graph.precisions import PRECISIONS
+from star_export.validator import bisect as bisecting
+from star_export.validator.bisect import Reference, bisect, candidate_from_graph, first_wrong_case
+from tests.helpers.planted_in_graph import FAULTS, plant
+from tests.star_export.validator.test_ladder import rehash
+
+pytest.importorskip("polygraphy")
+DATA = "model.onnx.data"
+
+
+@pytest.fixture(scope="module")
+def reference(mini_bundle: Path, mini_checkpoint: Path) -> Reference:
+    """The reference of the miniature's base decoder, which keeps what it computed."""
+    bundle = Bundle.open(mini_bundle)
+    files = bisecting.resolve_checkpoint(str(mini_checkpoint))
+    config = bisecting.config_from_files(files.config_json, files.qwen_folder)
+    tensors = bisecting.named_tensors(files, config)
+    star = streamed_star(config, tensors, PRECISIONS["fp32"], rope_bf16=bundle.manifest.model.rope_bf16)
+    return Reference(bundle, "base_ar", star)
+
+
+def test_there_are_twelve_faults() -> None:
+    assert len(FAULTS) == 12
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_at_the_right_node(
+    mini_bundle: Path, reference: Reference, tmp_path: Path, fault: str
+) -> None:
+    layer = int(np.random.default_rng(zlib.crc32(fault.encode())).integers(0, 4))
+    right = mini_bundle / "base_ar" / "model.onnx"
+    model = onnx.load(right, load_external_data=False)
+    module, nodes = plant(model, fault, layer)
+    shutil.copy(right.with_name(DATA), tmp_path / DATA)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    found = first_wrong_case(
+        candidate_from_graph(tmp_path / "model.onnx"), bisecting.modules_from_graph(right), reference
+    )
+    first = found.first
+    assert first is not None and first.module == (module or f"base_ar.layers.{layer}.self_attn.attention:2")
+    assert not first.wrong and (first.inputs or layer == 0)
+    assert nodes & {first.node, *first.between}
+
+
+def test_every_component_of_a_right_bundle_is_within_its_tolerance(
+    mini_bundle: Path, mini_checkpoint: Path
+) -> None:
+    bundle = Bundle.open(mini_bundle)
+    for name in bundle.manifest.components:
+        (found,) = bisect(bundle, name, source=str(mini_checkpoint))
+        assert found.first is None and len(found.rows) >= 2, (name, found.first)
+        assert max(row.result.value for row in found.rows) < bisecting.TOLERANCE / 3
+
+
+def test_the_interpreter_of_the_parsed_network_is_compared_too(
+    mini_bundle: Path, mini_checkpoint: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    found = bisect(Bundle.open(mini_bundle), "base_ar", source=str(mini_checkpoint), target="rtx-4090")
+    assert [one.backend for one in found] == ["onnxruntime-exact", "interpreter-fp32:rtx-4090"]
+    assert all(one.first is None and len(one.rows) > 60 for one in found)
+
+
+@pytest.fixture
+def spoilt(mini_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle whose base decoder has a fault that no hash finds."""
+    path = shutil.copytree(
+        mini_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("plans", "certificates")
+    )
+    model = onnx.load(path / "base_ar/model.onnx", load_external_data=False)
+    plant(model, "layer zeroed", 2)
+    (path / "base_ar/model.onnx").write_bytes(model.SerializeToString())
+    rehash(path)
+    return path
+
+
+@pytest.mark.parametrize("asked", [["--bisect", "base_ar"], ["--bisect"]])
+def test_validate_shows_the_table_and_fails(
+    spoilt: Path, mini_checkpoint: Path, capsys: pytest.CaptureFixture, asked: list[str]
+) -> None:
+    words = ["validate", str(spoilt), *asked, "--source", str(mini_checkpoint), "--no-progress"]
+    assert main(words) == ParityError.exit_code
+    told = capsys.readouterr()
+    assert "module of the reference: base_ar.layers.2\n" in told.out and "its inputs were right" in told.out
+    assert len(told.err.splitlines()) == 3 and "base_ar" in told.err
+
+
+def test_what_proves_nothing_is_refused(
+    mini_bundle: Path, mini_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bundle = Bundle.open(mini_bundle)
+    assert main(["validate", str(mini_bundle), "--bisect", "base_ar"]) == UsageError.exit_code
+    with pytest.raises(UsageError, match="no such component"):
+        bisect(bundle, "paint", source=str(mini_checkpoint))
+    from tests.helpers.untrained_nano import write_untrained
+
+    with pytest.raises(InputError, match="does not give the golden tensors"):
+        bisect(bundle, "text_head", source=str(write_untrained(tmp_path / "other")))
+    model = onnx.load(mini_bundle / "base_ar/model.onnx", load_external_data=False)
+    for value in (*model.graph.value_info, *model.graph.output):
+        del value.metadata_props[:]
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="which module"):
+        bisecting.modules_from_graph(tmp_path / "model.onnx")
