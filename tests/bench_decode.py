@@ -6,7 +6,8 @@
 A decoder of a few layers and the image head, with weights of noise, are written to a temporary folder and run
 on both backends of the CPU, at one position and, the decoder with the last number of rows, at 16. Beside them
 run the decoder's products alone, as ONNX Runtime's operators, and the peers that are installed
-(`bench_peers`). What has one precision is measured in turns.
+(`bench_peers`). What has one precision is measured in turns, after each was loaded and run once: by how much
+that raised the resident memory at its peak is printed, too.
 
 Before each call, 512 MiB are read, so that no weight lies in a cache, as in a whole model. Before that, one
 thread per core reads as many bytes as the call's weights are stored in, which lie in no cache either: the
@@ -18,6 +19,7 @@ Nothing is asserted, and what runs beside it changes the figures; two cores that
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import statistics
 import tempfile
@@ -27,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -44,7 +47,8 @@ from star_export.components import whole
 from star_export.exporter.component import component_spec, write_component
 from star_export.graph.precisions import PRECISIONS
 from star_export.graph.quantize import TRANSPOSED
-from tests.bench_peers import BITS, Step, Steps, missing, peer_steps
+from tests.bench_interpreter import peak_bytes
+from tests.bench_peers import BITS, Step, Steps, build_peers, missing, peer_steps, versions
 from tests.gpu.graphs import graph_of
 from tests.gpu.sizes import SIZES
 from tests.helpers.tiny_bundle import MODEL, SCHEMA
@@ -85,13 +89,16 @@ def write_bundle(root: Path, precision: str, layers: int, names=("base_ar", "ima
 
 
 def noise_of(model) -> dict[str, LazyTensor]:
-    """Noise for every weight of a traced graph, such that a product keeps the size of its input."""
+    """Noise for every weight of a traced graph, such that a product keeps the size of its input.
+
+    No two weights are equal: ONNX Runtime would hold them, and read them, once.
+    """
 
     def lazy(name: str, value) -> LazyTensor:
         shape = tuple(value.shape)[:: -1 if TRANSPOSED in value.metadata_props else 1]
 
         def read() -> torch.Tensor:
-            made = torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
+            made = torch.randn(shape, generator=torch.Generator().manual_seed(crc32(name.encode())))
             return made / shape[1] ** 0.5 if len(shape) > 1 else made * 0.02 + (not name.endswith("bias"))
 
         return LazyTensor(name, shape, torch.float32, Path("noise"), read)
@@ -170,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     for peer in () if given.alone else missing():
         print(f"{peer} is not installed")
+    print(", ".join(versions()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for precision in given.precisions:
             measure(given.keep or Path(folder), precision, given)
@@ -186,21 +194,43 @@ def measure(folder: Path, precision: str, given: argparse.Namespace) -> None:
     calls: dict[str, Step] = {}
     for backend in ON_CPU if quantised else ON_CPU[:1]:
         for name in ("base_ar", "image_head"):
-            stored, started = stored_bytes(bundle, name), time.perf_counter()
+            stored, before, started = stored_bytes(bundle, name), resident_bytes(), time.perf_counter()
             session = open_session(bundle, name, backend=backend)
             seconds = time.perf_counter() - started
-            print(f"  {backend:20} {name:12} loads {stored >> 20} MiB in {seconds:.2f} s", flush=True)
             shapes = [(rows, 1) for rows in given.rows]
             shapes += [(given.rows[-1], POSITIONS)] if name == "base_ar" else []
             for rows, tokens in shapes:
                 step = bound_step(session, rows=rows, tokens=tokens, capacity=given.capacity)
                 calls[f"{rows} x {tokens} {backend} {name}"] = step, stored
+            step()
+            print_load(f"{backend} {name}", stored, before, f" in {seconds:.2f} s")
     if precision in BITS:
+        steps = products_steps(config, precision, given.rows)
+        calls |= {f"{rows} x 1 products alone": step for rows, step in steps.items()}
+    if precision in BITS and not given.alone:
+        build_peers(precision, config, folder)
         sizes = {"rows": given.rows, "filled": FILLED, "capacity": given.capacity}
-        peers = () if given.alone else peer_steps(precision, config, folder, **sizes)
-        for name, steps in (("products alone", products_steps(config, precision, given.rows)), *peers):
+        before = resident_bytes()
+        for name, steps in peer_steps(precision, config, folder, **sizes):
             calls |= {f"{rows} x 1 {name}": step for rows, step in steps.items()}
+            step, stored = steps[given.rows[-1]]
+            step()
+            print_load(name, stored, before)
+            before = resident_bytes()
     print_table(dict(sorted(calls.items())), repeats=given.repeats)
+
+
+def resident_bytes() -> int:
+    """Give freed memory back, and reset the peak to what is resident now (Linux with glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return peak_bytes(reset=True)
+
+
+def print_load(name: str, stored: int, before: int, seconds: str = "") -> None:
+    """Say what a peer stores, and how far its load and first steps raised the resident memory above `before`,
+    pages of mapped files included."""
+    peak = peak_bytes() - before
+    print(f"  {name:33} loads {stored >> 20} MiB{seconds}, peak memory {peak >> 20} MiB", flush=True)
 
 
 def stored_bytes(bundle: Bundle, name: str) -> int:

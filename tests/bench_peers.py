@@ -1,6 +1,7 @@
 """The peers of `bench_decode`: other runtimes at a decode step of STAR-3B's width, on weights of noise.
 
     .venv/bin/pip install openvino onnxruntime-genai
+    make peers
 
 None is a dependency of this project, and one that is not installed is left out by name. Each holds a decoder
 of the same widths and `filled` positions before the step, and computes as it does by itself, on all cores:
@@ -11,7 +12,10 @@ of the same widths and `filled` positions before the step, and computes as it do
   latency; with activations in bf16, its default here, and in f32, where it rounds them to int8 for integer
   weights. Its caches have 8 bits;
 * ONNX Runtime GenAI: what its own builder makes of that `Qwen2` model, run by its `Generator`. Its step also
-  looks up a token, multiplies by a head of 256 tokens and draws one.
+  looks up a token, multiplies by a head of 256 tokens and draws one;
+* optimum: its ONNX export of the same model, made in an environment of its own (`tests/peers/exporter.py`),
+  on ONNX Runtime with bound inputs and outputs. Its caches are returned as new ones, a position longer, and
+  its step looks up a token and multiplies by the head, too.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +39,14 @@ Steps = dict[int, Step]
 TOKENS = 256  # of the peers' vocabulary, since STAR's is another part of the model
 POSITIONS = 1024  # of their tables of angles
 NEEDED = {"OpenVINO": "openvino", "ONNX Runtime GenAI": "onnxruntime_genai", "transformers": "transformers"}
+OPTIMUM = Path(__file__).parents[1] / ".venv-peers" / "bin" / "python"
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
 
 
 def peer_steps(
     precision: str, config: DecoderConfig, folder: Path, *, rows: list[int], filled: int, capacity: int
 ) -> Iterator[tuple[str, Steps]]:
-    """(name, steps) of each installed peer that has such a precision. `folder` is for its files.
+    """(name, steps) of each installed peer that has such a precision, as `build_peers` left it in `folder`.
 
     The steps of a peer, by the number of rows, share its weights.
     """
@@ -54,19 +60,40 @@ def peer_steps(
             yield f"OpenVINO, {precision}, {kind}", openvino_steps(config, BITS[precision], kind, **size)
     if has("ONNX Runtime GenAI") and has("transformers"):
         root = folder / f"genai-{precision}"
-        if not (root / "genai_config.json").exists():
-            build_genai(config, precision, folder, root)
         yield f"ONNX Runtime GenAI, {precision}", genai_steps(config, root, capacity=capacity, **size)
+    if has("optimum") and has("transformers") and precision == "fp32":
+        yield "optimum, fp32", optimum_steps(config, folder / "optimum", **size)
+
+
+def build_peers(precision: str, config: DecoderConfig, folder: Path) -> None:
+    """Convert a random `Qwen2` model for the peers that have a converter, unless `folder` has the result."""
+    genai, optimum = folder / f"genai-{precision}", folder / "optimum"
+    if has("ONNX Runtime GenAI") and has("transformers") and not (genai / "genai_config.json").exists():
+        build_genai(precision, folder, random_qwen2(config, folder), genai)
+    if has("optimum") and has("transformers") and precision == "fp32" and not optimum.exists():
+        module, source = "tests.peers.exporter", random_qwen2(config, folder)
+        made = [OPTIMUM, "-m", module, "--source", source.absolute(), "--out", optimum.absolute()]
+        subprocess.run(made, cwd=Path(__file__).parents[1], check=True, capture_output=True)
 
 
 def missing() -> list[str]:
     """The peers that are not installed."""
-    return [peer for peer in NEEDED if not has(peer)]
+    return [peer for peer in (*NEEDED, "optimum") if not has(peer)]
 
 
 def has(peer: str) -> bool:
-    """Whether a peer is installed."""
-    return importlib.util.find_spec(NEEDED[peer]) is not None
+    """Whether a peer is installed; optimum is in the environment of `make peers`."""
+    return OPTIMUM.exists() if peer == "optimum" else importlib.util.find_spec(NEEDED[peer]) is not None
+
+
+def versions() -> list[str]:
+    """Name and version of ONNX Runtime, PyTorch and each peer that is installed."""
+    packages = ["onnxruntime", "torch", *(NEEDED[peer] for peer in NEEDED if has(peer))]
+    found = [f"{name.replace('_', '-')} {version(name)}" for name in packages]
+    if has("optimum"):
+        asked = "from importlib.metadata import version; print('optimum-onnx', version('optimum-onnx'))"
+        found.append(subprocess.check_output([OPTIMUM, "-c", asked], text=True).strip())
+    return found
 
 
 def qwen2_config(config: DecoderConfig):
@@ -117,8 +144,8 @@ def transformers_steps(config: DecoderConfig, dtype: torch.dtype, *, rows: list[
     return {count: (step_of(count), stored) for count in rows}
 
 
-def build_genai(config: DecoderConfig, precision: str, folder: Path, root: Path) -> None:
-    """Let ONNX Runtime GenAI's builder convert a random `Qwen2` model, in blocks of 128 features."""
+def random_qwen2(config: DecoderConfig, folder: Path) -> Path:
+    """The checkpoint of a random `Qwen2` model in `folder`, written on the first call."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
@@ -128,6 +155,11 @@ def build_genai(config: DecoderConfig, precision: str, folder: Path, root: Path)
         words = Tokenizer(models.WordLevel({str(i): i for i in range(TOKENS)}, unk_token="0"))
         named = {"bos_token": "0", "eos_token": "1", "pad_token": "1"}
         PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(source)
+    return source
+
+
+def build_genai(precision: str, folder: Path, source: Path, root: Path) -> None:
+    """Let ONNX Runtime GenAI's builder convert a `Qwen2` model, in blocks of 128 features."""
     build = ["-i", source, "-o", root, "-p", precision, "-e", "cpu", "-c", folder / "cache"]
     build += [] if precision == "fp32" else ["--extra_options", "block_size=128", "accuracy_level=4"]
     module = "onnxruntime_genai.models.builder"
@@ -153,6 +185,37 @@ def genai_steps(config: DecoderConfig, root: Path, *, rows: list[int], filled: i
 
     tables = 4 * (TOKENS * config.hidden_size + POSITIONS * config.head_dim)  # of which a step reads a row
     stored = sum(file.stat().st_size for file in root.glob("*.data")) - tables
+    return {count: (step_of(count), stored) for count in rows}
+
+
+def optimum_steps(config: DecoderConfig, root: Path, *, rows: list[int], filled: int) -> Steps:
+    """One new position of optimum's export on ONNX Runtime, always after the same others."""
+    import onnxruntime
+    from onnxruntime import OrtValue
+
+    file = root / "model.onnx"
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+
+    def step_of(count: int) -> Callable[[], object]:
+        binding, heads = session.io_binding(), (count, config.num_kv_heads)
+        given = {
+            "input_ids": np.full((count, 1), 7),
+            "attention_mask": np.ones((count, filled + 1), np.int64),
+            "position_ids": np.full((count, 1), filled),
+        }
+        for node in session.get_inputs()[len(given) :]:
+            given[node.name] = rng.standard_normal((*heads, filled, config.head_dim), dtype=np.float32)
+        for name, array in given.items():
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        for node in session.get_outputs():
+            caches = (*heads, filled + 1, config.head_dim)
+            shape = (count, 1, TOKENS) if node.name == "logits" else caches
+            empty = OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+            binding.bind_ortvalue_output(node.name, empty)
+        return lambda: session.run_with_iobinding(binding)
+
+    stored = file.stat().st_size - 4 * TOKENS * config.hidden_size  # of the embeddings a step reads a row
     return {count: (step_of(count), stored) for count in rows}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +23,10 @@ WEIGHTS = 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)  # of the products
 
 def test_a_peer_that_is_not_installed_is_named_and_left_out(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert bench_peers.missing() == ["OpenVINO", "ONNX Runtime GenAI", "transformers"]
+    monkeypatch.setattr(bench_peers, "OPTIMUM", tmp_path / "none")
+    assert bench_peers.missing() == ["OpenVINO", "ONNX Runtime GenAI", "transformers", "optimum"]
+    assert [line.split()[0] for line in bench_peers.versions()] == ["onnxruntime", "torch"]
+    bench_peers.build_peers("fp32", SMALL, tmp_path)
     found = bench_peers.peer_steps("int4", SMALL, tmp_path, rows=[1], filled=4, capacity=8)
     assert list(found) == [] and list(tmp_path.iterdir()) == []
 
@@ -56,3 +60,24 @@ def test_the_table_has_the_time_the_limit_and_the_share_of_each(monkeypatch, cap
     name, stored, median, fastest, limit, share = line.split()
     assert (name, stored) == ("slow", "1") and float(median) >= float(fastest) >= 10
     assert float(limit) >= 0 and 0 <= float(share) < 1
+
+
+def test_equal_layers_have_different_noise() -> None:
+    """ONNX Runtime would hold equal weights once, and a step would read one layer's."""
+    value = SimpleNamespace(shape=(4, 8), metadata_props={}, const_value=None)
+    names = [f"layers.{layer}.{name}" for layer in (0, 1) for name in ("gate_proj", "down_proj")]
+    graph = SimpleNamespace(initializers=dict.fromkeys(names, value))
+    made = [lazy.load() for lazy in bench_decode.noise_of(SimpleNamespace(graph=graph)).values()]
+    assert len(made) == 4
+    assert not any(a.equal(b) for i, a in enumerate(made) for b in made[:i])
+
+
+def test_optimum_steps_run_on_an_export_of_the_small_model(tmp_path: Path) -> None:
+    if not bench_peers.has("optimum"):
+        pytest.skip("the environment of `make peers` is not there")
+    bench_peers.build_peers("fp32", SMALL, tmp_path)
+    steps = bench_peers.optimum_steps(SMALL, tmp_path / "optimum", rows=[1, 2], filled=5)
+    for step, stored in steps.values():
+        step()
+        weights = 4 * (WEIGHTS + 2 * (256 + 2 * 128) + 5 * 256 + 256 * 256)  # and the head of 256 tokens
+        assert stored == pytest.approx(weights, rel=0.03)  # the graph itself is in the file

@@ -112,7 +112,10 @@ def main(argv: list[str] | None = None) -> int:
         compared = oracle.against_oracle(found, rope)
         print(oracle.line_of(f"optimum now against recorded, --rope {rope}", compared), flush=True)
         failed |= not all(result.passed for result in compared)
-    return int(failed or not np.array_equal(prompt, oracle.oracle_prompt()))
+    if not np.array_equal(prompt, oracle.oracle_prompt()):
+        print("the prompt's ids are not the recorded ones: FAILED")
+        failed = True
+    return int(failed)
 
 
 if __name__ == "__main__":

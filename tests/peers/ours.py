@@ -39,13 +39,14 @@ def bundle_of(rope: str, out: Path) -> Bundle:
 
 
 def reference_step(star: Star, *, capacity_tokens: int) -> oracle.Step:
-    """A step of the reference, on a cache of its own."""
+    """A step of the reference, on a cache of its own, in the type of its weights."""
     cache = star.base_ar.new_cache(1, capacity_tokens=capacity_tokens)
 
     def step(ids: np.ndarray, first: int) -> np.ndarray:
         embeds = star.token_embedding(torch.from_numpy(ids)[None])
         positions = torch.arange(first, first + len(ids)).expand(3, 1, -1)
-        return star.text_head(tasks.decode(star.base_ar, embeds, positions, first, cache))[0].numpy()
+        hidden = tasks.decode(star.base_ar, embeds, positions, first, cache)
+        return star.text_head(hidden)[0].float().numpy()
 
     return step
 
@@ -76,6 +77,7 @@ def main() -> int:
         for rope in oracle.ROPES:
             steps = {
                 "reference": reference_step(star_of(rope), capacity_tokens=capacity),
+                "reference, float64": reference_step(star_of(rope).double(), capacity_tokens=capacity),
                 "fp32 bundle": bundle_step(bundle_of(rope, Path(folder) / rope), capacity_tokens=capacity),
             }
             for name, step in steps.items():
