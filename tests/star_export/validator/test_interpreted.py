@@ -18,7 +18,7 @@ from engines.tensorrt import build
 from star_export.golden.cases import Case, cases_from_file, component_cases
 from star_export.golden.run_case import run_case, where_ids_agree
 from star_export.golden.tolerances import compute_type, tolerances_of
-from star_export.validator import interpreted, rungs
+from star_export.validator import interpreted, run_golden
 from star_export.validator import ladder as validate
 from star_export.validator.subject import RUNS
 
@@ -75,7 +75,7 @@ def test_ids_of_a_generation_an_answer_and_an_edit_are_onnx_runtimes(bundle_of, 
     for backend in ("onnxruntime-exact", f"interpreter-fp32:{TARGET}"):
         with Star(bundle, backend=backend) as star:
             ids[backend] = [
-                rungs._generate(star, case)["image_ids"],
+                run_golden.RUN["generate"](star, case)["image_ids"],
                 interpreted.asked_ids(star)[None],
                 interpreted.edited_ids(star),
                 interpreted.forced_ids(star, case),

@@ -234,15 +234,15 @@ QUANTISED = {  # TensorRT takes the block from the scales' shape and ignores blo
 @pytest.mark.parametrize("name", QUANTISED)
 def test_a_fault_in_quantised_weights_is_seen_in_the_network(bundle_of, tmp_path, name):
     bundle, fault = Bundle.open(bundle_of("int4")), QUANTISED[name]
-    spec = bundle.component("stacked_ar")
+    spec = bundle.component("base_ar")
     cases = component_cases(bundle.file(spec.golden), spec)
     for graph in ("model.onnx", "twin.onnx"):
-        model = onnx.load(bundle.path / "stacked_ar" / graph)
+        model = onnx.load(bundle.path / "base_ar" / graph)
         fault.plant(model)
         (tmp_path / graph).write_bytes(model.SerializeToString())
     here, there = (
-        interpreted(tmp_path / "model.onnx", spec, cases, "stacked_ar"),
-        on_onnxruntime(tmp_path / "twin.onnx", cases, "stacked_ar"),
+        interpreted(tmp_path / "model.onnx", spec, cases, "base_ar"),
+        on_onnxruntime(tmp_path / "twin.onnx", cases, "base_ar"),
     )
     assert (here.partition(":")[0], there.partition(":")[0]) == (fault.here, fault.onnxruntime), (
         f"{here}\n{there}"
