@@ -9,10 +9,8 @@ because a bundle has neither the reference's configuration nor weights that can 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -20,10 +18,7 @@ from engines.bundle.manifest import TensorSpec, component_of
 from engines.bundle.reader import Bundle
 from engines.bundle.tensors import PAST, PRESENT, present_name
 from engines.errors import InputError
-from engines.interpreter import Network
 from engines.progress import Progress, silent
-from engines.sessions.interpreter import parsed_component
-from engines.sessions.onnxruntime import LOG_SEVERITY
 from reference.config import config_from_files
 from reference.weights import named_tensors, resolve_checkpoint
 
@@ -32,35 +27,12 @@ from ..golden.cases import Case, Tensors, component_cases
 from ..golden.compare import Comparison, compare, excess, verdict
 from ..golden.run_case import extended, written_slots
 from ..golden.tolerances import tolerances_of
-from ..graph.modules import MODULE
 from ..graph.precisions import PRECISIONS
 from ..graph.repeat import layer_of
 from ..graph.wrappers import TABLE
+from .candidates import Candidate, Node, candidate_from_graph, candidate_from_network, modules_from_graph
 
 TOLERANCE = 2e-4  # of every tensor inside, as of every output in the component table; 4.2e-5 was measured
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node of a graph or a layer of a network: the tensors that it `reads` and `makes`."""
-
-    name: str
-    op: str
-    reads: tuple[str, ...]
-    makes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What computes: its nodes in order, and `run`, which maps feeds to the outputs and to tensors inside.
-
-    `capacity_tokens` is the capacity of a network's caches, or None for a graph, which takes any.
-    """
-
-    backend: str
-    nodes: tuple[Node, ...]
-    run: Callable[[Tensors], Tensors]
-    capacity_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,9 +132,10 @@ class Reference:
         self.name, self.star = name, star
         spec = bundle.component(name)
         component = component_of(name)
-        layers = sorted({layer_of(t.name) for t in spec.inputs} - {None})  # type: ignore[type-var]
+        layers = [layer for t in spec.inputs if (layer := layer_of(t.name)) is not None]
         decoder = COMPONENTS[component].decoder
-        self.part = Part(name, component, range(layers[0], layers[-1] + 1) if decoder else None)  # type: ignore
+        held = range(min(layers), max(layers) + 1) if decoder else None
+        self.part = Part(name, component, held)
         wanted = _signature(spec.inputs, spec.outputs)
         got = _signature(*boundary(self.part, star.config, "float32"))
         layers_of = bundle.manifest.model.cache.get(component)
@@ -302,84 +275,6 @@ def _seen(name: str, array: np.ndarray, case: Case) -> np.ndarray:
 def _laid_out(array: np.ndarray, like: np.ndarray) -> np.ndarray:
     """The same numbers in the reference's shape, where a graph has another one for them."""
     return array.reshape(like.shape) if array.size == like.size else array
-
-
-def modules_from_graph(path: Path) -> dict[str, str]:
-    """Tensor of a graph -> its name in the reference. Raises InputError for a graph without such names."""
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
-    found = {
-        value.name: entry.value
-        for value in (*graph.value_info, *graph.output)
-        for entry in value.metadata_props
-        if entry.key == MODULE
-    }
-    if not found:
-        raise InputError(
-            "This graph does not say which module each tensor comes from",
-            where=f"{path}: expected values with the metadata `{MODULE}`, got none",
-            fix="export the bundle again with this version of star-export",
-        )
-    return found
-
-
-def candidate_from_graph(path: Path) -> Candidate:
-    """The graph at `path` on ONNX Runtime, with every tensor that the reference has marked as an output."""
-    import onnx
-    import onnxruntime
-    from polygraphy.backend.onnx import ModifyOutputs
-    from polygraphy.backend.onnxrt import OnnxrtRunner
-    from polygraphy.logger import G_LOGGER
-
-    model = onnx.load(path, load_external_data=False)
-    nodes = tuple(Node(n.name, n.op_type, tuple(n.input), tuple(n.output)) for n in model.graph.node)
-    made = {tensor for node in nodes for tensor in node.makes}
-    inside = [tensor for tensor in modules_from_graph(path) if tensor in made]
-    marked = list(dict.fromkeys([*inside, *(output.name for output in model.graph.output)]))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = LOG_SEVERITY
-    for key, value in {
-        "session.qdq_matmulnbits_accuracy_level": "1",  # float32
-        "session.model_external_initializers_file_folder_path": str(path.parent),
-    }.items():
-        options.add_session_config_entry(key, value)
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        model = ModifyOutputs(model, outputs=marked)()
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    given = {value.name for value in session.get_inputs()}
-
-    def run(feeds: Tensors) -> Tensors:
-        with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(session) as runner:
-            return dict(runner.infer({key: array for key, array in feeds.items() if key in given}))
-
-    return Candidate("onnxruntime-exact", nodes, run)
-
-
-def candidate_from_network(bundle: Bundle, name: str, target: str) -> Candidate:
-    """The network that the TensorRT of `target` parses, evaluated in numpy in float32.
-
-    Raises the errors of `engines.sessions.interpreter.open_session`.
-    """
-    parsed, _ = parsed_component(bundle, name, target=target)
-    inner = {tensor.name: tensor for layer in parsed.layers for tensor in layer.outputs}
-    modules = modules_from_graph(bundle.graph(name))
-    outputs = {tensor.name: tensor for tensor in parsed.outputs}
-    outputs |= {tensor: inner[tensor] for tensor in modules if tensor in inner}
-    network = Network(dataclasses.replace(parsed, outputs=tuple(outputs.values())), wide=True)
-    nodes = tuple(
-        Node(
-            layer.name,
-            layer.kind,
-            tuple(tensor.name for tensor in layer.inputs if tensor is not None),
-            tuple(tensor.name for tensor in layer.outputs),
-        )
-        for layer in parsed.layers
-    )
-    capacity = next((t.shape[2] for t in parsed.inputs if present_name(t.name)), None)
-    return Candidate(f"interpreter-fp32:{target}", nodes, network.run, capacity)
 
 
 def text_from_bisections(found: Iterable[Bisection]) -> str:

@@ -27,7 +27,8 @@ def html_from_images(evidence: Evidence) -> str:
     shown += [_answer(answer) for answer in evidence.answers]
     shown += [
         '<div class="card"><h3>Answer to recorded ids</h3><dl>'
-        f"<dt>reference</dt><dd>{_quoted(run.text[1])}</dd><dt>candidate</dt><dd>{_quoted(run.text[0])}</dd></dl>"
+        f"<dt>reference</dt><dd>{_quoted(run.text[1])}</dd>"
+        f"<dt>candidate</dt><dd>{_quoted(run.text[0])}</dd></dl>"
         f"<p>{run.identical} of {len(run.wanted)} ids are equal before the first that differs.</p></div>"
         for run in evidence.ids
         if run.text

@@ -80,18 +80,18 @@ ARRAY_FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "k and v swapped",
-        "rope off by one",
-        "mask dropped",
-        "layer zeroed",
-        "weight transposed",
-        "bf16 twice",
-        "last slot not written",
-    ],
+DECODER_FAULTS = (
+    "k and v swapped",
+    "rope off by one",
+    "mask dropped",
+    "layer zeroed",
+    "weight transposed",
+    "bf16 twice",
+    "last slot not written",
 )
+
+
+@pytest.mark.parametrize("fault", DECODER_FAULTS)
 def test_faults_planted_in_a_decoder_fail(fault):
     assert not failing(decoder(0), decoder(0, dtype=np.float64))
     assert failing(decoder(0, fault=fault), decoder(0, dtype=np.float64))
