@@ -163,3 +163,12 @@ def named(suffix: str) -> Callable[[str], str]:
 def words(text: str) -> list[str]:
     """A comma-separated list of names."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def add_command(commands, name: str, help: str, *examples: str) -> argparse.ArgumentParser:
+    lines = "\n".join(f"  star-export {name} {example}".rstrip() for example in examples)
+    command = commands.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n{lines}"
+    )
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return command
