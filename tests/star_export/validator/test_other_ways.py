@@ -62,8 +62,8 @@ def noise_of_the_other_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gumbel.Noise, "at", lambda self, t: np.ascontiguousarray(at(self, t)[::-1]))
 
 
-def keeps_what_it_should_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sessions that were closed stay in use, as a table of other rows would."""
+def other_ids_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a component that was loaded again wrongly would give."""
     drawn = Star.generate_ids
 
     def other_ids(self: Star, *arguments, **options) -> np.ndarray:
@@ -79,7 +79,7 @@ def keeps_what_it_should_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
         (accepts_every_guess, {"window of 8 tokens"}),
         (noise_of_the_next_step, {"window of 8 tokens"}),
         (noise_of_the_other_image, {"first of two images"}),
-        (keeps_what_it_should_give_back, {"loaded in turn"}),
+        (other_ids_in_turn, {"loaded in turn"}),
     ],
 )
 def test_a_fault_of_one_way_fails_in_its_row(
