@@ -161,42 +161,12 @@ def absolute_tolerances(case: Case, tolerances: Mapping[str, float]) -> dict[str
     for name, array in case.outputs.items():
         if name.startswith(PRESENT):
             array = written_slots(array, case.inputs["write_indices"], case.inputs["inputs_embeds"].shape[1])
-        found[name] = _atol(array, tolerance_of(name, tolerances))
+        found[name] = atol_of(array, tolerance_of(name, tolerances))
     return found
 
 
-def _atol(reference: np.ndarray, tolerance: float) -> float:
+def atol_of(reference: np.ndarray, tolerance: float) -> float:
+    """Our tolerance as an absolute one, by the standard deviation of `reference`; 0 or infinite for ids."""
     if np.issubdtype(reference.dtype, np.floating):
         return tolerance * float(reference.astype(np.float64).std())
     return float("inf") if tolerance else 0.0
-
-
-def verdicts(
-    candidate: Mapping[str, np.ndarray],
-    reference: Mapping[str, np.ndarray],
-    *,
-    tolerances: Mapping[str, float],
-) -> dict[str, bool]:
-    """What Polygraphy says of the tensors that `compare` compares: whether each one passes, by name.
-
-    It skips a tensor that only one side has, and takes any type for any other, so names and types are looked
-    at here. Raises MissingError without Polygraphy.
-    """
-    check_polygraphy()
-    from polygraphy.comparator import Comparator, RunResults, SimpleCompareFunc
-    from polygraphy.logger import G_LOGGER
-
-    atol = {name: _atol(array, tolerance_of(name, tolerances)) for name, array in reference.items()}
-    results = RunResults()
-    for side, tensors in (("candidate", candidate), (REFERENCE, reference)):
-        whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-        results.add([whole], runner_name=side)
-    judge = SimpleCompareFunc(rtol=0.0, atol=atol | {"": 0.0}, check_error_stat="max")
-    found: dict[str, bool] = {}
-    if candidate.keys() & reference.keys():
-        with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(all="ignore"):
-            (accuracy,) = Comparator.compare_accuracy(results, compare_func=judge)
-        ((_, (by_name,)),) = accuracy.items()
-        found = {name: bool(result) for name, result in by_name.items()}
-    same = {n for n in candidate if n in reference and candidate[n].dtype == reference[n].dtype}
-    return {name: name in same and found[name] for name in {**reference, **candidate}}
