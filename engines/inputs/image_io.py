@@ -64,6 +64,14 @@ def image_from_bytes(data: bytes, *, where: str) -> np.ndarray:
         ) from None
 
 
+def checked_image(image: str | Path | np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] of a file (`read_image`) or of an array, which is checked (`check_image`)."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    check_image(image, where="image")
+    return image
+
+
 def png_from_image(image: np.ndarray) -> bytes:
     """Encode `image`, uint8 [H, W, 3], as the bytes of a PNG file."""
     from PIL import Image

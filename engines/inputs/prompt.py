@@ -13,6 +13,7 @@ import numpy as np
 
 from ..bundle.manifest import ModelSpec
 from ..bundle.reader import Bundle
+from ..bundle.tensors import check_array
 from ..errors import InputError
 
 MAGIC_SUFFIX = " Ultra HD, 4K, cinematic composition"  # appended to the reasoned answer; official model.py
@@ -222,6 +223,24 @@ def positions_with_grid(length: int, *, start: int, grid_h: int, grid_w: int) ->
 def text_positions(rows: int, length: int) -> np.ndarray:
     """Positions of text, int64 [3, rows, length]: 0, 1, 2, ... on all axes."""
     return np.ascontiguousarray(np.broadcast_to(np.arange(length, dtype=np.int64), (3, rows, length)))
+
+
+def check_ids(input_ids: np.ndarray, *, vocab_size: int) -> None:
+    """Raise InputError unless `input_ids` is int64 [B, L], L > 0, with ids of the vocabulary."""
+    if not isinstance(input_ids, np.ndarray) or input_ids.ndim != 2 or not input_ids.size:
+        raise InputError(
+            "input_ids is not a valid prompt",
+            where="input_ids: expected int64[B,L] with B and L of at least 1, got "
+            f"{getattr(input_ids, 'shape', type(input_ids).__name__)}",
+            fix="pass one row of ids per sequence",
+        )
+    check_array(input_ids, shape=input_ids.shape, dtype="int64")
+    if not (input_ids.min() >= 0 and input_ids.max() < vocab_size):
+        raise InputError(
+            "A token id is not in the vocabulary",
+            where=f"input_ids: expected 0 to {vocab_size - 1}, got {input_ids.min()} to {input_ids.max()}",
+            fix="encode the text with the bundle's tokenizer",
+        )
 
 
 def check_length(needed_tokens: int, *, limit_tokens: int, what: str) -> None:

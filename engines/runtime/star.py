@@ -15,9 +15,9 @@ import numpy as np
 from ..bundle.manifest import SamplingSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from ..fit.memory import ANSWER, DRAW, Use
-from ..inputs.image_io import check_image, read_image
+from ..inputs.image_io import checked_image
 from ..inputs.preprocess import (
     MAX_PIXELS,
     MIN_PIXELS,
@@ -26,7 +26,7 @@ from ..inputs.preprocess import (
     edit_inputs,
     images_from_decoded,
 )
-from ..inputs.prompt import Chat, Prompt, check_length
+from ..inputs.prompt import Chat, Prompt, check_ids, check_length
 from ..progress import Progress, silent
 from ..sessions import Session, check_backend, run
 from .decode import ImageLoop, TextLoop
@@ -169,7 +169,9 @@ class Star:
             greedy=greedy,
             num_images=1,
         )
-        vision, square = edit_inputs(_image(image), self.model, min_pixels=min_pixels, max_pixels=max_pixels)
+        vision, square = edit_inputs(
+            checked_image(image), self.model, min_pixels=min_pixels, max_pixels=max_pixels
+        )
         prompt = self.chat.edit_prompt(instruction, grid_h=vision.grid_h, grid_w=vision.grid_w)
         return self._drawn(prompt, settings, progress, vision=vision, square=square)
 
@@ -187,7 +189,7 @@ class Star:
 
         The answer is greedy, with the checkpoint's repetition penalty.
         """
-        vision = ask_inputs(_image(image), self.model, min_pixels=min_pixels, max_pixels=max_pixels)
+        vision = ask_inputs(checked_image(image), self.model, min_pixels=min_pixels, max_pixels=max_pixels)
         prompt = self.chat.ask_prompt(question, grid_h=vision.grid_h, grid_w=vision.grid_w)
         return self._answered(prompt, max_new_tokens, progress, vision=vision)
 
@@ -339,31 +341,6 @@ class Star:
         for name in decoders:  # a plan may have smaller caches
             if capacity := self.loaded.capacity(name):
                 check_length(needed_tokens, limit_tokens=capacity, what="prompt")
-
-
-def _image(image: str | Path | np.ndarray) -> np.ndarray:
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    check_image(image, where="image")
-    return image
-
-
-def check_ids(input_ids: np.ndarray, *, vocab_size: int) -> None:
-    """Raise InputError unless `input_ids` is int64 [B, L], L > 0, with ids of the vocabulary."""
-    if not isinstance(input_ids, np.ndarray) or input_ids.ndim != 2 or not input_ids.size:
-        raise InputError(
-            "input_ids is not a valid prompt",
-            where="input_ids: expected int64[B,L] with B and L of at least 1, got "
-            f"{getattr(input_ids, 'shape', type(input_ids).__name__)}",
-            fix="pass one row of ids per sequence",
-        )
-    check_array(input_ids, shape=input_ids.shape, dtype="int64")
-    if not (input_ids.min() >= 0 and input_ids.max() < vocab_size):
-        raise InputError(
-            "A token id is not in the vocabulary",
-            where=f"input_ids: expected 0 to {vocab_size - 1}, got {input_ids.min()} to {input_ids.max()}",
-            fix="encode the text with the bundle's tokenizer",
-        )
 
 
 def _between(name: str, value: int, limit: int) -> int:
