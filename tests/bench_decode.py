@@ -48,10 +48,11 @@ from star_export.exporter.component import component_spec, write_component
 from star_export.graph.precisions import PRECISIONS
 from star_export.graph.quantize import TRANSPOSED
 from tests.bench_interpreter import peak_bytes
-from tests.bench_peers import BITS, Step, Steps, build_peers, missing, peer_steps, versions
+from tests.bench_peers import BITS, build_peers, missing, peer_steps, versions
 from tests.gpu.graphs import graph_of
 from tests.gpu.sizes import SIZES
 from tests.helpers.tiny_bundle import MODEL, SCHEMA
+from tests.peers import Step, Steps
 
 FLUSHED_BYTES = 1 << 29
 PAUSE_S = 0.1  # after which the threads of the call before no longer spin

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests import bench_decode, bench_peers
+from tests.peers.llama_cpp import llama_cpp_steps
 
 SMALL = replace(
     bench_decode.few_layers(2).base_ar,
@@ -24,7 +25,7 @@ WEIGHTS = 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)  # of the products
 def test_a_peer_that_is_not_installed_is_named_and_left_out(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench_peers, "OPTIMUM", tmp_path / "none")
-    assert bench_peers.missing() == ["OpenVINO", "ONNX Runtime GenAI", "transformers", "optimum"]
+    assert bench_peers.missing() == ["OpenVINO", "ONNX Runtime GenAI", "llama.cpp", "transformers", "optimum"]
     assert [line.split()[0] for line in bench_peers.versions()] == ["onnxruntime", "torch"]
     bench_peers.build_peers("fp32", SMALL, tmp_path)
     found = bench_peers.peer_steps("int4", SMALL, tmp_path, rows=[1], filled=4, capacity=8)
@@ -70,6 +71,19 @@ def test_equal_layers_have_different_noise() -> None:
     made = [lazy.load() for lazy in bench_decode.noise_of(SimpleNamespace(graph=graph)).values()]
     assert len(made) == 4
     assert not any(a.equal(b) for i, a in enumerate(made) for b in made[:i])
+
+
+@pytest.mark.parametrize("precision,bits", [("fp32", 32), ("int8", 8.5), ("int4", 4.5)])
+def test_llama_cpp_runs_a_file_of_the_small_model(tmp_path: Path, precision: str, bits: float) -> None:
+    if not bench_peers.has("llama.cpp"):
+        pytest.skip("llama-cpp-python is not installed")
+    bench_peers.build_peers(precision, SMALL, tmp_path)
+    steps = llama_cpp_steps(tmp_path / f"{precision}.gguf", rows=[1, 2], filled=5, capacity=8)
+    for step, stored in steps.values():
+        for _ in range(5):  # more than fit, if each stayed
+            step()
+        dense = 4 * (2 * (256 + 2 * 128) + 5 * 256)  # biases and norms
+        assert stored == (WEIGHTS + 256 * 256) * bits / 8 + dense
 
 
 def test_optimum_steps_run_on_an_export_of_the_small_model(tmp_path: Path) -> None:
