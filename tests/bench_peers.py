@@ -78,7 +78,7 @@ def build_peers(precision: str, config: DecoderConfig, folder: Path) -> None:
     """Write the files of the peers that read a format of their own, unless `folder` has them."""
     genai, optimum, gguf = folder / f"genai-{precision}", folder / "optimum", folder / f"{precision}.gguf"
     if has("llama.cpp") and not gguf.exists():
-        write_gguf(config, precision, TOKENS, gguf)
+        write_gguf(config, precision, gguf, tokens=TOKENS, positions=POSITIONS)
     if has("ONNX Runtime GenAI") and has("transformers") and not (genai / "genai_config.json").exists():
         build_genai(precision, folder, random_qwen2(config, folder), genai)
     if has("optimum") and has("transformers") and precision == "fp32" and not optimum.exists():

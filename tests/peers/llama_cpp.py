@@ -17,8 +17,8 @@ from tests.peers import Steps
 FORMATS = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}  # blocks of 32 with a scale in fp16
 
 
-def write_gguf(config: DecoderConfig, precision: str, tokens: int, file: Path) -> None:
-    """Write a `qwen2` model with `tokens` tokens, whose products have weights of noise in `precision`."""
+def write_gguf(config: DecoderConfig, precision: str, file: Path, *, tokens: int, positions: int) -> None:
+    """Write a `qwen2` model of `tokens` tokens and `positions`, whose products have weights of noise in `precision`."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[FORMATS[precision]]
@@ -26,7 +26,7 @@ def write_gguf(config: DecoderConfig, precision: str, tokens: int, file: Path) -
     rng, made = np.random.default_rng(0), file.with_suffix(".part")
     writer = gguf.GGUFWriter(made, "qwen2")
     writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(positions)
     writer.add_embedding_length(size)
     writer.add_feed_forward_length(inner)
     writer.add_head_count(config.num_heads)
