@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.inputs.image_io import read_image, write_png
+from engines.inputs.image_io import read_image, write_image
 from engines.runtime.star import Star
 from engines.sessions import onnxruntime
 from star_export.cli.parser import main
@@ -107,7 +107,7 @@ def test_reason(
 
 @pytest.mark.parametrize("case", names("edit"))
 def test_edit(mini_bundle: Path, tmp_path: Path, official: dict, case: str) -> None:
-    write_png(tmp_path / "in.png", official[f"{case}.image"])
+    write_image(tmp_path / "in.png", official[f"{case}.image"])
     ids, images = drawn(
         tmp_path,
         "edit",
@@ -125,7 +125,7 @@ def test_edit(mini_bundle: Path, tmp_path: Path, official: dict, case: str) -> N
 
 @pytest.mark.parametrize("case", names("understand"))
 def test_ask(mini_bundle: Path, tmp_path: Path, official: dict, case: str) -> None:
-    write_png(tmp_path / "in.png", official[f"{case}.image"])
+    write_image(tmp_path / "in.png", official[f"{case}.image"])
     assert (
         main(
             [
@@ -195,7 +195,7 @@ def test_no_cache_is_copied(
     monkeypatch.setattr(
         onnxruntime, "LOG_SEVERITY", 2
     )  # tests/engines/sessions/test_onnxruntime.py shows that the warning is seen there
-    write_png(tmp_path / "in.png", official["edit0.image"])
+    write_image(tmp_path / "in.png", official["edit0.image"])
     drawn(tmp_path, "edit", str(mini_bundle), str(tmp_path / "in.png"), "the red dog")
     assert (
         main(

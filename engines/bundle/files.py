@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -18,6 +18,8 @@ from typing import BinaryIO
 from ..errors import InputError
 from ..progress import Tick, uncounted
 
+MANIFEST = "manifest.json"  # in a bundle's folder
+MANIFEST_LIMIT_BYTES = 16 << 20
 _OPEN_FLAGS = (
     os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 )
@@ -127,20 +129,20 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that replaces `path` when the block ends without an error.
 
     Until then the old file stays. An exception in the block is passed on and leaves no temporary file behind.
-    Raises InputError when the folder cannot be written.
+    The file's mode follows the process's umask. Raises InputError when the folder cannot be written.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+        descriptor = os.open(temporary, flags, 0o666)
     except (OSError, ValueError) as error:
         raise _not_written(path, error) from None
-    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp creates files with 0600
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:

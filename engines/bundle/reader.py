@@ -18,13 +18,20 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import InputError, UsageError, listed
 from ..progress import Progress, Tick, adder, silent, uncounted
-from .files import check_regular, check_relative, read_regular, resolve_inside, sha256_of
+from .files import (
+    MANIFEST,
+    MANIFEST_LIMIT_BYTES,
+    check_regular,
+    check_relative,
+    read_regular,
+    resolve_inside,
+    sha256_of,
+)
 from .manifest import ComponentSpec, FileSpec, Manifest, TableSpec, component_of, manifest_from_json
 from .tensors import ITEM_BYTES, PAST
+from .typed_paths import shown, typed_path
 
-MANIFEST = "manifest.json"
 MADE_LATER = ("plans", "certificates")
-MANIFEST_LIMIT_BYTES = 16 << 20
 TABLE_DTYPES = ("float32", "float16", "bfloat16")
 CODES_DTYPE = "int8"  # of a quantised table, whose rows have scales
 _RESTORE = "copy the bundle again, or export it again"
@@ -45,12 +52,12 @@ class Bundle:
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
         """Read and check `path/manifest.json` and the presence and size of every file. Raises InputError."""
-        path = Path(path)
+        path = typed_path(path)
         if not path.is_dir():
             got = "a file" if path.exists() else "nothing"
             raise InputError(
                 "This is not a bundle",
-                where=f"{path}: expected a folder with {MANIFEST}, got {got}",
+                where=f"{shown(path)}: expected a folder with {MANIFEST}, got {got}",
                 fix="create one: star-export export SOURCE --out BUNDLE",
             )
         file = path / MANIFEST

@@ -1,4 +1,4 @@
-"""Reading PNG and JPEG files into uint8 arrays [H, W, 3], and writing PNG files.
+"""Reading PNG, JPEG and WebP files into uint8 arrays [H, W, 3], and writing them.
 
 Each kind of image has one defined conversion or raises InputError. EXIF rotation is applied, transparency is
 composited on white, grey becomes three equal channels, 16-bit samples keep their high byte, and CMYK is
@@ -12,23 +12,37 @@ import os
 import stat
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
 from ..bundle.files import reason, write_atomic
+from ..bundle.typed_paths import shown, typed_path
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+GivenImage: TypeAlias = "str | Path | np.ndarray | Image"  # Pillow is imported only where it is needed
 
 PIXEL_LIMIT = 64_000_000
 FILE_LIMIT_BYTES = 256 << 20
 MIN_SIDE_PIXELS = 2
 _PLAIN_MODES = ("1", "L", "RGB", "CMYK", "YCbCr")
 _ALPHA_MODES = ("LA", "La", "PA", "P", "RGBA", "RGBa")
-_FIX = "use a PNG or JPEG image"
+# Suffix of a file that is written -> its format in Pillow, and how it is encoded.
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"lossless": True}),
+}
+_FIX = "use a PNG, JPEG or WebP image"
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read a PNG or JPEG file of at most 64 megapixels as uint8 [H, W, 3]. Raises InputError."""
-    return image_from_bytes(_read(Path(path)), where=str(path))
+    """Read a PNG, JPEG or WebP file of at most 64 megapixels as uint8 [H, W, 3]. Raises InputError."""
+    return image_from_bytes(_read(typed_path(path)), where=shown(path))
 
 
 def image_from_bytes(data: bytes, *, where: str) -> np.ndarray:
@@ -36,20 +50,27 @@ def image_from_bytes(data: bytes, *, where: str) -> np.ndarray:
 
     The header's size is checked before decoding.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(where, "more") from None
     except Exception as error:  # Pillow's parsers raise many kinds of exceptions
         raise InputError(
             "This file is not a readable image",
-            where=f"{where}: expected PNG or JPEG, got {_guess(data, error)}",
+            where=f"{where}: expected PNG, JPEG or WebP, got {_guess(data, error)}",
             fix=_FIX,
         ) from None
+    return image_from_pillow(image, where=where)
+
+
+def image_from_pillow(image: Image, *, where: str) -> np.ndarray:
+    """Convert a Pillow image, decoded or not, to uint8 [H, W, 3] as `read_image` does. Raises InputError."""
+    from PIL import ImageOps
+
     _check_header(image, where)
     try:
         # Only the first image of an MPO (several JPEG images in one file, as phones write) is read.
@@ -64,26 +85,29 @@ def image_from_bytes(data: bytes, *, where: str) -> np.ndarray:
         ) from None
 
 
-def checked_image(image: str | Path | np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] of a file (`read_image`) or of an array, which is checked (`check_image`)."""
+def checked_image(image: GivenImage) -> np.ndarray:
+    """uint8 [H, W, 3] of a file (`read_image`), of a Pillow image, converted alike, or of an array, which is
+    checked (`check_image`)."""
     if isinstance(image, (str, Path)):
         return read_image(image)
+    if hasattr(image, "getbands"):
+        return image_from_pillow(cast("Image", image), where="image")
     check_image(image, where="image")
     return image
 
 
-def png_from_image(image: np.ndarray) -> bytes:
-    """Encode `image`, uint8 [H, W, 3], as the bytes of a PNG file."""
+def bytes_from_image(image: np.ndarray, suffix: str = ".png") -> bytes:
+    """Encode `image`, uint8 [H, W, 3], as a file of that suffix, one of `FORMATS`."""
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, format="PNG")
+    file, (kind, options) = io.BytesIO(), FORMATS[suffix]
+    Image.fromarray(image).save(file, format=kind, **options)
     return file.getvalue()
 
 
-def write_png(path: str | Path, image: np.ndarray) -> None:
-    """Write `image`, uint8 [H, W, 3], as a PNG file atomically. Raises InputError."""
-    write_atomic(Path(path), png_from_image(image))
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write `image`, uint8 [H, W, 3], atomically in the format of the suffix. Raises InputError."""
+    write_atomic(Path(path), bytes_from_image(image, Path(path).suffix.lower()))
 
 
 def check_image(image: np.ndarray, *, where: str) -> None:
@@ -127,11 +151,11 @@ def _read(path: Path) -> bytes:
 
 def _check_header(image, where: str) -> None:
     _check_size(image.width, image.height, where)
-    if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
+    if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
         raise InputError(
             "This image is animated",
             where=f"{where}: expected one frame, got {image.n_frames}",
-            fix="save one frame as a PNG image",
+            fix="save one frame as an image of its own",
         )
 
 
@@ -182,7 +206,7 @@ def _guess(data: bytes, error: Exception) -> str:
         b"<?xml": "XML or SVG",
         b"gif8": "GIF",
         b"simple": "FITS",
-        b"riff": "WebP or RIFF",
+        b"riff": "RIFF",
         b"bm": "BMP",
         b"ii*": "TIFF",
         b"mm\0*": "TIFF",

@@ -6,17 +6,17 @@ The filters and the draw define what `image_head` computes in its graph (docs/st
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from ..errors import UsageError
+
+GUIDANCE_LIMIT = 1e3  # with logits of any model's size, sums stay far from the end of float32
 
 
 def check_sampling(*, guidance: float, top_k: int, top_p: float, top_k_limit: int) -> None:
     """Raise UsageError for the first setting that is outside of the domain of `image_head`."""
     for name, value, passed, expected in (
-        ("cfg", guidance, math.isfinite(guidance), "a finite number"),
+        ("cfg", guidance, abs(guidance) <= GUIDANCE_LIMIT, f"at most {GUIDANCE_LIMIT:g}"),
         ("top_k", top_k, 1 <= top_k <= top_k_limit, f"1 to {top_k_limit}"),
         ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
     ):

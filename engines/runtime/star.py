@@ -17,7 +17,7 @@ from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array
 from ..errors import UsageError
 from ..fit.memory import ANSWER, DRAW, Use
-from ..inputs.image_io import checked_image
+from ..inputs.image_io import GivenImage, checked_image
 from ..inputs.preprocess import (
     MAX_PIXELS,
     MIN_PIXELS,
@@ -144,7 +144,7 @@ class Star:
 
     def edit(
         self,
-        image: str | Path | np.ndarray,
+        image: GivenImage,
         instruction: str,
         *,
         cfg: float | None = None,
@@ -156,7 +156,7 @@ class Star:
         max_pixels: int = MAX_PIXELS,
         progress: Progress = silent,
     ) -> Images:
-        """Edit `image`, a PNG or JPEG file or uint8 [H, W, 3], as `instruction` says (docs/star.md 3.6).
+        """Edit `image`, a file, a Pillow image or uint8 [H, W, 3], as `instruction` says (docs/star.md 3.6).
 
         The settings are those of `generate`; `min_pixels` and `max_pixels` bound the vision encoder's input.
         """
@@ -177,7 +177,7 @@ class Star:
 
     def ask(
         self,
-        image: str | Path | np.ndarray,
+        image: GivenImage,
         question: str,
         *,
         max_new_tokens: int = 256,
@@ -185,7 +185,7 @@ class Star:
         max_pixels: int = MAX_PIXELS,
         progress: Progress = silent,
     ) -> Answer:
-        """Answer `question` about `image`, a file or array as in `edit` (docs/star.md 3.2).
+        """Answer `question` about `image`, given as in `edit` (docs/star.md 3.2).
 
         The answer is greedy, with the checkpoint's repetition penalty.
         """

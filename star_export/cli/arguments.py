@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 DEFAULT_BACKEND = "onnxruntime"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # those of `engines.inputs.image_io.FORMATS`
 
 
 def add_backend(c: argparse.ArgumentParser) -> None:
@@ -21,7 +22,11 @@ def add_backend(c: argparse.ArgumentParser) -> None:
 def add_drawing(c: argparse.ArgumentParser) -> None:
     """How an image is drawn, and where it goes."""
     c.add_argument(
-        "-o", "--output", required=True, type=named(".png"), metavar="F.png", help="the image to write"
+        "-o",
+        "--output",
+        type=named(*SUFFIXES),
+        metavar="F.png",
+        help="the image to write: .png, .jpg or .webp (default: a new name, of text and seed)",
     )
     c.add_argument(
         "--cfg",
@@ -67,6 +72,7 @@ def add_window(c: argparse.ArgumentParser) -> None:
 def add_running(c: argparse.ArgumentParser, ids: str) -> None:
     """What every verb that runs a model on a prompt has; `ids` says what `--save-ids` writes."""
     c.add_argument("--save-ids", type=named(".npy"), metavar="F.npy", help=f"also write {ids}")
+    c.add_argument("--force", action="store_true", help="replace files that are there already")
     c.add_argument(
         "--memory",
         type=memory,
@@ -149,12 +155,13 @@ def number(low: float, high: float) -> Callable[[str], float]:
     return number
 
 
-def named(suffix: str) -> Callable[[str], str]:
-    """A type of file names that end in `suffix`."""
+def named(*suffixes: str) -> Callable[[str], str]:
+    """A type of file names that end in one of `suffixes`."""
 
     def name(text: str) -> str:
-        if not text.lower().endswith(suffix):
-            raise argparse.ArgumentTypeError(f"expected a file name that ends in {suffix}, got {text!r:.200}")
+        if not text.lower().endswith(suffixes):
+            wanted = " or ".join(suffixes)
+            raise argparse.ArgumentTypeError(f"expected a file name that ends in {wanted}, got {text!r:.200}")
         return text
 
     return name
@@ -170,5 +177,16 @@ def add_command(commands, name: str, help: str, *examples: str) -> argparse.Argu
     command = commands.add_parser(
         name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n{lines}"
     )
-    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_common(command, argparse.SUPPRESS)
     return command
+
+
+def add_common(parser: argparse.ArgumentParser, default: object = False) -> None:
+    """The options that stand before a verb or after it: what is there already keeps its value."""
+    for short, name, help in (
+        ("", "json", "print the result, or the error, as JSON"),
+        ("-q", "quiet", "print nothing but errors"),
+        ("-v", "verbose", "say of an error where in the code it arose, too"),
+    ):
+        flags = [flag for flag in (short, f"--{name}") if flag]
+        parser.add_argument(*flags, action="store_true", default=default, help=help)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .outputs import Outcome, check_files, write_ids
+from engines.bundle.typed_paths import output_file, shown
+from engines.errors import UsageError
+
+from .outputs import Outcome, write_ids
 from .progress_bar import ProgressBar
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from engines import Images, Star
+
+NAME_CHARACTERS = 40  # of the text of a request, in the name of its image
 
 
 def generate(
     bundle: str,
     prompt: str,
     *,
-    output: str,
+    output: str | None = None,
+    force: bool = False,
     cfg: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -31,10 +43,12 @@ def generate(
     backend: str = "onnxruntime",
     progress: bool = True,
 ) -> Outcome:
-    """Draw with `engines.runtime.star.Star.generate`. N images become F.png, F-1.png, F-2.png, ..."""
-    first = Path(output)
-    names = [first, *(first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(1, num_images))]
-    check_files(output, save_ids)
+    """Draw with `engines.runtime.star.Star.generate`. N images become F.png, F-1.png, F-2.png, ...
+
+    Raises UsageError where a file is there already, without `force`.
+    """
+    names = _outputs(output or _new_name(prompt, seed), num_images, force=force)
+    ids = _ids_file(save_ids, force=force)
     with open_star(bundle, backend, memory, window) as star, ProgressBar("generate", shown=progress) as bar:
         drawn = star.generate(
             prompt,
@@ -48,7 +62,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             progress=bar,
         )
-    return _written(names, drawn, save_ids)
+    return _written(names, drawn, ids)
 
 
 def edit(
@@ -56,7 +70,8 @@ def edit(
     image: str,
     instruction: str,
     *,
-    output: str,
+    output: str | None = None,
+    force: bool = False,
     cfg: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -71,10 +86,11 @@ def edit(
     progress: bool = True,
 ) -> Outcome:
     """Edit an image with `engines.runtime.star.Star.edit`."""
-    check_files(output, save_ids)
+    names = _outputs(output or _new_name(instruction, seed), force=force)
+    ids = _ids_file(save_ids, force=force)
     with open_star(bundle, backend, memory, window) as star, ProgressBar("edit", shown=progress) as bar:
         drawn = star.edit(
-            image,
+            _given_image(image),
             instruction,
             cfg=cfg,
             top_k=top_k,
@@ -84,7 +100,7 @@ def edit(
             progress=bar,
             **_pixel_limits(min_pixels, max_pixels),
         )
-    return _written([Path(output)], drawn, save_ids)
+    return _written(names, drawn, ids)
 
 
 def ask(
@@ -97,16 +113,19 @@ def ask(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     save_ids: str | None = None,
+    force: bool = False,
     memory: int | None = None,
     backend: str = "onnxruntime",
     progress: bool = True,
 ) -> Outcome:
     """Answer a question about an image with `engines.runtime.star.Star.ask`, which is always greedy."""
-    check_files(save_ids)
+    ids = _ids_file(save_ids, force=force)
     with open_star(bundle, backend, memory) as star, ProgressBar("ask", shown=progress) as bar:
         limits = _pixel_limits(min_pixels, max_pixels)
-        answer = star.ask(image, question, max_new_tokens=max_new_tokens, progress=bar, **limits)
-    write_ids(save_ids, answer.ids)
+        answer = star.ask(
+            _given_image(image), question, max_new_tokens=max_new_tokens, progress=bar, **limits
+        )
+    write_ids(ids, answer.ids)
     return Outcome({"answer": answer.text, "ids": answer.ids.tolist()}, answer.text)
 
 
@@ -124,11 +143,56 @@ def _pixel_limits(min_pixels: int | None, max_pixels: int | None) -> dict[str, A
     return {name: value for name, value in limits.items() if value is not None}
 
 
-def _written(names: list[Path], drawn: Images, ids_file: str | None) -> Outcome:
-    from engines.inputs.image_io import write_png
+def _given_image(image: str) -> str | np.ndarray:
+    """The file of an image, or the image itself that stdin has, for `-`."""
+    if image != "-":
+        return image
+    from engines.inputs.image_io import FILE_LIMIT_BYTES, image_from_bytes
 
-    for name, image in zip(names, drawn.images, strict=True):
-        write_png(name, image)
+    return image_from_bytes(sys.stdin.buffer.read(FILE_LIMIT_BYTES), where="stdin")
+
+
+def _new_name(text: str, seed: int) -> str:
+    """A name in this folder that nothing has: the first letters and digits of `text`, and the seed."""
+    words = re.sub(r"[\W_]+", "-", text).strip("-").lower()[:NAME_CHARACTERS].strip("-") or "image"
+    names = (
+        f"{words}-{seed}{more}.png" for more in itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+    )
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _outputs(name: str, number: int = 1, *, force: bool) -> dict[Path, Path]:
+    """F.png, F-1.png, F-2.png, ... for F.png, each with the file that it names, checked before any work.
+
+    Of no more than the runtime draws, which refuses a larger number.
+    """
+    from engines.runtime.star import IMAGES_LIMIT
+
+    first, count = Path(name), min(number, IMAGES_LIMIT)
+    names = [first, *(first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(1, count))]
+    return {name: _free(output_file(name), force=force) for name in names}
+
+
+def _ids_file(name: str | None, *, force: bool) -> Path | None:
+    return None if name is None else _free(output_file(name), force=force)
+
+
+def _free(file: Path, *, force: bool) -> Path:
+    """Raise UsageError if there is such a file already, unless it may be replaced."""
+    if file.exists() and not force:
+        raise UsageError(
+            "This file is there already",
+            where=f"{shown(file)}: expected a new name",
+            fix="choose another name, or replace it with --force",
+        )
+    return file
+
+
+def _written(names: dict[Path, Path], drawn: Images, ids_file: Path | None) -> Outcome:
+    from engines.inputs.image_io import write_image
+
+    for file, image in zip(names.values(), drawn.images, strict=True):
+        write_image(file, image)
     write_ids(ids_file, drawn.image_ids)
     data = {"images": [str(name) for name in names], "image_ids": drawn.image_ids.tolist()}
     text = "\n".join(str(name) for name in names)

@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from engines.bundle.files import MANIFEST
 from engines.bundle.manifest import TensorSpec
-from engines.bundle.reader import MANIFEST, Bundle
+from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
 from engines.tensorrt.plan import BUILD, describe_plans
 

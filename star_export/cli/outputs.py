@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.bundle.files import write_atomic
-from engines.errors import InputError, StarError
+from engines.errors import StarError
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,9 @@ def text_from_bytes(size: int) -> str:
     return f"{size} B"
 
 
-def write_ids(path: str | None, ids: np.ndarray) -> None:
+def write_ids(path: Path | None, ids: np.ndarray) -> None:
     """Write `ids` to the `.npy` file `path`, if one is named."""
     if path is not None:
         buffer = io.BytesIO()
         np.save(buffer, ids)
-        write_atomic(Path(path), buffer.getvalue())
-
-
-def check_files(*paths: str | None) -> None:
-    """Check, before any work, that each file can be created in an existing folder. Raises InputError."""
-    for path in filter(None, paths):
-        if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
-            raise InputError(
-                "This file cannot be written",
-                where=f"{path}: expected a file name in an existing folder",
-                fix="create the folder first, or choose another name",
-            )
-
-
-def check_folder(path: str | None) -> None:
-    """Check, before any work, that the output folder exists. Raises InputError."""
-    if path is not None and not Path(path).is_dir():
-        raise InputError(
-            "This folder does not exist", where=f"{path}: expected a folder", fix="create it first"
-        )
+        write_atomic(path, buffer.getvalue())

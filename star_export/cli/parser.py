@@ -2,67 +2,117 @@
 
 Exit codes: 0 done, 1 a bug of ours (traceback), 2 usage, 3 bad input or artifact, 4 parity failed, 5 missing
 dependency or device, 130 interrupted (also when the reader of stdout has gone away). Results go to stdout,
-progress and errors to stderr. A user's error is three lines.
+progress and errors to stderr. A user's error is three lines; with `--json` it is an object on stdout, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import contextlib
+import difflib
 import sys
+import traceback
+from collections.abc import Iterable
+from typing import Any
 
-from engines.errors import InputError, StarError, UsageError
-from reference.errors import CheckpointError
+from engines.errors import InputError, UsageError
 
 from .. import __version__
-from . import commands, runs, verbs
-from .failures import out_of_memory, three_lines
+from . import commands, runs, streams, verbs
+from .arguments import add_command, add_common
+from .failures import parts_of, three_lines, user_error
+from .streams import json_text, printable
 
 INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code. Our own bugs are raised."""
+    streams.prepare()
+    words = sys.argv[1:] if argv is None else argv
+    common: dict[str, Any] = {
+        "verb": "star-export",
+        "json": "--json" in words,
+        "verbose": False,
+        "quiet": False,
+    }
     try:
-        arguments = vars(build_parser().parse_args(argv))
-        verb, as_json = arguments.pop("verb"), arguments.pop("json")
-        outcome = getattr(verbs, verb)(**arguments)
-        print(json.dumps(outcome.data, indent=1, ensure_ascii=False) if as_json else outcome.text, flush=True)
+        parser = build_parser()
+        arguments = vars(parser.parse_args(words))
+        common = {name: arguments.pop(name) for name in common}
+        if common["verb"] in (None, "help"):
+            about = arguments.get("about")
+            parser.parse_args([*([about] if about else []), "-h"])  # prints the help, and exits
+        if common["quiet"] and "progress" in arguments:
+            arguments["progress"] = False
+        outcome = getattr(verbs, common["verb"])(**arguments)
+        if not common["quiet"]:
+            streams.say(json_text(outcome.data) if common["json"] else printable(outcome.text))
         if outcome.error:
             raise outcome.error
         return 0
-    except (StarError, CheckpointError) as error:
-        # What looks like a bad file may be a library that ran out of memory while it read it.
-        cause = error.__context__ if isinstance(error, InputError) else None
-        told = out_of_memory(cause, verb) if cause else None
-        print(three_lines(told or error), file=sys.stderr)
-        return (told or error).exit_code
+    except SystemExit as asked:  # of a help or the version
+        return int(asked.code or 0)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        streams.complain("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # Otherwise Python complains about the broken pipe when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.hang_up()
         return INTERRUPTED
     except Exception as error:
-        missing = out_of_memory(error, verb)
-        if missing is None:
+        told = user_error(error, common["verb"])
+        if told is None:
             raise
-        print(three_lines(missing), file=sys.stderr)
-        return missing.exit_code
+        if common["verbose"]:
+            streams.complain(printable("".join(traceback.format_exception(error)).rstrip()))
+        if common["json"]:
+            with contextlib.suppress(InputError, BrokenPipeError):
+                streams.say(json_text({"error": parts_of(told) | {"exit_code": told.exit_code}}))
+        streams.complain(three_lines(told))
+        return told.exit_code
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that accepts no abbreviations and raises UsageError."""
+    """An argparse parser that accepts no abbreviations, and raises UsageError with what may be meant."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str):
-        raise UsageError(
-            "The command line is not valid", where=f"{self.prog}: {message}", fix=f"{self.prog} -h"
+        raise self.refusal(message)
+
+    def refusal(self, message: str, fix: str = "") -> UsageError:
+        return UsageError(
+            "The command line is not valid", where=f"{self.prog}: {message}", fix=fix or f"{self.prog} -h"
         )
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse words that nothing takes here, where the verb is known."""
+        found, left = super().parse_known_args(args, namespace)
+        if not left:
+            return found, left
+        word = left[0]
+        options = [name for action in self._actions for name in action.option_strings]
+        fix = nearest(word.partition("=")[0], options, self.prog)
+        if not word.startswith("-"):
+            fix = f"{self.prog} -h; a text of several words stands in quotes"
+        raise self.refusal(f"expected no more words, got {' '.join(left)!r:.200}", fix)
+
+    def _check_value(self, action: argparse.Action, value):
+        """A word that is none of the choices: name the nearest."""
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            name = argparse._get_action_name(action)
+            raise self.refusal(
+                f"{name}: expected one of {', '.join(names)}, got {value!r:.100}",
+                nearest(str(value), names, self.prog),
+            )
+
+
+def nearest(word: str, names: Iterable[str], program: str) -> str:
+    """What to do about a word that is none of `names`: the one that looks most like it, or the help."""
+    (name, *_) = [*difflib.get_close_matches(word.lower(), list(names), 1), ""]
+    return f"did you mean {name}? {program} -h lists all" if name else f"{program} -h"
 
 
 def build_parser() -> Parser:
@@ -72,7 +122,8 @@ def build_parser() -> Parser:
         description="STAR from a checkpoint to TensorRT engines, answers and images, with proof.",
     )
     parser.add_argument("--version", action="version", version=f"star-export {__version__}")
-    verb = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    add_common(parser)
+    verb = parser.add_subparsers(dest="verb", metavar="VERB")
     for add in (
         commands.add_export,
         commands.add_build,
@@ -89,4 +140,7 @@ def build_parser() -> Parser:
         commands.add_doctor,
     ):
         add(verb)
+    add_command(verb, "help", "show how a verb is used", "generate").add_argument(
+        "about", nargs="?", choices=[*verb.choices], metavar="VERB"
+    )
     return parser

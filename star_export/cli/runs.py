@@ -52,7 +52,7 @@ def add_edit(commands) -> None:
         'star-3b-bf16 cat.png "make the cat blue" -o blue.png',
     )
     c.add_argument("bundle", metavar="BUNDLE")
-    c.add_argument("image", metavar="IMAGE", help="PNG or JPEG")
+    c.add_argument("image", metavar="IMAGE", help="PNG, JPEG or WebP; - for stdin")
     c.add_argument("instruction", metavar="INSTRUCTION")
     add_drawing(c)
     add_pixels(c)
@@ -63,7 +63,7 @@ def add_ask(commands) -> None:
         commands, "ask", "answer a question about an image", 'star-3b-bf16 cat.png "what is on the sofa?"'
     )
     c.add_argument("bundle", metavar="BUNDLE")
-    c.add_argument("image", metavar="IMAGE", help="PNG or JPEG")
+    c.add_argument("image", metavar="IMAGE", help="PNG, JPEG or WebP; - for stdin")
     c.add_argument("question", metavar="QUESTION")
     c.add_argument(
         "--max-new-tokens",

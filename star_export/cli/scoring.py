@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from engines.errors import UsageError
 
-from .outputs import Outcome, check_folder, table, text_from_bytes
+from .outputs import Outcome, table, text_from_bytes
 from .progress_bar import ProgressBar
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def score(
             where="--pictures: expected no --compare beside it",
             fix=f"star-export score {bundle} --pictures {pictures}",
         )
-    check_folder(pictures)
     with ProgressBar("score", shown=progress) as bar:
         if compare is not None:
             bundles = [bundle, *compare]

@@ -17,7 +17,7 @@ from engines.errors import MissingError, ParityError, UsageError
 
 from .bisecting import bisected
 from .drawing import ask, edit, generate, open_star
-from .outputs import Outcome, check_files, table, text_from_bytes
+from .outputs import Outcome, table, text_from_bytes
 from .planning import plan
 from .progress_bar import ProgressBar
 from .proofs import certificate
@@ -173,7 +173,6 @@ def validate(
     from ..validator.certificate import certificate_path, json_from_certificate
     from ..validator.ladder import validate as validate_bundle
 
-    check_files(report)
     if (bisect is None) != (source is None):
         raise UsageError(
             "A bisection needs the checkpoint, and nothing else does",

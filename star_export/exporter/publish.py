@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engines.bundle.files import reason, sha256_of, sync_folder, write_atomic
+from engines.bundle.files import MANIFEST, reason, sha256_of, sync_folder, write_atomic
 from engines.bundle.manifest import FileSpec, Manifest, json_from_manifest
-from engines.bundle.reader import MANIFEST, Bundle
+from engines.bundle.reader import Bundle
 from engines.errors import InputError, StarError
 from engines.progress import Progress, Tick, adder, silent
 
@@ -76,7 +76,7 @@ class Stage:
         write()
         made = [path for path in _files(self.path) if path.relative_to(self.path).as_posix() not in known]
         for path in made:
-            path.chmod(0o644)  # safetensors creates files with 0600
+            path.chmod(self.path.stat().st_mode & 0o666)  # safetensors creates files with 0600
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         files = {
@@ -183,7 +183,6 @@ def staged(out: Path, inputs: dict[str, Any], progress: Progress = silent) -> It
         stage.go_on(progress)
         try:
             yield stage
-            stage.bundle.chmod(0o755)
             os.rename(stage.bundle, out)  # replaces an empty folder, and fails on one filled meanwhile
             sync_folder(out.parent)
         except StarError:

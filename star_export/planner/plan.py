@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.bundle.reader import MANIFEST, Bundle
+from engines.bundle.files import MANIFEST
+from engines.bundle.reader import Bundle
 from engines.errors import UsageError
 from engines.fit import machine, work
 from engines.fit.memory import PROMPT_TOKENS, TASKS, Use, task_memory, workspace_bytes

@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.bundle.files import sha256_of
-from engines.bundle.reader import MANIFEST, Bundle
+from engines.bundle.files import MANIFEST, sha256_of
+from engines.bundle.reader import Bundle
 from engines.sessions import ON_CPU
 
 from ..golden.compare import Comparison, excess

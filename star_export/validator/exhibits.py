@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from engines.bundle.manifest import component_of
-from engines.inputs.image_io import png_from_image
+from engines.inputs.image_io import bytes_from_image
 
 from ..golden.compare import Comparison, excess
 from .certificate import Certificate
@@ -233,7 +233,7 @@ def _answer(shown: ShownAnswer) -> str:
 
 
 def _panel(name: str, image: np.ndarray, title: str) -> str:
-    data = base64.b64encode(png_from_image(np.ascontiguousarray(image))).decode()
+    data = base64.b64encode(bytes_from_image(np.ascontiguousarray(image))).decode()
     return (
         f'<figure><img src="data:image/png;base64,{data}" width="{image.shape[1]}" height="{image.shape[0]}" '
         f'alt="{_text(name)}: {_text(title)}"><figcaption>{_text(name)}</figcaption></figure>'

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engines.bundle.files import write_atomic
 from engines.bundle.reader import Bundle
+from engines.bundle.typed_paths import output_file
 from engines.errors import MissingError, ParityError, UsageError
 from engines.interpreter import BUILDERS
 from engines.progress import Progress, silent
@@ -59,24 +60,25 @@ def validate(
     result that exceeds its tolerance most, InputError for files, graphs and golden sets that cannot prove
     anything, and MissingError without the executor or device.
     """
+    page = None if report is None else output_file(report)
     opened = Bundle.open(bundle)
     backend = _backend_of(target) if target else backend
     check_backend(backend)
-    evidence = Evidence() if report is not None else None
+    evidence = Evidence() if page is not None else None
     subject = Subject(opened, backend, compute_of(backend, opened.manifest.precision), evidence)
     path = certificate_path(opened.path, backend, device_name(backend))
     path.unlink(missing_ok=True)
     certificate = run_ladder(subject, progress)
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, json_from_certificate(certificate).encode())
-    if report is not None and evidence is not None:
+    if page is not None and evidence is not None:
         from .formats_report import html_from_formats
         from .report import html_from_certificate
 
         formats = formats_of(opened)
         more = html_from_formats(formats) if formats else ""
-        page = html_from_certificate(certificate, evidence, bundle=str(bundle), more=more)
-        write_atomic(Path(report), page.encode())
+        html = html_from_certificate(certificate, evidence, bundle=str(bundle), more=more)
+        write_atomic(page, html.encode())
     check_certificate(certificate, path)
     return certificate
 

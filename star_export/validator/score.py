@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.bundle.reader import Bundle
+from engines.bundle.typed_paths import output_folder
 from engines.errors import InputError
 from engines.inputs.preprocess import images_from_decoded
 from engines.progress import Progress, silent
@@ -107,6 +108,7 @@ def score(
     `images` is a folder for grids of what was drawn, edited, answered and reasoned. Raises InputError for a
     bundle of another model, and the errors of the runtime.
     """
+    folder = None if images is None else output_folder(images)
     kind = "full" if full else "small"
     with Star(bundle, backend=backend, window=window) as star:
         check_model(star.bundle)
@@ -115,8 +117,8 @@ def score(
         measured = benchmark.measure(painter, SETS[kind], progress=progress)
         drawn = identity.drawn_ids(painter) if reference else None
         first = [] if drawn is None else identity.first_differences(drawn, recorded_ids(star.bundle))
-    if images is not None:
-        write_gallery(Path(images), measured.results)
+    if folder is not None:
+        write_gallery(folder, measured.results)
     text = benchmark.table(measured, reference)
     text = f"{text}\n{identity.line(first)}" if first else text
     return ScoreReport(measured, reference, first, drawn, text)

@@ -18,7 +18,7 @@ FORMATS = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_0"}  # blocks of 32 with a
 
 
 def write_gguf(config: DecoderConfig, precision: str, file: Path, *, tokens: int, positions: int) -> None:
-    """Write a `qwen2` model of `tokens` tokens and `positions`, whose products have weights of noise in `precision`."""
+    """Write a `qwen2` model whose products have weights of noise in `precision`."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[FORMATS[precision]]

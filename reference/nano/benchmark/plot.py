@@ -116,7 +116,9 @@ def write_grid(
         page.paste(Image.fromarray(image).resize((wide, high), Image.Resampling.NEAREST), (x, y))
         for index, line in enumerate(lines):
             pen.text((x, y + high + 1 + LINE * index), line, fill="black")
-    page.save(path)
+    draft = path.with_name(f".{path.name}.tmp")
+    page.save(draft, format="PNG")
+    draft.replace(path)
 
 
 def wrapped(caption: str, limit: int) -> list[str]:

@@ -10,7 +10,14 @@ import pytest
 from PIL import Image
 
 from engines.errors import InputError
-from engines.inputs.image_io import check_image, image_from_bytes, png_from_image, read_image, write_png
+from engines.inputs.image_io import (
+    bytes_from_image,
+    check_image,
+    checked_image,
+    image_from_bytes,
+    read_image,
+    write_image,
+)
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 10, 3), dtype=np.uint8)
@@ -40,6 +47,9 @@ def png(width, height, *, depth=8, colour=2, data=b"", extra=b""):
 NOISE = encoded(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
 GIF = encoded(Image.new("P", (8, 8)), "GIF", save_all=True, append_images=[Image.new("P", (8, 8), 3)])
 APNG = encoded(Image.new("RGB", (8, 8)), save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
+WEBP = encoded(
+    Image.new("RGB", (8, 8)), "WEBP", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")]
+)
 
 
 # Row 44
@@ -53,7 +63,7 @@ APNG = encoded(Image.new("RGB", (8, 8)), save_all=True, append_images=[Image.new
         (b"SIMPLE  =                    T", "FITS"),
         (encoded(Image.new("RGB", (8, 8)), "BMP"), "BMP"),
         (encoded(Image.new("RGB", (8, 8)), "TIFF"), "TIFF"),
-        (encoded(Image.new("RGB", (8, 8)), "WEBP"), "WebP"),
+        (WEBP, "one frame, got 2"),
         (b"\0" * 100, "something else"),
         (NOISE[: len(NOISE) // 2], "damaged"),
         (encoded(Image.fromarray(RGB))[:-30], "damaged"),
@@ -62,13 +72,13 @@ APNG = encoded(Image.new("RGB", (8, 8)), save_all=True, append_images=[Image.new
         (png(10_000, 10_000), "at most 64000000 pixels, got"),
         (png(8001, 8000), "8001x8000"),
         (encoded(Image.new("RGB", (1, 1))), "at least 2 pixels per side, got 1x1"),
-        (png(0, 0), "PNG or JPEG"),
-        (png(0, 5), "PNG or JPEG|at least 2"),
-        (png(4, 4, colour=7), "PNG or JPEG"),
-        (png(4, 4, depth=3), "PNG or JPEG"),
+        (png(0, 0), "PNG, JPEG or WebP"),
+        (png(0, 5), "PNG, JPEG or WebP|at least 2"),
+        (png(4, 4, colour=7), "PNG, JPEG or WebP"),
+        (png(4, 4, depth=3), "PNG, JPEG or WebP"),
         (png(4, 4, data=b"\0"), "damaged"),
-        (b"\x89PNG\r\n\x1a\n", "PNG or JPEG"),
-        (b"\xff\xd8\xff", "PNG or JPEG"),
+        (b"\x89PNG\r\n\x1a\n", "PNG, JPEG or WebP"),
+        (b"\xff\xd8\xff", "PNG, JPEG or WebP"),
     ],
 )
 def test_what_is_no_image_is_refused(data, match, recwarn):
@@ -95,10 +105,27 @@ def test_a_huge_file_is_refused_unread(tmp_path):
 
 # Row 45
 def test_rgb_is_itself(tmp_path):
-    write_png(tmp_path / "x.png", RGB)
+    write_image(tmp_path / "x.png", RGB)
     np.testing.assert_array_equal(read_image(tmp_path / "x.png"), RGB)
     assert os.listdir(tmp_path) == ["x.png"]
-    np.testing.assert_array_equal(image_from_bytes(png_from_image(RGB), where="x"), RGB)
+    np.testing.assert_array_equal(image_from_bytes(bytes_from_image(RGB), where="x"), RGB)
+
+
+@pytest.mark.parametrize("name", ["x.webp", "x.jpg", "X.JPEG"])
+def test_the_suffix_is_the_format(tmp_path, name):
+    write_image(tmp_path / name, RGB)
+    read = read_image(tmp_path / name)
+    assert Image.open(tmp_path / name).format == ("WEBP" if name == "x.webp" else "JPEG")
+    assert read.shape == RGB.shape and (name != "x.webp" or (read == RGB).all())
+
+
+def test_a_pillow_image_is_converted_as_its_file_is(tmp_path):
+    image = Image.fromarray(RGB).convert("RGBA")
+    image.putalpha(100)
+    image.save(tmp_path / "x.png")
+    np.testing.assert_array_equal(checked_image(image), read_image(tmp_path / "x.png"))
+    with pytest.raises(InputError, match="at least 2 pixels"):
+        checked_image(Image.new("RGB", (1, 5)))
 
 
 def test_grey_becomes_three_equal_channels():
@@ -201,4 +228,4 @@ def test_arrays_that_are_no_images_are_refused():
 
 def test_a_image_that_cannot_be_written_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
-        write_png(tmp_path / "absent" / "x.png", RGB)
+        write_image(tmp_path / "absent" / "x.png", RGB)

@@ -59,10 +59,10 @@ def test_an_empty_answer_draws_the_prompt_itself(star, monkeypatch):
 
 
 def test_a_image_is_a_file_or_an_array(star, tmp_path):
-    from engines.inputs.image_io import write_png
+    from engines.inputs.image_io import write_image
 
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    write_png(tmp_path / "p.png", image)
+    write_image(tmp_path / "p.png", image)
     by_file, by_array = (
         star.ask(given, "what is a dog?", max_new_tokens=3).ids for given in (tmp_path / "p.png", image)
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engines.errors import InputError
-from engines.inputs.image_io import write_png
+from engines.inputs.image_io import write_image
 from engines.runtime.gumbel import Noise
 from reference import tasks
 from star_export.calibration import examples
@@ -119,7 +119,7 @@ def test_a_folder_gives_prompts_edits_questions_and_images(tmp_path: Path) -> No
         "a cat\n\nedit: make it blue\nwarning: a sign\nask: what is it?\nedit:\nedit: make it red\n a dog \n"
     )
     for name in ("b.PNG", "a.png", "notes.txt"):
-        write_png(tmp_path / name, IMAGE if name[0] == "a" else IMAGE[::-1].copy())
+        write_image(tmp_path / name, IMAGE if name[0] == "a" else IMAGE[::-1].copy())
     few, many = (read_material(tmp_path, SHIPPED, count, fewer=True) for count in (2, 8))
     assert few.prompts == ("a cat", "warning: a sign") and many.prompts == (*few.prompts, "a dog")
     assert (few.edits, many.edits) == (("make it blue",), ("make it blue", "make it red"))
@@ -129,7 +129,7 @@ def test_a_folder_gives_prompts_edits_questions_and_images(tmp_path: Path) -> No
 
 
 def test_what_a_folder_lacks_is_shipped(tmp_path: Path) -> None:
-    write_png(tmp_path / "a.png", IMAGE)
+    write_image(tmp_path / "a.png", IMAGE)
     shipped = read_material(None, SHIPPED, 8)
     found = read_material(tmp_path, SHIPPED, 8)
     assert (len(shipped.prompts), len(shipped.edits), len(shipped.questions)) == (8, 2, 2)
@@ -168,7 +168,7 @@ def only_edits(folder: Path) -> None:
 
 
 def broken_image(folder: Path) -> None:
-    write_png(folder / "a.png", IMAGE)
+    write_image(folder / "a.png", IMAGE)
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:100])
 
 
