@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import plugins
-from .errors import MissingError, StarError
+from .errors import MissingError, StarError, install
 from .targets import RTX_PLATFORMS, TARGETS, Target, host_platform
 from .tensorrt.build import check_buildable
 from .tensorrt.device import Gpu, driver_version, gpus
@@ -125,11 +125,10 @@ def advice(
     runs_plans = any(target.no_run is None for target in targets)
     if not any(packages[name] for name in ORT) and not runs_plans:
         lines.append(
-            "no installed executor runs a bundle: "
-            "pip install 'star-export[cpu]' (or [cuda], [rtx], [jetpack], [tensorrt])"
+            f"no installed executor runs a bundle: {install('cpu')} (or [cuda], [rtx], [jetpack], [tensorrt])"
         )
     if not packages["tensorrt-rtx-cu13"] and host_platform() in RTX_PLATFORMS:
-        lines.append("to build plans for RTX GPUs, which needs no GPU: pip install 'star-export[rtx]'")
+        lines.append(f"to build plans for RTX GPUs, which needs no GPU: {install('rtx')}")
     if has_gpu and not runs_plans:
         lines.append(
             "this GPU cannot run plans yet: install the TensorRT of its target "

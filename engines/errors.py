@@ -45,6 +45,11 @@ class MissingError(StarError):
     exit_code = 5
 
 
+def install(extras: str) -> str:
+    """The command that installs `extras` of this package, such as `cpu,export`, which is on no index."""
+    return f'pip install ".[{extras}]" in a clone of star-export'
+
+
 def listed(items: Sequence[str], *, limit: int = 10, separator: str = "; ") -> str:
     """The first `limit` of `items` on one line, and how many more there are. Empty when there are none."""
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []

@@ -7,7 +7,9 @@ from NVIDIA's support matrices.
 
 from __future__ import annotations
 
+import difflib
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -107,14 +109,28 @@ TARGETS: dict[str, Target] = {
 
 
 def target_from_name(name: str) -> Target:
-    """The row `name`. Raises UsageError with the valid names."""
+    """The row `name`. Raises UsageError with the valid names, and with those that look like it."""
     if name not in TARGETS:
         raise UsageError(
             "No such target",
-            where=f"target: expected one of {', '.join(TARGETS)}, got {name!r}",
-            fix="use one of these names; `star-export targets` describes them",
+            where=f"target: expected one of {', '.join(TARGETS)}, got {name!r:.80}",
+            fix=_meant(name),
         )
     return TARGETS[name]
+
+
+def _meant(name: str) -> str:
+    """What to write instead of `name`."""
+
+    def bare(text: str) -> str:
+        return re.sub("[^a-z0-9]", "", text.lower())
+
+    if bare(name) in ("cpu", "cuda", "gpu", "onnxruntime"):
+        backend = "onnxruntime" if bare(name) == "cpu" else "onnxruntime-cuda"
+        return f"name a device to build plans for it; without plans, use --backend {backend}"
+    alike = [known for known in TARGETS if bare(name) and bare(name) in bare(known)]
+    alike = alike or difflib.get_close_matches(name.lower(), TARGETS, 1)
+    return f"did you mean {' or '.join(alike)}?" if alike else "`star-export targets` describes them"
 
 
 def sm_from_capability(capability: tuple[int, int]) -> str:

@@ -23,7 +23,7 @@ from ..bundle.bfloat16 import float32_from_bits
 from ..bundle.manifest import ComponentSpec, TensorSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array, check_binding, present_name
-from ..errors import InputError, MissingError
+from ..errors import InputError, MissingError, install
 from . import Buffer, busy, closed, own_buffers
 from .fused import load, worth_keeping
 
@@ -252,7 +252,7 @@ def _missing(device: str, got: str) -> MissingError:
     return MissingError(
         "ONNX Runtime is not installed" if device == "cpu" else "ONNX Runtime cannot use CUDA here",
         where=f"expected onnxruntime with {PROVIDERS[device]}, got {got}",
-        fix=f'pip install "star-export[{device}]"',
+        fix=install(device),
     )
 
 

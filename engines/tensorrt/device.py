@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import MissingError
+from ..errors import MissingError, install
 from ..targets import sm_from_capability
 
 OUT_OF_MEMORY, INSUFFICIENT_DRIVER, NO_DEVICE, NOT_FOUND = 2, 35, 100, 34  # cudaError_t
@@ -46,8 +46,7 @@ def cudart() -> Any:
         raise MissingError(
             "cuda-python is not installed",
             where=f"import cuda.bindings.runtime: {error}",
-            fix="pip install 'star-export[rtx]' on an RTX PC, [jetpack] on a Jetson before JetPack 7.2, "
-            "or [tensorrt]",
+            fix=f"{install('rtx')} on an RTX PC, [jetpack] on a Jetson before JetPack 7.2, or [tensorrt]",
         ) from None
     return runtime
 

@@ -11,14 +11,14 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import MissingError, UsageError, listed
+from ..errors import MissingError, UsageError, install, listed
 from ..targets import Target, host_platform
 from . import device
 
 EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
 JETPACK = (
     "in an environment that sees JetPack's own TensorRT (apt install python3-libnvinfer; "
-    "python3 -m venv --system-site-packages .venv): pip install 'star-export[jetpack]'"
+    f"python3 -m venv --system-site-packages .venv): {install('jetpack')}"
 )
 
 
@@ -27,7 +27,7 @@ def tensorrt_of(target: Target) -> Any:
 
     Raises MissingError when it is not installed or older than the target needs.
     """
-    fix = JETPACK if target.dialect == "classic" else f"pip install 'star-export[{EXTRAS[target.builder]}]'"
+    fix = JETPACK if target.dialect == "classic" else install(EXTRAS[target.builder])
     try:
         module = importlib.import_module(target.builder)
     except (ImportError, OSError) as error:  # OSError: one of its libraries cannot be loaded

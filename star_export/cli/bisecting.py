@@ -7,7 +7,7 @@ import importlib.util
 import math
 
 from engines.bundle.reader import Bundle
-from engines.errors import MissingError, ParityError
+from engines.errors import MissingError, ParityError, install
 from engines.progress import Progress
 
 from .outputs import Outcome
@@ -33,7 +33,7 @@ def bisected(
         raise MissingError(
             "The packages that a bisection needs are not installed",
             where=f"expected {', '.join(PACKAGES)}; missing: {', '.join(missing)}",
-            fix='pip install "star-export[cpu,export,debug]"',
+            fix=install("cpu,export,debug"),
         )
     from ..golden.compare import verdict
     from ..validator.bisect import bisect, text_from_bisections

@@ -9,7 +9,7 @@ from pathlib import Path
 from engines.bundle.files import MANIFEST
 from engines.bundle.manifest import TensorSpec
 from engines.bundle.reader import Bundle
-from engines.errors import InputError, MissingError, UsageError
+from engines.errors import InputError, MissingError, UsageError, install
 from engines.tensorrt.plan import BUILD, describe_plans
 
 from ..choice import formats_of
@@ -113,9 +113,7 @@ def describe_graph(path: Path) -> dict:
     try:
         import onnx
     except ImportError as error:
-        raise MissingError(
-            "onnx is not installed", where=f"{path}: {error}", fix='pip install "star-export[export]"'
-        ) from None
+        raise MissingError("onnx is not installed", where=f"{path}: {error}", fix=install("export")) from None
     try:
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(str(path))

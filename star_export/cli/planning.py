@@ -6,7 +6,7 @@ import dataclasses
 import textwrap
 from typing import TYPE_CHECKING
 
-from engines.errors import MissingError
+from engines.errors import MissingError, install
 
 from .outputs import Outcome, table, text_from_bytes
 
@@ -47,7 +47,7 @@ def plan(
         raise MissingError(
             "The packages that the plan of a checkpoint needs are not installed",
             where=f"{source}: {error}",
-            fix='pip install "star-export[export]", or plan a bundle, which needs none',
+            fix=f"{install('export')}, or plan a bundle, which needs none",
         ) from None
     return Outcome(dataclasses.asdict(answer), text_from_plan(answer))
 

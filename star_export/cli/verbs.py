@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.bundle.reader import Bundle
-from engines.errors import MissingError, ParityError, UsageError
+from engines.errors import MissingError, ParityError, UsageError, install
 
 from .bisecting import bisected
 from .drawing import ask, edit, generate, open_star
@@ -73,7 +73,7 @@ def export(
         raise MissingError(
             "The packages that export needs are not installed",
             where=f"expected {', '.join(EXPORT_PACKAGES)}; missing: {', '.join(missing)}",
-            fix='pip install "star-export[export]"',
+            fix=install("export"),
         )
     from ..exporter.export import PART_BYTES
     from ..exporter.export import export as export_bundle

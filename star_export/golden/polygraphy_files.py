@@ -20,7 +20,7 @@ from engines.bundle.files import write_atomic
 from engines.bundle.manifest import ComponentSpec
 from engines.bundle.reader import Bundle
 from engines.bundle.tensors import PRESENT
-from engines.errors import InputError, MissingError, UsageError
+from engines.errors import InputError, MissingError, UsageError, install
 from engines.sessions.onnxruntime import twin_spec
 
 from .cases import Case, Tensors, component_cases
@@ -47,7 +47,7 @@ def check_polygraphy() -> None:
         raise MissingError(
             "Polygraphy is not installed",
             where="expected the package polygraphy, got no such package",
-            fix='pip install "star-export[debug]"',
+            fix=install("debug"),
         )
 
 
@@ -144,7 +144,7 @@ def _bfloat16(array: np.ndarray) -> Any:
         raise MissingError(
             "torch is not installed",
             where="caches in bfloat16: expected torch, since numpy has no such type, got no such package",
-            fix='pip install "star-export[export]"',
+            fix=install("export"),
         )
     import torch
 

@@ -122,7 +122,7 @@ def test_a_jetson_is_not_told_to_install_what_builds_for_rtx(monkeypatch):
             {},
             (RUNS_NOT,),
             False,
-            ["no installed executor runs a bundle: pip install 'star-export[cpu]'", "star-export[rtx]"],
+            ['no installed executor runs a bundle: pip install ".[cpu]"', ".[rtx]"],
         ),
         (
             {"onnxruntime": "1", "onnxruntime-gpu": "1", "tensorrt-rtx-cu13": "1"},

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from engines.bundle.reader import Bundle
-from engines.errors import InputError, MissingError, UsageError
+from engines.errors import InputError, MissingError, UsageError, install
 from engines.runtime.kv_cache import kv_cache_attention
 from engines.sessions import onnxruntime as module
 from engines.sessions import open_session, run
@@ -264,7 +264,7 @@ def test_a_missing_onnx_runtime_is_answered_with_the_extra(tmp_path, monkeypatch
     for backend, extra in (("onnxruntime", "cpu"), ("onnxruntime-cuda", "cuda")):
         with pytest.raises(MissingError) as caught:
             open_session(bundle, "token_embedding", backend=backend)
-        assert caught.value.fix == f'pip install "star-export[{extra}]"'
+        assert caught.value.fix == install(extra)
 
 
 def test_cuda_is_missing_where_the_provider_is(tmp_path):

@@ -352,11 +352,11 @@ def test_too_little_memory_of_the_host_is_told_with_the_bytes_of_the_weights(bun
 
 def test_a_missing_or_old_builder_names_version_and_extra(bundle, monkeypatch):
     monkeypatch.setattr(trt, "__version__", "1.6.9")
-    refused(MissingError, bundle, "tensorrt_rtx 1.7 or newer, got 1.6.9", "pip install 'star-export[rtx]'")
+    refused(MissingError, bundle, "tensorrt_rtx 1.7 or newer, got 1.6.9", 'pip install ".[rtx]"')
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(MissingError) as error:
         build.check_buildable(TARGETS["h200"])
-    assert "tensorrt 10.15 or newer" in str(error.value) and "star-export[tensorrt]" in str(error.value)
+    assert "tensorrt 10.15 or newer" in str(error.value) and ".[tensorrt]" in str(error.value)
 
 
 def test_another_system_is_refused_and_a_classic_target_needs_its_tensorrt(monkeypatch):
@@ -367,7 +367,7 @@ def test_another_system_is_refused_and_a_classic_target_needs_its_tensorrt(monke
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(MissingError, match="orin-agx-jp62: expected tensorrt 10.3 or newer") as error:
         build.check_buildable(TARGETS["orin-agx-jp62"])
-    assert "--system-site-packages" in error.value.fix and "star-export[jetpack]" in error.value.fix
+    assert "--system-site-packages" in error.value.fix and ".[jetpack]" in error.value.fix
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", SimpleNamespace(__version__="8.6.2"))
     with pytest.raises(MissingError, match="too old") as error:
         build.check_buildable(TARGETS["orin-agx-jp62"])

@@ -75,5 +75,5 @@ def test_without_cuda_python_the_extra_is_named(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingError, match="cuda-python is not installed") as error:
         device.cudart()
-    assert "star-export[rtx]" in error.value.fix
+    assert ".[rtx]" in error.value.fix
     device.cudart.cache_clear()

@@ -351,4 +351,4 @@ def test_exporting_without_the_hosts_packages_names_the_extra(
     monkeypatch.setattr(verbs, "EXPORT_PACKAGES", ("torch", "no_such_package"))
     assert main(["export", "s", "--out", str(tmp_path / "b")]) == 5
     text = capsys.readouterr().err
-    assert "no_such_package" in text and "star-export[export]" in text
+    assert "no_such_package" in text and ".[export]" in text

@@ -115,4 +115,4 @@ def test_without_polygraphy_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(polygraphy_files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="not installed") as caught:
         polygraphy_files.check_polygraphy()
-    assert "star-export[debug]" in caught.value.fix
+    assert ".[debug]" in caught.value.fix
