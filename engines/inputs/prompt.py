@@ -243,13 +243,20 @@ def check_ids(input_ids: np.ndarray, *, vocab_size: int) -> None:
         )
 
 
-def check_length(needed_tokens: int, *, limit_tokens: int, what: str) -> None:
-    """Raise InputError for a sequence (prompt and new tokens) longer than the model or plan allows."""
-    if needed_tokens > limit_tokens:
+def check_length(*, text: int, image: int, new: int, limit_tokens: int) -> None:
+    """Raise InputError for a sequence longer than the model or plan allows.
+
+    It has the tokens of the prompt's text and image, and the new ones but for the last, which takes no slot.
+    """
+    needed = text + image + new
+    if needed > limit_tokens:
+        parts = {"of text": text, "of the image": image, "to come": new}
+        split = ", ".join(f"{count} {part}" for part, count in parts.items() if count)
         raise InputError(
-            f"The {what} is too long",
-            where=f"{what}: expected at most {limit_tokens} tokens, got {needed_tokens}",
-            fix="shorten the prompt, or request fewer new tokens",
+            "The prompt is too long",
+            where=f"prompt: expected at most {limit_tokens} tokens, got {needed}: {split}",
+            fix=("let the image take fewer tokens (max_pixels, --max-pixels), " if image else "")
+            + "shorten the text, or request fewer new tokens",
         )
 
 

@@ -213,7 +213,7 @@ class Star:
         _between("tokens", tokens, self.model.image_tokens)
         if seed is not None:
             check_seed(seed)
-        self._check_length(input_ids.shape[1] + tokens - 1, "base_ar", "stacked_ar")
+        self._check_length("base_ar", "stacked_ar", text=input_ids.shape[1], new=tokens - 1)
         prompt = Prompt.of_text(input_ids)
         embeds, length = self.embedded(prompt), input_ids.shape[1]
         loop = self.image_loop(num_images=len(input_ids) // 2, length=length, tokens=tokens)
@@ -272,7 +272,9 @@ class Star:
         answer: str | None = None,
     ) -> Images:
         rows, length = prompt.input_ids.shape
-        self._check_length(length + self.model.image_tokens - 1, "base_ar", "stacked_ar")
+        seen = 0 if vision is None else vision.grid_h * vision.grid_w + self.model.image_tokens
+        new = self.model.image_tokens - 1
+        self._check_length("base_ar", "stacked_ar", text=length - seen, image=seen, new=new)
         use = self._use("base_ar", rows=rows, length=length, tokens=self.model.image_tokens)
         self.loaded.check("edit" if vision else "generate", use)
         self.loaded.open_at_once("token_embedding", *DRAW, use=use)
@@ -287,7 +289,8 @@ class Star:
     ) -> Answer:
         _between("max_new_tokens", max_new_tokens, self.model.max_positions)
         length = prompt.input_ids.shape[1]
-        self._check_length(length + max_new_tokens - 1, "base_ar")
+        seen = 0 if vision is None else vision.grid_h * vision.grid_w
+        self._check_length("base_ar", text=length - seen, image=seen, new=max_new_tokens - 1)
         use = self._use("base_ar", rows=1, length=length, tokens=max_new_tokens)
         if vision:
             self.loaded.check("ask", use)
@@ -336,11 +339,11 @@ class Star:
         window = self.window or self.loaded.window(rows=rows)
         return self.loaded.use(rows=rows, tokens=slots, prompt_tokens=length, window_tokens=window)
 
-    def _check_length(self, needed_tokens: int, *decoders: str) -> None:
-        check_length(needed_tokens, limit_tokens=self.model.max_positions, what="prompt")
-        for name in decoders:  # a plan may have smaller caches
-            if capacity := self.loaded.capacity(name):
-                check_length(needed_tokens, limit_tokens=capacity, what="prompt")
+    def _check_length(self, *decoders: str, text: int, new: int, image: int = 0) -> None:
+        """Raise InputError if the model, or the caches of a plan, hold fewer tokens."""
+        held = [capacity for name in decoders if (capacity := self.loaded.capacity(name))]
+        limit = min([self.model.max_positions, *held])
+        check_length(text=text, image=image, new=new, limit_tokens=limit)
 
 
 def _between(name: str, value: int, limit: int) -> int:

@@ -137,9 +137,13 @@ def test_any_other_text_is_taken_as_it_is(chat, prompt):
 
 
 def test_too_long_gives_both_numbers():
-    check_length(4096, limit_tokens=4096, what="prompt")
-    with pytest.raises(InputError, match="at most 4096 tokens, got 4097"):
-        check_length(4097, limit_tokens=4096, what="prompt")
+    check_length(text=96, image=1000, new=3000, limit_tokens=4096)
+    with pytest.raises(InputError, match="at most 4096 tokens, got 4097: 97 of text, 4000 to come") as caught:
+        check_length(text=97, image=0, new=4000, limit_tokens=4096)
+    assert "max-pixels" not in caught.value.fix
+    with pytest.raises(InputError, match="got 4097: 97 of text, 1000 of the image, 3000 to come") as caught:
+        check_length(text=97, image=1000, new=3000, limit_tokens=4096)
+    assert "--max-pixels" in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,10 @@ def test_an_over_long_prompt_is_refused_with_both_numbers(chat: Chat) -> None:
     rows = chat.generate_prompt("circle " * 600, num_images=1).input_ids
     with pytest.raises(InputError, match=rf"at most {recipe.MAX_POSITIONS} tokens, got {rows.shape[1] + 63}"):
         check_length(
-            rows.shape[1] + chat.model.image_tokens - 1, limit_tokens=chat.model.max_positions, what="prompt"
+            text=rows.shape[1],
+            image=0,
+            new=chat.model.image_tokens - 1,
+            limit_tokens=chat.model.max_positions,
         )
 
 
