@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from .formats import E2M1, LARGEST, NVFP4
+from .modules import MODULE
 from .ops import DOMAIN, OPSET, VERSION
 
 NAME = "RoundToNvfp4"
@@ -27,6 +28,7 @@ TOP, TOP_OF_SCALES = LARGEST[NVFP4.code], LARGEST[ir.DataType.FLOAT8E4M3FN]
 # The scale of the scales of rows whose largest magnitude is 1: a power of two, so that it is exact in bf16.
 WHOLE = 2.0 ** np.ceil(np.log2(1 / TOP / TOP_OF_SCALES))
 Size = int | ir.SymbolicDim
+OF_ROWS, ROUNDED = ".largest", ".rounded"  # what is read of a tensor instead of it, after its name
 LEAST = 2.0**-100  # instead of the largest magnitude of a row of zeros
 
 
@@ -42,6 +44,8 @@ def round_activations(model: ir.Model, product: ir.Node) -> None:
     scaled = ir.node("Mul", [old, largest], name=f"{product.name}.scaled")
     new = scaled.outputs[0]
     new.type, new.shape, new.name = old.type, old.shape, old.name
+    if MODULE in old.metadata_props:  # the product alone is no tensor of the reference any more
+        new.metadata_props[MODULE] = old.metadata_props.pop(MODULE)
     product.replace_input_with(0, rounded)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     scaled.replace_input_with(0, old)
@@ -54,13 +58,13 @@ def _rounded(model: ir.Model, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     graph, dtype, before = model.graph, x.dtype, x.producer()
     assert dtype is not None and x.shape is not None and before is not None, x.name
     made = {value.name: value for node in graph for value in node.outputs}
-    if f"{x.name}.rounded" in made:
-        return made[f"{x.name}.largest"], made[f"{x.name}.rounded"]
+    if f"{x.name}{ROUNDED}" in made:
+        return made[f"{x.name}{OF_ROWS}"], made[f"{x.name}{ROUNDED}"]
     batch, length, features = x.shape
     nodes: list[ir.Node] = []
 
     def add(suffix: str, op: str, *inputs: ir.Value, last: Size = features, **attributes) -> ir.Value:
-        node = ir.node(op, inputs, attributes, name=f"{x.name}.{suffix}")
+        node = ir.node(op, inputs, attributes, name=f"{x.name}{suffix}")
         (value,) = node.outputs
         value.name, value.type, value.shape = node.name, x.type, ir.Shape([batch, length, last])
         nodes.append(node)
@@ -74,9 +78,9 @@ def _rounded(model: ir.Model, x: ir.Value) -> tuple[ir.Value, ir.Value]:
             ("whole", np.array(WHOLE, dtype.numpy())),
         )
     )
-    found = add("row_largest", "ReduceMax", add("magnitudes", "Abs", x), axis, last=1, keepdims=1)
-    largest = add("largest", "Max", found, least, last=1)
-    scaled = add("scaled", "Div", x, largest)
+    found = add(".row_largest", "ReduceMax", add(".magnitudes", "Abs", x), axis, last=1, keepdims=1)
+    largest = add(OF_ROWS, "Max", found, least, last=1)
+    scaled = add(".scaled", "Div", x, largest)
     quantise = ir.node(
         QUANTIZE[1],
         [scaled, whole],
@@ -93,8 +97,8 @@ def _rounded(model: ir.Model, x: ir.Value) -> tuple[ir.Value, ir.Value]:
         value.name, value.type = f"{x.name}.{suffix}", ir.TensorType(kind)
         value.shape = ir.Shape([batch, length, width])
     nodes.append(quantise)
-    steps = add("steps", "DequantizeLinear", scales, whole, last=features // BLOCK)
-    rounded = add("rounded", "DequantizeLinear", codes, steps, axis=-1, block_size=BLOCK)
+    steps = add(".steps", "DequantizeLinear", scales, whole, last=features // BLOCK)
+    rounded = add(ROUNDED, "DequantizeLinear", codes, steps, axis=-1, block_size=BLOCK)
     graph.insert_after(before, nodes)
     model.opset_imports[QUANTIZE[0]] = VERSION
     return largest, rounded

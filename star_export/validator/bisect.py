@@ -1,36 +1,29 @@
 """Where inside a component a candidate leaves the reference: the first tensor beyond its tolerance.
 
-The reference is the model in PyTorch with the checkpoint's weights rounded as the bundle stores them, as it
-was when the golden tensors were recorded; it must reproduce them, or it proves nothing. Each tensor that one
-of its modules returns or takes is compared with the value of that name in the graph, which ONNX Runtime runs,
-or in the network that TensorRT parsed, which the interpreter runs; both in float32. The checkpoint is needed,
-because a bundle has neither the reference's configuration nor weights that can be trusted when it fails.
+The reference is the model in PyTorch with its weights rounded as the bundle stores them, as it was when the
+golden tensors were recorded (`reference.py`). Each tensor that one of its modules returns or takes is
+compared with the value of that name in the graph, which ONNX Runtime runs, or in the network that TensorRT
+parsed, which the interpreter runs; both in float32. The checkpoint is needed, because a bundle has neither
+the reference's configuration nor all of its weights as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from engines.bundle.manifest import TensorSpec, component_of
 from engines.bundle.reader import Bundle
-from engines.bundle.tensors import PAST, PRESENT, present_name
-from engines.errors import InputError
+from engines.bundle.tensors import present_name
 from engines.progress import Progress, silent
-from reference.config import config_from_files
-from reference.weights import named_tensors, resolve_checkpoint
 
-from ..components import COMPONENTS, Part, boundary
-from ..golden.cases import Case, Tensors, component_cases
-from ..golden.compare import Comparison, compare, excess, verdict
-from ..golden.run_case import extended, written_slots
-from ..golden.tolerances import tolerances_of
-from ..graph.precisions import PRECISIONS
-from ..graph.repeat import layer_of
-from ..graph.wrappers import TABLE
+from ..golden.cases import Case, Tensors
+from ..golden.compare import Comparison, compare, verdict
+from ..golden.run_case import extended
+from ..graph.nvfp4 import OF_ROWS, ROUNDED
 from .candidates import Candidate, Node, candidate_from_graph, candidate_from_network, modules_from_graph
+from .reference import Reference, past, reference_star, seen
 
 TOLERANCE = 2e-4  # of every tensor inside, as of every output in the component table; 4.2e-5 was measured
 
@@ -76,25 +69,15 @@ def bisect(
 
     `source` is the checkpoint that was exported. With a target, the network that its TensorRT parses is
     compared too. Of each graph and backend the first case with a tensor beyond its tolerance is returned, or
-    the first case. Raises InputError for a checkpoint that does not reproduce the golden tensors, for a
-    bundle whose weights are not in the checkpoint, and for one of an older export; UsageError for an unknown
-    component, and MissingError without Polygraphy or the target's TensorRT.
+    the first case. Raises InputError for a checkpoint or calibrated weights that do not give the golden
+    tensors, and for a bundle of an older export; UsageError for an unknown component, and MissingError
+    without Polygraphy or the target's TensorRT.
     """
-    from ..golden.oracle import lazy_image_table, streamed_star
     from ..golden.polygraphy_files import check_polygraphy
 
     check_polygraphy()
     names = [component] if component in bundle.manifest.components else bundle.parts(component)
-    check_rounded_to_nearest(bundle)
-    files = resolve_checkpoint(source)
-    config = config_from_files(files.config_json, files.qwen_folder)
-    tensors = named_tensors(files, config)
-    star = streamed_star(
-        config,
-        tensors | {TABLE: lazy_image_table(config, tensors)},
-        PRECISIONS[bundle.manifest.precision],
-        rope_bf16=bundle.manifest.model.rope_bf16,
-    )
+    star = reference_star(bundle, names, source)
     found = []
     for i, name in enumerate(names):
         progress(f"{name} layer by layer", i, len(names))
@@ -107,77 +90,6 @@ def bisect(
     return found
 
 
-def check_rounded_to_nearest(bundle: Bundle) -> None:
-    """Raise InputError for a bundle whose weights are not the checkpoint's rounded to nearest."""
-    manifest = bundle.manifest
-    got = (
-        "calibrated weights"
-        if manifest.calibration
-        else f"weights in {manifest.precision}"
-        if manifest.precision in ("mixed", "nvfp4")
-        else ""
-    )
-    if got:
-        raise InputError(
-            "The reference of this bundle cannot be made again",
-            where=f"{bundle.path}: expected weights that follow from the checkpoint by rounding, got {got}",
-            fix="export the checkpoint in another precision without --calibrate, and bisect that bundle",
-        )
-
-
-class Reference:
-    """The reference's tensors for each case of one graph, computed once and checked with the golden ones."""
-
-    def __init__(self, bundle: Bundle, name: str, star):
-        self.name, self.star = name, star
-        spec = bundle.component(name)
-        component = component_of(name)
-        layers = [layer for t in spec.inputs if (layer := layer_of(t.name)) is not None]
-        decoder = COMPONENTS[component].decoder
-        held = range(min(layers), max(layers) + 1) if decoder else None
-        self.part = Part(name, component, held)
-        wanted = _signature(spec.inputs, spec.outputs)
-        got = _signature(*boundary(self.part, star.config, "float32"))
-        layers_of = bundle.manifest.model.cache.get(component)
-        if decoder and layers_of and layers_of.layers != decoder(star.config).num_layers:
-            wanted["layers"], got["layers"] = layers_of.layers, decoder(star.config).num_layers
-        if differing := [key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)]:
-            key = min(differing)
-            raise _other_checkpoint(name, f"{key}: expected {wanted.get(key)}, got {got.get(key)}")
-        self.cases = component_cases(bundle.file(spec.golden), spec)
-        self._made: dict[str, Tensors] = {}
-
-    def tensors(self, case: str) -> Tensors:
-        """By the names of `graph/modules.py`. Raises InputError if the golden tensors are not reproduced."""
-        if case not in self._made:
-            from ..golden.intermediate import intermediate_tensors
-
-            recorded = self.cases[case]
-            outputs, found = intermediate_tensors(self.part, self.star, recorded.inputs)
-            results = compare(
-                {name: _seen(name, array, recorded) for name, array in outputs.items()},
-                {name: _seen(name, array, recorded) for name, array in recorded.outputs.items()},
-                tolerances=tolerances_of(self.name, "fp32", {}),
-            )
-            if failing := [result for result in results if not result.passed]:
-                raise _other_checkpoint(self.name, f"case {case}: {verdict(max(failing, key=excess))}")
-            self._made[case] = found
-        return self._made[case]
-
-
-def _signature(*sides: tuple[TensorSpec, ...]) -> dict[str, object]:
-    """Input or output -> its shape."""
-    return {tensor.name: tensor.shape for side in sides for tensor in side}
-
-
-def _other_checkpoint(name: str, difference: str) -> InputError:
-    return InputError(
-        "The checkpoint does not give the golden tensors of this bundle",
-        where=f"{name}: {difference}",
-        fix="name the checkpoint that the bundle was exported from",
-    )
-
-
 def first_wrong_case(candidate: Candidate, modules: Mapping[str, str], reference: Reference) -> Bisection:
     """The first case in which a tensor of `candidate` is beyond its tolerance, or else the first case."""
     found: list[Bisection] = []
@@ -187,11 +99,22 @@ def first_wrong_case(candidate: Candidate, modules: Mapping[str, str], reference
             for key, array in recorded.inputs.items()
         }
         got = candidate.run({key: array.copy() for key, array in feeds.items()})
-        rows = depths(candidate, modules, got, reference.tensors(case), recorded)
+        outputs, inside = reference.tensors(case, _rounded(modules, got))
+        rows = depths(candidate, modules, got, inside, replace(recorded, outputs=outputs))
         found.append(Bisection(reference.name, candidate.backend, case, tuple(rows)))
         if found[-1].first is not None:
             return found[-1]
     return found[0]
+
+
+def _rounded(modules: Mapping[str, str], got: Tensors) -> Tensors:
+    """What a candidate rounded to nvfp4, times the magnitudes of its rows, by the names of the reference."""
+    with np.errstate(invalid="ignore"):  # a fault may have made it infinite
+        return {
+            module: got[f"{name}{ROUNDED}"] * got[f"{name}{OF_ROWS}"]
+            for name, module in modules.items()
+            if f"{name}{ROUNDED}" in got
+        }
 
 
 def depths(
@@ -209,16 +132,16 @@ def depths(
     for name, array in wanted.items():
         if name not in got and name not in case.outputs:
             continue
-        seen = _seen(name, array, case)
-        if seen.size == 0 or seen.min() == seen.max() or (array.dtype != np.float32 and name in modules):
+        right = seen(name, array, case)
+        if right.size == 0 or right.min() == right.max() or (array.dtype != np.float32 and name in modules):
             continue
-        made = {name: _laid_out(_seen(name, got[name], case), seen)} if name in got else {}
+        made = {name: _laid_out(seen(name, got[name], case), right)} if name in got else {}
         (results[name],) = compare(
-            made, {name: seen}, tolerances={name: TOLERANCE * (seen.dtype.kind == "f")}
+            made, {name: right}, tolerances={name: TOLERANCE * (right.dtype.kind == "f")}
         )
     rows = []
     for name, result in results.items():
-        at = maker.get(name, _reader(candidate.nodes, _past(name)))
+        at = maker.get(name, _reader(candidate.nodes, past(name)))
         inputs, between = _nearest(candidate.nodes, maker, at, set(results)) if at >= 0 else ((), ())
         rows.append(
             Depth(
@@ -233,11 +156,6 @@ def depths(
             )
         )
     return sorted(rows, key=lambda row: (row.depth < 0, row.depth))
-
-
-def _past(name: str) -> str:
-    """The input that output `name` updates, `past_key_values.0.key` of `present.0.key`; "" of any other."""
-    return f"{PAST}{name.removeprefix(PRESENT)}" if name.startswith(PRESENT) else ""
 
 
 def _reader(nodes: tuple[Node, ...], name: str) -> int:
@@ -263,13 +181,6 @@ def _nearest(
             between.add(source)
             left += nodes[source].reads
     return tuple(inputs), tuple(nodes[i].name for i in sorted(between))
-
-
-def _seen(name: str, array: np.ndarray, case: Case) -> np.ndarray:
-    """Of a cache the slots that the case writes; all of any other tensor."""
-    if _past(name) in case.inputs:
-        return written_slots(array, case.inputs["write_indices"], case.inputs["inputs_embeds"].shape[1])
-    return array
 
 
 def _laid_out(array: np.ndarray, like: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ Both run in float32, and give the tensors inside that the reference has, too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from engines.sessions.onnxruntime import LOG_SEVERITY
 
 from ..golden.cases import Tensors
 from ..graph.modules import MODULE
+from ..graph.nvfp4 import OF_ROWS, ROUNDED
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ def modules_from_graph(path: Path) -> dict[str, str]:
     return found
 
 
+def _wanted(modules: Iterable[str]) -> Iterable[str]:
+    """The tensors that the reference has, and of those that are rounded to nvfp4 what becomes of them."""
+    for tensor in modules:
+        yield from (tensor, f"{tensor}{OF_ROWS}", f"{tensor}{ROUNDED}")
+
+
 def candidate_from_graph(path: Path) -> Candidate:
     """The graph at `path` on ONNX Runtime, with every tensor that the reference has marked as an output."""
     import onnx
@@ -75,7 +82,7 @@ def candidate_from_graph(path: Path) -> Candidate:
     model = onnx.load(path, load_external_data=False)
     nodes = tuple(Node(n.name, n.op_type, tuple(n.input), tuple(n.output)) for n in model.graph.node)
     made = {tensor for node in nodes for tensor in node.makes}
-    inside = [tensor for tensor in modules_from_graph(path) if tensor in made]
+    inside = [tensor for tensor in _wanted(modules_from_graph(path)) if tensor in made]
     marked = list(dict.fromkeys([*inside, *(output.name for output in model.graph.output)]))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
@@ -107,7 +114,7 @@ def candidate_from_network(bundle: Bundle, name: str, target: str) -> Candidate:
     inner = {tensor.name: tensor for layer in parsed.layers for tensor in layer.outputs}
     modules = modules_from_graph(bundle.graph(name))
     outputs = {tensor.name: tensor for tensor in parsed.outputs}
-    outputs |= {tensor: inner[tensor] for tensor in modules if tensor in inner}
+    outputs |= {tensor: inner[tensor] for tensor in _wanted(modules) if tensor in inner}
     network = Network(dataclasses.replace(parsed, outputs=tuple(outputs.values())), wide=True)
     nodes = tuple(
         Node(

@@ -7,18 +7,52 @@ compared on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from star_export.validator.bisect import Bisection, first_wrong_case
+from star_export.validator.candidates import candidate_from_graph, modules_from_graph
+from star_export.validator.reference import Reference
+
 Blame = tuple[str, set[str]]
 
 
-def plant(model: onnx.ModelProto, fault: str, layer: int) -> Blame:
-    """Plant `fault` at `layer` of `base_ar`."""
-    return FAULTS[fault](model, f"base_ar.layers.{layer}", layer)
+def plant(model: onnx.ModelProto, fault: str, layer: int, *, decoder: str = "base_ar") -> Blame:
+    """Plant `fault` at `layer` of `decoder`, in any precision."""
+    return FAULTS[fault](model, f"{decoder}.layers.{layer}", layer)
+
+
+def some_of(fault: str, places: Sequence) -> object:
+    """One of `places`, which depends on the fault's name alone."""
+    return places[np.random.default_rng(zlib.crc32(fault.encode())).integers(0, len(places))]
+
+
+def check_found(reference: Reference, fault: str, layer: int, folder: Path) -> None:
+    """Plant `fault` in a copy of the reference's graph, in `folder`, and check that it is found there."""
+    right = reference.bundle.graph(reference.name, twin=True)
+    model = onnx.load(right, load_external_data=False)
+    module, nodes = plant(model, fault, layer, decoder=reference.part.component)
+    found = bisected(reference, model, folder)
+    first = found.first
+    assert first is not None and first.module == module, (first, module)
+    assert not first.wrong and (first.inputs or layer == reference.part.layers[0])
+    assert nodes & {first.node, *first.between}
+
+
+def bisected(reference: Reference, model: onnx.ModelProto, folder: Path) -> Bisection:
+    """Compare `model`, which has the weights of the reference's graph, in `folder`."""
+    right = reference.bundle.graph(reference.name, twin=True)
+    for weights in reference.bundle.weights(reference.name):
+        shutil.copy(reference.bundle.path / weights, folder)
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return first_wrong_case(candidate_from_graph(path), modules_from_graph(right), reference)
 
 
 def _tensor(model: onnx.ModelProto, module: str) -> str:
@@ -65,12 +99,15 @@ def _behind(
 
 
 def _behind_weight(
-    model: onnx.ModelProto, weight: str, made: Callable[[str, str], list[onnx.NodeProto]]
+    model: onnx.ModelProto, module: str, made: Callable[[str, str], list[onnx.NodeProto]]
 ) -> set[str]:
-    """The same between a weight and the node that reads it."""
-    reader = next(node for node in model.graph.node if weight in node.input)
-    reader.input[list(reader.input).index(weight)] = f"{weight}.spoilt"
-    return _insert(model, reader, made(weight, f"{weight}.spoilt"))
+    """The same between the weight of a linear layer, once it is decoded, and the product that reads it."""
+    product = _maker(model, _tensor(model, module))
+    while product.op_type not in ("MatMul", "Gemm"):  # a bias or a factor of rows comes after it
+        *_, product = (n for n in model.graph.node if set(n.output) & set(product.input))
+    weight = product.input[1]
+    product.input[1] = f"{weight}.spoilt"
+    return _insert(model, product, made(weight, product.input[1]))
 
 
 def keys_and_values_swapped(model, at, layer) -> Blame:
@@ -81,9 +118,10 @@ def keys_and_values_swapped(model, at, layer) -> Blame:
 
 def rope_off_by_one(model, at, layer) -> Blame:
     rotate = _maker(model, _tensor(model, f"{at}.self_attn.rotate:0"))
-    angles = _maker(model, _tensor(model, "base_ar.rotary:0")).input[0]
+    decoder = at.partition(".")[0]
+    angles = _maker(model, _tensor(model, f"{decoder}.rotary:0")).input[0]
     nodes = [
-        helper.make_node("Add", [angles, "base_ar.rotary.inv_freq"], ["later"]),
+        helper.make_node("Add", [angles, f"{decoder}.rotary.inv_freq"], ["later"]),
         helper.make_node("Cos", ["later"], ["later_cos"]),
         helper.make_node("Sin", ["later"], ["later_sin"]),
     ]
@@ -111,9 +149,10 @@ def layer_zeroed(model, at, layer) -> Blame:
 
 
 def weight_transposed(model, at, layer) -> Blame:
-    weight = f"{at}.self_attn.q_proj.weight"
-    names = _behind_weight(model, weight, lambda a, b: [helper.make_node("Transpose", [a], [b], perm=[1, 0])])
-    return f"{at}.self_attn.q_proj", names
+    module = f"{at}.self_attn.q_proj"
+    return module, _behind_weight(
+        model, module, lambda a, b: [helper.make_node("Transpose", [a], [b], perm=[1, 0])]
+    )
 
 
 def bf16_twice(model, at, layer) -> Blame:
@@ -132,7 +171,7 @@ def bf16_twice(model, at, layer) -> Blame:
             for (op, inputs, attributes), out in zip(steps, outputs, strict=True)
         ]
 
-    return f"{at}.mlp.up_proj", _behind_weight(model, f"{at}.mlp.up_proj.weight", made)
+    return f"{at}.mlp.up_proj", _behind_weight(model, f"{at}.mlp.up_proj", made)
 
 
 def last_slot_not_written(model, at, layer) -> Blame:
@@ -206,7 +245,7 @@ def output_missing(model, at, layer) -> Blame:
     name, node = f"present.{layer}.value", _attention(model, layer)
     node.output[list(node.output).index(name)] = "renamed"
     model.graph.output.remove(next(value for value in model.graph.output if value.name == name))
-    return "", {node.name}
+    return f"{at}.self_attn.attention:2", {node.name}
 
 
 FAULTS: dict[str, Callable[..., Blame]] = {
