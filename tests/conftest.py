@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # process, which traces it once.
 TRACES_MINIATURE = re.compile(r"\b(mini_bundle|bundle_of|graph_from_config|traced_graph|export\(str\(mini)")
 TRACES_NANO = (
+    "validator/test_bisect_nano.py",
     "validator/test_nano.py",
     "validator/test_score.py",
     "validator/test_side_by_side.py",

@@ -3,21 +3,21 @@ STAR-Nano as shipped, exported in 16 bits, passes every rung."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from engines.bundle.reader import Bundle
 from engines.fit.sizes import sizes_from_bundle
-from star_export.exporter.export import export
 from star_export.planner.source import find_source, sizes_from_source
 from star_export.validator.ladder import validate
 from star_export.validator.score import SCORE
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export("nano", out=tmp_path_factory.mktemp("nano") / "bundle", precision="bf16")
+@pytest.fixture
+def bundle(shipped_nano: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(shipped_nano, tmp_path / "bundle")  # a certificate is written into it
 
 
 def test_the_bundle_holds_what_the_reference_reached_and_how_it_draws(bundle: Path) -> None:
