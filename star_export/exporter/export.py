@@ -31,6 +31,8 @@ from ..choice import FORMATS_FILE, Formats, json_from_formats
 from ..components import COMPONENTS, PART_BYTES, Part, parts_of, whole
 from ..golden import record as golden
 from ..golden import runs as golden_runs
+from ..golden.record_tasks import record_tasks
+from ..golden.runs import HELD
 from ..graph.precisions import MIXED, PRECISIONS, Precision, mixed
 from ..graph.repeat import graph_from_config
 from ..graph.wrappers import TABLE
@@ -38,7 +40,7 @@ from ..planner.source import Source, largest_tensor_bytes, sizes_from_source
 from .budget import budget_of, check_mixed, formats_of, precision_of
 from .component import component_spec, write_component
 from .identity import VERSIONS, checkpoint_hashes, code_hash
-from .material import check_calibration, decodes_of, drawn_material, shipped_prompts
+from .material import chat_of, check_calibration, decodes_of, drawn_material, recorded_texts, shipped_prompts
 from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
 from .publish import Stage, check_out, stage_path, staged, write_manifest
 from .tables import Table, stored_image_table, write_image_table
@@ -154,6 +156,11 @@ def export(
             assert decodes
             job.calibrate(decodes)
         steps = job.steps()
+        if len(names) == len(COMPONENTS) and sum(math.prod(t.shape) for t in tensors.values()) <= HELD:
+            texts, chat = recorded_texts(files), chat_of(host_files, model)
+            steps["recorded tasks"] = lambda: record_tasks(
+                job.oracle.star, chat, model, **texts, bundle=stage.bundle
+            )
         _run(stage, {name: (write, job.read_last.get(name)) for name, write in steps.items()}, progress)
         progress("publish", len(steps), len(steps))
         stage.step("files of the host", lambda: _write_files(stage.bundle, host_files))

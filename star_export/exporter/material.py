@@ -65,6 +65,13 @@ def shipped_prompts(files: CheckpointFiles) -> Path:
     return own if own.exists() else SHIPPED
 
 
+def recorded_texts(files: CheckpointFiles) -> dict[str, str]:
+    """The first prompt, instruction and question beside a checkpoint, or else of ours."""
+    own, ours = (read_material(None, path, 1, fewer=True) for path in (shipped_prompts(files), SHIPPED))
+    edits = own.edits or ours.edits
+    return {"prompt": own.prompts[0], "edit": edits[0], "question": own.questions[0]}
+
+
 def drawn_material(files: CheckpointFiles, config: StarConfig) -> Material:
     """The prompts that layers are measured on where nothing is calibrated: images only."""
     found = read_material(None, shipped_prompts(files), images_of(config.vq.image_tokens), fewer=True)
@@ -82,7 +89,11 @@ def decodes_of(
     progress: Progress,
 ) -> Decodes:
     """What an export decodes of `material` with the checkpoint, in its scratch folder."""
-    tokenizer, template = (host_files[name].decode() for name in ("tokenizer.json", "chat_template.jinja"))
-    chat = Chat(tokenizer, template, model)
-    folder = stage.scratch / "calibration"
+    chat, folder = chat_of(host_files, model), stage.scratch / "calibration"
     return Decodes(folder, config, tensors, rope_bf16, chat, model, material, progress)
+
+
+def chat_of(host_files: Mapping[str, bytes], model: ModelSpec) -> Chat:
+    """The tokenizer and chat template that a bundle will have."""
+    tokenizer, template = (host_files[name].decode() for name in ("tokenizer.json", "chat_template.jinja"))
+    return Chat(tokenizer, template, model)

@@ -65,12 +65,16 @@ class ShownImage:
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """A question on the image `given`, uint8 [R, R, 3], and the candidate's answer."""
+    """A question on the image `given`, uint8 [R, R, 3], and the candidate's answer.
+
+    Either a benchmark found it `right` or not, or the answer of the `reference` is recorded.
+    """
 
     question: str
     answer: str
-    right: bool
     given: np.ndarray
+    right: bool | None = None
+    reference: str | None = None
 
 
 @dataclass
@@ -79,6 +83,7 @@ class Evidence:
 
     `layers` maps a decoder to the largest share of its tolerance that a cache of each layer used, and `steps`
     a check to that of each decode step. `fixed_set` has the images of STAR-Nano's fixed set of prompts.
+    `notes` are sentences on what is not shown.
     """
 
     layers: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -88,6 +93,7 @@ class Evidence:
     draws: Draws | None = None
     images: list[ShownImage] = field(default_factory=list)
     answers: list[ShownAnswer] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, component: str, check: str, results: Iterable[Comparison]) -> None:
         """Take over the shares of one check of `component` that have a layer or a step."""

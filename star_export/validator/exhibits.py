@@ -26,13 +26,15 @@ def html_from_images(evidence: Evidence) -> str:
     shown = [_image(image) for image in evidence.images]
     shown += [_answer(answer) for answer in evidence.answers]
     shown += [
-        '<div class="card"><h3>Answer to recorded ids</h3><dl>'
-        f"<dt>reference</dt><dd>{_quoted(run.text[1])}</dd>"
-        f"<dt>candidate</dt><dd>{_quoted(run.text[0])}</dd></dl>"
-        f"<p>{run.identical} of {len(run.wanted)} ids are equal before the first that differs.</p></div>"
+        '<div class="card"><h3>Answer to recorded ids</h3>'
+        + _both(
+            *run.text, f"{run.identical} of {len(run.wanted)} ids are equal before the first that differs."
+        )
+        + "</div>"
         for run in evidence.ids
         if run.text
     ]
+    shown += [f"<p>{_text(note)}</p>" for note in evidence.notes]
     absent = [
         *["a drawn image of a prompt"] * (not any(image.seed is not None for image in evidence.images)),
         *["an edited image"] * (not any(image.given is not None for image in evidence.images)),
@@ -224,11 +226,25 @@ def _difference(candidate: np.ndarray, reference: np.ndarray) -> tuple[np.ndarra
 
 
 def _answer(shown: ShownAnswer) -> str:
+    if shown.reference is not None:
+        same = "The answers are equal." if shown.answer == shown.reference else "The answers differ."
+        said = _both(shown.answer, shown.reference, same)
+    else:
+        judged = "right" if shown.right else "wrong"
+        said = (
+            f"<p>The candidate answers {_quoted(shown.answer)}, judged {judged}. "
+            "The benchmark has no answer of the reference.</p>"
+        )
     return (
         f'<div class="card"><h3>{_text(shown.question)}</h3><div class="images">'
-        f"{_panel('given', shown.given, shown.question)}</div>"
-        f"<p>The candidate answers {_quoted(shown.answer)}, judged {'right' if shown.right else 'wrong'}. "
-        "No answer of the reference is recorded.</p></div>"
+        f"{_panel('given', shown.given, shown.question)}</div>{said}</div>"
+    )
+
+
+def _both(candidate: str, reference: str, note: str) -> str:
+    return (
+        f"<dl><dt>reference</dt><dd>{_quoted(reference)}</dd>"
+        f"<dt>candidate</dt><dd>{_quoted(candidate)}</dd></dl><p>{_text(note)}</p>"
     )
 
 

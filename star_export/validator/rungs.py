@@ -27,6 +27,7 @@ from ..golden.compare import compare
 from ..golden.run_case import extended, run_case
 from ..golden.tolerances import compute_of, largest_noise, tolerances_of
 from .certificate import Row, rows_from_results
+from .recorded_tasks import show_recorded_tasks
 from .rollout import check_decoder
 from .run_golden import FORCED, RUN, decoded_image, forced_rows, identity, run_ids
 from .subject import RUNS, Subject
@@ -208,6 +209,7 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
                 subject.evidence.ids.append(run_ids(star, case, got, recorded))
         if subject.evidence:
             subject.evidence.images.append(decoded_image(subject, star))
+            show_recorded_tasks(subject.evidence, star)
     note = f"ids are reported, not bounded: in {subject.compute} a near tie may fall either way"
     return rows, note if tolerance else ""
 

@@ -42,10 +42,11 @@ def show_tasks(evidence: Evidence, bundle: Bundle, found: ScoreReport, *, backen
         for result in results[: SHOWN if task == "ask" else 1]:
             assert result.given is not None  # both tasks start from an image
             if task == "ask":
-                shown = ShownAnswer(result.item.text, result.answer or "", result.right, result.given)
+                shown = ShownAnswer(result.item.text, result.answer or "", result.given, right=result.right)
                 evidence.answers.append(shown)
             elif result.image is not None:
-                note = f"Judged {'right' if result.right else 'wrong'}. No edit of the reference is recorded."
+                judged = "right" if result.right else "wrong"
+                note = f"Judged {judged}. The benchmark has no edit of the reference."
                 edit = ShownImage(f"Edit: {result.item.text}", note, result.image, given=result.given)
                 evidence.images.append(edit)
 
