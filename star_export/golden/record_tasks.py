@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engines.bundle.manifest import ModelSpec, SamplingSpec
-from engines.inputs.image_io import write_png
+from engines.inputs.image_io import write_image
 from engines.inputs.preprocess import VisionInputs, ask_inputs, edit_inputs, images_from_decoded
 from engines.inputs.prompt import Chat, Prompt
 from engines.runtime.gumbel import gumbel_noise
@@ -44,8 +44,8 @@ def record_tasks(
             max_new_tokens=ANSWER_TOKENS,
         )
     (bundle / FOLDER).mkdir(exist_ok=True)
-    write_png(bundle / DRAWN_FILE, drawn)
-    write_png(bundle / EDITED_FILE, edited)
+    write_image(bundle / DRAWN_FILE, drawn)
+    write_image(bundle / EDITED_FILE, edited)
     recorded = RecordedTasks(
         seed=SEED,
         prompt=prompt,
