@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+from pathlib import Path
 
+from engines.bundle.files import write_atomic
 from engines.bundle.reader import Bundle
 from engines.errors import MissingError, ParityError, install
 from engines.progress import Progress
@@ -21,10 +23,11 @@ def bisected(
     *,
     source: str,
     target: str | None,
+    page: Path | None,
     progress: Progress,
     error: ParityError | None = None,
 ) -> Outcome:
-    """Compare `component` layer by layer with `star_export.validator.bisect.bisect`.
+    """Compare `component` layer by layer with `star_export.validator.bisect.bisect`; `page` is for a report.
 
     The outcome fails with `error`, or where a tensor is beyond its tolerance. Raises MissingError where a
     package that the reference or its comparison needs is not installed.
@@ -37,8 +40,11 @@ def bisected(
         )
     from ..golden.compare import verdict
     from ..validator.bisect import bisect, text_from_bisections
+    from ..validator.bisection_report import html_from_bisections
 
     found = bisect(Bundle.open(bundle), component, source=source, target=target, progress=progress)
+    if page is not None:
+        write_atomic(page, html_from_bisections(found, bundle=bundle).encode())
     wrong = [(one, one.first) for one in found if one.first]
     if wrong and error is None:
         one, first = wrong[0]

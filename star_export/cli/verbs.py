@@ -10,9 +10,10 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engines.bundle.reader import Bundle
+from engines.bundle.typed_paths import output_file
 from engines.errors import MissingError, ParityError, UsageError, install
 
 from .bisecting import bisected
@@ -168,7 +169,8 @@ def validate(
     """Run the parity ladder, `star_export.validator.ladder.validate`. Raises ParityError when it fails.
 
     With `bisect`, the component of that name is compared layer by layer instead, by
-    `star_export.validator.bisect.bisect`; or, if it is "", the component that fails.
+    `star_export.validator.bisect.bisect`; or, if it is "", the component that fails, whose report stands
+    beside the other.
     """
     from ..validator.certificate import certificate_path, json_from_certificate
     from ..validator.ladder import validate as validate_bundle
@@ -180,16 +182,19 @@ def validate(
             f"{'--source' if bisect is None else '--bisect'}",
             fix=f"star-export validate {bundle} --bisect COMPONENT --source SOURCE",
         )
+    page = None if report is None else output_file(report)
     with ProgressBar("validate", shown=progress) as bar:
+        options: dict[str, Any] = {"source": source, "target": target, "progress": bar}
         if bisect:
-            return bisected(bundle, bisect, source=str(source), target=target, progress=bar)
+            return bisected(bundle, bisect, page=page, **options)
         try:
-            certificate = validate_bundle(bundle, backend=backend, target=target, report=report, progress=bar)
+            certificate = validate_bundle(bundle, backend=backend, target=target, report=page, progress=bar)
         except ParityError as error:
             component = error.where.partition(":")[0]
             if bisect is None or component not in Bundle.open(bundle).manifest.components:
                 raise
-            return bisected(bundle, component, source=str(source), target=target, progress=bar, error=error)
+            beside = page and page.with_name(f"{page.stem}-bisection{page.suffix}")
+            return bisected(bundle, component, page=beside, error=error, **options)
     path = certificate_path(Path(bundle), certificate.backend, certificate.device)
     lines = [
         (

@@ -190,10 +190,11 @@ def _laid_out(array: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 def text_from_bisections(found: Iterable[Bisection]) -> str:
     """For people: what the first wrong tensor is, and the error along the depth as a table."""
-    return "\n\n".join(_text(one) for one in found)
+    return "\n\n".join(text_of_bisection(one) for one in found)
 
 
-def _text(found: Bisection) -> str:
+def text_of_bisection(found: Bisection) -> str:
+    """The same of one graph."""
     head = f"{found.component} on {found.backend}, case {found.case}: {len(found.rows)} tensors compared"
     first = found.first
     lines = [head]

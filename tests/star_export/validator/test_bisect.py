@@ -56,13 +56,20 @@ def spoilt(mini_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("asked", [["--bisect", "base_ar"], ["--bisect"]])
 def test_validate_shows_the_table_and_fails(
-    spoilt: Path, mini_checkpoint: Path, capsys: pytest.CaptureFixture, asked: list[str]
+    spoilt: Path, mini_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, asked: list[str]
 ) -> None:
+    page = tmp_path / "page.html"
     words = ["validate", str(spoilt), *asked, "--source", str(mini_checkpoint), "--no-progress"]
+    words += ["--report", str(page)]
     assert main(words) == ParityError.exit_code
     told = capsys.readouterr()
     assert "module of the reference: base_ar.layers.2\n" in told.out and "its inputs were right" in told.out
     assert len(told.err.splitlines()) == 3 and "base_ar" in told.err
+    if not asked[1:]:  # the page of the whole validation stands beside it
+        assert "FAILED" in page.read_text()
+        page = tmp_path / "page-bisection.html"
+    text = page.read_text()
+    assert "the first beyond its tolerance is base_ar.layers.2" in text and text.count("<svg") == 1
 
 
 def test_what_proves_nothing_is_refused(
