@@ -1,0 +1,42 @@
+"""python -m tests.hostile [--program PATH] [NAME ...]: run all cases, or those whose names hold a NAME."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from reference.mini import write_checkpoint
+from star_export.exporter.export import export
+
+from .cases import CASES
+from .harness import BUNDLE, CHECKPOINT, program_of, run_case
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.hostile")
+    parser.add_argument("names", nargs="*", help="run only cases whose names hold one of these words")
+    parser.add_argument("--program", default=program_of()[0], help="default: the one of this environment")
+    given = parser.parse_args()
+    chosen = [case for case in CASES if not given.names or any(name in case.name for name in given.names)]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_checkpoint(root / "mini")
+        bundle = export(str(root / "mini"), out=root / "good", components=None)
+        originals = {BUNDLE: bundle, CHECKPOINT: root / "mini"}
+        held, slowest, largest = 0, 0.0, 0
+        for i, case in enumerate(chosen):
+            place = root / f"case{i}"
+            place.mkdir()
+            result = run_case(case, place, originals=originals, program=[given.program])
+            held += not result.faults
+            slowest, largest = max(slowest, result.cpu_seconds), max(largest, result.peak_bytes)
+            for fault in result.faults:
+                print(f"{case.name}: {fault}", flush=True)
+    print(f"{held} of {len(chosen)}; at most {slowest:.1f} s of processor time, {largest >> 20} MiB")
+    return held != len(chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
