@@ -109,6 +109,18 @@ def read_regular(path: Path, *, limit_bytes: int, where: str) -> bytes:
         return file.read(size)  # not the limit, which Python would allocate
 
 
+def read_text(path: Path, *, limit_bytes: int, where: str) -> str:
+    """Read a regular file of at most `limit_bytes` as UTF-8. Raises InputError."""
+    try:
+        return read_regular(path, limit_bytes=limit_bytes, where=where).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "This file is not text in UTF-8",
+            where=f"{where}: {path}: byte {error.start} is not valid UTF-8",
+            fix="restore the file",
+        ) from None
+
+
 def sha256_of(path: Path, *, where: str = "hash", tick: Tick = uncounted) -> str:
     """Return the SHA-256 (hex) of a regular file, ticking in bytes. Raises InputError."""
     with open_regular(path, where=where) as file:

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..bundle.files import read_text
 from ..bundle.manifest import ModelSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array
-from ..errors import InputError
+from ..errors import InputError, listed
+from .template import template_from_source
+from .tokenizer import ids_from_text, special_tokens, tokenizer_from_json
 
 MAGIC_SUFFIX = " Ultra HD, 4K, cinematic composition"  # appended to the reasoned answer; official model.py
 TEXT_LIMIT_BYTES = 16 << 20
 SPECIAL_TOKENS = ("im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "fim_pad")
-_MARK = "\ue000"  # a placeholder for the prompt, at which the rendered template is split
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,21 @@ class Chat:
     """Tokenizer and chat template of a bundle. Raises InputError when they do not match the manifest."""
 
     def __init__(self, tokenizer_json: str, template: str, model: ModelSpec, *, where: str = "bundle"):
-        self.model, self.where = model, where
-        self.tokenizer = _tokenizer_from_json(tokenizer_json, where=where)
-        self._template = _compiled(template, where=where)
+        self.model, self.where = model, f"{where}: tokenizer.json"
+        self.tokenizer = tokenizer_from_json(tokenizer_json, where=self.where)
+        self.template = template_from_source(template, where=f"{where}: chat_template.jinja")
+        self._special = special_tokens(self.tokenizer, where=self.where)
         for name in SPECIAL_TOKENS:
             expected, got = getattr(model.tokens, name), self.tokenizer.token_to_id(f"<|{name}|>")
             if got != expected:
                 raise InputError(
                     "The tokenizer does not match the model",
-                    where=f"{where}: <|{name}|>: expected id {expected}, got {got}",
+                    where=f"{self.where}: <|{name}|>: expected id {expected}, got {got}",
                     fix="export the bundle again",
                 )
-        parts = [self.ids(part) for part in self._render(_MARK).split(_MARK)]
-        if len(parts) != 2 or model.tokens.im_start not in parts[1]:
-            raise InputError(
-                "The chat template does not have the expected form",
-                where=f"{where}: chat_template.jinja: expected the prompt once, then <|im_start|>assistant",
-                fix="export the bundle again",
-            )
-        self.prefix_length = len(parts[0])  # 14 with Qwen's default system prompt
+        self.prefix_length = len(self.ids(self.template.prefix))  # 14 with Qwen's default system prompt
         # <|im_end|>\n<|im_start|>assistant\n<|vision_start|>
-        self.suffix = [*parts[1], model.tokens.vision_start]
+        self.suffix = [*self.ids(self.template.suffix), model.tokens.vision_start]
         # The unconditional row keeps the suffix from <|im_start|> on: 4 tokens.
         self._kept = len(self.suffix) - self.suffix.index(model.tokens.im_start)
 
@@ -74,7 +70,7 @@ class Chat:
     def from_bundle(cls, bundle: Bundle) -> Chat:
         """Verify and load the tokenizer and chat template of `bundle`. Raises InputError."""
         tokenizer, template = (
-            bundle.file(name).read_text(encoding="utf-8")
+            read_text(bundle.file(name), limit_bytes=TEXT_LIMIT_BYTES, where="prompt")
             for name in ("tokenizer.json", "chat_template.jinja")
         )
         return cls(tokenizer, template, bundle.manifest.model, where=str(bundle.path))
@@ -84,14 +80,7 @@ class Chat:
 
         Raises InputError for text that is not valid Unicode.
         """
-        try:
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeError):
-            raise InputError(
-                "The text cannot be encoded",
-                where="prompt: expected valid Unicode, got lone surrogates",
-                fix="write the prompt in UTF-8",
-            ) from None
+        ids = ids_from_text(self.tokenizer, text, where=self.where)
         if ids and max(ids) >= self.model.vocab_size:
             raise InputError(
                 "The tokenizer does not match the model",
@@ -113,7 +102,7 @@ class Chat:
         3.5).
         """
         self._check_prompt(text)
-        return Prompt.of_text(np.array([self.ids(self._render(text))], np.int64))
+        return Prompt.of_text(np.array([self.ids(self.template.render(text))], np.int64))
 
     def reason_prompt(self, text: str, answer: str, *, num_images: int) -> Prompt:
         """The prompt that draws the base model's `answer` in place of `text`: 2N rows (docs/star.md 3.5).
@@ -149,14 +138,7 @@ class Chat:
     def ask_prompt(self, question: str, *, grid_h: int, grid_w: int) -> Prompt:
         """The prompt that asks about an image of `grid_h` x `grid_w` merged patches: one row (3.2)."""
         self._check_prompt(question)
-        content = [{"type": "image", "image": ""}, {"type": "text", "text": question}]
-        ids, pad = self.ids(self._render(content)), self.model.tokens.image_pad
-        if ids.count(pad) != 1:
-            raise InputError(
-                "The chat template has no place for the image",
-                where=f"{self.where}: chat_template.jinja: expected one <|image_pad|>, got {ids.count(pad)}",
-                fix="export the bundle again",
-            )
+        ids, pad = self.ids(self.template.render_image(question)), self.model.tokens.image_pad
         at, count = ids.index(pad), grid_h * grid_w
         ids = ids[:at] + [pad] * count + ids[at + 1 :]
         return Prompt(
@@ -167,26 +149,12 @@ class Chat:
 
     def _generate_ids(self, prompt: str) -> list[int]:
         self._check_prompt(prompt)
-        return self.ids(self._render(prompt)) + [self.model.tokens.vision_start]
+        return self.ids(self.template.render(prompt)) + [self.model.tokens.vision_start]
 
     def _pairs(self, ids: list[int], num_images: int) -> np.ndarray:
         pair = np.array([ids, ids], np.int64)
         pair[1, 1 : -self._kept] = self.model.tokens.fim_pad
         return np.tile(pair, (num_images, 1))
-
-    def _render(self, content) -> str:
-        import jinja2
-
-        try:
-            return self._template.render(
-                messages=[{"role": "user", "content": content}], add_generation_prompt=True
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(
-                "The chat template cannot be rendered",
-                where=f"{self.where}: chat_template.jinja: {error}",
-                fix="export the bundle again",
-            ) from None
 
     def _check_prompt(self, prompt: str) -> None:
         if not prompt.strip():
@@ -195,11 +163,10 @@ class Chat:
                 where="prompt: expected some words, got none",
                 fix="describe what to draw, change or answer",
             )
-        found = set(self.ids(prompt))
-        if special := [name for name in SPECIAL_TOKENS if getattr(self.model.tokens, name) in found]:
+        if found := [self._special[id] for id in dict.fromkeys(self.ids(prompt)) if id in self._special]:
             raise InputError(
                 "The prompt contains special tokens of the model",
-                where=f"prompt: expected plain text, got {', '.join(f'<|{name}|>' for name in special)}",
+                where=f"prompt: expected plain text, got {listed(found, separator=', ')}",
                 fix="remove them from the prompt",
             )
 
@@ -258,38 +225,3 @@ def check_length(*, text: int, image: int, new: int, limit_tokens: int) -> None:
             fix=("let the image take fewer tokens (max_pixels, --max-pixels), " if image else "")
             + "shorten the text, or request fewer new tokens",
         )
-
-
-def _tokenizer_from_json(text: str, *, where: str):
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(
-            "The tokenizer cannot be read",
-            where=f"{where}: tokenizer.json: {error}",
-            fix="export the bundle again",
-        ) from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _compiled(template: str, *, where: str):
-    """Compile the chat template as transformers does: trimmed blocks, loop controls, in a sandbox."""
-    import jinja2
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise InputError(
-            "The chat template cannot be read",
-            where=f"{where}: chat_template.jinja: {error}",
-            fix="export the bundle again",
-        ) from None

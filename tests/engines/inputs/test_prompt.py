@@ -1,10 +1,18 @@
 """Prompt rows and positions are the official ones, id by id."""
 
+import re
+import resource
+
 import numpy as np
 import pytest
 
+from engines.bundle.files import read_text
 from engines.errors import InputError
 from engines.inputs.prompt import MAGIC_SUFFIX, Chat, check_length, positions_with_grid, text_positions
+from engines.inputs.template import _rendered as rendered
+from engines.inputs.template import template_from_source
+from engines.inputs.tokenizer import ids_from_text, tokenizer_from_json
+from reference.mini import SPECIAL
 from reference.mini_tensors import HIDDEN, VOCAB, tensor
 from tests.helpers.tiny_bundle import MODEL, TOKENS
 
@@ -116,7 +124,7 @@ def test_an_empty_prompt_is_refused(chat, prompt, task):
         }[task]()
 
 
-@pytest.mark.parametrize("mark", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|fim_pad|>"])
+@pytest.mark.parametrize("mark", SPECIAL)
 def test_the_models_own_marks_are_refused_in_a_prompt(chat, mark):
     with pytest.raises(InputError, match="special tokens of the model") as caught:
         chat.ask_prompt(f"what is{mark} this", grid_h=2, grid_w=2)
@@ -146,21 +154,104 @@ def test_too_long_gives_both_numbers():
     assert "--max-pixels" in caught.value.fix
 
 
+ASKED = "{{ messages[0]['content'] }}<|im_start|>"  # the least that is taken for a template
+LOOP = (
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99) %}X{% endfor %}{% endfor %}"
+)
+DEEP = "(" * 100_000
+
+
 @pytest.mark.parametrize(
     "template, match",
     [
-        ("{% for %}", "cannot be read"),
+        ("{% for %}", "cannot be read: .*statement block"),
+        ("{{" + DEEP, "cannot be read: .* recursion"),
         ("{{ messages.x.y }}", "cannot be rendered"),
         ("hello", "expected form"),
-        ("{{ messages[0]['content'] }}{{ messages[0]['content'] }}<|im_start|>", "expected form"),
-        ("{{ ''.__class__.__mro__ }}", "cannot be rendered"),
-        ("{{ messages.append(1) }}", "cannot be rendered"),
-        ("{% for i in range(10**9) %}{% endfor %}", "cannot be rendered"),
+        ("{{ messages[0]['content'] }}" + ASKED, "expected form"),
+        (ASKED.replace("}}", "| trim }}"), "expected form"),
+        (ASKED.replace("}}", "| upper }}"), "expected form"),
+        (ASKED.replace("}}", "| e }}"), "expected form"),
+        (ASKED, "no place for the image"),
+        ("{{ ''.__class__.__mro__ }}", "cannot be rendered: .* unsafe"),
+        ("{{ messages.append(1) }}", "cannot be rendered: .* unsafe"),
+        ("{% include '/etc/passwd' %}", "cannot be rendered: .* no loader"),
+        ("{{ 1 / 0 }}" + ASKED, "cannot be rendered: .* division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot be rendered: .* recursion"),
+        ("{% for i in range(10**12) %}{% endfor %}", "cannot be rendered: .* Range too big"),
+        (LOOP.replace("X", "") + "{% endfor %}" + ASKED, "cannot be rendered: .* takes too long"),
+        ("{{ 10 ** (10 ** 9) }}" + ASKED, "cannot be rendered: .* takes too long"),
+        ("{% set x = 'a' * 2147483648 %}" + ASKED, "cannot be rendered: .* too much memory"),
+        ("{{ '%2147483647d' % 3 }}" + ASKED, "cannot be rendered: .* too much memory"),
+        (LOOP.replace("X", "a" * 4096) + "{% endfor %}", "cannot be rendered: .* (too much memory|too long)"),
+        ("a" * (1 << 21) + ASKED, "cannot be rendered: .* too much memory"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_a_chat_template_that_is_wrong_or_hostile_is_refused(tokenizer_files, template, match):
-    with pytest.raises(InputError, match=match):
-        Chat(tokenizer_files[0], template, MODEL)
+    """It may use half a second of CPU time and 256 MiB, in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with pytest.raises(InputError) as caught:
+        template_from_source(template, where="x.jinja")
+    what, where, fix = str(caught.value).splitlines()
+    assert re.search(match, f"{what}: {where}") and where.startswith("  where: x.jinja: ") and fix
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_a_text_never_passes_through_the_template(chat):
+    """A template sees only a placeholder, so its form cannot depend on what a user says."""
+    text = "{{ 1 / 0 }} \ue000 {% for %}"
+    assert chat.template.render(text) == chat.template.prefix + text + chat.template.suffix
+
+
+def test_a_module_of_the_current_folder_is_not_imported(tokenizer_files, tmp_path, monkeypatch):
+    (tmp_path / "jinja2.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "json.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    rendered.cache_clear()
+    assert template_from_source(tokenizer_files[1], where="x").suffix == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_bundles_texts_that_are_no_utf_8_are_refused(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="not text in UTF-8"):
+        read_text(tmp_path / "chat_template.jinja", limit_bytes=9, where="bundle")
+
+
+class PanicException(BaseException):
+    """As that of pyo3, which is no Exception either."""
+
+
+def test_a_panic_of_the_tokenizers_library_is_the_users_error(tokenizer_files, monkeypatch):
+    import tokenizers
+
+    class Panics:
+        from_str = staticmethod(tokenizers.Tokenizer.from_str)
+
+        def encode(self, *_, **__):
+            raise PanicException("index out of bounds")
+
+    with pytest.raises(InputError, match="cannot encode this text") as caught:
+        ids_from_text(Panics(), "a cat", where="tokenizer.json")
+    assert "tokenizer.json: index out of bounds" in caught.value.where
+
+    def panics(_):
+        raise PanicException
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", type("Tokenizer", (), {"from_str": staticmethod(panics)}))
+    with pytest.raises(InputError, match="The tokenizer cannot be read"):
+        tokenizer_from_json("{}", where="tokenizer.json")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_what_is_not_the_tokenizers_goes_on(error):
+    class Interrupted:
+        def encode(self, *_, **__):
+            raise error
+
+    with pytest.raises(InputError if issubclass(error, Exception) else error):
+        ids_from_text(Interrupted(), "a cat", where="tokenizer.json")
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(tokenizer_files):
