@@ -1,5 +1,5 @@
-"""Strict reading of JSON objects: it rejects the duplicate keys, NaN, infinities and `true` for 1 that
-Python's parser accepts.
+"""Strict reading of a checkpoint's small files, and of the JSON objects in them: it rejects the duplicate
+keys, NaN, infinities and `true` for 1 that Python's parser accepts.
 
 Every error names the file and the path of the key. A `Section` returns typed values and at the end rejects
 the keys that nobody read, so that an unknown key cannot be ignored silently.
@@ -15,36 +15,53 @@ from typing import Any
 from .errors import CheckpointError
 
 MAX_BYTES = 16 << 20  # a configuration has a few KiB, the index of a sharded model a few hundred
+MAX_VALUES = 1 << 18  # of a file; one takes up to 200 bytes once parsed
 FIX = "use the unmodified file of the release"
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError for anything else."""
+    return object_from_bytes(read_small(path), where=str(path), max_values=max_values)
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file in UTF-8. Raises CheckpointError for anything else."""
+    try:
+        return read_small(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path.name} is not text in UTF-8",
+            where=f"{path}: expected UTF-8, got byte {error.start} that is not",
+            fix=FIX,
+        ) from None
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a small file. Raises CheckpointError if it is none, too large or cannot be read."""
     try:
         if not path.is_file():  # a pipe would never end
             raise CheckpointError(
                 f"{path.name} does not exist",
-                where=f"{path}: expected a file, found none",
+                where=f"{path}: expected a file, found {'something else' if path.exists() else 'none'}",
                 fix="check the path",
             )
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise CheckpointError(
-                f"{path.name} is too large for a JSON file of a checkpoint",
+                f"{path.name} is too large for a small file of a checkpoint",
                 where=f"{path}: expected at most {MAX_BYTES} bytes, got {size}",
                 fix=FIX,
             )
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path.name}", where=f"{path}: {error.strerror}", fix="check the path"
         ) from None
-    return object_from_bytes(data, where=str(path))
 
 
-def object_from_bytes(data: bytes, *, where: str) -> dict[str, Any]:
+def object_from_bytes(data: bytes, *, where: str, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """The JSON object in UTF-8 bytes; `where` names their origin in errors. Raises CheckpointError for
-    anything else."""
+    anything else, and for more than about `max_values` values, before they take memory."""
 
     def refuse(got: str) -> CheckpointError:
         return CheckpointError("the file is not a strict JSON object", where=f"{where}: {got}", fix=FIX)
@@ -69,6 +86,8 @@ def object_from_bytes(data: bytes, *, where: str) -> dict[str, Any]:
 
     if data.startswith(b"\xef\xbb\xbf"):
         raise refuse("it starts with a UTF-8 byte order mark")
+    if (values := sum(map(data.count, (b",", b"[", b"{")))) > max_values:
+        raise refuse(f"expected at most {max_values} values, got about {values}")
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -137,16 +156,23 @@ class Section:
             raise self.refuse(key, f"an integer from {low} to {high}", kind(value))
         return value
 
-    def number(self, key: str, *, low: float, high: float) -> float:
-        """A number in [low, high]."""
-        expected = f"a number from {low:g} to {high:g}"
-        value = self.take(key, expected)
+    def number(self, key: str, *, low: float, high: float, default: float | None = None) -> float:
+        """A number in [low, high]. The key may be absent only if there is a `default`."""
+        if default is not None and key not in self.values:
+            return default
+        return self.check_number(
+            key, self.take(key, f"a number from {low:g} to {high:g}"), low=low, high=high
+        )
+
+    def check_number(self, key: str, value: Any, *, low: float, high: float) -> float:
         if type(value) not in (int, float) or not low <= value <= high:
-            raise self.refuse(key, expected, kind(value))
+            raise self.refuse(key, f"a number from {low:g} to {high:g}", kind(value))
         return float(value)
 
-    def text(self, key: str, *, choices: tuple[str, ...] = ()) -> str:
-        """A string, one of `choices` if there are any."""
+    def text(self, key: str, *, choices: tuple[str, ...] = (), default: str | None = None) -> str:
+        """A string, one of `choices` if there are any. The key may be absent only if there is a `default`."""
+        if default is not None and key not in self.values:
+            return default
         expected = " or ".join(json.dumps(choice) for choice in choices) or "a string"
         value = self.take(key, expected)
         if type(value) is not str or (choices and value not in choices):
@@ -162,17 +188,39 @@ class Section:
             raise self.refuse(key, "true or false", kind(value))
         return value
 
-    def integers(self, key: str, *, low: int, high: int, length: int | None = None) -> tuple[int, ...]:
-        """A non-empty list of integers in [low, high], of the given `length` if there is one."""
-        expected = f"a list of {length or 'one or more'} integers from {low} to {high}"
+    def integers(
+        self,
+        key: str,
+        *,
+        low: int,
+        high: int,
+        length: int | None = None,
+        default: tuple[int, ...] | None = None,
+    ) -> tuple[int, ...]:
+        """A non-empty list of integers in [low, high], of the given `length` if there is one. The key may be
+        absent only if there is a `default`."""
+        if default is not None and key not in self.values:
+            return default
+        items = self.items(key, f"integers from {low} to {high}", length=length)
+        return tuple(
+            self.check_integer(f"{key}[{i}]", item, low=low, high=high) for i, item in enumerate(items)
+        )
+
+    def numbers(self, key: str, *, low: float, high: float, length: int) -> tuple[float, ...]:
+        """A list of `length` numbers in [low, high]."""
+        items = self.items(key, f"numbers from {low:g} to {high:g}", length=length)
+        return tuple(
+            self.check_number(f"{key}[{i}]", item, low=low, high=high) for i, item in enumerate(items)
+        )
+
+    def items(self, key: str, what: str, *, length: int | None = None) -> list[Any]:
+        expected = f"a list of {length or 'one or more'} {what}"
         value = self.take(key, expected)
         if type(value) is not list or not value or len(value) > 1024 or (length and len(value) != length):
             raise self.refuse(
                 key, expected, f"a list of {len(value)}" if type(value) is list else kind(value)
             )
-        return tuple(
-            self.check_integer(f"{key}[{i}]", item, low=low, high=high) for i, item in enumerate(value)
-        )
+        return value
 
     def section(self, key: str) -> Section:
         """A nested object."""

@@ -131,7 +131,7 @@ def nano_cases() -> Iterator[Case]:
     files = resolve_checkpoint("nano")
     config = config_from_files(files.config_json, files.qwen_folder)
     model = model_spec_from_checkpoint(files, config, rope_bf16=True)
-    host, material = tokenizer_files(files), read_material(None, shipped_prompts(files), PROMPTS)
+    host, material = tokenizer_files(files, model), read_material(None, shipped_prompts(files), PROMPTS)
     chat = Chat(*(host[name].decode() for name in ("tokenizer.json", "chat_template.jinja")), model)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         table, tensors = Path(folder) / "table.safetensors", named_tensors(files, config)

@@ -12,12 +12,21 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from ..errors import InputError
 
 SCHEMA = 5
+VALUES = 1 << 19  # of a JSON file; one takes up to 200 bytes once parsed
 PART = "/"  # between a component's name and the number of its part: `base_ar/1`
+
+
+@dataclass(frozen=True)
+class Within:
+    """The range of a field's numbers, `low` and `high` included: `Annotated[float, Within(0.0, 1.0)]`."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -111,17 +120,17 @@ class VisionSpec:
     spatial_merge_size: int
     window_size: int
     head_dim: int
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    image_mean: Annotated[tuple[float, float, float], Within(0.0, 1.0)]
+    image_std: Annotated[tuple[float, float, float], Within(0.01, 10.0)]
 
 
 @dataclass(frozen=True)
 class SamplingSpec:
     """Default sampling settings of one task. The field defaults are the release's (docs/star.md 3.1)."""
 
-    guidance: float = 1.1
-    top_k: int = 1000
-    top_p: float = 0.8
+    guidance: Annotated[float, Within(-1e6, 1e6)] = 1.1
+    top_k: Annotated[int, Within(1, 1 << 31)] = 1000
+    top_p: Annotated[float, Within(1e-6, 1.0)] = 0.8
 
 
 @dataclass(frozen=True)
@@ -237,7 +246,10 @@ def manifest_from_json(text: str, *, where: str) -> Manifest:
 
 
 def value_from_json(text: str, *, where: str) -> object:
-    """Parse strict JSON. Raises InputError for duplicate keys, NaN and infinities."""
+    """Parse strict JSON of at most VALUES values, counted before they take memory.
+
+    Raises InputError for more, for duplicate keys, NaN and infinities.
+    """
 
     def pairs(items):
         seen = {}
@@ -251,6 +263,8 @@ def value_from_json(text: str, *, where: str) -> object:
         raise ValueError(f"{name} is not a number")
 
     try:
+        if sum(map(text.count, ",[{")) > VALUES:
+            raise ValueError(f"more than {VALUES} values")
         return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise InputError(
@@ -266,6 +280,8 @@ def strict(kind: Any, value: Any, path: str) -> Any:
     Raises InputError with `path`.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _within(args[1], strict(args[0], value, path), path)
     if dataclasses.is_dataclass(kind):
         return _strict_dataclass(kind, _expect(dict, value, path), path)
     if origin is dict:
@@ -291,7 +307,7 @@ def strict(kind: Any, value: Any, path: str) -> Any:
 
 
 def _strict_dataclass(kind: Any, value: dict[str, Any], path: str) -> Any:
-    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
+    hints, fields = typing.get_type_hints(kind, include_extras=True), dataclasses.fields(kind)
     missing = dataclasses.MISSING
     required = {f.name for f in fields if f.default is missing and f.default_factory is missing}
     if wrong := sorted(set(value) - {f.name for f in fields}):
@@ -299,6 +315,13 @@ def _strict_dataclass(kind: Any, value: dict[str, Any], path: str) -> Any:
     if absent := sorted(required - set(value)):
         raise _refusal(f"{path}: {absent[0]}", "this key", "nothing")
     return kind(**{k: strict(hints[k], v, f"{path}: {k}") for k, v in value.items()})
+
+
+def _within(bounds: Within, value: Any, path: str) -> Any:
+    for number in value if isinstance(value, tuple) else (value,):
+        if not bounds.low <= number <= bounds.high:
+            raise _refusal(path, f"{bounds.low:g} to {bounds.high:g}", repr(number))
+    return value
 
 
 def _expect(kind: type, value: Any, path: str) -> Any:

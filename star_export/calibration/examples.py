@@ -77,6 +77,8 @@ def read_material(folder: Path | None, shipped: Path, count: int, *, fewer: bool
     images = _images(folder, quarter) if folder else ()
     file = folder / PROMPTS if folder and (folder / PROMPTS).is_file() else shipped
     try:
+        if not file.is_file():  # a pipe would never end
+            raise FileNotFoundError("no file of this name")
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
         raise InputError(

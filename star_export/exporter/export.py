@@ -103,11 +103,9 @@ def export(
         source, checkpoint=checkpoint, base=base, vq=vq, from_folder=from_folder, progress=progress
     )
     config = config_from_files(files.config_json, files.qwen_folder)
-    tensors = named_tensors(files, config)
-    budget = budget_of(config, bits=bits, target=target) if precision == MIXED else None
-    check_room(config, "int4" if budget else precision, names, out, part_bytes=part_bytes)
-    host_files = tokenizer_files(files) | score_files(files)
     model = model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16)
+    host_files = tokenizer_files(files, model) | score_files(files)
+    budget = budget_of(config, bits=bits, target=target) if precision == MIXED else None
     material = None
     if calibrate is not None:
         prompts = calibrate or math.ceil(INPUTS / 2 / config.vq.image_tokens)  # with two rows of guidance
@@ -123,6 +121,8 @@ def export(
             sha256=material_hash(material),
         )
     given = material or (drawn_material(files, config) if budget else None)
+    tensors = named_tensors(files, config)
+    check_room(config, "int4" if budget else precision, names, out, part_bytes=part_bytes)
     inputs = {
         "calibration": described and asdict(described),
         "budget": budget and asdict(budget),

@@ -27,7 +27,9 @@ def checkpoint_hashes(files: CheckpointFiles, progress: Progress = silent) -> di
         files.config_json,
         files.star_pt,
         files.vq_pt,
-        *sorted(path for path in files.qwen_folder.iterdir() if path.suffix in (".json", ".safetensors")),
+        *sorted(
+            path for path in files.qwen_folder.iterdir() if path.suffix in (".json", ".jinja", ".safetensors")
+        ),
     ]
     tick = adder(progress, "hash the checkpoint, in bytes", sum(path.stat().st_size for path in paths))
     found = {}

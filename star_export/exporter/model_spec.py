@@ -1,11 +1,12 @@
-"""What the runtime must know of a checkpoint, for the manifest: configuration, tokenizer, chat template."""
+"""What the runtime must know of a checkpoint, for the manifest: configuration, tokenizer, chat template.
+
+All small files of the checkpoint that the configuration does not read are read here, and tried.
+"""
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
-
-from tokenizers import Tokenizer
 
 from engines.bundle.manifest import (
     CacheSpec,
@@ -17,20 +18,29 @@ from engines.bundle.manifest import (
     value_from_json,
 )
 from engines.errors import InputError
+from engines.inputs.prompt import Chat
+from engines.inputs.template import template_from_source
 from reference.config import DecoderConfig, StarConfig
+from reference.processor import chat_template_from_folder, image_settings_from_folder
+from reference.strict_json import read_small, read_text
 from reference.weights import CheckpointFiles
 
 from ..components import TOP_K_LIMIT
 from ..scores import KINDS, SCORE, ids_from_score, score_of_kind
 
 SAMPLING = "sampling.json"  # a file beside the configuration; STAR-Nano has one
-TOKENS = ("im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "fim_pad")
+# What the official code takes for granted of a prompt: it cuts 14 ids off its start and 6 off its end
+# (docs/star.md 3.3).
+PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+PREFIX_IDS, SUFFIX_IDS = 14, 6  # the suffix with <|vision_start|>
 
 
 def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, rope_bf16: bool) -> ModelSpec:
-    """Build the manifest's `model`. Raises InputError if the tokenizer lacks a special token."""
+    """Build the manifest's `model`. Raises CheckpointError and InputError for invalid settings."""
     v = config.vision
-    image = _json(files.qwen_folder / "preprocessor_config.json")
+    image = image_settings_from_folder(files.qwen_folder, v)
     return ModelSpec(
         name=config.name,
         hidden_size=config.base_ar.hidden_size,
@@ -42,16 +52,15 @@ def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, ro
         max_positions=config.base_ar.max_positions,
         repetition_penalty=float(config.repetition_penalty),
         rope_bf16=rope_bf16,
-        tokens=_token_spec(files.qwen_folder / "tokenizer.json", config),
+        tokens=TokenSpec(**asdict(config.special), eos=tuple(config.eos_token_ids)),
         vision=VisionSpec(
             patch_size=v.patch_size,
             temporal_patch_size=v.temporal_patch_size,
             spatial_merge_size=v.spatial_merge_size,
             window_size=v.window_size,
             head_dim=v.hidden_size // v.num_heads,
-            # The manifest's parser checks the lengths.
-            image_mean=tuple(map(float, image["image_mean"])),  # type: ignore[arg-type]
-            image_std=tuple(map(float, image["image_std"])),  # type: ignore[arg-type]
+            image_mean=image.mean,
+            image_std=image.std,
         ),
         cache={"base_ar": _cache_spec(config.base_ar), "stacked_ar": _cache_spec(config.stacked_ar)},
         sampling=sampling_specs(files.config_json.parent / SAMPLING),
@@ -61,34 +70,44 @@ def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, ro
 def sampling_specs(path: Path) -> SamplingSpecs:
     """Read the sampling settings of each task, or take the release's defaults where there is no such file.
 
-    Raises InputError.
+    Raises CheckpointError and InputError.
     """
     if not path.exists():
         return SamplingSpecs()
-    return strict(
-        SamplingSpecs, value_from_json(path.read_text(encoding="utf-8"), where=str(path)), str(path)
-    )
+    return strict(SamplingSpecs, value_from_json(read_text(path), where=str(path)), str(path))
 
 
-def tokenizer_files(files: CheckpointFiles) -> dict[str, bytes]:
-    """Bundle file name -> contents: the tokenizer, and the chat template from its configuration.
+def tokenizer_files(files: CheckpointFiles, model: ModelSpec) -> dict[str, bytes]:
+    """Bundle file name -> contents: the tokenizer, and the chat template of the base model's processor.
 
-    Raises InputError without a template.
+    Both are tried. Raises CheckpointError and InputError if they are missing, invalid, or do not make the
+    prompts that STAR was trained on.
     """
     folder = files.qwen_folder
-    template = _json(folder / "tokenizer_config.json").get("chat_template")
-    if template is None and (folder / "chat_template.json").exists():
-        template = _json(folder / "chat_template.json").get("chat_template")
-    if not isinstance(template, str):
+    source, path = chat_template_from_folder(folder)
+    template = template_from_source(source, where=str(path))
+    tokenizer = read_text(folder / "tokenizer.json")
+    chat = Chat(tokenizer, source, model, where=str(folder))
+    for what, expected, rendered in (
+        ("before the prompt", PREFIX, template.prefix),
+        ("before a prompt with an image", PREFIX + IMAGE, template.image_prefix),
+        ("after the prompt", SUFFIX, template.suffix),
+    ):
+        if rendered != expected:
+            raise InputError(
+                "The chat template is not the one that STAR was trained with",
+                where=f"{path}: {what}: expected {expected!r}, got {rendered!r:.400}",
+                fix="use the chat template of Qwen2.5-VL",
+            )
+    got = chat.prefix_length, len(chat.suffix)
+    if got != (PREFIX_IDS, SUFFIX_IDS):
         raise InputError(
-            "The base model has no chat template",
-            where=f"{folder / 'tokenizer_config.json'}: expected chat_template, got nothing",
-            fix="download the base model again, including tokenizer_config.json",
+            "The tokenizer is not the one that STAR was trained with",
+            where=f"{folder / 'tokenizer.json'}: the ids before and after a prompt: "
+            f"expected {PREFIX_IDS} and {SUFFIX_IDS}, got {got[0]} and {got[1]}",
+            fix="use the tokenizer.json of Qwen2.5-VL",
         )
-    return {
-        "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
-        "chat_template.jinja": template.encode(),
-    }
+    return {"tokenizer.json": tokenizer.encode(), "chat_template.jinja": source.encode()}
 
 
 def score_files(files: CheckpointFiles) -> dict[str, bytes]:
@@ -99,49 +118,12 @@ def score_files(files: CheckpointFiles) -> dict[str, bytes]:
     path = files.config_json.parent / SCORE
     if not path.exists():
         return {}
-    data = path.read_bytes()
+    data = read_small(path)
     for kind in KINDS:
         score_of_kind(data, kind, where=str(path))
     ids_from_score(data, where=str(path))
     return {SCORE: data}
 
 
-def _token_spec(path: Path, config: StarConfig) -> TokenSpec:
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(
-            "The tokenizer cannot be read", where=f"{path}: {error}", fix="download the base model again"
-        ) from None
-    vocabulary = tokenizer.get_vocab()
-    texts = {name: f"<|{name}|>" for name in TOKENS}
-    if absent := [text for text in texts.values() if text not in vocabulary]:
-        raise InputError(
-            "The tokenizer lacks special tokens",
-            where=f"{path}: expected {', '.join(texts.values())}; absent: {', '.join(absent)}",
-            fix="use the tokenizer of Qwen2.5-VL",
-        )
-    ids = {name: vocabulary[text] for name, text in texts.items()}
-    return TokenSpec(**ids, eos=tuple(config.eos_token_ids))
-
-
 def _cache_spec(decoder: DecoderConfig) -> CacheSpec:
     return CacheSpec(layers=decoder.num_layers, kv_heads=decoder.num_kv_heads, head_dim=decoder.head_dim)
-
-
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            "This file of the base model cannot be read",
-            where=f"{path}: {error}",
-            fix="download the base model again",
-        ) from None
-    if not isinstance(value, dict):
-        raise InputError(
-            "This file of the base model is not a JSON object",
-            where=str(path),
-            fix="download the base model again",
-        )
-    return value

@@ -46,7 +46,10 @@ GENERATION = {
     "transformers_version": "4.49.0",
 }
 TOKENIZER = {
-    "added_tokens": [{"id": id, "content": f"<|{name}|>"} for name, id in dataclasses.asdict(SPECIAL).items()]
+    "model": {"type": "BPE", "vocab": {}, "merges": []},
+    "added_tokens": [
+        {"id": id, "content": f"<|{name}|>"} for name, id in dataclasses.asdict(SPECIAL).items()
+    ],
 }
 
 

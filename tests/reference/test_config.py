@@ -13,7 +13,14 @@ import pytest
 
 from reference.config import config_from_files
 from tests.helpers.refusals import refused
-from tests.helpers.released import GENERATION, nested_qwen_json, qwen_json, star_json, write_configs
+from tests.helpers.released import (
+    GENERATION,
+    TOKENIZER,
+    nested_qwen_json,
+    qwen_json,
+    star_json,
+    write_configs,
+)
 
 DELETE = object()
 GOOD = {"STAR.json": star_json("3B"), "config.json": qwen_json("3B"), "generation_config.json": GENERATION}
@@ -103,7 +110,7 @@ VALUES = [
 
 @pytest.mark.parametrize("file, path, value", VALUES, ids=lambda v: str(v)[:30])
 def test_wrong_values(tmp_path: Path, file: str, path: str, value: Any) -> None:
-    named = path + ".depth" if value == {} else path.removesuffix("[1]")
+    named = path + ".out_hidden_size" if value == {} else path.removesuffix("[1]")
     expected_path = {"vision_config.window_size": "vision_config.patch_size"}.get(path, named)
     with refused(file, expected_path, "expected", "got"):
         read_with(tmp_path, file, changed(GOOD[file], path, value))
@@ -122,10 +129,8 @@ def test_wrong_values(tmp_path: Path, file: str, path: str, value: Any) -> None:
         ("config.json", "rope_scaling.mrope_section"),
         ("config.json", "rope_theta"),
         ("config.json", "tie_word_embeddings"),
-        ("config.json", "vision_config.depth"),
         ("config.json", "vision_config"),
         ("generation_config.json", "eos_token_id"),
-        ("generation_config.json", "repetition_penalty"),
     ],
 )
 def test_missing_keys(tmp_path: Path, file: str, path: str) -> None:
@@ -142,7 +147,6 @@ def test_missing_keys(tmp_path: Path, file: str, path: str) -> None:
         ("STAR.json", "language_model.revision"),
         ("STAR.json", "pixel_adapter.bias"),
         ("STAR.json", "pixel_output_head.bias"),
-        ("config.json", "quantization_config"),
         ("config.json", "vision_config.head_dim"),
         ("config.json", "rope_scaling.factor"),
         ("generation_config.json", "length_penalty"),
@@ -191,6 +195,7 @@ def test_the_nested_layout_is_as_strict(tmp_path: Path, path: str, value: Any) -
         (b'{"x": {"a": 1, "a": 2}}', "'a' appears twice"),
         (b'{"a": ' * 200_000 + b"1" + b"}" * 200_000, "nested too deeply"),
         (b"[" * 200_000, "nested too deeply"),
+        (b'{"a": [' + b"[]," * 1_000_000 + b"[]]}", "expected at most 262144 values"),
         (b"{} {}", "Extra data"),
         (b'{"a": 1,}', "line 1"),
     ],
@@ -233,3 +238,33 @@ def test_one_end_token_may_stand_alone(tmp_path: Path) -> None:
     read_with(tmp_path, "generation_config.json", changed(GENERATION, "eos_token_id", 151645))
     config = config_from_files(tmp_path / "STAR.json", tmp_path / "qwen")
     assert config.eos_token_ids == (151645,)
+
+
+@pytest.mark.parametrize("method, told", [("awq", "AWQ"), ("gptq", "GPTQ"), ("fp8", "FP8"), (3, "unnamed")])
+def test_a_quantised_base_model_is_named_as_such(tmp_path: Path, method: object, told: str) -> None:
+    with refused("config.json", f"quantised with {'an ' * (told == 'unnamed')}{told}", "--precision"):
+        stated = {"quantization_config": {"quant_method": method, "bits": 4}}
+        read_with(tmp_path, "config.json", GOOD["config.json"] | stated)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"model": None}, "model: expected an object, got null"),
+        ({"model": {"type": "WordLevel", "vocab": {}, "merges": []}}, "model.type"),
+        ({"model": {"vocab": {"a": 2**32 - 1}, "merges": []}}, "model.vocab.a: expected an integer from 0"),
+        ({"model": {"vocab": [], "merges": []}}, "model.vocab: expected an object, got a list"),
+        ({"model": {"vocab": {}}}, "model.merges: expected a list, got no such key"),
+        ({"added_tokens": {}}, "added_tokens: expected a list"),
+        ({"added_tokens": [[1, "<|im_end|>"]]}, "added_tokens[0]: expected an object, got a list"),
+        ({"added_tokens": [{"id": 2**32 - 1, "content": "x"}]}, "added_tokens[0].id: expected an integer"),
+        ({"added_tokens": [{"id": 1, "content": ["x"]}]}, "added_tokens[0].content: expected a string"),
+        ({"added_tokens": [{"id": 1, "content": "x"}, {"id": 2, "content": "x"}]}, "another token"),
+        ({"added_tokens": [{"id": 1, "content": "x"}]}, "absent: <|im_start|>"),
+    ],
+)
+def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path: Path, change: dict, told: str) -> None:
+    write_configs(tmp_path, *GOOD.values())
+    (tmp_path / "qwen" / "tokenizer.json").write_text(json.dumps(TOKENIZER | change))
+    with refused("tokenizer.json", told):
+        config_from_files(tmp_path / "STAR.json", tmp_path / "qwen")

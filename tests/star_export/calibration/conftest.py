@@ -38,7 +38,7 @@ def miniature(mini_checkpoint: Path) -> Miniature:
     with torch.inference_mode():
         table = loaded.image_embedding(torch.arange(config.vq.codebook_size))
     star.image_table.weight.data = table.clone()
-    host = tokenizer_files(files)
+    host = tokenizer_files(files, model)
     chat = Chat(*(host[name].decode() for name in ("tokenizer.json", "chat_template.jinja")), model)
     tensors = named_tensors(files, config)
     return Miniature(config, tensors, star.eval().requires_grad_(False), chat, model)

@@ -38,7 +38,7 @@ SIZE_LIMIT = 20_000_000
 def chat(nano_root: Path) -> Chat:
     files = resolve_checkpoint(nano_root)
     spec = model_spec_from_checkpoint(files, layout.read_config(nano_root), rope_bf16=True)
-    parts = tokenizer_files(files)
+    parts = tokenizer_files(files, spec)
     return Chat(parts["tokenizer.json"].decode(), parts["chat_template.jinja"].decode(), spec)
 
 
