@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .pickles import foreign_name
 from .strict_json import object_from_bytes
 
 MAX_HEADER_BYTES = 16 << 20  # 825 tensors need 0.1 MiB
@@ -37,6 +38,8 @@ DTYPES = {
     "F64": torch.float64,
 }
 AGAIN = "download the file again"
+WRAPPED = ("state_dict", "model", "module")  # where training scripts put a model's tensors
+MAX_DIMENSIONS = 8
 ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22
 
 
@@ -145,6 +148,8 @@ def safetensors_entry(
     if not isinstance(entry["dtype"], str) or (dtype := DTYPES.get(entry["dtype"])) is None:
         raise refuse(f"unknown dtype {json.dumps(entry['dtype'])[:80]}")
     for numbers in (shape, span):
+        if isinstance(numbers, list) and len(numbers) > MAX_DIMENSIONS:
+            raise refuse(f"expected at most {MAX_DIMENSIONS} dimensions, got {len(numbers)} numbers")
         if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
             raise refuse("shape and data_offsets must be lists of non-negative integers")
     expected = math.prod(shape) * dtype.itemsize
@@ -193,7 +198,7 @@ class SafetensorsReader:
 
 
 def tensors_from_pt(path: Path) -> dict[str, LazyTensor]:
-    """Tensors of a release's `.pt`, which is a dictionary of tensors or holds one under the key `state_dict`.
+    """Tensors of a release's `.pt`: a dictionary of them, or one that is stored under a key of WRAPPED.
 
     Raises CheckpointError if the file is damaged, holds anything but tensors, or is a pickle outside torch's
     zip container.
@@ -202,16 +207,15 @@ def tensors_from_pt(path: Path) -> dict[str, LazyTensor]:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            "the pickle holds more than tensors, so it was not executed",
-            where=f"{path}: {first_line(error)}",
-            fix="use the release's own file",
-        ) from None
+        raise more_than_tensors(path, first_line(error)) from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             "the .pt file is damaged", where=f"{path}: {first_line(error)}", fix=AGAIN
         ) from None
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+    tensors = content
+    if isinstance(content, dict):
+        inner = [content[key] for key in WRAPPED if isinstance(content.get(key), dict)]
+        tensors = inner[0] if inner else content
     if not isinstance(tensors, dict):
         raise CheckpointError(
             "the .pt file does not hold a dictionary of tensors",
@@ -230,7 +234,13 @@ def lazy_from_state_dict(path: Path, tensors: dict) -> Iterator[tuple[str, LazyT
                 where=f"{path}: {str(name)[:120]}: expected a tensor, got {type(tensor).__name__}",
                 fix="use the release's own file",
             )
-        shape = tuple(tensor.shape)
+        shape, held = tuple(tensor.shape), tensor.untyped_storage().nbytes()
+        if (stated := tensor.numel() * tensor.element_size()) > held:
+            raise CheckpointError(
+                "the .pt file states a larger tensor than it holds",
+                where=f"{path}: {name[:120]}: expected {stated} bytes of shape {list(shape)[:8]}, got {held}",
+                fix="save the tensor with .contiguous(), or use the release's own file",
+            )
         yield name, LazyTensor(name, shape, tensor.dtype, path, lambda tensor=tensor: tensor.detach())
 
 
@@ -263,8 +273,8 @@ def check_torch_zip(path: Path, size: int) -> None:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+            entries, foreign = archive.infolist(), foreign_name(archive)
+    except Exception as error:  # a damaged archive or pickle can raise anything
         raise CheckpointError(
             "the .pt file is damaged", where=f"{path}: {first_line(error)}", fix=AGAIN
         ) from None
@@ -275,6 +285,16 @@ def check_torch_zip(path: Path, size: int) -> None:
             where=f"{path}: expected no compressed entry, got {packed[0][:120]}",
             fix="use the release's own file",
         )
+    if foreign:
+        raise more_than_tensors(path, f"expected tensors and dictionaries, got {foreign[:120]}")
+
+
+def more_than_tensors(path: Path, got: str) -> CheckpointError:
+    return CheckpointError(
+        "the pickle holds more than tensors, so it was not executed",
+        where=f"{path}: {got}",
+        fix="save the model's state_dict() alone, or use the release's own file",
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -9,6 +9,8 @@ Source: docs/star.md 2.2 and 2.3.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from .config import StarConfig
@@ -44,8 +46,18 @@ NEWER_PREFIXES = {  # transformers 5.x -> 4.51
     "model.visual.": "visual.",
     "stacked_ar.model.language_model.": "stacked_ar.model.",
 }
+# What DistributedDataParallel, torch.compile and training scripts put before all names of a model.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 # The release's files hold these too, but the model does not use them.
 SET_ASIDE = ("diffusion_decoder.", "quantize.codebook_used")
+
+
+def wrapper_of(stored: Iterable[str]) -> str:
+    """What wrappers put before all names of a `.pt`, such as `module._orig_mod.`; empty for a release's."""
+    names, found = list(stored), ""
+    while names and (wrapper := next((w for w in WRAPPERS if all(n.startswith(w) for n in names)), "")):
+        names, found = [name[len(wrapper) :] for name in names], found + wrapper
+    return found
 
 
 def release_name(stored: str) -> str:

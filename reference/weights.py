@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from .config import StarConfig, config_from_files
 from .containers import LazyTensor, first_line, tensors_from_pt, tensors_from_safetensors
 from .errors import CheckpointError
 from .model import Star
-from .names import SET_ASIDE, aliases, expected_tensors, release_name
+from .names import SET_ASIDE, aliases, expected_tensors, release_name, wrapper_of
 from .releases import RELEASES, find_parts, find_release, silent
 from .strict_json import Section, read_object
 
@@ -29,6 +30,7 @@ LOADED_DTYPES = {  # stored -> loaded
 }
 DOWNLOADED = ["*.json", "*.txt", "*.jinja", "*.pt", "*.safetensors"]
 GIVE_STAR, GIVE_VQ = "give the file with --checkpoint", "give the file with --vq"
+HEAD = "lm_head.weight"  # the base model's, under all its names of it
 TOLD = 10  # differences that one error names
 SHIPPED = {"nano": Path(__file__).parent / "nano" / "weights"}  # source -> a checkpoint in this package
 
@@ -178,11 +180,14 @@ def load_star(
     return star.eval().requires_grad_(False)
 
 
-def named_tensors(files: CheckpointFiles, config: StarConfig) -> dict[str, LazyTensor]:
+def named_tensors(
+    files: CheckpointFiles, config: StarConfig, *, headers_only: bool = False
+) -> dict[str, LazyTensor]:
     """Every name in `Star(config).state_dict()` -> its lazy tensor, in the model's shape and with at most 32
     bits per number.
 
-    Names that share one tensor (the codebook, tied embeddings) all appear. Raises one CheckpointError that
+    Names that share one tensor (the codebook, tied embeddings) all appear. A base model with tied embeddings
+    may hold the text head too: then both are compared, unless `headers_only`. Raises one CheckpointError that
     lists all tensors that are missing, unexpected, of another shape or not floats.
     """
     stored = {
@@ -191,16 +196,19 @@ def named_tensors(files: CheckpointFiles, config: StarConfig) -> dict[str, LazyT
         "vq": tensors_from_pt(files.vq_pt),
     }
     places = {"base": files.qwen_folder, "trained": files.star_pt, "vq": files.vq_pt}
+    head = stored["base"].pop(HEAD, None) if config.tie_word_embeddings else None
     found: dict[str, LazyTensor] = {}
     differences: list[str] = []
     for part, expected in expected_tensors(config).items():
         named: dict[str, LazyTensor] = {}
-        for name, lazy in stored[part].items():
+        wrapper = "" if part == "base" else wrapper_of(stored[part])
+        for stored_name, lazy in stored[part].items():
+            name = stored_name.removeprefix(wrapper)
             if name.startswith(SET_ASIDE):
                 continue
             if (release := release_name(name)) in named:
                 differences.append(
-                    f"{places[part].name}: {name[:120]}: also present as {named[release].name}"
+                    f"{places[part].name}: {stored_name[:120]}: also present as {named[release].name}"
                 )
             named[release] = lazy
         differences += [f"{places[part].name}: {difference}" for difference in compare(named, expected)]
@@ -217,21 +225,40 @@ def named_tensors(files: CheckpointFiles, config: StarConfig) -> dict[str, LazyT
             fix="use weights and configuration of the same release: "
             f"{files.config_json.name} describes {config.name}",
         )
+    if head and not headers_only:
+        check_tied(head, found["token_embedding.weight"])
     return found | {alias: found[name] for alias, name in aliases(config).items()}
 
 
 def compare(named: dict[str, LazyTensor], expected: dict) -> list[str]:
-    """The differences between the tensors that a part holds and those that it must hold, by release name."""
-    differences = [f"{name}: missing" for name in expected if name not in named]
+    """The differences between the tensors that a part holds and those that it must hold, by release name, and
+    by the file's own where that is another. What is missing alternates with the others, because only the
+    first ten are told."""
+    missing = [f"{name}: missing" for name in expected if name not in named]
+    differences = []
     for name, lazy in named.items():
+        told = name[:120] if lazy.name == name else f"{name[:120]} (in the file: {lazy.name[:120]})"
         if name not in expected:
-            differences.append(f"{name[:120]}: unexpected")
+            differences.append(f"{told}: unexpected")
         elif lazy.shape != expected[name][1]:
-            differences.append(f"{name}: expected shape {list(expected[name][1])}, got {list(lazy.shape)}")
+            got = f"{list(lazy.shape)}" if len(lazy.shape) <= 8 else f"{len(lazy.shape)} dimensions"
+            differences.append(f"{told}: expected shape {list(expected[name][1])}, got {got}")
         elif lazy.dtype not in LOADED_DTYPES:
             dtype = str(lazy.dtype).removeprefix("torch.")
-            differences.append(f"{name}: expected a float of 16, 32 or 64 bits, got {dtype}")
-    return differences
+            differences.append(f"{told}: expected a float of 16, 32 or 64 bits, got {dtype}")
+    return [told for pair in zip_longest(missing, differences) for told in pair if told]
+
+
+def check_tied(head: LazyTensor, embedding: LazyTensor) -> None:
+    """Raise CheckpointError unless a text head that is stored beside tied embeddings is equal to them."""
+    mine, other = head.read(), embedding.read()
+    if mine.dtype != other.dtype or mine.shape != other.shape or not torch.equal(mine, other):
+        raise CheckpointError(
+            "the base model's text head is not its token embedding",
+            where=f"{head.source}: {head.name}: expected the numbers of {embedding.name} "
+            "(tie_word_embeddings of config.json), got others",
+            fix="set tie_word_embeddings to false if the text head was trained, or leave it out",
+        )
 
 
 def tensors_from_folder(folder: Path) -> dict[str, LazyTensor]:

@@ -90,7 +90,7 @@ def tensors_from_file(path: Path) -> Tensors:
             )
             for key, entry in header.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _refusal(
             path, "float32 and int64 tensors in safetensors format", f"{type(error).__name__}: {error}"
         ) from None

@@ -64,7 +64,7 @@ def find_source(source: str) -> Source:
         )
     files = resolve_checkpoint(source)
     config = config_from_files(files.config_json, files.qwen_folder)
-    named_tensors(files, config)
+    named_tensors(files, config, headers_only=True)
     return Source(config, (files.qwen_folder / "tokenizer.json").stat().st_size)
 
 

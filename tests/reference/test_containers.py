@@ -66,6 +66,8 @@ def read(tmp_path: Path) -> Callable[[str, bytes], dict[str, LazyTensor]]:
         ("t.safetensors", save(TENSORS)),
         ("t.pt", torch_bytes(TENSORS)),
         ("s.pt", torch_bytes({"state_dict": OrderedDict(TENSORS), "step": 7})),
+        ("m.pt", torch_bytes({"model": OrderedDict(TENSORS), "epoch": 3, "optimizer": {"lr": 1e-4}})),
+        ("p.pt", torch_bytes({name: torch.nn.Parameter(t) for name, t in TENSORS.items()})),
     ],
 )
 def test_good_files_are_read(read: Callable, name: str, content: bytes) -> None:
@@ -149,6 +151,11 @@ def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8))
         ({"t": 3}, "t: expected dtype"),
         ([], "expected an object"),
         (b"not json", "line 1"),
+        (b'{"t": {"dtype": "F32", "shape": [' + b"9" * 6000 + b"]}}", "got 6000 digits"),
+        ({"t": entry(shape=[2**62] * 50_000)}, "t: expected at most 8 dimensions, got 50000 numbers"),
+        ({"t": entry(offsets=[0] * 50_000)}, "t: expected at most 8 dimensions, got 50000 numbers"),
+        ({"t": entry(shape=[9] * 400_000)}, "expected at most 262144 values, got about 400006"),
+        (b'{"t": [' + b"[]," * 5_000_000 + b"[]]}", "expected at most 262144 values, got about 10000003"),
         ({}, "expected 0 bytes of tensors, got 8"),
         (
             {"t": entry(), "u": entry()},
@@ -218,15 +225,51 @@ def test_a_base_model_of_pickles_is_refused(folder: Path, put: Put, tmp_path: Pa
         ({"a": 3}, "a: expected a tensor, got int"),
         ({3: torch.ones(2)}, "3: expected a tensor"),
         ({"state_dict": {"a": [torch.ones(2)]}}, "a: expected a tensor, got list"),
-        ({"state_dict": 7}, "expected a dictionary, got int"),
-        ({"a": torch.ones(3).to_sparse()}, "a: expected a tensor"),
-        ({"a": torch.empty(2, device="meta")}, "a: expected a tensor"),
+        ({"state_dict": 7}, "state_dict: expected a tensor, got int"),
+        ({"a": torch.ones(3).to_sparse()}, "got torch._utils._rebuild_sparse_tensor"),
+        ({"a": torch.empty(2, device="meta")}, "got torch._utils._rebuild_meta_tensor_no_storage"),
+        ({"a": bytearray(3)}, "got "),
+        ({"a": torch.zeros(1).expand(1 << 29)}, "a: expected 2147483648 bytes of shape [536870912], got 4"),
     ],
     ids=lambda v: str(v)[:30],
 )
 def test_what_a_pt_may_not_hold(read: Callable, content: object, told: str) -> None:
     with refused("t.pt", told):
         read("t.pt", torch_bytes(content))
+
+
+REDUCED = {  # what weights_only=True calls with a size of the pickle's choice
+    "bytearray": b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    "an old name": b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    "on the stack": b"\x80\x04\x8c\x08builtins\x8c\tbytearray\x93J\xff\xff\xff\x7f\x85R.",
+    "a storage": b"\x80\x02ctorch\nFloatStorage\nJ\xff\xff\xff\x1f\x85R.",
+    "too large": b"\x80\x02}" + b"}0" * (1 << 20) + b".",
+}
+
+
+@pytest.mark.parametrize("content", REDUCED.values(), ids=REDUCED)
+def test_a_small_pickle_does_not_take_gigabytes(read: Callable, content: bytes) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with refused("t.pt"):
+        read("t.pt", packed.getvalue())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+
+
+def test_a_storage_larger_than_its_file_is_refused(read: Callable) -> None:
+    stored, packed = io.BytesIO(torch_bytes({"a": torch.zeros(4)})), io.BytesIO()
+    with zipfile.ZipFile(stored) as source, zipfile.ZipFile(packed, "w") as target:
+        for info in source.infolist():
+            content = source.read(info)
+            if info.filename.endswith("data.pkl"):
+                content = content.replace(b"K\x04", b"J\x00\x00\x00\x20")  # 2^29 numbers
+            target.writestr(info.filename, content)
+    with refused("t.pt"):
+        read("t.pt", packed.getvalue())
 
 
 def test_a_compressed_pt_is_refused(read: Callable) -> None:
