@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from .config import StarConfig, config_from_files
-from .containers import LazyTensor, first_line, tensors_from_pt, tensors_from_safetensors
+from .containers import LazyTensor, tensors_from_pt, tensors_from_safetensors
 from .errors import CheckpointError
+from .hub import commits_of, is_hub_id, snapshot
 from .model import Star
 from .names import SET_ASIDE, aliases, expected_tensors, release_name, wrapper_of
 from .releases import RELEASES, find_parts, find_release, silent
@@ -28,7 +29,6 @@ LOADED_DTYPES = {  # stored -> loaded
     torch.bfloat16: torch.bfloat16,
     torch.float16: torch.float16,
 }
-DOWNLOADED = ["*.json", "*.txt", "*.jinja", "*.pt", "*.safetensors"]
 GIVE_STAR, GIVE_VQ = "give the file with --checkpoint", "give the file with --vq"
 HEAD = "lm_head.weight"  # the base model's, under all its names of it
 TOLD = 10  # differences that one error names
@@ -44,6 +44,11 @@ class CheckpointFiles:
     qwen_folder: Path
     vq_pt: Path
 
+    @property
+    def commits(self) -> dict[str, str]:
+        """Repository -> commit of the parts that come from the hub."""
+        return commits_of((self.config_json, self.star_pt, self.qwen_folder, self.vq_pt))
+
 
 def resolve_checkpoint(
     source: str | Path,
@@ -52,6 +57,7 @@ def resolve_checkpoint(
     base: str | Path | None = None,
     vq: str | Path | None = None,
     from_folder: str | Path | None = None,
+    revision: str | None = None,
     progress: Callable[[str, int, int], None] = silent,
 ) -> CheckpointFiles:
     """Find the files of a checkpoint.
@@ -60,12 +66,15 @@ def resolve_checkpoint(
     and the cache do not hold them), a folder in the release layout, the release's config JSON, `nano`
     (STAR-Nano, which is part of this package; a folder of that name is `./nano`), or a hub id (`owner/name`).
     `checkpoint` (STAR-*.pt), `base` (Qwen's folder) and `vq` (VQ-Model.pt), each a path or a hub id, replace
-    a part of a release, or what is found beside the JSON or under the paths that it states. Raises
-    CheckpointError naming what was not found, and where, and as `find_parts` does.
+    a part of a release, or what is found beside the JSON or under the paths that it states. `revision` is a
+    branch, tag or commit of the one hub id among these. Raises CheckpointError naming what was not found, and
+    where, and as `find_parts` does.
     """
-    given_star = file_in(local(checkpoint), "STAR*.pt", fix=GIVE_STAR) if checkpoint else None
-    given_base = local(base) if base else None
-    given_vq = file_in(local(vq), "VQ*.pt", fix=GIVE_VQ) if vq else None
+    if revision:
+        check_revision(revision, source, checkpoint, base, vq)
+    given_star = file_in(local(checkpoint, revision), "STAR*.pt", fix=GIVE_STAR) if checkpoint else None
+    given_base = local(base, revision) if base else None
+    given_vq = file_in(local(vq, revision), "VQ*.pt", fix=GIVE_VQ) if vq else None
     if release := find_release(source):
         wanted = [p for p, path in zip(release.parts, (given_star, given_vq, given_base)) if path is None]
         found = find_parts(wanted, from_folder=from_folder, progress=progress)
@@ -81,7 +90,7 @@ def resolve_checkpoint(
             where=f"--from {from_folder}: expected SOURCE {' or '.join(RELEASES)}, got {source}",
             fix="leave out --from, and give parts with --checkpoint, --base and --vq",
         )
-    place = SHIPPED.get(str(source)) or local(source)
+    place = SHIPPED.get(str(source)) or local(source, revision)
     config_json = file_in(
         place, "STAR*.json", fix="give the JSON of the release's repository, and --checkpoint"
     )
@@ -95,28 +104,31 @@ def resolve_checkpoint(
     )
 
 
-def local(source: str | Path) -> Path:
-    """A path as it is, or the folder of a hub id's downloaded snapshot."""
-    path, text = Path(source), str(source)
-    if path.exists():
-        return path
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+def check_revision(revision: str, source: str | Path, *parts: str | Path | None) -> None:
+    """Raise CheckpointError unless exactly one of a checkpoint's sources is a hub id."""
+    given = [part for part in parts if part]
+    named = [] if find_release(source) or str(source) in SHIPPED else [source]
+    if len(ids := [str(part) for part in (*named, *given) if is_hub_id(part)]) != 1:
         raise CheckpointError(
-            "no such file or folder",
-            where=f"{source}: expected a path or a hub id (owner/name); SOURCE may also be "
-            + ", ".join([*SHIPPED, *RELEASES]),
-            fix="check the path",
+            "--revision is for one hub id",
+            where=f"--revision {revision}: expected one hub id (owner/name) among SOURCE, --checkpoint, "
+            f"--base and --vq, got {', '.join(ids) or 'none'}",
+            fix="leave out --revision, or download the parts and give their paths",
         )
-    from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(text, allow_patterns=DOWNLOADED))
-    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
-        raise CheckpointError(
-            "the source is neither a local path nor a repository that could be downloaded",
-            where=f"{source}: {first_line(error)}",
-            fix="check the spelling and the network, or download the repository and give its folder",
-        ) from None
+
+def local(source: str | Path, revision: str | None = None) -> Path:
+    """A path as it is, or the folder of a hub id's downloaded snapshot."""
+    if Path(source).exists():
+        return Path(source)
+    if is_hub_id(source):
+        return snapshot(str(source), revision)
+    raise CheckpointError(
+        "no such file or folder",
+        where=f"{source}: expected a path or a hub id (owner/name, with no folder `owner` here); SOURCE may "
+        "also be " + ", ".join([*SHIPPED, *RELEASES]),
+        fix="check the path",
+    )
 
 
 def file_in(place: Path, pattern: str, *, fix: str) -> Path:

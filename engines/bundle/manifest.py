@@ -208,7 +208,8 @@ class Manifest:
     `components` maps a graph's name to its spec, the parts of a component in their order. `tables` are the
     components without a graph. `part_bytes` is the size above which a decoder was stored in parts. `golden`
     says what was recorded, and `calibration` what the decoders were quantised for, if not rounded to nearest.
-    `files` lists all files but the manifest itself, plans and certificates.
+    `hub` maps each repository of the hub that the checkpoint came from to its commit. `files` lists all files
+    but the manifest itself, plans and certificates.
     """
 
     schema: int
@@ -220,6 +221,7 @@ class Manifest:
     golden: GoldenSpec
     files: dict[str, FileSpec]
     calibration: CalibrationSpec | None = None
+    hub: dict[str, str] = field(default_factory=dict)
 
 
 def component_of(name: str) -> str:

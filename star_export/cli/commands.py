@@ -65,6 +65,11 @@ def add_export(commands) -> None:
         help="a folder with parts of star-3b or star-7b: STAR-*.pt, VQ-Model.pt, Qwen2.5-VL-*-Instruct/; "
         "only what it lacks is downloaded",
     )
+    c.add_argument(
+        "--revision",
+        metavar="R",
+        help="branch, tag or commit of a hub id (default: the newest); the manifest records its commit",
+    )
     c.add_argument("--components", type=words, metavar="A,B", help="only these components (default: all)")
     c.add_argument(
         "--calibrate",

@@ -58,6 +58,7 @@ def export(
     base: str | None = None,
     vq: str | None = None,
     from_folder: str | None = None,
+    revision: str | None = None,
     rope_bf16: bool = True,
     components: list[str] | None = None,
     calibrate: int | None = None,
@@ -71,7 +72,8 @@ def export(
 
     `source` is `star-3b`, `star-7b`, a folder in the release layout, its config JSON, `nano`, or a hub id;
     `checkpoint`, `base` and `vq` override parts of it. `from_folder` holds parts of `star-3b` or `star-7b`
-    that need not be downloaded. `rope_bf16=False` keeps the rotary frequencies in float32 (docs/star.md 0.2).
+    that need not be downloaded, and `revision` is a branch, tag or commit of a hub id. `rope_bf16=False`
+    keeps the rotary frequencies in float32 (docs/star.md 0.2).
     `calibrate` chooses the codes of the decoders' weights for what the model computes when it draws that many
     prompts (0: as many as give INPUTS inputs, or all), and edits and answers a quarter as many. They are
     those of the folder `calibration` (`prompts.txt`, one per line, and images), or shipped ones.
@@ -100,7 +102,13 @@ def export(
     out = Path(out)
     check_out(out)
     files = resolve_checkpoint(
-        source, checkpoint=checkpoint, base=base, vq=vq, from_folder=from_folder, progress=progress
+        source,
+        checkpoint=checkpoint,
+        base=base,
+        vq=vq,
+        from_folder=from_folder,
+        revision=revision,
+        progress=progress,
     )
     config = config_from_files(files.config_json, files.qwen_folder)
     model = model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16)
@@ -176,6 +184,7 @@ def export(
                 golden=job.oracle.spec,
                 files=stage.files(),
                 calibration=described,
+                hub=files.commits,
             ),
         )
     return out

@@ -176,7 +176,7 @@ def test_a_difference_has_the_files_own_name_too(folder: Path, nothing_is_read: 
     ):
         load_star(resolve_checkpoint(folder))
     save_trained(folder, {"ema." + name.removeprefix("module."): tensor for name, tensor in tensors.items()})
-    with refused("ema.pixel_adapter.layers.0.weight: unexpected"):  # a prefix that no wrapper is known for
+    with refused("STAR-mini.pt: ema.", ": unexpected", ": missing"):  # a prefix that no wrapper is known for
         load_star(resolve_checkpoint(folder))
 
 

@@ -116,3 +116,49 @@ def test_hub_ids_are_read_from_the_cache(mini_checkpoint: Path, offline_hub: Pat
 def test_an_unknown_hub_id_is_refused(offline_hub: Path) -> None:
     with refused("neither a local path nor a repository that could be downloaded", "MM-MVR/STAR-9B"):
         resolve_checkpoint("MM-MVR/STAR-9B")
+
+
+def test_a_revision_is_that_of_the_hub_id_and_its_commit_is_known(
+    mini_checkpoint: Path, offline_hub: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base, vq = mini_checkpoint / "Qwen2.5-VL-mini", mini_checkpoint / "VQ-Model.pt"
+    names = ("STAR-mini.json", "STAR-mini.pt")
+    star = cached(offline_hub, "MM-MVR/STAR-mini", {name: mini_checkpoint / name for name in names})
+    (star.parent.parent / "refs" / "v2").write_text("1" * 40)
+    star.with_name("1" * 40).symlink_to(star)
+    for revision, commit in (("main", "0" * 40), ("v2", "1" * 40), ("1" * 40, "1" * 40), (None, "0" * 40)):
+        files = resolve_checkpoint("MM-MVR/STAR-mini", base=base, vq=vq, revision=revision)
+        assert files.commits == {"MM-MVR/STAR-mini": commit}
+        told = capsys.readouterr().err
+        assert "MM-MVR/STAR-mini is no path here: taken as a repository of the hub" in told
+        assert (f", revision {revision}" in told) == bool(revision)
+    with refused("neither a local path nor", "MM-MVR/STAR-mini, revision v3"):
+        resolve_checkpoint("MM-MVR/STAR-mini", base=base, vq=vq, revision="v3")
+    assert resolve_checkpoint(mini_checkpoint).commits == {}
+
+
+@pytest.mark.parametrize(
+    "source, parts, told",
+    [
+        ("nano", {}, "got none"),
+        ("star-3b", {}, "got none"),
+        ("MM-MVR/STAR-mini", {"base": "Qwen/Qwen2.5-VL-mini"}, "got MM-MVR/STAR-mini, Qwen/Qwen2.5-VL-mini"),
+    ],
+)
+def test_a_revision_is_for_one_hub_id(offline_hub: Path, source: str, parts: dict, told: str) -> None:
+    with refused("--revision is for one hub id", "--revision v2", told):
+        resolve_checkpoint(source, revision="v2", **parts)
+
+
+@pytest.mark.parametrize(
+    "path", ["checkpoints/STAR-mni", "elsewhere/STAR-mini.pt", "a/b/c", "-x/y", "a/", "/a/b", "a b/c"]
+)
+def test_a_mistyped_path_does_not_become_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, capsys: pytest.CaptureFixture
+) -> None:
+    """A folder `checkpoints` is here, so `checkpoints/...` means a file in it."""
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with refused("no such file or folder", path):
+        resolve_checkpoint(path)
+    assert capsys.readouterr().err == ""

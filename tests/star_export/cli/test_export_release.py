@@ -9,7 +9,7 @@ import pytest
 
 from star_export.cli.parser import main
 from star_export.exporter import export as exporter
-from tests.helpers.hub import cache_star_3b, miniature_as_star_3b, take_offline
+from tests.helpers.hub import COMMIT, cache_star_3b, miniature_as_star_3b, take_offline
 
 
 @pytest.fixture
@@ -31,8 +31,11 @@ def test_one_command_gives_the_bundle_of_the_same_files_in_a_folder(
     assert main(["export", "star-3b", "--out", str(tmp_path / "star-3b"), "--no-progress", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["bundle"] == str(tmp_path / "star-3b") and printed.err == ""
-    named, folder = ((b / "manifest.json").read_text() for b in (tmp_path / "star-3b", mini_bundle))
-    assert named == folder
+    named, folder = (
+        json.loads((b / "manifest.json").read_text()) for b in (tmp_path / "star-3b", mini_bundle)
+    )
+    repositories = ["MM-MVR/STAR-3B", "MM-MVR/STAR-VQ", "Qwen/Qwen2.5-VL-3B-Instruct"]
+    assert named == folder | {"hub": dict.fromkeys(repositories, COMMIT)} and folder["hub"] == {}
 
 
 def test_a_wrong_file_is_refused_before_tracing(
