@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -11,27 +12,30 @@ from reference.mini import write_checkpoint
 from star_export.exporter.export import export
 
 from .cases import CASES
-from .harness import BUNDLE, CHECKPOINT, program_of, run_case
+from .harness import BUNDLE, CHECKPOINT, installed, run_case
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hostile")
     parser.add_argument("names", nargs="*", help="run only cases whose names hold one of these words")
-    parser.add_argument("--program", default=program_of()[0], help="default: the one of this environment")
+    beside = Path(sys.executable).with_name("star-export")
+    parser.add_argument("--program", default=beside, help="default: the one of this environment")
     given = parser.parse_args()
     chosen = [case for case in CASES if not given.names or any(name in case.name for name in given.names)]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_checkpoint(root / "mini")
-        bundle = export(str(root / "mini"), out=root / "good", components=None)
+        bundle = export(str(root / "mini"), out=root / "good")
         originals = {BUNDLE: bundle, CHECKPOINT: root / "mini"}
         held, slowest, largest = 0, 0.0, 0
         for i, case in enumerate(chosen):
             place = root / f"case{i}"
             place.mkdir()
-            result = run_case(case, place, originals=originals, program=[given.program])
+            result = run_case(case, place, installed(str(given.program)), originals=originals)
+            shutil.rmtree(place)
             held += not result.faults
-            slowest, largest = max(slowest, result.cpu_seconds), max(largest, result.peak_bytes)
+            slowest = max(slowest, result.ended.cpu_seconds)
+            largest = max(largest, result.ended.peak_bytes)
             for fault in result.faults:
                 print(f"{case.name}: {fault}", flush=True)
     print(f"{held} of {len(chosen)}; at most {slowest:.1f} s of processor time, {largest >> 20} MiB")

@@ -8,8 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,9 @@ from pathlib import Path
 HANG_S = 120  # on busy cores; what is refused takes a second or two
 # What a refusal may take beyond what its program takes to start, once torch is imported too.
 MEMORY_BYTES = 1 << 30
+HOLLOW_BYTES = 1 << 19
 BUNDLE, CHECKPOINT = "bundle", "checkpoint"
+CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 LINES = re.compile(r"error: .+\n  where: .+\n  fix: .+\n?\Z")
 
 
@@ -39,6 +40,21 @@ class Case:
     stdin: bytes = b""
     stdout: str = ""  # a file to write to instead of a pipe, or "closed"
     stderr: str = ""
+    hollow: bool = False  # copies have large files of the right size with nothing in them
+
+
+Run = Callable[[Case, list[str], Path], "Ended"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command line ended."""
+
+    code: int | str
+    out: str
+    err: str
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,85 +62,86 @@ class Result:
     """What came of a case: `faults` are broken promises."""
 
     case: Case
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
+    ended: Ended
     faults: tuple[str, ...]
 
 
-def run_case(case: Case, folder: Path, *, originals: Mapping[str, Path], program: list[str]) -> Result:
+def run_case(case: Case, folder: Path, run: Run, *, originals: Mapping[str, Path]) -> Result:
     """Run `case` in the empty `folder`."""
     places = {}
     for name, original in originals.items():
         places[name] = original
         if case.spoil is not None and any(f"{{{name}}}" in word for word in case.words):
-            places[name] = shutil.copytree(original, folder / name)
+            copy = _hollow_copy if case.hollow else shutil.copy2
+            places[name] = shutil.copytree(original, folder / name, copy_function=copy)
     if case.spoil is not None:
         case.spoil(folder)
     before = snapshot(folder)
     words = [word.format(**places) if "{" in word else word for word in case.words]
-    started = time.perf_counter()
-    code, out, err, usage = _run([*program, *words], case, folder)
-    seconds = time.perf_counter() - started
+    ended = run(case, words, folder)
     changed = differences(before, snapshot(folder), allowed=case.creates)
-    return Result(
-        case,
-        seconds,
-        usage.ru_utime + usage.ru_stime,
-        usage.ru_maxrss * 1024,
-        tuple(faults_of(case, code, out, err, changed, usage.ru_maxrss * 1024)),
-    )
+    return Result(case, ended, tuple(faults_of(case, ended, changed)))
 
 
-def _run(command: list[str], case: Case, folder: Path) -> tuple[int | str, str, str, object]:
-    logs = folder.with_name(f"{folder.name}.logs")
-    logs.mkdir()
-    (logs / "in").write_bytes(case.stdin)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(case.environment)
-    with open(logs / "in", "rb") as given, open(logs / "out", "wb") as out, open(logs / "err", "wb") as err:
-        shell = list(command)
-        ends = {"closed": "{}>&-"}
-        to = [
-            ends.get(where, f"{{}}>{where}").format(number)
-            for number, where in (("1", case.stdout), ("2", case.stderr))
-            if where
-        ]
-        if to:
-            shell = ["sh", "-c", f'exec "$@" {" ".join(to)}', "sh", *command]
-        child = subprocess.Popen(
-            shell, cwd=folder, env=environment, stdin=given, stdout=out, stderr=err, start_new_session=True
-        )
-        deadline = time.monotonic() + HANG_S
-        code: int | str = "hang"
-        while True:
-            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if pid:
-                child.returncode = os.waitstatus_to_exitcode(status)
-                code = child.returncode if code != "hang" or time.monotonic() < deadline else "hang"
-                break
-            if time.monotonic() > deadline:
-                os.killpg(child.pid, signal.SIGKILL)
-            time.sleep(0.01)
-    texts = [(logs / name).read_bytes().decode("utf-8", errors="replace") for name in ("out", "err")]
-    shutil.rmtree(logs)
-    return code, texts[0], texts[1], usage
+def _hollow_copy(source: str, target: str) -> None:
+    """Copy a small file, and give a large one its size alone."""
+    if (size := os.stat(source).st_size) <= HOLLOW_BYTES:
+        shutil.copy2(source, target)
+        return
+    with open(target, "wb") as made:
+        made.truncate(size)
 
 
-def faults_of(
-    case: Case, code: int | str, out: str, err: str, changed: list[str], peak_bytes: int
-) -> list[str]:
+def installed(program: str) -> Run:
+    """Runs of an installed `star-export`, each in a process of its own."""
+
+    def run(case: Case, words: list[str], folder: Path) -> Ended:
+        logs = folder.with_name(f"{folder.name}.logs")
+        logs.mkdir()
+        (logs / "in").write_bytes(case.stdin)
+        ends = {number: name for number, name in ((1, case.stdout), (2, case.stderr)) if name}
+        moved = " ".join(f"{n}>&-" if name == "closed" else f"{n}>{name}" for n, name in ends.items())
+        with (
+            (logs / "in").open("rb") as given,
+            (logs / "out").open("wb") as out,
+            (logs / "err").open("wb") as err,
+        ):
+            child = subprocess.Popen(
+                ["sh", "-c", f'exec "$@" {moved}', "sh", program, *words],
+                cwd=folder,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(case.environment),
+                stdin=given,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+            timer = threading.Timer(HANG_S, os.killpg, (child.pid, signal.SIGKILL))
+            timer.start()
+            _, status, usage = os.wait4(child.pid, 0)
+            timer.cancel()
+        child.returncode = os.waitstatus_to_exitcode(status)
+        told, said = ((logs / name).read_bytes().decode(errors="replace") for name in ("out", "err"))
+        shutil.rmtree(logs)
+        code = "hang" if child.returncode == -signal.SIGKILL else child.returncode
+        return Ended(code, told, said, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+    return run
+
+
+def faults_of(case: Case, ended: Ended, changed: list[str]) -> list[str]:
     """The promises that a run broke, in words."""
-    found = [] if code == case.code else [f"exit code {code} instead of {case.code}"]
-    if "Traceback" in err or "Traceback" in out:
+    both = ended.err + ended.out
+    found = [] if ended.code == case.code else [f"exit code {ended.code} instead of {case.code}"]
+    if "Traceback" in both:
         found.append("a traceback")
-    if case.code in (2, 3, 4, 5) and not case.stderr and not LINES.search(err):
-        found.append(f"not three lines: {err[-300:]!r}")
-    if not re.search(case.said, err + out, re.IGNORECASE):
-        found.append(f"nothing about {case.said!r}: {err[-400:]!r}")
-    if re.search("[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]", err + out) or "\x1b[3" in err:
+    if case.code in (2, 3, 4, 5) and not case.stderr and not LINES.search(ended.err):
+        found.append(f"not three lines: {ended.err[-300:]!r}")
+    if not re.search(case.said, both, re.IGNORECASE):
+        found.append(f"nothing about {case.said!r}: {both[-400:]!r}")
+    if CONTROLS.search(both):
         found.append("control characters")
-    if peak_bytes > MEMORY_BYTES:
-        found.append(f"{peak_bytes >> 20} MiB of memory")
+    if ended.peak_bytes > MEMORY_BYTES:
+        found.append(f"{ended.peak_bytes >> 20} MiB of memory")
     return found + [f"changed: {name}" for name in changed]
 
 
@@ -146,8 +163,3 @@ def differences(before: dict[str, str], after: dict[str, str], *, allowed: tuple
     """The names whose contents differ, but for those of `allowed` files."""
     names = before.keys() | after.keys()
     return sorted(name for name in names if before.get(name) != after.get(name) and name not in allowed)
-
-
-def program_of(python: str = sys.executable) -> list[str]:
-    """The program that is installed beside an interpreter."""
-    return [str(Path(python).with_name("star-export"))]

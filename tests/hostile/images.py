@@ -93,7 +93,10 @@ CASES = [
     Case("ask about nothing on stdin", ("ask", "{bundle}", "-", "what?"), 3, "stdin"),
     Case("ask about noise on stdin", ("ask", "{bundle}", "-", "what?"), 3, "stdin", stdin=bytes(100)),
     Case(
-        "ask about an image on stdin", ("ask", "{bundle}", "-", "what?", "--max-new-tokens", "1"), 0, stdin=GOOD
+        "ask about an image on stdin",
+        ("ask", "{bundle}", "-", "what?", "--max-new-tokens", "1"),
+        0,
+        stdin=GOOD,
     ),
     Case(
         "an image larger than its prompt may be",

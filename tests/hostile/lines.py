@@ -58,7 +58,8 @@ OF_EXPORT = {
     "--calibrate": ("0", "-1", "x"),
     "--part-bytes": ("0", "-1", "x"),
 }
-OF_BUILD = {name: ("0", "-1", "x", "10000000000") for name in ("--capacity-tokens", "--prefill-tokens", "--rows")}
+OF_BUILD = dict.fromkeys(("--capacity-tokens", "--prefill-tokens", "--rows"), ("0", "-1", "x", "10000000000"))
+BUILD = ("build", "{bundle}", "--target", "rtx-4090")
 
 CASES = [
     *(Case(name, words, 2, said) for name, (words, said) in WORDS.items()),
@@ -78,7 +79,7 @@ CASES = [
         for value in values
     ),
     *(
-        Case(f"{option} {value!r}", ("build", "{bundle}", "--target", "rtx-4090", f"{option}={value}"), 2, option)
+        Case(f"{option} {value!r}", (*BUILD, f"{option}={value}"), 2, option)
         for option, values in OF_BUILD.items()
         for value in values
     ),

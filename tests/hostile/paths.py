@@ -117,7 +117,9 @@ CASES = [
         "taken",
         spoil=lambda folder: (folder / "taken-1.png").mkdir(),
     ),
-    Case("an image that is there", ("generate", "{bundle}", "a cat", "-o", "old.png"), 2, "--force", spoil=old),
+    Case(
+        "an image that is there", ("generate", "{bundle}", "a cat", "-o", "old.png"), 2, "--force", spoil=old
+    ),
     Case(
         "the second of two images is there",
         ("generate", "{bundle}", "a cat", "-o", "two.png", "--num-images", "2"),

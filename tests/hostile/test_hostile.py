@@ -1,13 +1,19 @@
-"""Every hostile case holds, with the program that is installed in this environment."""
+"""Every hostile case holds: within this process where it can, and else with the installed program."""
 
 from __future__ import annotations
 
+import io
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from star_export.cli.parser import main
+
 from .cases import CASES
-from .harness import BUNDLE, CHECKPOINT, Case, faults_of, program_of, run_case
+from .harness import BUNDLE, CHECKPOINT, Case, Ended, faults_of, installed, run_case
 
 
 def test_there_are_enough_of_them_and_each_has_a_name() -> None:
@@ -16,24 +22,40 @@ def test_there_are_enough_of_them_and_each_has_a_name() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_hostile_input_is_told_and_loses_nothing(
-    case: Case, mini_bundle: Path, mini_checkpoint: Path, tmp_path: Path
+    case: Case,
+    mini_bundle: Path,
+    mini_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
 ) -> None:
+    def here(case: Case, words: list[str], folder: Path) -> Ended:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(case.stdin)))
+        capfd.readouterr()
+        return Ended(main(words), *capfd.readouterr())
+
+    program = Path(sys.executable).with_name("star-export")
+    alone = case.stdout or case.stderr or case.environment
     place = tmp_path / "case"
     place.mkdir()
     originals = {BUNDLE: mini_bundle, CHECKPOINT: mini_checkpoint}
-    assert run_case(case, place, originals=originals, program=program_of()).faults == ()
+    result = run_case(case, place, installed(str(program)) if alone else here, originals=originals)
+    os.chdir(tmp_path)
+    shutil.rmtree(place)
+    assert result.faults == ()
 
 
 def test_each_promise_can_be_broken() -> None:
     case, good = Case("x", (), 3, said="wrong"), "error: wrong\n  where: w\n  fix: f\n"
-    assert faults_of(case, 3, "", good, [], 0) == []
-    for broken in (
-        (0, "", good, [], 0),
-        (3, "", "Traceback\n" + good, [], 0),
-        (3, "", "wrong", [], 0),
-        (3, "", good.replace("wrong", "bad"), [], 0),
-        (3, "", good.replace("w\n", "\x07\n"), [], 0),
-        (3, "", good, ["out.png"], 0),
-        (3, "", good, [], 2 << 30),
+    assert faults_of(case, Ended(3, "", good), []) == []
+    for ended, changed in (
+        (Ended(0, "", good), []),
+        (Ended(3, "", "Traceback\n" + good), []),
+        (Ended(3, "", "wrong"), []),
+        (Ended(3, "", good.replace("wrong", "bad")), []),
+        (Ended(3, "", good.replace("w\n", "\x07\n")), []),
+        (Ended(3, "", good), ["out.png"]),
+        (Ended(3, "", good, peak_bytes=2 << 30), []),
     ):
-        assert len(faults_of(case, *broken)) == 1
+        assert len(faults_of(case, ended, changed)) == 1
