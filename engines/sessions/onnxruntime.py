@@ -32,6 +32,7 @@ ONE_PATH = ("fp8", "nvfp4")  # precisions that the CPU only checks, and multipli
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GRAPHS_LIMIT, NO_GRAPH = 8, -1  # captured steps of a session; the `gpu_graph_id` of a plain run
 LOG_SEVERITY = 3  # errors
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 SMALL_BYTES = 1024  # initializers up to this size stay in the graph's file
 # The numbers are those of onnx.TensorProto.DataType.
 _ELEMENT_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
@@ -106,15 +107,24 @@ def float32_from_bfloat16(address: int, shape: tuple[int, ...]) -> np.ndarray:
 class OnnxRuntimeSession:
     """One component in ONNX Runtime, on `device` `cpu` or `cuda`. `engines.sessions.Session` is its protocol.
 
-    `exact` multiplies int8 and int4 weights in float32. The files are verified while they are loaded, and the
-    loaded graph's inputs and outputs are compared with the manifest. Raises MissingError when ONNX Runtime or
-    the device is missing, and InputError for files that differ from the manifest.
+    `exact` multiplies int8 and int4 weights in float32. `graph`, a serialised model in float32, runs on the
+    CPU in place of the component's own, with the component's weights. The files are verified while they are
+    loaded, and the loaded graph's inputs and outputs are compared with the manifest. Raises MissingError when
+    ONNX Runtime or the device is missing, and InputError for files that differ from the manifest.
     """
 
     capacity_tokens: int | None = None
     prefill_tokens: int | None = None
 
-    def __init__(self, bundle: Bundle, component: str, *, device: str = "cpu", exact: bool = False):
+    def __init__(
+        self,
+        bundle: Bundle,
+        component: str,
+        *,
+        device: str = "cpu",
+        exact: bool = False,
+        graph: bytes | None = None,
+    ):
         runtime = _runtime(device)
         spec, on_cpu = bundle.component(component), device == "cpu"
         exact = exact or bundle.manifest.precision in ONE_PATH
@@ -132,7 +142,12 @@ class OnnxRuntimeSession:
             )
         else:
             with bundle.loading(component, twin=on_cpu) as path:
-                if not on_cpu and (captured := _with_cuda_graph(runtime, path, options, providers)):
+                if graph is not None:
+                    options[WEIGHTS_FOLDER] = str(path.parent)
+                    self.inference_session = _inference_session(
+                        runtime, graph, options, providers, fused=False, save_to=None
+                    )
+                elif not on_cpu and (captured := _with_cuda_graph(runtime, path, options, providers)):
                     self.inference_session, self.cuda_graph = captured, True
                 else:
                     self.inference_session = make(path)
@@ -275,14 +290,15 @@ def _config_entries(formats: Container[str], *, exact: bool) -> dict[str, str]:
 
 def _inference_session(
     runtime,
-    path: Path,
+    model: Path | bytes,
     entries: Mapping[str, str],
     providers: list[tuple[str, dict[str, str]]],
     *,
     fused: bool,
     save_to: Path | None,
 ) -> Any:
-    """Load the graph at `path`; if it was `fused` before, as it is. The fused graph is saved in `save_to`."""
+    """Load a graph from a file or from bytes; if it was `fused` before, as it is. The fused graph is saved in
+    `save_to`."""
     options = runtime.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
     for key, value in entries.items():
@@ -295,11 +311,12 @@ def _inference_session(
         options.add_session_config_entry(f"{external}file_name", f"{save_to.name}.data")
         options.add_session_config_entry(f"{external}min_size_in_bytes", str(SMALL_BYTES))
     try:
-        return runtime.InferenceSession(str(path), options, providers=providers)
+        source = model if isinstance(model, bytes) else str(model)
+        return runtime.InferenceSession(source, options, providers=providers)
     except Exception as error:  # the library raises bare exceptions
         raise InputError(
             "ONNX Runtime cannot load this graph",
-            where=f"{path}: {error}",
+            where=f"{'a graph in memory' if isinstance(model, bytes) else model}: {error}",
             fix="export the bundle again with this version of star-export",
         ) from None
 

@@ -189,8 +189,11 @@ def _attention(make: _Nodes, node: ir.Node) -> ir.Value:
         and not _value(node, "softcap", 0.0),
         "four axes, as many key heads as query heads, and at most a mask",
     )
-    scale = make.constant(_value(node, "scale", None) or query.shape[-1] ** -0.5, query.dtype)
-    scores = make("MatMul", make("Mul", query, scale), make("Transpose", key, perm=[0, 1, 3, 2]))
+    scale = make.constant(_value(node, "scale", None) or query.shape[-1] ** -0.5, ir.DataType.FLOAT)
+    wide, narrow = ({"to": dtype.value, "dtype": dtype} for dtype in (ir.DataType.FLOAT, _known(query)))
+    # The scale is no number of 16 bits, unless the size of a head is a power of 4.
+    scaled = make("Cast", make("Mul", make("Cast", query, **wide), scale), **narrow)
+    scores = make("MatMul", scaled, make("Transpose", key, perm=[0, 1, 3, 2]))
     if rest and rest[0] is not None:
         _expect(node, rest[0].dtype == ir.DataType.BOOL, "a bool mask")
         scores = make("Where", rest[0], scores, make.constant(-np.inf, query.dtype), dtype=query.dtype)

@@ -262,6 +262,22 @@ def twin_from_graph(model: ir.Model) -> ir.Model:
     return model
 
 
+def runnable_from_graph(model: ir.Model) -> ir.Model:
+    """Turn any stored graph, of either dialect and type, into one in float32 that ONNX Runtime's CPU runs.
+
+    A classic graph's call of the plugin gets the body of its function, and then the opset of that body.
+    """
+    calls = [node for node in model.graph if node.op_type == ops.NAME]
+    if calls and not model.functions:
+        for node in calls:
+            node.attributes.clear()
+        model.opset_imports[""] = ops.OPSET
+    if any(value.dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16) for value in _values(model)):
+        return twin_from_graph(model)
+    attend_on_cpu(model)
+    return model
+
+
 def attend_on_cpu(model: ir.Model) -> None:
     """Give `star::KVCacheAttention` the body for the CPU, in a graph that calls it."""
     call = next((node for node in model.graph if node.op_type == ops.NAME), None)

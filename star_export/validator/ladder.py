@@ -1,8 +1,9 @@
 """The parity ladder: does a bundle compute, on this device, what the reference computed when it was exported?
 
-Each rung builds on the last: files and graphs; every component against its golden tensors; the decoders step
-by step against their own prefill; the ids of whole runs, also in other ways; and for a model whose tasks can
-be judged, how many it gets right. A rung that fails ends the validation. The numbers go into a certificate.
+Each rung builds on the last: files and graphs; every component against its golden tensors, in every dialect;
+the decoders step by step against their own prefill; the ids of whole runs, also in other ways; and for a
+model whose tasks can be judged, how many it gets right. A rung that fails ends the validation. The numbers
+go into a certificate.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .certificate import (
     json_from_certificate,
     new_certificate,
 )
+from .dialects import dialects
 from .evidence import Evidence
 from .interpreted import interpreted
 from .other_ways import other_ways
@@ -106,6 +108,7 @@ def rungs_of(backend: str, *, scored: bool) -> Mapping[str, Callable]:
         return {name: RUNGS[name] for name in ("files and graphs", "interpreted")}
     left_out = {
         "interpreted": not backend.startswith("tensorrt:"),
+        "dialects": backend != "onnxruntime-exact",
         "fast path": backend != "onnxruntime-exact",
         "score": not scored,
     }
@@ -169,6 +172,7 @@ RUNGS: dict[str, Callable[[Subject, Progress], tuple[list[Row], str]]] = {
     "files and graphs": files_and_graphs,
     "interpreted": interpreted,
     "golden tensors": golden_tensors,
+    "dialects": dialects,
     "decoder steps": decoder_steps,
     "whole runs": whole_runs,
     "other ways": other_ways,

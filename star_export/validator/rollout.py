@@ -8,6 +8,7 @@ or reports.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 
@@ -23,6 +24,8 @@ from ..golden.compare import Comparison, VacuousError, compare
 from ..golden.run_case import array_dtype, compare_caches, placed, read_caches
 
 Tick = Callable[[], None]
+LAST_STEPS = 4  # single steps at the end of a full capacity
+LONGEST = "longest prompt, full capacity"
 
 
 class Decoder:
@@ -68,7 +71,7 @@ def check_decoder(
     chunk_tokens: int | None = None,
     tick: Tick = lambda: None,
 ) -> dict[str, list[Comparison]]:
-    """Run all checks of this module on one decoder session; returns check -> results.
+    """Run all checks of this module on one decoder session but `check_longest`; returns check -> results.
 
     `tokens`, and the `chunk_tokens` that fill the capacity (default: `tokens`), are at most the prefill limit
     and the capacity. `tick` is called after each step, 2 * `tokens` times. A prefill that writes nothing
@@ -92,13 +95,48 @@ def check_decoder(
         "steps against prefill, B=1": lambda: rollout(rows=1),
         "steps against prefill, B=2": lambda: rollout(rows=2),
     }
-    results = {}
-    for name, check in checks.items():
-        try:
-            results[name] = check()
-        except VacuousError as error:
-            results[name] = [Comparison("prefill", math.nan, 0.0, error.where)]
-    return results
+    return {name: _of_the_candidate(check) for name, check in checks.items()}
+
+
+def _of_the_candidate(check: Callable[[], list[Comparison]]) -> list[Comparison]:
+    try:
+        return check()
+    except VacuousError as error:
+        return [Comparison("prefill", math.nan, 0.0, error.where)]
+
+
+def check_longest(
+    session: Session,
+    *,
+    prompt_tokens: int,
+    capacity_tokens: int,
+    chunk_tokens: int,
+    tolerances: Mapping[str, float],
+    seed: int,
+) -> list[Comparison]:
+    """Compare the longest prompt, and steps of one token to the last slot, with the same tokens in chunks.
+
+    One row. What exceeds `prompt_tokens`, the most that a prefill takes, is a prefill of its own. Every
+    hidden state and every slot must agree.
+    """
+    embeds = _embeds(session.spec, rows=1, tokens=capacity_tokens, seed=seed + 3)
+    before_steps = capacity_tokens - min(LAST_STEPS, capacity_tokens - 1)
+
+    def filled(poison: float, chunk: int, until: int) -> Tensors:
+        decoder = Decoder(session, rows=1, capacity_tokens=capacity_tokens, poison=poison)
+        starts = [*range(0, until, chunk), *range(until, capacity_tokens + 1)]
+        hidden = [
+            decoder.run(embeds[:, start:end], np.array([start])) for start, end in itertools.pairwise(starts)
+        ]
+        return {"hidden_states": np.concatenate(hidden, axis=1), **_first(decoder.caches(), capacity_tokens)}
+
+    return _of_the_candidate(
+        lambda: compare(
+            filled(POISON, prompt_tokens, before_steps),
+            filled(-POISON, chunk_tokens, capacity_tokens),
+            tolerances=tolerances,
+        )
+    )
 
 
 def check_rollout(

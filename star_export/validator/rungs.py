@@ -20,7 +20,7 @@ from engines.runtime.star import Star
 from engines.sessions import open_session
 from engines.targets import target_from_name
 from engines.tensorrt.plan import plan_spec
-from engines.tensorrt.profiles import fits
+from engines.tensorrt.profiles import fits, limits_from_options
 
 from ..golden.cases import Case, cases_from_file, component_cases
 from ..golden.compare import compare
@@ -28,7 +28,7 @@ from ..golden.run_case import extended, run_case
 from ..golden.tolerances import compute_of, largest_noise, tolerances_of
 from .certificate import Row, rows_from_results
 from .recorded_tasks import show_recorded_tasks
-from .rollout import check_decoder
+from .rollout import LONGEST, check_decoder, check_longest
 from .run_golden import FORCED, RUN, decoded_image, forced_rows, identity, run_ids
 from .subject import RUNS, Subject
 
@@ -46,23 +46,21 @@ def files_and_graphs(subject: Subject, progress: Progress) -> tuple[list[Row], s
     done = f"{len(manifest.files)} files match their SHA-256"
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir")):
         return [], f"{done}; graphs not checked: onnx is not installed here (export checked them)"
-    dialect = _dialect(subject.target)
-    graphs = {
-        subject.bundle.graph_name(name, dialect=dialect): subject.target for name in manifest.components
-    }
-    graphs |= {spec.twin: "" for spec in manifest.components.values() if spec.twin}  # only for ONNX Runtime
-    for i, (graph, target) in enumerate(graphs.items()):
+    dialect = target_from_name(subject.target).dialect if subject.target else "modern"
+    components = manifest.components.values()
+    graphs = dict.fromkeys([spec.twin for spec in components if spec.twin], ("modern", ""))  # twins: ORT's
+    if not subject.target:
+        graphs |= dict.fromkeys([spec.classic for spec in components if spec.classic], ("classic", ""))
+    for name in manifest.components:
+        graphs[subject.bundle.graph_name(name, dialect=dialect)] = dialect, subject.target
+    for i, (graph, (dialect, target)) in enumerate(graphs.items()):
         progress(f"check {graph}", i, len(graphs))
-        check_onnx(subject.bundle.path / graph, target=target)
+        check_onnx(subject.bundle.path / graph, dialect=dialect, target=target)
     return [], f"{done}; {len(graphs)} graphs pass the ONNX checker and the lint"
 
 
-def _dialect(target: str) -> str:
-    return target_from_name(target).dialect if target else "modern"
-
-
-def check_onnx(path: Path, *, target: str) -> None:
-    """Run the ONNX checker and the lint on one file, with the rules of `target` unless it is "".
+def check_onnx(path: Path, *, dialect: str, target: str) -> None:
+    """Run the ONNX checker and the lint of `dialect` on one file, with the rules of `target` unless it is "".
 
     Raises InputError. The checker infers types and shapes too, except in a classic graph: TensorRT supports
     bfloat16 in operators where the classic opset does not.
@@ -72,14 +70,14 @@ def check_onnx(path: Path, *, target: str) -> None:
     from ..graph.lint import check_graph
 
     try:
-        onnx.checker.check_model(str(path), full_check=_dialect(target) == "modern")
+        onnx.checker.check_model(str(path), full_check=dialect == "modern")
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InputError(
             "This graph is not valid ONNX",
             where=f"{path}: {str(error).strip()}",
             fix="export the bundle again",
         ) from None
-    check_graph(path, target=target or None)
+    check_graph(path, dialect=dialect, target=target or None)
 
 
 def golden_tensors(
@@ -143,14 +141,22 @@ def _handed_on(name: str, cases: dict[str, Case], before: dict[str, Case]) -> li
 
 
 def decoder_steps(
-    subject: Subject, progress: Progress, *, tokens: int = ROLLOUT_TOKENS, chunk_tokens: int = ROLLOUT_TOKENS
+    subject: Subject,
+    progress: Progress,
+    *,
+    tokens: int = ROLLOUT_TOKENS,
+    chunk_tokens: int = ROLLOUT_TOKENS,
+    seed: int = 0,
 ) -> tuple[list[Row], str]:
-    """Compare single steps, a rewind and the last slot of every decoder with a prefill, at B=1 and B=2.
+    """Compare single steps, a rewind and the last slot of every decoder with a prefill, at B=1 and B=2; and
+    the longest prompt, with steps to the last slot of the full capacity, with the same in chunks.
 
-    A decoder in parts is checked part by part. Unused slots hold poison.
+    A decoder in parts is checked part by part. Unused slots hold poison. Where no plan fixes the full
+    capacity, it is that which a plan has by default. `seed` and the decoder's name decide the inputs.
     """
     rows: list[Row] = []
     model = subject.bundle.manifest.model
+    reached = model.max_positions
     decoders = [name for name in subject.bundle.manifest.components if component_of(name) in model.cache]
     for i, name in enumerate(decoders):
         progress(f"{name} step by step", i, len(decoders))
@@ -171,16 +177,32 @@ def decoder_steps(
                 chunk_tokens=chunk,
                 capacity_tokens=capacity,
                 tolerances=tolerances,
-                seed=zlib.crc32(name.encode()),
+                seed=zlib.crc32(name.encode()) + seed,
                 tick=functools.partial(tick, 1),
+            )
+            labels = dict.fromkeys(checks, f"{steps} steps, capacity {capacity}")
+            full = session.capacity_tokens or limits_from_options(model).capacity_tokens
+            longest = min(session.prefill_tokens or full, full)
+            labels[LONGEST] = f"{longest} tokens, capacity {full}"
+            checks[LONGEST] = check_longest(
+                session,
+                prompt_tokens=longest,
+                capacity_tokens=full,
+                chunk_tokens=min(chunk_tokens, longest),
+                tolerances=tolerances,
+                seed=zlib.crc32(name.encode()) + seed,
             )
         finally:
             session.close()
+        reached = min(full, reached)
         for check, results in checks.items():
             if subject.evidence:
                 subject.evidence.add(name, check, results)
-            rows += rows_from_results(name, f"{check}: {steps} steps, capacity {capacity}", results)
-    return rows, "" if rows else "no decoder in this bundle"
+            rows += rows_from_results(name, f"{check}: {labels[check]}", results)
+    if not rows:
+        return rows, "no decoder in this bundle"
+    beyond = f"positions from {reached} on were not run: the model has {model.max_positions}"
+    return rows, beyond if reached < model.max_positions else ""
 
 
 def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:

@@ -93,6 +93,8 @@ class FakeDecoder:
                 visible = np.arange(capacity) <= write[b] + np.arange(tokens)[:, None] + 1
             if self.fault == "the token does not see itself" and tokens == 1 and write[b]:
                 visible = np.arange(capacity) < write[b]
+            if self.fault == "a long prompt forgets its first token" and tokens > 12:
+                visible[12:, 0] = False
             scores = np.where(visible, query[b] @ key_cache[b, 0].astype(np.float32).T, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             t["hidden_states"][b] = (
@@ -110,3 +112,4 @@ FAULTS = (
     "one slot too many is read",
     "the token does not see itself",
 )
+LONG_FAULT = "a long prompt forgets its first token"  # one of more than 12 tokens

@@ -4,15 +4,13 @@ and names component, tensor, limit and value of what is wrong."""
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
-from safetensors.numpy import load_file, save_file
+from onnx import helper
 
 from engines.bundle.files import sha256_of
 from engines.bundle.reader import Bundle
@@ -21,52 +19,25 @@ from star_export.cli.parser import main
 from star_export.graph import nvfp4
 from star_export.validator.ladder import validate
 from star_export.validator.run_golden import identity
+from tests.helpers.spoilt_bundle import copied, rehash, spoil_golden, spoil_weight
 
 
 @pytest.fixture
 def bundle(mini_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the miniature bundle to spoil."""
-    return shutil.copytree(
-        mini_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("plans", "certificates")
-    )
-
-
-def rehash(bundle: Path) -> None:
-    """Make the manifest true again: what is planted here are faults that no hash finds."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    for name, entry in manifest["files"].items():
-        entry |= {"size": (bundle / name).stat().st_size, "sha256": sha256_of(bundle / name)}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-
-
-def spoil_weight(bundle: Path, component: str, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Change one stored weight of `component` in place."""
-    path = bundle / component / "model.onnx"
-    model = onnx.load(path)
-    [weight] = [w for w in model.graph.initializer if f".{w.name}".endswith(f".{name}")]
-    array = numpy_helper.to_array(weight)
-    weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(array), array.dtype), weight.name))
-    (path.parent / "model.onnx.data").unlink()
-    onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data")
-    rehash(bundle)
-
-
-def spoil_golden(bundle: Path, file: str, change: Callable[[dict], dict]) -> None:
-    save_file({k: np.array(v, order="C") for k, v in change(load_file(bundle / file)).items()}, bundle / file)
-    rehash(bundle)
+    return copied(mini_bundle, tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4"])
 def test_every_precision_passes_at_rounding_level(
     bundle_of: Callable[[str], Path], tmp_path: Path, precision: str
 ) -> None:
-    root = shutil.copytree(
-        bundle_of(precision), tmp_path / "b", ignore=shutil.ignore_patterns("plans", "certificates")
-    )
+    root = copied(bundle_of(precision), tmp_path)
     certificate = validate(root, report=tmp_path / "r.html")
     assert certificate.passed and [rung.name for rung in certificate.rungs] == [
         "files and graphs",
         "golden tensors",
+        "dialects",
         "decoder steps",
         "whole runs",
         "other ways",
@@ -94,9 +65,7 @@ def test_every_precision_passes_at_rounding_level(
 def test_a_fast_path_that_is_off_by_more_than_its_recorded_noise_is_refused(
     bundle_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    root = shutil.copytree(
-        bundle_of("int4"), tmp_path / "b", ignore=shutil.ignore_patterns("plans", "certificates")
-    )
+    root = copied(bundle_of("int4"), tmp_path)
 
     def shrink(tensors: dict) -> dict:
         return {k: v / 10 if "/int8/" in k else v for k, v in tensors.items()}
@@ -110,9 +79,7 @@ def test_an_nvfp4_decoder_that_does_not_round_its_activations_is_refused(
     bundle_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Its tolerance is wide, since a rounding that falls the other way is seen; leaving it out exceeds it."""
-    root = shutil.copytree(
-        bundle_of("nvfp4"), tmp_path / "b", ignore=shutil.ignore_patterns("plans", "certificates")
-    )
+    root = copied(bundle_of("nvfp4"), tmp_path)
     twin = onnx.load(root / "base_ar/twin.onnx", load_external_data=False)
     (function,) = [function for function in twin.functions if function.name == nvfp4.NAME]
     (last,) = [node for node in function.node if "rounded" in node.output]

@@ -38,6 +38,7 @@ def test_every_rung_passes(bundle: Path) -> None:
     assert [rung.name for rung in certificate.rungs] == [
         "files and graphs",
         "golden tensors",
+        "dialects",
         "decoder steps",
         "whole runs",
         "other ways",

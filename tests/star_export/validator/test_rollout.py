@@ -7,8 +7,8 @@ import pytest
 
 from star_export.golden.cases import POISON, Case
 from star_export.golden.run_case import run_case
-from star_export.validator.rollout import check_decoder
-from tests.helpers.fake_decoder import FAULTS, FakeDecoder, H
+from star_export.validator.rollout import check_decoder, check_longest
+from tests.helpers.fake_decoder import FAULTS, LONG_FAULT, FakeDecoder, H
 
 TOLERANCES = {"hidden_states": 2e-4, "present": 2e-4}
 
@@ -30,6 +30,47 @@ def test_a_right_decoder_passes(capacity_tokens):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_planted_fault_is_caught(fault, capacity_tokens):
     assert not all(r.passed for r in all_results(FakeDecoder(fault), capacity_tokens=capacity_tokens))
+
+
+def longest(session, *, prompt_tokens=31, capacity_tokens=31):
+    return check_longest(
+        session,
+        prompt_tokens=prompt_tokens,
+        capacity_tokens=capacity_tokens,
+        chunk_tokens=min(12, prompt_tokens),
+        tolerances=TOLERANCES,
+        seed=3,
+    )
+
+
+LAST = [(27, 1), (28, 1), (29, 1), (30, 1)]
+
+
+@pytest.mark.parametrize(
+    "prompt_tokens, capacity_tokens, expected",
+    [(31, 31, [(0, 27), *LAST]), (16, 31, [(0, 16), (16, 11), *LAST]), (2, 2, [(0, 1), (1, 1)])],
+)
+def test_the_longest_prompt_runs_at_once_and_steps_go_to_the_last_slot(
+    prompt_tokens, capacity_tokens, expected
+):
+    session, runs = FakeDecoder(), []
+    step = session.step
+
+    def counting(t):
+        runs.append((int(t["write_indices"][0]), t["inputs_embeds"].shape[1]))
+        step(t)
+
+    session.step = counting
+    results = longest(session, prompt_tokens=prompt_tokens, capacity_tokens=capacity_tokens)
+    assert len(results) == 3 and all(r.passed for r in results)
+    assert runs[: len(expected)] == expected and sum(runs[-1]) == capacity_tokens
+
+
+def test_a_fault_of_long_prompts_and_one_of_the_last_slot_are_caught_at_full_capacity():
+    assert all(r.passed for r in all_results(FakeDecoder(LONG_FAULT), capacity_tokens=31))
+    assert {r.tensor for r in longest(FakeDecoder(LONG_FAULT)) if not r.passed} == {"hidden_states"}
+    failing = longest(FakeDecoder("last slot of the capacity not written"))
+    assert {r.tensor for r in failing if not r.passed} >= {"hidden_states"}
 
 
 def test_a_fault_is_named_by_step_and_layer():
