@@ -31,6 +31,7 @@ from ..choice import FORMATS_FILE, Formats, json_from_formats
 from ..components import COMPONENTS, PART_BYTES, Part, parts_of, whole
 from ..golden import record as golden
 from ..golden import runs as golden_runs
+from ..golden.prepared import PREPARED, record_prepared
 from ..golden.record_tasks import record_tasks
 from ..golden.runs import HELD
 from ..graph.precisions import MIXED, PRECISIONS, Precision, mixed
@@ -172,6 +173,8 @@ def export(
         _run(stage, {name: (write, job.read_last.get(name)) for name, write in steps.items()}, progress)
         progress("publish", len(steps), len(steps))
         stage.step("files of the host", lambda: _write_files(stage.bundle, host_files))
+        chat = chat_of(host_files, model)
+        stage.step("what the host prepares", lambda: record_prepared(chat, stage.bundle / PREPARED))
         write_manifest(
             stage,
             Manifest(

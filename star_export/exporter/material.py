@@ -78,6 +78,12 @@ def drawn_material(files: CheckpointFiles, config: StarConfig) -> Material:
     return replace(found, edits=(), questions=())
 
 
+def chat_of(host_files: Mapping[str, bytes], model: ModelSpec) -> Chat:
+    """The tokenizer and chat template of a bundle that is being exported. Raises InputError."""
+    tokenizer, template = (host_files[name].decode() for name in ("tokenizer.json", "chat_template.jinja"))
+    return Chat(tokenizer, template, model)
+
+
 def decodes_of(
     stage: Stage,
     config: StarConfig,
@@ -91,9 +97,3 @@ def decodes_of(
     """What an export decodes of `material` with the checkpoint, in its scratch folder."""
     chat, folder = chat_of(host_files, model), stage.scratch / "calibration"
     return Decodes(folder, config, tensors, rope_bf16, chat, model, material, progress)
-
-
-def chat_of(host_files: Mapping[str, bytes], model: ModelSpec) -> Chat:
-    """The tokenizer and chat template that a bundle will have."""
-    tokenizer, template = (host_files[name].decode() for name in ("tokenizer.json", "chat_template.jinja"))
-    return Chat(tokenizer, template, model)

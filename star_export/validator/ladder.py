@@ -1,9 +1,9 @@
 """The parity ladder: does a bundle compute, on this device, what the reference computed when it was exported?
 
-Each rung builds on the last: files and graphs; every component against its golden tensors, in every dialect;
-the decoders step by step against their own prefill; the ids of whole runs, also in other ways; and for a
-model whose tasks can be judged, how many it gets right. A rung that fails ends the validation. The numbers
-go into a certificate.
+Each rung builds on the last: files and graphs; what the host prepares for them; every component against its
+golden tensors, in every dialect; the decoders step by step against their own prefill; the ids of whole runs,
+also in other ways; and for a model whose tasks can be judged, how many it gets right. A rung that fails ends
+the validation. The numbers go into a certificate.
 """
 
 from __future__ import annotations
@@ -39,7 +39,14 @@ from .dialects import dialects
 from .evidence import Evidence
 from .interpreted import interpreted
 from .other_ways import other_ways
-from .rungs import decoder_steps, fast_path, files_and_graphs, golden_tensors, whole_runs
+from .prepared_inputs import prepared_inputs
+from .rungs import (
+    decoder_steps,
+    fast_path,
+    files_and_graphs,
+    golden_tensors,
+    whole_runs,
+)
 from .subject import RUNS, Subject
 
 
@@ -105,7 +112,7 @@ def rungs_of(backend: str, *, scored: bool) -> Mapping[str, Callable]:
     bundle holds the reference's score.
     """
     if backend.startswith("interpreter"):
-        return {name: RUNGS[name] for name in ("files and graphs", "interpreted")}
+        return {name: RUNGS[name] for name in ("files and graphs", "prepared inputs", "interpreted")}
     left_out = {
         "interpreted": not backend.startswith("tensorrt:"),
         "dialects": backend != "onnxruntime-exact",
@@ -170,6 +177,7 @@ def score_of_tasks(subject: Subject, progress: Progress) -> tuple[list[Row], str
 
 RUNGS: dict[str, Callable[[Subject, Progress], tuple[list[Row], str]]] = {
     "files and graphs": files_and_graphs,
+    "prepared inputs": prepared_inputs,
     "interpreted": interpreted,
     "golden tensors": golden_tensors,
     "dialects": dialects,

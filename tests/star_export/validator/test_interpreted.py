@@ -114,8 +114,12 @@ def test_without_the_device_the_networks_are_interpreted_and_the_certificate_say
         f"interpreter:{TARGET}",
         "cpu",
     )
-    assert [rung.name for rung in certificate.rungs] == ["files and graphs", "interpreted"]
-    rung = certificate.rungs[1]
+    assert [rung.name for rung in certificate.rungs] == [
+        "files and graphs",
+        "prepared inputs",
+        "interpreted",
+    ]
+    rung = certificate.rungs[2]
     assert rung.note.startswith("proves the meaning of the network, not the kernels")
     assert any("the kernels, and everything else on the device" in gap for gap in certificate.not_proven)
     checks = {(row.component, row.check.partition(":")[2].strip().partition(":")[0]) for row in rung.rows}
@@ -195,6 +199,7 @@ def test_with_the_device_both_run(monkeypatch):
     assert validate._backend_of(TARGET) == f"tensorrt:{TARGET}"
     assert list(validate.rungs_of(f"tensorrt:{TARGET}", scored=False)) == [
         "files and graphs",
+        "prepared inputs",
         "interpreted",
         "golden tensors",
         "decoder steps",
@@ -203,6 +208,7 @@ def test_with_the_device_both_run(monkeypatch):
     ]
     assert list(validate.rungs_of("onnxruntime", scored=True)) == [
         "files and graphs",
+        "prepared inputs",
         "golden tensors",
         "decoder steps",
         "whole runs",

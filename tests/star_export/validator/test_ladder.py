@@ -36,6 +36,7 @@ def test_every_precision_passes_at_rounding_level(
     certificate = validate(root, report=tmp_path / "r.html")
     assert certificate.passed and [rung.name for rung in certificate.rungs] == [
         "files and graphs",
+        "prepared inputs",
         "golden tensors",
         "dialects",
         "decoder steps",

@@ -37,6 +37,7 @@ def test_every_rung_passes(bundle: Path) -> None:
     assert certificate.passed
     assert [rung.name for rung in certificate.rungs] == [
         "files and graphs",
+        "prepared inputs",
         "golden tensors",
         "dialects",
         "decoder steps",
