@@ -220,16 +220,22 @@ class Star:
         return loop.draw(embeds, prompt.position_ids, guidance=guidance, top_k=top_k, top_p=top_p, seed=seed)
 
     def answer_ids(
-        self, input_ids: np.ndarray, position_ids: np.ndarray, *, max_new_tokens: int
+        self,
+        input_ids: np.ndarray,
+        position_ids: np.ndarray,
+        *,
+        max_new_tokens: int,
+        repetition_penalty: float | None = None,
     ) -> np.ndarray:
         """Answer a text prompt of ids: input_ids int64 [1, L], position_ids int64 [3, 1, L] -> new ids int64
         [n].
 
-        n is at most `max_new_tokens`.
+        n is at most `max_new_tokens`. `repetition_penalty` is by default the checkpoint's.
         """
         check_ids(input_ids, vocab_size=self.model.vocab_size)
         check_array(position_ids, shape=(3, 1, input_ids.shape[1]), dtype="int64")
-        return self._answered(Prompt(input_ids, position_ids), max_new_tokens, silent).ids
+        prompt = Prompt(input_ids, position_ids)
+        return self._answered(prompt, max_new_tokens, silent, repetition_penalty=repetition_penalty).ids
 
     def image_loop(self, *, num_images: int, length: int, tokens: int) -> ImageLoop:
         """A decode loop, with its own buffers, for `tokens` image tokens after prompts of `length` tokens."""
@@ -285,7 +291,13 @@ class Star:
         return Images(ids, images_from_decoded(decoded), answer)
 
     def _answered(
-        self, prompt: Prompt, max_new_tokens: int, progress: Progress, *, vision: VisionInputs | None = None
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        progress: Progress,
+        *,
+        vision: VisionInputs | None = None,
+        repetition_penalty: float | None = None,
     ) -> Answer:
         _between("max_new_tokens", max_new_tokens, self.model.max_positions)
         length = prompt.input_ids.shape[1]
@@ -303,7 +315,9 @@ class Star:
             prompt.position_ids,
             max_new_tokens=max_new_tokens,
             eos=self.model.tokens.eos,
-            repetition_penalty=self.model.repetition_penalty,
+            repetition_penalty=self.model.repetition_penalty
+            if repetition_penalty is None
+            else repetition_penalty,
             progress=progress,
         )
         return Answer(self.chat.text(ids), ids)

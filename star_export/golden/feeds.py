@@ -20,6 +20,8 @@ from .cases import POISON
 
 Case = dict[str, np.ndarray]  # input name -> value
 CAPACITY, SEED = 24, 7
+NOISE = {"greedy": 0, "narrow": 1e4}  # what the noise of a case of draws is multiplied by
+QUIET = 1e-3  # inputs of this size have the variance of a norm's epsilon
 LARGE = 1 << 30  # weights; recording a model of more takes minutes, so it gets fewer and shorter cases
 SPECS = {  # is the model large?
     False: GoldenSpec(images=3, decoder_cases=6, draw_cases=5, image_tokens=16, answer_tokens=8),
@@ -93,7 +95,8 @@ def _decoder_cases(
 ) -> dict[str, Case]:
     """The cases of a decoder's layers. Slots after the filled ones hold poison.
 
-    A large model's parts lack those that the rung "decoder steps" checks anyway: caches are large.
+    A large model's parts lack those that the rung "decoder steps" checks anyway: caches are large. The second
+    row of the prefill is quiet, so that the epsilon of the first norm matters.
     """
     decoder: DecoderConfig = getattr(config, part.component)
     plan = {  # rows, new positions, write indices, filled slots
@@ -121,8 +124,11 @@ def _decoder_case(
 ) -> Case:
     offsets = np.array([0, 3, 5])[:, None, None]  # so that the three axes differ
     positions = np.array(writes)[None, :, None] + np.arange(new) + offsets
+    embeds = _normal(rng, rows, new, decoder.hidden_size)
+    if not filled:
+        embeds[1:] *= np.float32(QUIET)
     feeds = {
-        "inputs_embeds": _normal(rng, rows, new, decoder.hidden_size),
+        "inputs_embeds": embeds,
         "position_ids": positions,
         "write_indices": np.array(writes),
     }
@@ -143,12 +149,16 @@ def _hidden_cases(
 def _draw_cases(
     config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
 ) -> dict[str, Case]:
-    """Greedy, the release's defaults at two positions, a narrow filter, no guidance and an open filter."""
+    """Greedy, the release's defaults at two positions, a narrow filter, no guidance and an open filter.
+
+    A large model has the first three. The noise of the narrow filter outweighs all logits, so that any
+    candidate that it keeps or drops too many is soon drawn or missed.
+    """
     size = config.vq.codebook_size
     plan = {  # images, positions, guidance, top_k, top_p
         "greedy": (1, 1, 3.0, 1, 1.0),
         "defaults": (1, 2, 1.1, 1000, 0.8),
-        "narrow": (1, 1, 20.0, 5, 0.05),
+        "narrow": (2, 4, 20.0, 5, 0.5),
         "unguided": (2, 1, 1.0, 50, 1.0),
         "open": (2, 3, 7.5, 2048, 1.0),
     }
@@ -158,7 +168,7 @@ def _draw_cases(
             "guidance": np.array([w], np.float32),
             "top_k": np.array([min(k, size, wrappers.TOP_K_LIMIT)]),
             "top_p": np.array([p], np.float32),
-            "noise": _noise(n, s, size) * np.float32(case != "greedy"),
+            "noise": _noise(n, s, size) * np.float32(NOISE.get(case, 1)),
         }
         for case, (n, s, w, k, p) in list(plan.items())[: spec.draw_cases]
     }

@@ -1,4 +1,8 @@
-"""Whole runs of the oracle, recorded for a bundle: a greedy and a sampled image's first ids, and an answer's.
+"""Whole runs of the oracle, recorded for a bundle: a greedy and a sampled image's first ids, and those of two
+answers.
+
+The second answer rewards repetition instead of penalising it, so that what the prompt holds decides each of
+its ids: a penalty of 1.05 seldom decides one, and a checkpoint may have none.
 
 Of the sampled image the guided logits are recorded too, as the case `forced`: a bundle that is fed its ids
 must give them again.
@@ -8,7 +12,7 @@ They share each step's forward, so that the weights of a large model are read on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +29,15 @@ from .oracle import resident
 from .record import Oracle
 
 PROMPT_TOKENS, TRIES = 12, 50
+REWARD = 0.01  # the repetition penalty of the second answer
 HELD = 1 << 26  # weights; those of a larger model are read and rounded at every step again
 
 
 def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda: None) -> None:
     """Record short whole runs: greedy and sampled image ids of one prompt, the logits that the latter were
-    drawn from, and an answer's ids.
+    drawn from, and the ids of two answers.
 
-    `tick` is called after each step of the three.
+    `tick` is called after each step of all.
     """
     rng, config = rng_of("run"), oracle.star.config
     shape = (2, PROMPT_TOKENS)
@@ -49,8 +54,8 @@ def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda:
     with resident(*[oracle.star] * (numbers <= HELD)):
         for _ in range(TRIES if oracle.spec.images > 1 else 1):
             rows = rng.integers(0, config.vocab_size, shape)
-            greedy, sampled, answer, logits = runs_in_step(oracle.star, rows, settings, tick=tick)
-            if len(set(answer.tolist())) > 2:
+            greedy, sampled, answers, logits = runs_in_step(oracle.star, rows, settings, tick=tick)
+            if len(set(answers[0].tolist())) > 2 and len(set(answers[1].tolist())) > 1:
                 break
     common = {"input_ids": rows, "guidance": np.array([settings.guidance], np.float32)}
     recorded = {f"generate/in/{k}": v for k, v in common.items()} | {
@@ -66,10 +71,14 @@ def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda:
         "forced/in/guidance": common["guidance"],
         "forced/in/image_ids": sampled,
         "forced/out/logits": logits,
-        "answer/in/input_ids": rows[:1],
-        "answer/in/position_ids": np.broadcast_to(np.arange(PROMPT_TOKENS), (3, 1, PROMPT_TOKENS)),
-        "answer/out/ids": answer,
+        "repeat/in/repetition_penalty": np.array([REWARD], np.float32),
     }
+    for case, ids in zip(("answer", "repeat"), answers, strict=True):
+        recorded |= {
+            f"{case}/in/input_ids": rows[:1],
+            f"{case}/in/position_ids": np.broadcast_to(np.arange(PROMPT_TOKENS), (3, 1, PROMPT_TOKENS)),
+            f"{case}/out/ids": ids,
+        }
     save_file({k: np.ascontiguousarray(v) for k, v in recorded.items()}, path)
 
 
@@ -85,25 +94,46 @@ class RunSettings:
     answer_tokens: int
 
 
+@dataclass
+class Answering:
+    """An answer on its way: the ids `seen` of prompt and answer, until one of `eos`."""
+
+    seen: torch.Tensor
+    penalty: float
+    eos: Collection[int]
+    ended: bool = False
+
+    def advance(self, logits: torch.Tensor) -> None:
+        """Take the likeliest word of `logits` [V] after the penalty, unless the answer has ended."""
+        if not self.ended:
+            word = tasks.penalise_repetition(logits, self.seen, self.penalty).argmax()
+            self.seen = torch.cat([self.seen, word[None]])
+            self.ended = int(word) in self.eos
+
+
 def runs_in_step(
     star: Star, rows: np.ndarray, settings: RunSettings, *, tick: Callable[[], None] = lambda: None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Greedy and sampled `tasks.generate` of rows [2,L], and `tasks.answer` of the first, in step.
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
+    """Greedy and sampled `tasks.generate` of rows [2,L], and `tasks.answer` of the first, in step; and once
+    more the answer, with the penalty REWARD.
 
     They share each step's forward, so the weights of a streamed Star are read once per step and not once per
-    run. Returns image ids [1,T] of the two, the answer's ids [n], and the sampled image's guided
+    run. Returns image ids [1,T] of the two, the ids [n] of both answers, and the sampled image's guided
     logits float32 [1,T,V].
     """
     config, prompt = star.config, torch.from_numpy(rows)
-    ids, tokens = torch.cat([prompt, prompt, prompt[:1]]), settings.image_tokens
+    ids, tokens = torch.cat([prompt, prompt, prompt[:1], prompt[:1]]), settings.image_tokens
     greedy: list[torch.Tensor] = []
     sampled: list[torch.Tensor] = []
     logits_of_sampled: list[torch.Tensor] = []
-    seen, first, ended = prompt[0], 0, False
+    answers, first = (
+        [Answering(prompt[0], p, config.eos_token_ids) for p in (config.repetition_penalty, REWARD)],
+        0,
+    )
     steps = max(tokens, settings.answer_tokens)
     capacity = rows.shape[1] + steps - 1
     base_cache = star.base_ar.new_cache(len(ids), capacity_tokens=capacity)
-    stacked_cache = star.stacked_ar.new_cache(len(ids) - 1, capacity_tokens=capacity)
+    stacked_cache = star.stacked_ar.new_cache(len(ids) - 2, capacity_tokens=capacity)
     with torch.inference_mode():
         embeds = star.token_embedding(ids)
         for step in range(steps):
@@ -111,14 +141,12 @@ def runs_in_step(
             positions = torch.arange(first, first + length).expand(3, len(ids), -1)
             hidden = tasks.decode(star.base_ar, embeds, positions, first, base_cache)
             first += length
-            if step < settings.answer_tokens and not ended:
-                logits = star.text_head(hidden[-1:, -1:])[0, 0].float()
-                word = tasks.penalise_repetition(logits, seen, config.repetition_penalty).argmax()
-                seen = torch.cat([seen, word[None]])
-                ended = int(word) in config.eos_token_ids
+            if step < settings.answer_tokens:
+                for one, logits in zip(answers, star.text_head(hidden[-2:, -1:])[:, 0].float(), strict=True):
+                    one.advance(logits)
             if step < tokens:
                 drawn = tasks.decode(
-                    star.stacked_ar, hidden[:-1], positions[:, :-1], first - length, stacked_cache
+                    star.stacked_ar, hidden[:-2], positions[:, :-2], first - length, stacked_cache
                 )
                 guided = tasks.guide(star.image_head(drawn[:, -1:]).squeeze(1).float(), settings.guidance)
                 greedy.append(guided[:1].argmax(-1))
@@ -130,11 +158,12 @@ def runs_in_step(
                     )
                 )
                 pairs = star.image_embedding(torch.cat([greedy[-1], sampled[-1]])).repeat_interleave(2, dim=0)
-            embeds = torch.cat([pairs, star.token_embedding(seen[-1:])])[:, None]
+            words = torch.stack([one.seen[-1] for one in answers])
+            embeds = torch.cat([pairs, star.token_embedding(words)])[:, None]
             tick()
     return (
         torch.stack(greedy, dim=1).numpy(),
         torch.stack(sampled, dim=1).numpy(),
-        seen[rows.shape[1] :].numpy(),
+        [one.seen[rows.shape[1] :].numpy() for one in answers],
         torch.stack(logits_of_sampled, dim=1).numpy(),
     )

@@ -50,11 +50,18 @@ def _generate(star, case: Case) -> Mapping[str, np.ndarray]:
 
 
 def _answer(star, case: Case) -> Mapping[str, np.ndarray]:
-    given, tokens = case.inputs, len(case.outputs["ids"])
-    return {"ids": star.answer_ids(given["input_ids"], given["position_ids"], max_new_tokens=tokens)}
+    given, penalty = case.inputs, case.inputs.get("repetition_penalty")
+    ids = star.answer_ids(
+        given["input_ids"],
+        given["position_ids"],
+        max_new_tokens=len(case.outputs["ids"]),
+        repetition_penalty=None if penalty is None else float(penalty[0]),
+    )
+    return {"ids": ids}
 
 
-RUN = {"generate": _generate, "sample": _generate, "answer": _answer}
+RUN = {"generate": _generate, "sample": _generate, "answer": _answer, "repeat": _answer}
+NEWER = {"repeat"}  # that older bundles do not have
 
 
 def forced_rows(subject: Subject, star: Star, forced: Case, *, drawn: Case) -> list[Row]:
