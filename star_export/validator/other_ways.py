@@ -27,16 +27,18 @@ WINDOW_TOKENS = 8
 SAMPLE, ANSWER = "sample", "answer"  # cases of whole runs
 
 
-def other_ways(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
+def other_ways(subject: Subject, progress: Progress, *, seed: int | None = None) -> tuple[list[Row], str]:
     """Compare the ids of the recorded sampled run, and of the answer, in each way with the plain one.
 
-    Ids are exact in fp32. In other types matrices of another shape round differently, and a near tie may
-    fall either way, so the share of other ids is reported.
+    `seed` draws in place of the recorded one. Ids are exact in fp32. In other types matrices of another shape
+    round differently, and a near tie may fall either way, so the share of other ids is reported.
     """
     if RUNS not in subject.bundle.manifest.files:
         return [], "left out: the bundle holds no whole runs (it was exported with some components only)"
     cases = cases_from_file(subject.bundle.file(RUNS))
     tokens = cases[SAMPLE].outputs["image_ids"].shape[1]
+    if seed is not None:
+        cases[SAMPLE].inputs["seed"] = np.array([seed])
     with Star(subject.bundle, backend=subject.backend, window=1) as star:
         if refusal := no_room(star):
             return [], f"left out: {refusal}"

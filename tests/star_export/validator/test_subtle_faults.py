@@ -30,6 +30,11 @@ def test_the_clean_bundle_passes(bundle_of: Callable[[str], Path], precision: st
     assert judged(bundle_of(precision)).passed
 
 
+def test_the_table_names_each_fault_and_its_rung() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "parity.md").read_text()
+    assert all(f"\n| {name} | {fault.rung} | " in text for name, fault in FAULTS.items())
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_subtle_fault_is_caught_by_its_rung(
     bundle_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
