@@ -66,21 +66,22 @@ def run_case(
 def where_ids_agree(got: Tensors, wanted: Tensors) -> tuple[Tensors, Tensors]:
     """Restrict `inputs_embeds` [..,H] on both sides to the rows whose `image_ids` agree.
 
-    Another id has another row, and the share of ids that differ has a tolerance of its own. Rows follow the
-    order of the ids, two per id under guidance. If no id agrees, both sides lose `inputs_embeds`.
+    Another id has another row, and the share of ids that differ has a tolerance of its own. The rows of
+    ids [N,S] are [N,S,H], or [2N,S,H] under guidance, where an image has two in a row. If no id agrees, both
+    sides lose `inputs_embeds`.
     """
     if (
         not {"image_ids", "inputs_embeds"} <= wanted.keys()
         or got["image_ids"].shape != wanted["image_ids"].shape
     ):
         return got, wanted
-    same = (got["image_ids"] == wanted["image_ids"]).reshape(-1)
+    same = got["image_ids"] == wanted["image_ids"]
     if same.all():
         return got, wanted
     if not same.any():
         return _without(got, "inputs_embeds"), _without(wanted, "inputs_embeds")
     rows = wanted["inputs_embeds"].reshape(-1, wanted["inputs_embeds"].shape[-1])
-    kept = same.repeat(len(rows) // same.size)
+    kept = same.repeat(len(rows) // same.size, axis=0).reshape(-1)
     return got | {"inputs_embeds": got["inputs_embeds"].reshape(rows.shape)[kept]}, wanted | {
         "inputs_embeds": rows[kept]
     }

@@ -268,6 +268,7 @@ STOPPED = [
     "golden tensors of stacked_ar",
     "golden tensors of whole runs",
     "files of the host",
+    "what the host prepares",
 ]
 
 

@@ -252,6 +252,11 @@ def test_embeddings_are_compared_where_ids_agree():
         {"image_ids": np.array([1, 5]), "inputs_embeds": rows.reshape(4, 1, 3)},
     )
     np.testing.assert_array_equal(guided[0]["inputs_embeds"], rows.reshape(4, 3)[:2])
+    guided = where_ids_agree(  # two positions of one image: its first row has both, then its second one
+        {"image_ids": np.array([[1, 2]]), "inputs_embeds": rows},
+        {"image_ids": np.array([[1, 5]]), "inputs_embeds": rows},
+    )
+    np.testing.assert_array_equal(guided[0]["inputs_embeds"], rows[:, 0])
     for side in where_ids_agree(
         {"image_ids": ids + 1, "inputs_embeds": rows}, {"image_ids": ids, "inputs_embeds": rows}
     ):
