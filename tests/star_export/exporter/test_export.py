@@ -155,7 +155,7 @@ def test_a_tied_text_head_and_its_embeddings_are_stored_once(
     assert table.file == "text_head/model.onnx.data" and not (bundle / "token_embedding/table.data").exists()
     assert (bundle / table.file).stat().st_size < 1.01 * row_bytes * table.shape[0]
     checked = {row.component for rung in validate(bundle).rungs for row in rung.rows}
-    assert checked == set(names)
+    assert checked == {*names, "runtime"}  # the runtime's are what the host prepares
 
 
 def test_a_decoder_in_parts_computes_what_it_computes_whole(
