@@ -99,7 +99,8 @@ def has(peer: str) -> bool:
 
 def versions() -> list[str]:
     """Name and version of ONNX Runtime, PyTorch and each peer that is installed."""
-    packages = ["onnxruntime", "torch", *(NEEDED[peer] for peer in NEEDED if has(peer))]
+    installed = [NEEDED[peer].replace("llama_cpp", "llama_cpp_python") for peer in NEEDED if has(peer)]
+    packages = ["onnxruntime", "torch", *installed]
     found = [f"{name.replace('_', '-')} {version(name)}" for name in packages]
     if has("optimum"):
         asked = "from importlib.metadata import version; print('optimum-onnx', version('optimum-onnx'))"
