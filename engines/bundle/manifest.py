@@ -12,11 +12,13 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from ..errors import InputError
+from .seal import CONTENT, sealed_json, unsealed
 
-SCHEMA = 5
+SCHEMA = 6  # 5 had no hash of its own
+T = TypeVar("T")
 VALUES = 1 << 19  # of a JSON file; one takes up to 200 bytes once parsed
 PART = "/"  # between a component's name and the number of its part: `base_ar/1`
 
@@ -210,6 +212,7 @@ class Manifest:
     says what was recorded, and `calibration` what the decoders were quantised for, if not rounded to nearest.
     `hub` maps each repository of the hub that the checkpoint came from to its commit. `files` lists all files
     but the manifest itself, plans and certificates.
+    The file has one entry more, the hash of all others (`seal`).
     """
 
     schema: int
@@ -230,21 +233,31 @@ def component_of(name: str) -> str:
 
 
 def json_from_manifest(manifest: Any) -> str:
-    """Serialise any dataclass of this module as JSON text."""
-    return json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False) + "\n"
+    """Serialise a manifest, or another record that is a dataclass, as JSON text with a hash of its own."""
+    return sealed_json(dataclasses.asdict(manifest))
 
 
 def manifest_from_json(text: str, *, where: str) -> Manifest:
     """Parse and check `manifest.json`. Raises InputError with the key path."""
+    fix = "export the bundle again with this version of star-export"
+    other = "The bundle has an unsupported schema version"
+    return record_from_json(Manifest, text, schema=SCHEMA, other=other, fix=fix, where=where)
+
+
+def record_from_json(kind: type[T], text: str, *, schema: int, other: str, fix: str, where: str) -> T:
+    """Parse what `json_from_manifest` wrote of a dataclass `kind` with the field `schema`.
+
+    Raises InputError with the key path, with `other` and `fix` for a record of another schema, and for one
+    that was changed after it was written.
+    """
     value = value_from_json(text, where=where)
-    schema = value.get("schema") if isinstance(value, dict) else None
-    if type(schema) is int and schema != SCHEMA:
-        raise InputError(
-            "The bundle has an unsupported schema version",
-            where=f"{where}: schema: expected {SCHEMA}, got {schema}",
-            fix="export the bundle again with this version of star-export",
-        )
-    return strict(Manifest, value, where)
+    stated = value.get("schema") if isinstance(value, dict) else None
+    if type(stated) is int and stated != schema:
+        raise InputError(other, where=f"{where}: schema: expected {schema}, got {stated}", fix=fix)
+    contents = _expect(dict, value, where)
+    record = strict(kind, {key: entry for key, entry in contents.items() if key != CONTENT}, where)
+    unsealed(contents, what="This file", where=where, fix="restore the file, or make it again: " + fix)
+    return record
 
 
 def value_from_json(text: str, *, where: str) -> object:

@@ -14,23 +14,22 @@ needed: where it cannot be written, the next start is as slow as the first.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from ..bundle.files import read_regular, resolve_inside, sha256_of, sync_folder, write_atomic
-from ..bundle.manifest import FileSpec, component_of, strict, value_from_json
+from ..bundle.manifest import FileSpec, component_of, json_from_manifest, record_from_json, value_from_json
 from ..bundle.reader import Bundle
 from ..errors import InputError
 from ..fit.machine import free_disk
 from ..fit.memory import CONVOLUTIONS
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no hash of its own
 FOLDER = "plans/onnxruntime"
 RECORD, GRAPH, WEIGHTS = "build.json", "model.onnx", "model.onnx.data"
 RECORD_LIMIT_BYTES = 1 << 20
@@ -106,7 +105,7 @@ def read_record(bundle: Bundle, relative: str, wanted: Fused) -> Fused | None:
         value = value_from_json(text, where=str(path))
         if not isinstance(value, dict) or value.get("schema") != SCHEMA:
             return None
-        found: Fused = strict(Fused, value, str(path))
+        found = record_from_json(Fused, text, schema=SCHEMA, other="", fix="", where=str(path))
     except InputError as error:  # nobody has another copy of it to restore
         fix = f"remove the folder {path.parent}"
         raise InputError(error.what, where=error.where, fix=fix) from None
@@ -146,8 +145,7 @@ def keep(stage: Path, folder: Path, made: Fused) -> None:
             name: FileSpec(size=(stage / name).stat().st_size, sha256=sha256_of(stage / name))
             for name in (GRAPH, WEIGHTS)
         }
-        record = asdict(replace(made, files=files))
-        write_atomic(stage / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+        write_atomic(stage / RECORD, json_from_manifest(replace(made, files=files)).encode())
         shutil.rmtree(folder, ignore_errors=True)  # of another version
         stage.rename(folder)
         sync_folder(folder.parent)

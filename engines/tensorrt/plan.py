@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import plugins
 from ..bundle.files import check_relative, open_regular, read_regular, resolve_inside, sha256_from_file
-from ..bundle.manifest import FileSpec, TensorSpec, strict, value_from_json
+from ..bundle.manifest import FileSpec, TensorSpec, record_from_json
 from ..bundle.reader import Bundle
 from ..errors import InputError
 from ..targets import Target, host_platform, sm_from_capability
@@ -22,8 +22,9 @@ from .device import gpus
 from .module import tensorrt_of
 from .profiles import Profile
 
-SCHEMA = 2
+SCHEMA = 3  # 2 had no hash of its own
 BUILD = "build.json"
+OK = "ok"  # the state of a plan that is the recorded one
 BUILD_LIMIT_BYTES = 16 << 20
 
 
@@ -118,15 +119,14 @@ def build_from_file(path: Path) -> Build:
             where=f"{path}: expected UTF-8, got {error.reason} at byte {error.start}",
             fix="build the plans again",
         ) from None
-    value = value_from_json(text, where=str(path))
-    schema = value.get("schema") if isinstance(value, dict) else None
-    if type(schema) is int and schema != SCHEMA:
-        raise InputError(
-            "These plans were built by another version of star-export",
-            fix="build the plans again",
-            where=f"{path}: schema: expected {SCHEMA}, got {schema}",
-        )
-    return strict(Build, value, str(path))
+    return record_from_json(
+        Build,
+        text,
+        schema=SCHEMA,
+        other="These plans were built by another version of star-export",
+        fix="build the plans again",
+        where=str(path),
+    )
 
 
 def read_plan(bundle: Bundle, target: Target, component: str) -> tuple[PlanSpec, bytes]:
@@ -257,7 +257,7 @@ def plan_state(root: Path, relative: str, spec: FileSpec) -> str:
     with open_regular(resolve_inside(root, relative, where="plans"), where="plans") as file:
         if os.fstat(file.fileno()).st_size != spec.size:
             return "another size"
-        return "ok" if sha256_from_file(file) == spec.sha256 else "another sha256"
+        return OK if sha256_from_file(file) == spec.sha256 else "another sha256"
 
 
 def _description(folder: Path, name: str, spec: PlanSpec) -> dict:

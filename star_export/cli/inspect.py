@@ -9,11 +9,11 @@ from pathlib import Path
 from engines.bundle.files import MANIFEST
 from engines.bundle.manifest import TensorSpec
 from engines.bundle.reader import Bundle
-from engines.errors import InputError, MissingError, UsageError, install
-from engines.tensorrt.plan import BUILD, describe_plans
+from engines.errors import InputError, MissingError, UsageError, install, listed
+from engines.tensorrt.plan import BUILD, OK, describe_plans
 
 from ..choice import formats_of
-from ..validator.chain import Link, links
+from ..validator.chain import DAMAGED, Link, links
 
 
 def describe(path: Path) -> dict:
@@ -42,6 +42,25 @@ def describe(path: Path) -> dict:
         where=f"{path}: expected a folder with {MANIFEST} or {BUILD}, a .onnx or a .plan, got "
         + ("a folder" if path.is_dir() else "a file" if path.exists() else "nothing"),
         fix="name a bundle, a .onnx or a .plan",
+    )
+
+
+def fault_of(data: dict, path: str) -> InputError | None:
+    """The error for plans that are not those of their record, and for damaged certificates; None without."""
+    plans = data.get("plans") or {data.get("target", ""): data.get("components", {})}
+    wrong = [
+        f"plan {target}/{name}: {state}"
+        for target, states in plans.items()
+        for name, found in states.items()
+        if (state := found.get("state", OK) if isinstance(found, dict) else found) != OK
+    ]
+    wrong += [line for line in data.get("certificates", ()) if DAMAGED in line]
+    if not wrong:
+        return None
+    return InputError(
+        "Something here is not as it was written",
+        where=f"{path}: expected plans and certificates as recorded, got {listed(wrong)}",
+        fix="build the plans again with star-export build; remove a damaged certificate and validate again",
     )
 
 

@@ -253,9 +253,10 @@ def inspect(
 
     With a target, describe instead a bundle's layers as that target's TensorRT parses them; with
     `polygraphy`, write a bundle's golden tensors to that folder for `polygraphy run`. Raises UsageError for
-    both, or for a component with neither.
+    both, or for a component with neither. Plans and certificates that are damaged are shown as such; the
+    outcome's error names them.
     """
-    from .inspect import describe, describe_networks, files_for_polygraphy, text_from_description
+    from .inspect import describe, describe_networks, fault_of, files_for_polygraphy, text_from_description
 
     if bool(target) + bool(polygraphy) != 1 and (component or polygraphy):
         raise UsageError(
@@ -270,7 +271,7 @@ def inspect(
         lines = [(case["component"], case["case"], case["command"]) for case in data["cases"]]
         return Outcome(data, table(("component", "case", "command"), lines))
     data = describe_networks(Path(path), target, component) if target else describe(Path(path))
-    return Outcome(data, text_from_description(data))
+    return Outcome(data, text_from_description(data), error=fault_of(data, path))
 
 
 def targets() -> Outcome:

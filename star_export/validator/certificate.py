@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import importlib.metadata
-import json
 import math
 import platform
 from collections.abc import Iterable
@@ -21,13 +19,13 @@ from pathlib import Path
 
 from engines.bundle.files import MANIFEST, sha256_of
 from engines.bundle.reader import Bundle
+from engines.bundle.seal import sealed_json
 from engines.sessions import ON_CPU
 
 from ..golden.compare import Comparison, excess
 
 FOLDER = "certificates"
 SCHEMA = 3  # 1 had `limit` for `tolerance`; 2 had no hash of its own and no driver
-CONTENT = "content_sha256"
 PACKAGES = ("star-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt", "onnx")
 
 
@@ -147,14 +145,7 @@ def json_from_certificate(certificate: Certificate) -> str:
             return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    contents = plain(dataclasses.asdict(certificate))
-    return json.dumps(contents | {CONTENT: content_sha256(contents)}, indent=1, allow_nan=False) + "\n"
-
-
-def content_sha256(contents: dict) -> str:
-    """The SHA-256 (hex) of a certificate's entries without that of the hash itself, in a canonical form."""
-    text = json.dumps(contents, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sealed_json(plain(dataclasses.asdict(certificate)))
 
 
 def certificate_path(bundle: Path, backend: str, device: str) -> Path:

@@ -14,16 +14,15 @@ from typing import Any
 from engines.bundle.files import MANIFEST, read_regular, sha256_of
 from engines.bundle.manifest import strict, value_from_json
 from engines.bundle.reader import Bundle
+from engines.bundle.seal import unsealed
 from engines.errors import InputError, MissingError, ParityError, StarError, listed
 from engines.tensorrt.plan import plan_name, plan_state, read_build
 
 from .certificate import (
-    CONTENT,
     FOLDER,
     SCHEMA,
     Certificate,
     certificate_path,
-    content_sha256,
     device_name,
 )
 
@@ -61,14 +60,13 @@ def certificate_from_json(text: str, *, where: str) -> Certificate:
             where=f"{where}: schema: expected {SCHEMA}, got {schema!r:.40}",
             fix="run star-export validate again",
         )
-    stated = value.pop(CONTENT, None)
-    if stated != (got := content_sha256(value)):
-        raise InputError(
-            "This certificate was changed after it was written",
-            where=f"{where}: {CONTENT}: expected {got[:16]}..., got {stated!r:.24}",
-            fix="remove it and run star-export validate again; a certificate must not be edited by hand",
-        )
-    return strict(Certificate, _with_nan(value), where)
+    contents = unsealed(
+        value,
+        what="This certificate",
+        where=where,
+        fix="remove it and run star-export validate again; a certificate must not be edited by hand",
+    )
+    return strict(Certificate, _with_nan(contents), where)
 
 
 def _with_nan(value: dict) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from onnx import TensorProto, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from engines.bundle.files import sha256_of
+from tests.helpers.sealed import edit_sealed
 
 
 def copied(bundle: Path, folder: Path) -> Path:
@@ -23,10 +23,12 @@ def copied(bundle: Path, folder: Path) -> Path:
 
 def rehash(bundle: Path) -> None:
     """Make the manifest true again: what is planted here are faults that no hash finds."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    for name, entry in manifest["files"].items():
-        entry |= {"size": (bundle / name).stat().st_size, "sha256": sha256_of(bundle / name)}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+    def change(manifest: dict) -> None:
+        for name, entry in manifest["files"].items():
+            entry |= {"size": (bundle / name).stat().st_size, "sha256": sha256_of(bundle / name)}
+
+    edit_sealed(bundle / "manifest.json", change)
 
 
 def spoil_weight(bundle: Path, component: str, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:

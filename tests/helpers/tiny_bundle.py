@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import onnx
@@ -22,6 +21,7 @@ from engines.bundle.manifest import (
     VisionSpec,
     json_from_manifest,
 )
+from tests.helpers.sealed import edit_sealed
 
 DTYPES = {
     "float32": TensorProto.FLOAT,
@@ -125,8 +125,8 @@ def write_manifest(
         golden=GoldenSpec(images=3, decoder_cases=6, draw_cases=5, image_tokens=16, answer_tokens=8),
         files=files,
     )
-    value = json.loads(json_from_manifest(manifest)) | changes
-    (root / "manifest.json").write_text(json.dumps(value))
+    (root / "manifest.json").write_text(json_from_manifest(manifest))
+    edit_sealed(root / "manifest.json", lambda value: value.update(changes))
 
 
 def write_tiny_bundle(root: Path) -> Path:

@@ -1,12 +1,14 @@
 """Bundle: nothing in it is used before it is what the manifest says (docs/bad_inputs.md rows 19 to 22)."""
 
-import json
+import contextlib
 import os
 
 import pytest
 
+from engines.bundle.manifest import manifest_from_json
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, UsageError
+from tests.helpers.sealed import edit_sealed
 from tests.helpers.tiny_bundle import write_tiny_bundle
 
 
@@ -16,9 +18,7 @@ def root(tmp_path):
 
 
 def edit_manifest(root, change):
-    value = json.loads((root / "manifest.json").read_text())
-    change(value)
-    (root / "manifest.json").write_text(json.dumps(value))
+    edit_sealed(root / "manifest.json", change)
 
 
 def refused(root, match):
@@ -68,10 +68,10 @@ def test_not_a_folder(root, tmp_path):
     "change, match",
     [
         (lambda t: t[: len(t) // 2], "strict JSON"),
-        (lambda t: t.replace('"schema": 5', '"schema": 1'), "schema: expected 5, got 1"),
-        (lambda t: t.replace('"schema": 5', '"schema": true'), "expected int"),
-        (lambda t: t.replace('"schema": 5', '"schema": 5, "extra": 0'), "no such key"),
-        (lambda t: t.replace('"schema": 5', '"schema": 5, "schema": 5'), "duplicate key"),
+        (lambda t: t.replace('"schema": 6', '"schema": 1'), "schema: expected 6, got 1"),
+        (lambda t: t.replace('"schema": 6', '"schema": true'), "expected int"),
+        (lambda t: t.replace('"schema": 6', '"schema": 6, "extra": 0'), "no such key"),
+        (lambda t: t.replace('"schema": 6', '"schema": 6, "schema": 6'), "duplicate key"),
         (lambda t: t.replace("1.05", "NaN"), "NaN is not a number"),
         (lambda t: t.replace("1.05", "1e999"), "a finite number"),
         (lambda t: "[]", "expected an object"),
@@ -84,6 +84,30 @@ def test_a_bad_manifest_is_refused(root, change, match):
     text = (root / "manifest.json").read_text()
     (root / "manifest.json").write_text(change(text))
     refused(root, match)
+
+
+def test_no_flipped_bit_changes_what_a_manifest_says(root):
+    """Flips that are read at all leave its meaning as it is, such as the case of the E of a number."""
+    data = (root / "manifest.json").read_bytes()
+    right, kept = manifest_from_json(data.decode(), where=""), 0
+    for bit in range(0, 8 * len(data), 5):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(InputError, UnicodeDecodeError):
+            assert manifest_from_json(flipped.decode(), where="") == right, bit
+            kept += 1
+    assert kept < 10
+
+
+def test_a_manifest_without_its_hash_or_of_an_older_schema_is_refused(root):
+    path = root / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace("content_sha256", "content_sha25"))
+    refused(root, "expected no such key")
+    path.write_text(text.replace('"image_size": ', '"image_size": 1'))
+    assert "restore the file" in refused(root, "was changed after it was written")
+    edit_manifest(root, lambda v: v.update(schema=5))
+    assert "export the bundle again" in refused(root, "schema: expected 6, got 5")
 
 
 CALIBRATION = {"prompts": 2, "edits": 1, "questions": 1, "images": 0, "sha256": "0" * 64}

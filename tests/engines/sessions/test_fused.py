@@ -3,7 +3,6 @@
 docs/bad_inputs.md 59, 60.
 """
 
-import json
 import os
 import shutil
 import time
@@ -16,6 +15,7 @@ from engines.errors import InputError
 from engines.runtime.kv_cache import cache_buffers
 from engines.sessions import fused, open_session
 from engines.sessions import onnxruntime as module
+from tests.helpers.sealed import edit_sealed
 
 GRAPH = "base_ar"
 
@@ -126,7 +126,7 @@ def test_a_link_in_place_of_a_file_is_refused(root, tmp_path):
 
 def test_a_damaged_record_is_refused(root):
     opened(root)
-    (root / fused.FOLDER / GRAPH / fused.RECORD).write_text('{"schema": 1, "onnxruntime"')
+    (root / fused.FOLDER / GRAPH / fused.RECORD).write_text('{"schema": 2, "onnxruntime"')
     with pytest.raises(InputError, match=fused.RECORD) as caught:
         opened(root)
     assert caught.value.fix == f"remove the folder {root / fused.FOLDER / GRAPH}"
@@ -138,11 +138,11 @@ def test_a_damaged_record_is_refused(root):
 def test_what_was_made_by_or_from_something_else_is_made_anew(root, loaded, changed):
     opened(root)
     path = root / fused.FOLDER / GRAPH / fused.RECORD
-    right = json.loads(path.read_text())
-    path.write_text(json.dumps(right | changed))
+    right = path.read_text()
+    edit_sealed(path, lambda contents: contents.update(changed))
     opened(root)
     assert [path.parent for path, _ in loaded] == [root / GRAPH] * 2
-    assert json.loads(path.read_text()) == right
+    assert path.read_text() == right
 
 
 def test_a_folder_that_cannot_be_written_only_costs_time(root, loaded, monkeypatch):

@@ -18,6 +18,7 @@ from engines.sessions.interpreter import describe_component, parsed_component
 from engines.tensorrt import build, plan
 from tests.helpers.decoder_bundle import DIM, HIDDEN, KV, write_decoder_bundle
 from tests.helpers.parsed_network import parsed
+from tests.helpers.sealed import edit_sealed
 from tests.helpers.tiny_bundle import model_from_nodes
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -100,7 +101,7 @@ def test_the_network_read_is_the_one_that_was_compiled(bundle):
     network, prefill = parsed_component(bundle, "base_ar", target=TARGET)
     assert network_hash(network) == result.spec.network and prefill == CAPACITY
     record = bundle.path / f"plans/{TARGET}/build.json"
-    record.write_text(record.read_text().replace(result.spec.network, "0" * 64))
+    edit_sealed(record, lambda contents: contents["components"]["base_ar"].update(network="0" * 64))
     with pytest.raises(InputError, match="compiled from another network"):
         open_session(bundle, "base_ar", backend=f"interpreter:{TARGET}")
 
@@ -172,9 +173,9 @@ def test_plans_without_a_recorded_network_are_still_read(bundle):
     result = built(bundle)
     record = plan.read_build(bundle, TARGET)
     old = replace(record, components={"base_ar": replace(result.spec, network=None)})
-    data = json.loads(build.json_from_manifest(old))
-    del data["components"]["base_ar"]["network"]
-    (bundle.path / f"plans/{TARGET}/build.json").write_text(json.dumps(data))
+    path = bundle.path / f"plans/{TARGET}/build.json"
+    path.write_text(build.json_from_manifest(old))
+    edit_sealed(path, lambda data: data["components"]["base_ar"].pop("network"))
     assert plan.read_build(bundle, TARGET).components["base_ar"].network is None
     assert open_session(bundle, "base_ar", backend=f"interpreter:{TARGET}").capacity_tokens == CAPACITY
 

@@ -3,6 +3,7 @@
 TensorRT is never asked.
 """
 
+import contextlib
 import hashlib
 import json
 import random
@@ -19,6 +20,7 @@ from engines.tensorrt import plan as plans
 from engines.tensorrt.device import Gpu
 from engines.tensorrt.profiles import limits_from_options, profiles_from_limits
 from tests.helpers.decoder_bundle import write_decoder_bundle
+from tests.helpers.sealed import edit_sealed
 
 TARGET, DATA = TARGETS["rtx-3090"], random.Random(0).randbytes(4096)
 VERSION = "1.7.1.116"
@@ -58,7 +60,7 @@ def record(bundle):
 
 
 def change(bundle, **changes):
-    record(bundle).write_text(json.dumps(json.loads(record(bundle).read_text()) | changes))
+    edit_sealed(record(bundle), lambda contents: contents.update(changes))
 
 
 def refused(bundle, *words, error=InputError, component="base_ar"):
@@ -135,9 +137,10 @@ def test_a_link_in_place_of_a_plan_is_refused(bundle):
 
 
 def test_a_stale_plan_names_the_file_that_changed(bundle):
-    value = json.loads(record(bundle).read_text())
-    value["components"]["base_ar"]["onnx"]["base_ar/model.onnx"] = "0" * 64
-    record(bundle).write_text(json.dumps(value))
+    def stale(contents):
+        contents["components"]["base_ar"]["onnx"]["base_ar/model.onnx"] = "0" * 64
+
+    edit_sealed(record(bundle), stale)
     refused(bundle, "stale", "base_ar/model.onnx: built from sha256 0000000000000000", "rebuild")
 
 
@@ -147,8 +150,8 @@ def test_a_stale_plan_names_the_file_that_changed(bundle):
         ("", "strict JSON"),
         ("[]", "an object"),
         ("\ud83d", "surrogates"),
-        ('{"schema": 1}', "schema: expected 2"),
-        ('{"schema": 2}', "expected this key"),
+        ('{"schema": 2}', "schema: expected 3"),
+        ('{"schema": 3}', "expected this key"),
     ],
 )
 def test_a_wrong_record_is_refused(bundle, text, words):
@@ -172,6 +175,19 @@ def test_a_wrong_record_is_refused(bundle, text, words):
 def test_a_record_that_says_other_things_is_refused(bundle, changes, words):
     change(bundle, **changes)
     refused(bundle, words)
+
+
+def test_no_flipped_bit_changes_what_a_record_says(bundle):
+    data, right = record(bundle).read_bytes(), plans.read_build(bundle, "rtx-3090")
+    kept = 0
+    for bit in range(0, 8 * len(data), 11):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        record(bundle).write_bytes(flipped)
+        with contextlib.suppress(InputError):
+            assert plans.read_build(bundle, "rtx-3090") == right, bit
+            kept += 1
+    assert kept < 10
 
 
 def test_no_plans_an_unknown_component_and_no_gpu_are_told_apart(bundle, monkeypatch):

@@ -5,7 +5,6 @@ docs/bad_inputs.md 2, 12, 16, 21 and 22. `python -m tests.kill_export` does the 
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -23,6 +22,7 @@ from engines.sessions import open_session
 from star_export.cli.parser import main
 from star_export.exporter.export import export
 from star_export.exporter.publish import JOURNAL, stage_path
+from tests.helpers.sealed import edit_sealed
 from tests.kill_export import Undisturbed, compared, killed_export, undisturbed_export
 
 SMALL = ["--components", "text_head,image_head"]  # two steps of a second each, and 40 MB
@@ -213,12 +213,13 @@ def test_a_part_of_another_export_is_refused(parts: Path, tmp_path: Path) -> Non
 def test_a_manifest_that_calls_one_part_another_is_refused(parts: Path, tmp_path: Path) -> None:
     """All hashes match: what does not is the graph's caches, which are those of other layers."""
     bundle = shutil.copytree(parts, tmp_path / "bundle")
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    components = manifest["components"]
-    first, second = components["base_ar/0"], components["base_ar/1"]
-    for key in ("graph", "twin", "golden", "classic"):
-        first[key], second[key] = second[key], first[key]
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+    def exchange(manifest: dict) -> None:
+        first, second = manifest["components"]["base_ar/0"], manifest["components"]["base_ar/1"]
+        for key in ("graph", "twin", "golden", "classic"):
+            first[key], second[key] = second[key], first[key]
+
+    edit_sealed(bundle / "manifest.json", exchange)
     with pytest.raises(InputError) as error:
         open_session(Bundle.open(bundle), "base_ar").close()
     assert "base_ar/" in error.value.where

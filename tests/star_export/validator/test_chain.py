@@ -14,6 +14,7 @@ import pytest
 from engines.bundle.files import write_atomic
 from engines.bundle.manifest import FileSpec, json_from_manifest
 from engines.bundle.reader import Bundle
+from engines.bundle.seal import content_sha256
 from engines.errors import InputError, MissingError, ParityError
 from engines.targets import TARGETS
 from engines.tensorrt import plan as plans
@@ -27,7 +28,6 @@ from star_export.validator.certificate import (
     Row,
     Rung,
     certificate_path,
-    content_sha256,
     json_from_certificate,
     new_certificate,
 )
@@ -142,6 +142,7 @@ def test_a_certificate_that_was_changed_by_hand_is_told_as_such(
     assert "passed" not in describe(bundle.path)["certificates"][0]
     assert main(["certificate", str(bundle.path), "--no-progress"]) == 0, "a list shows what it cannot trust"
     assert "damaged" in capsys.readouterr().out
+    assert main(["inspect", str(bundle.path)]) == 3
 
 
 def test_with_its_hash_made_again_unknown_keys_and_types_are_still_refused(bundle: Bundle) -> None:
@@ -179,6 +180,9 @@ def test_a_changed_plan_is_of_other_bytes(with_plan: Bundle, capsys: pytest.Capt
     plan = with_plan.path / "plans/rtx-3090/base_ar.plan"
     plan.write_bytes(PLAN[:-1] + b"!")
     refused(with_plan, GPU, "This certificate is of other bytes", capsys, "another sha256")
+    assert main(["inspect", str(with_plan.path)]) == 3, "it shows the plan, and says that it was changed"
+    said = capsys.readouterr()
+    assert "another sha256" in said.out and "plan rtx-3090/base_ar: another sha256" in said.err
     plan.unlink()
     refused(with_plan, GPU, "This certificate is of other bytes", capsys, "missing")
     (plan.parent / "build.json").unlink()
