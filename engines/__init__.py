@@ -6,6 +6,7 @@ The public names are imported on first use, so `import engines` loads neither nu
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from .errors import InputError, MissingError, ParityError, StarError, UsageError
     from .runtime.star import Answer, Images, Star
     from .tensorrt.build import build_plans as build
+
+# ONNX Runtime 1.32 writes an id of the machine and a database of events under HOME at every run. It reads
+# this when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Star": "runtime.star",
