@@ -153,5 +153,5 @@ def formats_of(bundle: Bundle) -> Formats | None:
     """
     if FORMATS_FILE not in bundle.manifest.files:
         return None
-    text = bundle.file(FORMATS_FILE).read_bytes().decode("utf-8", errors="replace")
+    text = bundle.read(FORMATS_FILE).decode("utf-8", errors="replace")
     return formats_from_json(text, where=f"{bundle.path}: {FORMATS_FILE}")

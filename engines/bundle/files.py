@@ -7,10 +7,13 @@ temporary file in the same folder, synced, renamed, and then the folder is synce
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -20,9 +23,10 @@ from ..progress import Tick, uncounted
 
 MANIFEST = "manifest.json"  # in a bundle's folder
 MANIFEST_LIMIT_BYTES = 16 << 20
-_OPEN_FLAGS = (
-    os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-)
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_RANDOM = re.compile(r"[0-9a-f]{16}\.tmp")
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+_LOCKED_BYTE = 1 << 20  # Windows locks bytes, and lets nobody read them
 _PIECE_BYTES = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -30,7 +34,6 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
-    stat.S_IFLNK: "a symbolic link",
 }
 
 
@@ -47,28 +50,29 @@ def check_relative(relative: str, *, where: str) -> None:
 
 
 def resolve_inside(root: Path, relative: str, *, where: str) -> Path:
-    """Return `root/relative` if it is a regular file with one hard link, reached through no symbolic link.
+    """Return `root/relative` if it is a regular file or a link to one, in folders that are no links.
 
-    Opens nothing. Raises InputError for anything else: `..`, an absolute path, a symbolic or hard link, a
-    FIFO, a folder, a device, or a missing file.
+    Opens nothing. Raises InputError for anything else: `..`, an absolute path, a linked folder, a FIFO, a
+    folder, a device, or a missing file. A link is no danger where the bytes that are read are hashed.
     """
     check_relative(relative, where=where)
     path = Path(root)
-    for part in PurePosixPath(relative).parts:
+    for part in PurePosixPath(relative).parts[:-1]:
         path = path / part
         if path.is_symlink():
-            raise _refusal(path, "a symbolic link", where)
+            raise _refusal(path, "a symbolic link in place of a folder", where)
+    path = path / PurePosixPath(relative).name
     check_regular(path, where=where)
     return path
 
 
 def check_regular(path: Path, *, where: str) -> os.stat_result:
-    """Return the `lstat` of a regular file with one hard link; raises InputError for any other path.
+    """Return the `stat` of a regular file, links followed; raises InputError for any other path.
 
     Opens nothing.
     """
     try:
-        status = os.lstat(path)
+        status = os.stat(path)
     except (OSError, ValueError) as error:
         raise InputError(
             "This file cannot be read",
@@ -84,7 +88,7 @@ def open_regular(path: Path, *, where: str) -> Iterator[BinaryIO]:
     """Open `path` for reading, and apply `check_regular` to the opened file too. Never blocks on a FIFO."""
     check_regular(path, where=where)
     try:
-        file = os.fdopen(os.open(path, _OPEN_FLAGS), "rb")
+        file = open(path, "rb", opener=lambda name, _: os.open(name, _OPEN_FLAGS))  # noqa: SIM115
     except OSError as error:
         raise InputError(
             "This file cannot be opened",
@@ -111,8 +115,13 @@ def read_regular(path: Path, *, limit_bytes: int, where: str) -> bytes:
 
 def read_text(path: Path, *, limit_bytes: int, where: str) -> str:
     """Read a regular file of at most `limit_bytes` as UTF-8. Raises InputError."""
+    return text_from_bytes(read_regular(path, limit_bytes=limit_bytes, where=where), path, where=where)
+
+
+def text_from_bytes(data: bytes, path: Path, *, where: str) -> str:
+    """Decode the contents of `path` as UTF-8. Raises InputError."""
     try:
-        return read_regular(path, limit_bytes=limit_bytes, where=where).decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             "This file is not text in UTF-8",
@@ -144,29 +153,65 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     The file's mode follows the process's umask. Raises InputError when the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    temporary = path.with_name(f"{_temporary(path)}{secrets.token_hex(8)}.tmp")
     try:
-        descriptor = os.open(temporary, flags, 0o666)
-    except (OSError, ValueError) as error:
-        raise _not_written(path, error) from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+        try:
+            file = open(temporary, "xb")  # noqa: SIM115
+        except (OSError, ValueError) as error:
+            raise not_written(path, error) from None
+        with file:
+            try_lock(file.fileno())
+            _clear_temporary(path)
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise not_written(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> str:
+    """How the names of the temporary files of `path` begin."""
+    return f".{path.name[:40]}."
+
+
+def _clear_temporary(path: Path) -> None:
+    """Remove the temporary files of `path` that killed processes left: nobody holds their lock."""
+    begin, names = _temporary(path), list[str]()
+    with contextlib.suppress(OSError):  # a folder that may not be listed
+        names = os.listdir(path.parent)
+    for name in names:
+        if name.startswith(begin) and _RANDOM.fullmatch(name[len(begin) :]):
+            with contextlib.suppress(OSError), open(path.parent / name, "rb") as file:
+                if try_lock(file.fileno()):
+                    os.unlink(path.parent / name)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically. Raises InputError."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed. False while another holds it; on a disk without locks, True."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _HELD
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -187,19 +232,18 @@ def reason(error: Exception) -> str:
 def _check_kind(status: os.stat_result, path: Path, where: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise _refusal(path, _KINDS.get(stat.S_IFMT(status.st_mode), "a special file"), where)
-    if status.st_nlink > 1:
-        raise _refusal(path, f"a hard link ({status.st_nlink} names)", where)
 
 
 def _refusal(path: Path, got: str, where: str) -> InputError:
     return InputError(
         "This is not a plain regular file",
-        where=f"{where}: {path}: expected a regular file with one hard link, got {got}",
+        where=f"{where}: {path}: expected a regular file, got {got}",
         fix="replace it with a copy of the file",
     )
 
 
-def _not_written(path: Path, error: Exception) -> InputError:
+def not_written(path: Path, error: Exception) -> InputError:
+    """The error for a file that the system did not let be written."""
     return InputError(
         "This file cannot be written",
         where=f"{path}: {reason(error)}",

@@ -9,31 +9,34 @@ their readers check them, or `add` the files that a record names.
 from __future__ import annotations
 
 import contextlib
-import math
+import hashlib
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from ..errors import InputError, UsageError, listed
 from ..progress import Progress, Tick, adder, silent, uncounted
+from .cross_checks import check_components
 from .files import (
     MANIFEST,
     MANIFEST_LIMIT_BYTES,
-    check_regular,
     check_relative,
+    open_regular,
     read_regular,
     resolve_inside,
-    sha256_of,
+    sha256_from_file,
 )
-from .manifest import ComponentSpec, FileSpec, Manifest, TableSpec, component_of, manifest_from_json
-from .tensors import ITEM_BYTES, PAST
+from .held import linked, real_path, stamp_of
+from .manifest import ComponentSpec, FileSpec, Manifest, component_of, manifest_from_json
 from .typed_paths import shown, typed_path
 
 MADE_LATER = ("plans", "certificates")
-TABLE_DTYPES = ("float32", "float16", "bfloat16")
-CODES_DTYPE = "int8"  # of a quantised table, whose rows have scales
+# What file managers, Git and hubs leave in a folder: it is never read.
+JUNK = (".DS_Store", "desktop.ini", "Thumbs.db", ".gitattributes", ".gitignore", ".directory", "README.md")
+JUNK_FOLDERS = (".git", ".cache", "__MACOSX")  # at the top
 _RESTORE = "copy the bundle again, or export it again"
 
 
@@ -101,7 +104,7 @@ class Bundle:
                 fix=_RESTORE,
             )
         for relative, spec in files.items():
-            size = os.lstat(self.path / relative).st_size
+            size = os.stat(self.path / relative).st_size
             if size != spec.size:
                 raise InputError(
                     "This file has the wrong size",
@@ -115,6 +118,35 @@ class Bundle:
         The file is hashed on first use, and again when it has changed since, ticking in bytes. Raises
         InputError with both hash prefixes when they differ, and when the manifest does not list the file.
         """
+        with self._opened(relative) as (file, spec):
+            self._check(relative, spec, file, tick)
+        return self.path / relative
+
+    @contextlib.contextmanager
+    def opened(self, relative: str) -> Iterator[BinaryIO]:
+        """Yield a listed file, open, after checking the SHA-256 of what is open. Raises InputError."""
+        with self._opened(relative) as (file, spec):
+            self._check(relative, spec, file, uncounted)
+            file.seek(0)
+            yield file
+
+    def read(self, relative: str, *, limit_bytes: int | None = None) -> bytes:
+        """The bytes of a listed file: those that were hashed. Raises InputError as `file` does, and for more
+        than `limit_bytes`."""
+        with self._opened(relative) as (file, spec):
+            if limit_bytes is not None and spec.size > limit_bytes:
+                raise InputError(
+                    "This file is too large",
+                    where=f"{self.path / relative}: expected at most {limit_bytes} bytes, got {spec.size}",
+                    fix="check that this is the right file",
+                )
+            data = file.read(spec.size + 1)
+        if (got := hashlib.sha256(data).hexdigest()) != spec.sha256:
+            raise self._changed(relative, spec, got)
+        return data
+
+    @contextlib.contextmanager
+    def _opened(self, relative: str) -> Iterator[tuple[BinaryIO, FileSpec]]:
         spec = self.manifest.files.get(relative) or self._added.get(relative)
         if spec is None:
             raise InputError(
@@ -122,22 +154,29 @@ class Bundle:
                 where=f"{self.path}: expected one of its listed files, got {relative!r}",
                 fix=f"use one of {_names(sorted(self.manifest.files))}",
             )
-        path = resolve_inside(self.path, relative, where="bundle")
+        with open_regular(resolve_inside(self.path, relative, where="bundle"), where="bundle") as file:
+            yield file, spec
+
+    def _check(self, relative: str, spec: FileSpec, file: BinaryIO, tick: Tick) -> None:
+        """Hash an open file, unless it is as it was when it was hashed before. Raises InputError."""
         with self._locks[relative]:
-            stamp = _stamp(path)
+            stamp = stamp_of(file)
             if self._verified.get(relative) == stamp:
                 tick(spec.size)
-                return path
-            got = sha256_of(path, where="bundle", tick=tick)
-            if got != spec.sha256 or _stamp(path) != stamp:
-                added = relative in self._added
-                raise InputError(
-                    f"This file has changed since {'it was made' if added else 'the export'}",
-                    where=f"{path}: expected sha256 {spec.sha256[:16]}..., got {got[:16]}...",
-                    fix=f"remove the folder {path.parent}" if added else _RESTORE,
-                )
+                return
+            file.seek(0)
+            got = sha256_from_file(file, tick=tick)
+            if got != spec.sha256 or stamp_of(file) != stamp:
+                raise self._changed(relative, spec, got)
             self._verified[relative] = stamp
-        return path
+
+    def _changed(self, relative: str, spec: FileSpec, got: str) -> InputError:
+        path, added = self.path / relative, relative in self._added
+        return InputError(
+            f"This file has changed since {'it was made' if added else 'the export'}",
+            where=f"{path}: expected sha256 {spec.sha256[:16]}..., got {got[:16]}...",
+            fix=f"remove the folder {path.parent}" if added else _RESTORE,
+        )
 
     def add(self, files: Mapping[str, FileSpec]) -> None:
         """Let `file` give out files made after the export, each checked by the spec in its record."""
@@ -151,26 +190,6 @@ class Bundle:
         names = [name for name in self.manifest.components if component_of(name) == component]
         return names or [self._known(component)]
 
-    def table(self, name: str) -> tuple[TableSpec, Path]:
-        """The spec of the table `name` and its file, after checking the file's SHA-256. Raises InputError."""
-        spec = self.manifest.tables[name]
-        return spec, self.file(spec.file)
-
-    def hash_ahead(self, files: Iterable[str]) -> threading.Thread:
-        """Begin to hash listed files in a thread of their own; `file` waits for the one that it needs.
-
-        A file that differs is found again, and refused, by `file`.
-        """
-
-        def work() -> None:
-            for relative in files:
-                with contextlib.suppress(InputError):
-                    self.file(relative)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        return thread
-
     @contextlib.contextmanager
     def loading(self, name: str, *, twin: bool = False, dialect: str = "modern") -> Iterator[Path]:
         """Yield the path of the component's ONNX file, as `loading_files` does."""
@@ -181,24 +200,51 @@ class Bundle:
 
     @contextlib.contextmanager
     def loading_files(self, graph: str, weights: Sequence[str]) -> Iterator[Path]:
-        """Yield the path of an ONNX file, verified, while its weights are being hashed.
+        """Yield a path of an ONNX file, verified, while its weights beside it are being hashed.
 
+        On Linux the path leads to the open files that are hashed (`held`), for as long as the block lasts.
         When the block ends, all files are the expected ones and those that were there when it began;
         otherwise InputError is raised, also in place of an error that the block raised.
         """
-        before = {relative: _stamp(self.path / relative) for relative in weights}
-        self.hash_ahead(weights)
-        before[graph] = _stamp(self.file(graph))
-        try:
-            yield self.path / graph
-        finally:
-            for relative, stamp in before.items():
-                if _stamp(self.file(relative)) != stamp:
-                    raise InputError(
-                        "This file was replaced while it was loaded",
-                        where=f"{self.path / relative}: expected one file throughout, got another one",
-                        fix="do not write to a bundle in use; run the command again",
-                    )
+        with contextlib.ExitStack() as stack:
+            held = {name: stack.enter_context(self._opened(name)) for name in (graph, *weights)}
+            before = {name: stamp_of(file) for name, (file, _) in held.items()}
+            places = {real_path(self.path / name).parent for name in held}
+            if len(places) > 1:
+                raise InputError(
+                    "A graph's weights are links to files in another folder than their graph",
+                    where=f"{self.path / graph}: expected one folder, got {_names(sorted(map(str, places)))}",
+                    fix="replace the links with copies: cp -rL BUNDLE COPY",
+                )
+
+            def check(names: Iterable[str]) -> None:
+                for name in names:
+                    file, spec = held[name]
+                    self._check(name, spec, file, uncounted)
+
+            def check_ahead() -> None:
+                with contextlib.suppress(InputError):  # it is found again, and told, below
+                    check(weights)
+
+            ahead = threading.Thread(target=check_ahead, daemon=True)
+            ahead.start()
+            stack.callback(ahead.join)  # it reads the files until then
+            check([graph])
+            files = {PurePosixPath(name).name: file for name, (file, _) in held.items()}
+            folder = stack.enter_context(linked(files)) or (self.path / graph).parent
+            try:
+                yield folder / PurePosixPath(graph).name
+            finally:
+                ahead.join()
+                check(held)
+                for name, (file, _) in held.items():
+                    by_path = os.stat(real_path(folder / PurePosixPath(name).name)).st_ino
+                    if stamp_of(file) != before[name] or by_path != before[name][1]:
+                        raise InputError(
+                            "This file was replaced while it was loaded",
+                            where=f"{self.path / name}: expected one file throughout, got another one",
+                            fix="do not write to a bundle in use; run the command again",
+                        )
 
     def component(self, name: str) -> ComponentSpec:
         """The spec of the graph `name`, a component or a part. Raises UsageError with the valid names."""
@@ -253,86 +299,19 @@ class Bundle:
             self.file(relative, tick)
 
 
-def check_components(manifest: Manifest, *, where: str) -> None:
-    """Raise InputError unless `files` lists every file that a component names and holds every table, and the
-    parts of a decoder are all there, in order."""
-    named = [
-        (f"components: {name}: {field}", getattr(spec, field))
-        for name, spec in manifest.components.items()
-        for field in ("graph", "twin", "golden", "classic")
-    ] + [
-        (f"tables: {name}: {field}", getattr(spec, field))
-        for name, spec in manifest.tables.items()
-        for field in ("file", "golden")
-    ]
-    for key, relative in named:
-        if relative is not None and relative not in manifest.files:
-            raise InputError(
-                "A component names a file that the manifest does not list",
-                where=f"{where}: {key}: expected a key of files, got {relative!r}",
-                fix="export the bundle again",
-            )
-    for decoder, cache in manifest.model.cache.items():
-        caches = [
-            t.name
-            for name, spec in manifest.components.items()
-            if component_of(name) == decoder
-            for t in spec.inputs
-            if t.name.startswith(PAST)
-        ]
-        expected = [f"{PAST}{i}.{side}" for i in range(cache.layers) for side in ("key", "value")]
-        if caches and caches != expected:
-            at = next((i for i, (a, b) in enumerate(zip(caches, expected)) if a != b), len(caches))
-            raise InputError(
-                "A decoder's layers are not all there, in order",
-                where=f"{where}: components: {decoder}: expected {len(expected)} caches of "
-                f"{cache.layers} layers, got {len(caches)}, other than expected from number {at} on",
-                fix="export the bundle again",
-            )
-    for name, table in manifest.tables.items():
-        size = manifest.files[table.file].size
-        rows = table.dtype, math.prod(table.shape), table.offset
-        scales = table.scales_dtype, table.shape[0], table.scales_offset
-        quantised = table.dtype == CODES_DTYPE
-        held = _within(size, TABLE_DTYPES, *rows) and (scales[0], scales[2]) == (None, None)
-        if quantised:
-            held = _within(size, (CODES_DTYPE,), *rows) and _within(size, TABLE_DTYPES, *scales)
-        if not held:
-            raise InputError(
-                "A table does not lie within its file",
-                where=f"{where}: tables: {name}: expected rows of {', '.join(TABLE_DTYPES)} within "
-                f"{size} bytes, or of {CODES_DTYPE} with their scales, got {table.dtype}{list(table.shape)} "
-                f"from byte {table.offset}"
-                + (f", scales {table.scales_dtype} from byte {table.scales_offset}" if quantised else ""),
-                fix="export the bundle again",
-            )
-
-
-def _within(
-    size: int, dtypes: Container[str | None], dtype: str | None, numbers: int, offset: int | None
-) -> bool:
-    """Whether so many numbers of one of `dtypes`, from `offset` on, end within a file of `size` bytes."""
-    if dtype is None or dtype not in dtypes or offset is None:
-        return False
-    return 0 <= offset < offset + numbers * ITEM_BYTES[dtype] <= size
-
-
 def files_present(root: Path) -> list[str]:
-    """Relative names of all files and links under `root`, except the manifest, plans and certificates."""
+    """Relative names of all files and links under `root`, except the manifest, plans, certificates, and what
+    other programs are known to leave."""
     names = []
     for folder, folders, files in os.walk(root):
         here = Path(folder)
         if here == root:
-            folders[:] = [f for f in folders if f not in MADE_LATER]
+            folders[:] = [f for f in folders if f not in (*MADE_LATER, *JUNK_FOLDERS)]
             files = [f for f in files if f != MANIFEST]
         links = [f for f in folders if (here / f).is_symlink()]
+        files = [f for f in files if f not in JUNK and not f.startswith("._")]  # the latter of macOS
         names += [(here / f).relative_to(root).as_posix() for f in files + links]
     return names
-
-
-def _stamp(path: Path) -> tuple:
-    status = check_regular(path, where="bundle")
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _names(names: list[str]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle.files import read_text
+from ..bundle.files import text_from_bytes
 from ..bundle.manifest import ModelSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array
@@ -70,7 +70,9 @@ class Chat:
     def from_bundle(cls, bundle: Bundle) -> Chat:
         """Verify and load the tokenizer and chat template of `bundle`. Raises InputError."""
         tokenizer, template = (
-            read_text(bundle.file(name), limit_bytes=TEXT_LIMIT_BYTES, where="prompt")
+            text_from_bytes(
+                bundle.read(name, limit_bytes=TEXT_LIMIT_BYTES), bundle.path / name, where="prompt"
+            )
             for name in ("tokenizer.json", "chat_template.jinja")
         )
         return cls(tokenizer, template, bundle.manifest.model, where=str(bundle.path))

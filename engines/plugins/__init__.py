@@ -15,7 +15,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..bundle.files import read_regular
+from ..bundle.files import open_regular, read_regular, sha256_from_file
+from ..bundle.held import path_of
 from ..bundle.manifest import ComponentSpec, Manifest, component_of
 from ..errors import InputError, MissingError
 from ..targets import Target
@@ -147,11 +148,19 @@ def load(library: Library) -> ctypes.CDLL:
 @functools.cache
 def _loaded(path: str, sha256: str) -> ctypes.CDLL:
     try:
-        native = ctypes.CDLL(path)
+        with open_regular(Path(path), where="plugin") as file:
+            got = sha256_from_file(file)
+            native = ctypes.CDLL(str(path_of(file, Path(path)))) if got == sha256 else None
     except OSError as error:
         raise MissingError(
             "The KV-cache plugin cannot be loaded", where=f"{path}: {error}", fix=f"build it again: {COMMAND}"
         ) from None
+    if native is None:
+        raise InputError(
+            "The KV-cache plugin was replaced while it was loaded",
+            where=f"{path}: expected sha256 {sha256[:16]}..., got {got[:16]}...",
+            fix="run the command again",
+        )
     if not native.star_plugin_registered():
         raise MissingError(
             "TensorRT did not register the KV-cache plugin",

@@ -16,13 +16,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from ..bundle.files import read_regular, resolve_inside, sha256_of, sync_folder, write_atomic
+from ..bundle.lock import locked
 from ..bundle.manifest import FileSpec, component_of, json_from_manifest, record_from_json, value_from_json
 from ..bundle.reader import Bundle
 from ..errors import InputError
@@ -34,7 +34,6 @@ FOLDER = "plans/onnxruntime"
 RECORD, GRAPH, WEIGHTS = "build.json", "model.onnx", "model.onnx.data"
 RECORD_LIMIT_BYTES = 1 << 20
 WORTH_BYTES = 64 << 20  # a smaller component loads at once
-ABANDONED_S = 3600  # after this time nobody still writes into a stage
 FUSED = ("int8", "int4")  # formats whose DequantizeLinear is fused with the product after it
 S = TypeVar("S")
 
@@ -117,25 +116,24 @@ def read_record(bundle: Bundle, relative: str, wanted: Fused) -> Fused | None:
 def stage_beside(bundle: Bundle, graph: str, folder: Path) -> Iterator[Path | None]:
     """Yield an empty folder to write into, or None if there is no room for it or another process is writing.
 
-    It is gone when the block ends. One that a killed process left is used again after an hour.
+    It is gone when the block ends. One that a killed process left goes first.
     """
     stage = folder.with_name(f".{folder.name}.stage")
     size = sum(bundle.manifest.files[name].size for name in bundle.weights(graph))
     free = free_disk(bundle.path)
-    try:
-        if stage.exists() and time.time() - stage.stat().st_mtime > ABANDONED_S:
-            shutil.rmtree(stage)
-        if free is not None and free < 2 * size:
-            raise OSError("the disk is too full")
-        stage.parent.mkdir(parents=True, exist_ok=True)
-        stage.mkdir()
-    except OSError:
-        yield None
-        return
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            if free is not None and free < 2 * size:
+                raise OSError("the disk is too full")
+            stage.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder.with_name(f".{folder.name}.lock"), what="process"))
+            stack.callback(shutil.rmtree, stage, ignore_errors=True)
+            shutil.rmtree(stage, ignore_errors=True)  # of a process that was killed
+            stage.mkdir()
+        except (OSError, InputError):
+            yield None
+            return
         yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def keep(stage: Path, folder: Path, made: Fused) -> None:

@@ -127,9 +127,8 @@ def parsed_component(bundle: Bundle, component: str, *, target: str) -> tuple[Pa
         capacity, prefill = (largest(plan.profiles, spec, axis=axis) for axis in (CAPACITY, "S"))
     elif caches:
         capacity = limits_from_options(bundle.manifest.model).capacity_tokens
-    with log_of(trt).collect():
+    with log_of(trt).collect(), bundle.loading(component, dialect=row.dialect) as graph:
         builder = trt.Builder(log_of(trt))
-        graph = bundle.graph(component, dialect=row.dialect)
         network, parser = network_from_onnx(trt, builder, graph, capacity_tokens=capacity)
         check_network(trt, network, spec, capacity_tokens=capacity, caches=caches)
         parsed = parsed_from_network(trt, network, owner=(builder, parser))

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.bfloat16 import float32_from_bits
+from ..bundle.held import real_path
 from ..bundle.manifest import ComponentSpec, TensorSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array, check_binding, present_name
@@ -316,9 +317,17 @@ def _inference_session(
     except Exception as error:  # the library raises bare exceptions
         raise InputError(
             "ONNX Runtime cannot load this graph",
-            where=f"{'a graph in memory' if isinstance(model, bytes) else model}: {error}",
+            where=_place(model, error),
             fix="export the bundle again with this version of star-export",
         ) from None
+
+
+def _place(model: Path | bytes, error: Exception) -> str:
+    """Where a graph lies, and what the library says of it, with the bundle's own names."""
+    if isinstance(model, bytes):
+        return f"a graph in memory: {error}"
+    own = real_path(model)
+    return f"{own}: {str(error).replace(str(model.parent), str(own.parent))}"
 
 
 def _with_cuda_graph(

@@ -7,7 +7,7 @@ asked for are read here, and a weight that a graph uses too lies in the bundle o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,10 +23,10 @@ from .array_buffer import ArrayBuffer
 class _Rows:
     """A memory-mapped array [rows, n], read in float32."""
 
-    def __init__(self, path: Path, dtype: str, offset: int, shape: tuple[int, int]):
+    def __init__(self, file: BinaryIO, dtype: str, offset: int, shape: tuple[int, int]):
         self.bits = dtype == "bfloat16"
         stored = np.dtype("<u2" if self.bits else dtype)
-        self.array = np.memmap(path, stored, mode="r", offset=offset, shape=shape)
+        self.array = np.memmap(file, stored, mode="r", offset=offset, shape=shape)
 
     def at(self, rows: np.ndarray) -> np.ndarray:
         """The rows of these numbers [...]: float32 [..., n]."""
@@ -41,13 +41,14 @@ class TableSession:
     prefill_tokens: int | None = None
 
     def __init__(self, bundle: Bundle, name: str):
-        table, path = bundle.table(name)
+        table = bundle.manifest.tables[name]
         self.name, self.rows = name, table.shape[0]
         self.spec = ComponentSpec(table.file, None, table.golden, table.inputs, table.outputs)
-        self._weight: _Rows | None = _Rows(path, table.dtype, table.offset, table.shape)
         self._scales: _Rows | None = None
-        if table.scales_offset is not None and table.scales_dtype is not None:
-            self._scales = _Rows(path, table.scales_dtype, table.scales_offset, (self.rows, 1))
+        with bundle.opened(table.file) as file:
+            self._weight: _Rows | None = _Rows(file, table.dtype, table.offset, table.shape)
+            if table.scales_offset is not None and table.scales_dtype is not None:
+                self._scales = _Rows(file, table.scales_dtype, table.scales_offset, (self.rows, 1))
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> ArrayBuffer:
         """Allocate a zeroed buffer on the host."""

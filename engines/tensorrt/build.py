@@ -7,6 +7,7 @@ builder's version or the target differ, or when the file is no longer the record
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from .. import plugins
 from ..bundle.files import atomic_file, write_atomic
+from ..bundle.lock import locked
 from ..bundle.manifest import json_from_manifest
 from ..bundle.reader import Bundle
 from ..errors import InputError, UsageError
@@ -35,6 +37,7 @@ from .profiles import (
     profiles_from_limits,
 )
 
+LOCK = ".lock"  # in the folder of a target's plans
 NATIVE_CACHES = (10, 15)  # TensorRT runs the modern dialect from this version on
 
 
@@ -72,7 +75,8 @@ def build_plans(
     called with each network that is about to be compiled, as TensorRT parsed it, and may raise to stop the
     build; `star_export.validator.interpreted.look_at_golden` runs the golden tensors on it.
 
-    All arguments are checked before anything is built. Raises UsageError, InputError for a fault of the
+    All arguments are checked before anything is built, and no other process builds for these targets
+    meanwhile. Raises UsageError, InputError for a fault of the
     bundle or of the profiles, and MissingError for what this machine lacks.
     """
     chosen = [target_from_name(name) for name in dict.fromkeys(targets)]
@@ -97,10 +101,15 @@ def build_plans(
             plugin_of(bundle, target, name, plans[name], tensorrt_of(target).__version__)
     check_room(bundle, chosen, names)
     results: list[BuiltPlan] = []
-    for target in chosen:
-        for name in names:
-            progress(f"build {name} for {target.name}", len(results), len(chosen) * len(names))
-            results.append(build_plan(bundle, target, name, plans[name], look=look))
+    with contextlib.ExitStack() as stack:
+        for target in chosen:
+            folder = bundle.path / "plans" / target.name
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / LOCK, what="build"))
+        for target in chosen:
+            for name in names:
+                progress(f"build {name} for {target.name}", len(results), len(chosen) * len(names))
+                results.append(build_plan(bundle, target, name, plans[name], look=look))
     progress("plans built", len(results), len(results))
     return results
 
@@ -162,7 +171,6 @@ def build_plan(
     look: Look | None = None,
 ) -> BuiltPlan:
     """Build one plan and record it in `build.json`, unless the same plan is there already."""
-    graph = bundle.graph(component, dialect=target.dialect)
     version = tensorrt_of(target).__version__
     header, plugin = build_header(target, version), plugin_of(bundle, target, component, profiles, version)
     path = bundle.path / plan_name(target.name, component)
@@ -172,13 +180,13 @@ def build_plan(
         and known.plugin == plugin
         and _is_current(bundle, target, component, profiles, known)
     ):
+        bundle.graph(component, dialect=target.dialect)  # its files are still those that it was built from
         return BuiltPlan(target.name, component, path, True, known)
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with atomic_file(path) as file:
+    with atomic_file(path) as file, bundle.loading(component, dialect=target.dialect) as graph:
         updates, network, plan = compile_plan(bundle, target, component, graph, profiles, file, look=look)
         give_back_memory()  # the next plan may need all of it
-        bundle.graph(component, dialect=target.dialect)  # the parsed files must still be the listed ones
     spec = bundle.component(component)
     made = PlanSpec(
         onnx=onnx_hashes(bundle, component, dialect=target.dialect),
@@ -191,7 +199,7 @@ def build_plan(
         network=network,
         plugin=plugin,
     )
-    build = _present(bundle, header)  # read again, because another process may have added to it
+    build = _present(bundle, header)
     build = replace(build, components=build.components | {component: made})
     write_atomic(bundle.path / build_name(target.name), json_from_manifest(build).encode())
     return BuiltPlan(target.name, component, path, False, made)

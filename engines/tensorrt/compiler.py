@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import plugins
+from ..bundle.held import real_path
 from ..bundle.manifest import FileSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import present_name
@@ -195,7 +196,7 @@ def _failure(target: Target, graph: Path, errors: list[str]) -> InputError | Mis
         return _memory_failure(target, graph, errors)
     return InputError(
         f"TensorRT cannot build this graph for {target.name}",
-        where=f"{graph}: {words(errors)}",
+        where=f"{real_path(graph)}: {words(errors)}",
         fix="try another precision, a smaller capacity or fewer rows; if it fails again, report this graph",
     )
 
@@ -206,13 +207,13 @@ def _memory_failure(target: Target, graph: Path, errors: list[str]) -> MissingEr
         free, total = call("cudaMemGetInfo")
         return MissingError(
             "The GPU has too little free memory to build this plan",
-            where=f"{graph}: free {free} of {total} bytes; {words(errors)}",
+            where=f"{real_path(graph)}: free {free} of {total} bytes; {words(errors)}",
             fix="close other programs, or build with a smaller capacity or fewer rows",
         )
     weights = sum(path.stat().st_size for path in graph.parent.glob("*.data"))
     return MissingError(
         "This machine has too little memory to build this plan",
-        where=f"{graph}: expected about {HOST_RATIO} x the {weights} bytes of its weights, "
+        where=f"{real_path(graph)}: expected about {HOST_RATIO} x the {weights} bytes of its weights, "
         f"got too little; {words(errors)}",
         fix="close other programs, raise the limit (ulimit -v), or export with a smaller --part-bytes",
     )

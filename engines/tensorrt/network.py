@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.files import read_regular
+from ..bundle.held import real_path
 from ..bundle.manifest import ComponentSpec, TensorSpec
 from ..bundle.tensors import present_name
 from ..errors import InputError, listed
@@ -39,14 +40,14 @@ def network_from_onnx(trt: Any, builder: Any, graph: Path, *, capacity_tokens: i
     """
     model = read_regular(graph, limit_bytes=GRAPH_LIMIT_BYTES, where="build")
     if capacity_tokens is not None:
-        model = onnx_with_axis(model, symbol=CAPACITY, size=capacity_tokens, where=str(graph))
+        model = onnx_with_axis(model, symbol=CAPACITY, size=capacity_tokens, where=str(real_path(graph)))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log_of(trt))
     if not parser.parse(model, str(graph)):
         errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
         raise InputError(
             "TensorRT cannot read this graph",
-            where=f"{graph}: {words(errors)}",
+            where=f"{real_path(graph)}: {words(errors)}",
             fix="export again with this version of star-export; if it fails again, report this graph",
         )
     return network, parser

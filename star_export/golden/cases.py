@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from engines.bundle.manifest import ComponentSpec, TableSpec, value_from_json
+from engines.bundle.reader import Bundle
 from engines.errors import InputError
 
 from .compare import check_not_vacuous
@@ -46,13 +47,29 @@ class Case:
 
 
 def cases_from_file(path: Path) -> dict[str, Case]:
+    """`cases_from_bytes` of a file."""
+    return cases_from_bytes(path.read_bytes(), path)
+
+
+def recorded_runs(bundle: Bundle, name: str) -> dict[str, Case]:
+    """The cases in the file `name` of a bundle: of the bytes that were hashed. Raises InputError."""
+    return cases_from_bytes(bundle.read(name), bundle.path / name)
+
+
+def recorded_cases(bundle: Bundle, name: str) -> dict[str, Case]:
+    """The cases of the graph or table `name`, checked as `component_cases` does. Raises InputError."""
+    spec = bundle.manifest.components.get(name) or bundle.manifest.tables[name]
+    return _checked(recorded_runs(bundle, spec.golden), spec, bundle.path / spec.golden)
+
+
+def cases_from_bytes(data: bytes, path: Path) -> dict[str, Case]:
     """Read case name -> case from keys `case/in/name`, `case/out/name`, `case/noise/name`, `case/int8/name`
     and `case/fp4/name`.
 
     Raises InputError for a set that cannot prove anything.
     """
     cases: dict[str, Case] = {}
-    for key, array in tensors_from_file(path).items():
+    for key, array in tensors_from_bytes(data, path).items():
         case, side, name = (key.split("/", 2) + ["", ""])[:3]
         if side not in ("in", "out", "noise", "int8", "fp4") or not name:
             raise _refusal(path, "keys case/in/name and case/out/name, /noise/, /int8/ and /fp4/", repr(key))
@@ -71,12 +88,11 @@ def cases_from_file(path: Path) -> dict[str, Case]:
     return cases
 
 
-def tensors_from_file(path: Path) -> Tensors:
-    """Read a safetensors file of float32 and int64 arrays, without the library, which a device may lack.
+def tensors_from_bytes(data: bytes, path: Path) -> Tensors:
+    """Read the contents of a safetensors file of float32 and int64 arrays.
 
-    Raises InputError for another file.
+    That needs no library, which a device may lack. Raises InputError for another file.
     """
-    data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     if not 8 <= start <= len(data):
         raise _refusal(path, f"a header within {len(data)} bytes", f"{start - 8} bytes of header")
@@ -101,7 +117,10 @@ def component_cases(path: Path, spec: ComponentSpec | TableSpec) -> dict[str, Ca
 
     Raises InputError for other names or types.
     """
-    cases = cases_from_file(path)
+    return _checked(cases_from_file(path), spec, path)
+
+
+def _checked(cases: dict[str, Case], spec: ComponentSpec | TableSpec, path: Path) -> dict[str, Case]:
     for case, entry in cases.items():
         for side, arrays, specs in (("in", entry.inputs, spec.inputs), ("out", entry.outputs, spec.outputs)):
             expected = {t.name: "int64" if t.dtype == "int64" else "float32" for t in specs}

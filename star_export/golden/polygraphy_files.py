@@ -23,7 +23,7 @@ from engines.bundle.tensors import PRESENT
 from engines.errors import InputError, MissingError, UsageError, install
 from engines.sessions.onnxruntime import twin_spec
 
-from .cases import Case, Tensors, component_cases
+from .cases import Case, Tensors, recorded_cases
 from .compare import tolerance_of
 from .run_case import written_slots
 from .tolerances import compute_type, tolerances_of
@@ -84,7 +84,7 @@ def write_cases(
     for name, spec in bundle.manifest.components.items():
         if not only(name):
             continue
-        cases = component_cases(bundle.file(spec.golden), spec)
+        cases = recorded_cases(bundle, name)
         graphs = {"model": (spec.graph, spec)} | ({"twin": (spec.twin, twin_spec(spec))} if spec.twin else {})
         for stem, (graph, own) in graphs.items():
             compute = compute_type(bundle.manifest.precision, twin=stem == "twin")

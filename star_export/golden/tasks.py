@@ -45,6 +45,6 @@ def tasks_of(bundle: Bundle) -> RecordedTasks | None:
     """
     if TASKS_FILE not in bundle.manifest.files:
         return None
-    text = bundle.file(TASKS_FILE).read_bytes().decode("utf-8", errors="replace")
+    text = bundle.read(TASKS_FILE).decode("utf-8", errors="replace")
     where = f"{bundle.path}: {TASKS_FILE}"
     return strict(RecordedTasks, value_from_json(text, where=where), where)

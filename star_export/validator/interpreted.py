@@ -30,7 +30,7 @@ from engines.targets import target_from_name
 from engines.tensorrt.plan import plan_spec
 
 from ..components import COMPONENTS, FLIPPED_IDS, FLIPPED_IDS_NVFP4
-from ..golden.cases import Case, cases_from_file, component_cases
+from ..golden.cases import Case, recorded_cases, recorded_runs
 from ..golden.compare import check, compare
 from ..golden.run_case import run_case
 from ..golden.tolerances import compute_type, tolerances_of
@@ -99,7 +99,7 @@ def teacher_forced(subject: Subject, progress: Progress) -> tuple[list[Row], str
     """Repeat the recorded greedy run, but feed each step the recorded id: compares the ids step by step."""
     if RUNS not in subject.bundle.manifest.files:
         return [], ""
-    case = cases_from_file(subject.bundle.file(RUNS))["generate"]
+    case = recorded_runs(subject.bundle, RUNS)["generate"]
     progress("teacher-forced run", 0, 1)
     with Star(subject.bundle, backend=subject.backend, window=1) as star:
         ids = forced_ids(star, case)
@@ -212,12 +212,12 @@ def ties(subject: Subject, progress: Progress) -> list[Row]:
     found: list[Row] = []
     components = subject.bundle.manifest.components
     wide = compute_type(subject.bundle.manifest.precision, twin=True)
-    for i, (name, spec) in enumerate(components.items()):
+    for i, name in enumerate(components):
         session = open_session(subject.bundle, name, target=subject.target, wide=True, ties="last")
         progress(f"{name} with ties reversed", i, len(components))
         if not session.ranks:
             continue
-        for case, recorded in component_cases(subject.bundle.file(spec.golden), spec).items():
+        for case, recorded in recorded_cases(subject.bundle, name).items():
             tolerances = tolerances_of(name, wide, recorded.noise_in(wide))
             results = run_case(session, recorded, tolerances=tolerances)
             found += rows_from_results(name, f"{wide}: case {case}, ties reversed", results)
@@ -236,7 +236,7 @@ def look_at_golden(bundle: Bundle) -> Callable[[str, Parsed], None]:
     def look(component: str, parsed: Parsed) -> None:
         spec = bundle.component(component)
         session = InterpreterSession(Network(parsed, wide=True), spec)
-        cases = component_cases(bundle.file(spec.golden), spec)
+        cases = recorded_cases(bundle, component)
         capacity = session.capacity_tokens
         fitting = {
             name: case

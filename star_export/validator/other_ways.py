@@ -16,7 +16,7 @@ from engines.runtime.star import Star
 from engines.tensorrt.plan import plan_spec
 from engines.tensorrt.profiles import largest
 
-from ..golden.cases import Case, cases_from_file
+from ..golden.cases import Case, recorded_runs
 from ..golden.compare import compare
 from .certificate import Row, rows_from_results
 from .run_golden import RUN
@@ -35,7 +35,7 @@ def other_ways(subject: Subject, progress: Progress, *, seed: int | None = None)
     """
     if RUNS not in subject.bundle.manifest.files:
         return [], "left out: the bundle holds no whole runs (it was exported with some components only)"
-    cases = cases_from_file(subject.bundle.file(RUNS))
+    cases = recorded_runs(subject.bundle, RUNS)
     tokens = cases[SAMPLE].outputs["image_ids"].shape[1]
     if seed is not None:
         cases[SAMPLE].inputs["seed"] = np.array([seed])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engines.errors import InputError, MissingError
-from engines.inputs.image_io import read_image
+from engines.inputs.image_io import image_from_bytes
 from engines.runtime.star import Star
 
 from ..golden.tasks import DRAWN_FILE, EDITED_FILE, tasks_of
@@ -23,7 +23,9 @@ def show_recorded_tasks(evidence: Evidence, star: Star) -> None:
     recorded = tasks_of(star.bundle)
     if recorded is None:
         return
-    drawn, edited = (read_image(star.bundle.file(name)) for name in (DRAWN_FILE, EDITED_FILE))
+    drawn, edited = (
+        image_from_bytes(star.bundle.read(name), where=name) for name in (DRAWN_FILE, EDITED_FILE)
+    )
     note = NOTE.format(recorded.seed)
     try:
         got = star.generate(recorded.prompt, seed=recorded.seed)

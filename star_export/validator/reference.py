@@ -26,7 +26,7 @@ from reference.weights import named_tensors, resolve_checkpoint
 
 from ..choice import formats_of
 from ..components import COMPONENTS, Part, boundary
-from ..golden.cases import Case, Tensors, component_cases
+from ..golden.cases import Case, Tensors, recorded_cases
 from ..golden.compare import compare, verdict
 from ..golden.intermediate import intermediate_tensors
 from ..golden.oracle import lazy_image_table, streamed_star
@@ -138,7 +138,7 @@ class Reference:
         if differing := [key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)]:
             key = min(differing)
             raise _other_checkpoint(name, f"{key}: expected {wanted.get(key)}, got {got.get(key)}")
-        self.cases = component_cases(bundle.file(spec.golden), spec)
+        self.cases = recorded_cases(bundle, name)
         self.compute = compute_type(bundle.manifest.precision, twin=True)
         self._made: dict[str, Tensors] = {}
 

@@ -16,7 +16,7 @@ from engines.runtime.gumbel import gumbel_noise
 from engines.runtime.star import Star
 from engines.sessions import run
 
-from ..golden.cases import Case, component_cases
+from ..golden.cases import Case, recorded_cases
 from ..golden.compare import Comparison, compare
 from .certificate import Row, rows_from_results
 from .evidence import RunIds, ShownImage, draws_from_logits
@@ -99,8 +99,7 @@ def run_ids(star: Star, case: str, got: Mapping[str, np.ndarray], recorded: Case
 
 def decoded_image(subject: Subject, star: Star) -> ShownImage:
     """The golden image of the VQ decoder, of random ids, beside the candidate's."""
-    spec = subject.bundle.component("vq_decoder")
-    case = next(iter(component_cases(subject.bundle.file(spec.golden), spec).values()))
+    case = next(iter(recorded_cases(subject.bundle, "vq_decoder").values()))
     ids, wanted = case.inputs["image_ids"][:1], case.outputs["image"][:1]
     got = run(star.session("vq_decoder"), {"image_ids": ids})["image"]
     return ShownImage(

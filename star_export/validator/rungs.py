@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from engines.bundle.manifest import ComponentSpec, TableSpec, component_of
+from engines.bundle.held import real_path
+from engines.bundle.manifest import component_of
 from engines.bundle.tensors import present_name
 from engines.errors import InputError, MissingError
 from engines.progress import Progress, adder
@@ -22,7 +24,7 @@ from engines.targets import target_from_name
 from engines.tensorrt.plan import plan_spec
 from engines.tensorrt.profiles import fits, limits_from_options
 
-from ..golden.cases import Case, cases_from_file, component_cases
+from ..golden.cases import Case, recorded_cases, recorded_runs
 from ..golden.compare import compare
 from ..golden.run_case import extended, run_case
 from ..golden.tolerances import compute_of, largest_noise, tolerances_of
@@ -47,36 +49,46 @@ def files_and_graphs(subject: Subject, progress: Progress) -> tuple[list[Row], s
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir")):
         return [], f"{done}; graphs not checked: onnx is not installed here (export checked them)"
     dialect = target_from_name(subject.target).dialect if subject.target else "modern"
-    components = manifest.components.values()
-    graphs = dict.fromkeys([spec.twin for spec in components if spec.twin], ("modern", ""))  # twins: ORT's
-    if not subject.target:
-        graphs |= dict.fromkeys([spec.classic for spec in components if spec.classic], ("classic", ""))
-    for name in manifest.components:
-        graphs[subject.bundle.graph_name(name, dialect=dialect)] = dialect, subject.target
-    for i, (graph, (dialect, target)) in enumerate(graphs.items()):
+    graphs: dict[str, tuple[str, str, str]] = {}  # -> the component, the dialect and whose rules hold
+    for name, spec in manifest.components.items():
+        if spec.twin:
+            graphs[spec.twin] = name, "modern", ""  # for the CPU
+        if spec.classic and not subject.target:
+            graphs[spec.classic] = name, "classic", ""
+        graphs[subject.bundle.graph_name(name, dialect=dialect)] = name, dialect, subject.target
+    for i, (graph, (name, dialect, target)) in enumerate(graphs.items()):
         progress(f"check {graph}", i, len(graphs))
-        check_onnx(subject.bundle.path / graph, dialect=dialect, target=target)
+        with subject.bundle.loading_files(graph, subject.bundle.weights(name)) as path:
+            check_onnx(path, dialect=dialect, target=target)
     return [], f"{done}; {len(graphs)} graphs pass the ONNX checker and the lint"
 
 
 def check_onnx(path: Path, *, dialect: str, target: str) -> None:
     """Run the ONNX checker and the lint of `dialect` on one file, with the rules of `target` unless it is "".
 
-    Raises InputError. The checker infers types and shapes too, except in a classic graph: TensorRT supports
-    bfloat16 in operators where the classic opset does not.
+    Raises InputError. The checker reads no weights, but refuses a link in their place, so it gets a copy of
+    the graph beside empty files of their size. It infers types and shapes too, except in a classic graph:
+    TensorRT supports bfloat16 in operators where the classic opset does not.
     """
     import onnx
 
     from ..graph.lint import check_graph
 
-    try:
-        onnx.checker.check_model(str(path), full_check=dialect == "modern")
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise InputError(
-            "This graph is not valid ONNX",
-            where=f"{path}: {str(error).strip()}",
-            fix="export the bundle again",
-        ) from None
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        copy.write_bytes(path.read_bytes())
+        for weights in path.parent.glob("*.data"):
+            with open(Path(folder, weights.name), "wb") as file:
+                file.truncate(weights.stat().st_size)
+        try:
+            onnx.checker.check_model(str(copy), full_check=dialect == "modern")
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            place = str(real_path(path).parent)
+            raise InputError(
+                "This graph is not valid ONNX",
+                where=f"{real_path(path)}: {str(error).strip().replace(folder, place)}",
+                fix="export the bundle again",
+            ) from None
     check_graph(path, dialect=dialect, target=target or None)
 
 
@@ -92,11 +104,10 @@ def golden_tensors(
     before: tuple[str, dict[str, Case]] = ("", {})
     left_out: list[str] = []
     manifest = subject.bundle.manifest
-    every: dict[str, ComponentSpec | TableSpec] = {**manifest.components, **manifest.tables}
-    components = {name: spec for name, spec in every.items() if only(name)}
-    for i, (name, spec) in enumerate(components.items()):
+    components = [name for name in (*manifest.components, *manifest.tables) if only(name)]
+    for i, name in enumerate(components):
         progress(f"{name} against its golden tensors", i, len(components))
-        cases = component_cases(subject.bundle.file(spec.golden), spec)
+        cases = recorded_cases(subject.bundle, name)
         if component_of(name) == component_of(before[0]):
             rows += _handed_on(name, cases, before[1])
         before = name, cases
@@ -160,8 +171,7 @@ def decoder_steps(
     decoders = [name for name in subject.bundle.manifest.components if component_of(name) in model.cache]
     for i, name in enumerate(decoders):
         progress(f"{name} step by step", i, len(decoders))
-        spec = subject.bundle.component(name)
-        cases = component_cases(subject.bundle.file(spec.golden), spec)
+        cases = recorded_cases(subject.bundle, name)
         noise = largest_noise(cases.values(), subject.compute)
         tolerances = tolerances_of(name, subject.compute, noise)
         session = open_session(subject.bundle, name, backend=subject.backend)
@@ -242,7 +252,7 @@ def _recorded_runs(subject: Subject) -> dict[str, Case]:
     """The recorded whole runs by name, {} in a bundle without them. Raises InputError."""
     if RUNS not in subject.bundle.manifest.files:
         return {}
-    cases = cases_from_file(subject.bundle.file(RUNS))
+    cases = recorded_runs(subject.bundle, RUNS)
     if wrong := (set(cases) - {FORCED}) ^ set(RUN) - (NEWER - set(cases)):
         raise InputError(
             "The golden set cannot prove anything",

@@ -136,14 +136,14 @@ def check_model(bundle: Bundle) -> None:
 
 def recorded_ids(bundle: Bundle) -> np.ndarray:
     """The ids int64 [n, T] of the fp32 reference's images of the fixed set. Raises InputError."""
-    return ids_from_score(bundle.file(SCORE).read_bytes(), where=str(bundle.path / SCORE))
+    return ids_from_score(bundle.read(SCORE), where=str(bundle.path / SCORE))
 
 
 def recorded_score(bundle: Bundle, kind: str) -> benchmark.Score | None:
     """The reference's score on the small or full set, or None if the weights were never scored."""
     if SCORE not in bundle.manifest.files:
         return None
-    return score_from_bytes(bundle.file(SCORE).read_bytes(), kind, where=str(bundle.path / SCORE))
+    return score_from_bytes(bundle.read(SCORE), kind, where=str(bundle.path / SCORE))
 
 
 def score_from_bytes(data: bytes, kind: str, *, where: str) -> benchmark.Score:

@@ -74,14 +74,8 @@ def test_paths_that_leave_or_are_not_plain_are_refused(relative):
         check_relative(relative, where="here")
 
 
-def make(kind, path, tmp_path):
-    real = tmp_path / "real.bin"
-    real.write_bytes(b"data")
-    if kind == "symbolic link":
-        path.symlink_to(real)
-    elif kind == "hard link":
-        os.link(real, path)
-    elif kind == "FIFO":
+def make(kind, path):
+    if kind == "FIFO":
         os.mkfifo(path)
     elif kind == "folder":
         path.mkdir()
@@ -94,16 +88,14 @@ def make(kind, path, tmp_path):
 @pytest.mark.parametrize(
     "kind, said",
     [
-        ("symbolic link", "a symbolic link"),
-        ("hard link", "a hard link"),
         ("FIFO", "a FIFO"),
         ("folder", "a folder"),
-        ("device", "a symbolic link"),
+        ("device", "a device"),
         ("socket", "a socket"),
     ],
 )
 def test_only_regular_files_are_opened(tmp_path, kind, said, monkeypatch):
-    make(kind, tmp_path / "f", tmp_path)
+    make(kind, tmp_path / "f")
     monkeypatch.setattr(os, "open", lambda *a, **k: pytest.fail("opened"))
     with pytest.raises(InputError, match=said):
         resolve_inside(tmp_path, "f", where="here")
@@ -124,7 +116,7 @@ def test_a_parent_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "real/f").write_bytes(b"x")
     (tmp_path / "link").symlink_to("real")
     assert resolve_inside(tmp_path, "real/f", where="here") == tmp_path / "real/f"
-    expected = "link: expected a regular file with one hard link, got a symbolic link"
+    expected = "link: expected a regular file, got a symbolic link in place of a folder"
     with pytest.raises(InputError, match=expected):
         resolve_inside(tmp_path, "link/f", where="here")
 

@@ -2,9 +2,13 @@
 
 import contextlib
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from engines.bundle.held import PREFIX
 from engines.bundle.manifest import manifest_from_json
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, UsageError
@@ -41,9 +45,11 @@ def test_a_file_is_hashed_once_and_again_only_when_it_changed(root, monkeypatch)
     import engines.bundle.reader as module
 
     bundle, hashed = Bundle.open(root), []
-    real = module.sha256_of
+    real = module.sha256_from_file
     monkeypatch.setattr(
-        module, "sha256_of", lambda path, **options: hashed.append(path.name) or real(path, **options)
+        module,
+        "sha256_from_file",
+        lambda file, **options: hashed.append(Path(file.name).name) or real(file, **options),
     )
     for _ in range(3):
         bundle.file("tokenizer.json")
@@ -158,14 +164,12 @@ def test_a_listed_path_that_is_not_plain_is_refused_unopened(root, relative, mon
     assert opened == [str(root / "manifest.json")]
 
 
-@pytest.mark.parametrize("kind", ["symlink", "hardlink", "fifo", "folder", "zero"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "zero"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "manifest.json", "token_embedding/model.onnx.data"])
 def test_a_listed_file_that_is_not_regular_is_refused_unopened(root, tmp_path, kind, name, monkeypatch):
     path, outside = root / name, tmp_path / "outside"
     path.rename(outside)
     {
-        "symlink": lambda: path.symlink_to(outside),
-        "hardlink": lambda: os.link(outside, path),
         "fifo": lambda: os.mkfifo(path),
         "folder": path.mkdir,
         "zero": lambda: path.symlink_to("/dev/zero"),
@@ -174,7 +178,7 @@ def test_a_listed_file_that_is_not_regular_is_refused_unopened(root, tmp_path, k
     monkeypatch.setattr(
         os, "open", lambda p, *a, **k: pytest.fail("opened") if str(p) == str(path) else real(p, *a, **k)
     )
-    refused(root, "regular file with one hard link, got a ")
+    refused(root, "expected a regular file, got a ")
 
 
 def test_a_parent_folder_that_is_a_link_is_refused(root, tmp_path):
@@ -183,13 +187,82 @@ def test_a_parent_folder_that_is_a_link_is_refused(root, tmp_path):
     refused(root, "symbolic link")
 
 
-def test_a_file_that_becomes_a_link_after_open_is_refused(root, tmp_path):
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_links_to_the_files_are_read_as_the_files_and_hashed(root, tmp_path, link):
+    """A hub's cache and `cp -al` make such folders: only the bytes count."""
+    (tmp_path / "store").mkdir()
+    for i, path in enumerate([path for path in root.rglob("*") if path.is_file()]):
+        path.rename(tmp_path / "store" / str(i))
+        link(tmp_path / "store" / str(i), path)
     bundle = Bundle.open(root)
-    bundle.file("tokenizer.json")
-    (root / "tokenizer.json").rename(tmp_path / "outside")
-    (root / "tokenizer.json").symlink_to(tmp_path / "outside")
-    with pytest.raises(InputError, match="symbolic link"):
-        bundle.file("tokenizer.json")
+    bundle.verify()
+    with bundle.loading("token_embedding") as path:
+        assert path.read_bytes() == (root / "token_embedding/model.onnx").read_bytes()
+    real = (root / "tokenizer.json").resolve()
+    real.write_bytes(b" " + real.read_bytes()[1:])
+    with pytest.raises(InputError, match="sha256"):
+        bundle.read("tokenizer.json")
+
+
+def test_what_other_programs_leave_is_ignored_by_name(root):
+    for name in (
+        ".DS_Store",
+        "desktop.ini",
+        ".gitattributes",
+        "README.md",
+        "._model",
+        ".cache/huggingface/x",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+    Bundle.open(root).verify()
+    (root / "model.bin").write_text("x")
+    refused(root, "not listed: model.bin")
+
+
+# Row 26
+def exchange(folder, other):
+    """Put `other` in the place of `folder`, and the reverse: no file in them notices."""
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    other.rename(folder)
+    aside.rename(other)
+
+
+@pytest.mark.parametrize("of", ["token_embedding", "."])
+def test_a_folder_that_is_exchanged_and_put_back_while_it_is_loaded_changes_nothing(root, tmp_path, of):
+    folder, other = (root / of).resolve(), tmp_path / "other"
+    right = (root / "token_embedding/model.onnx.data").read_bytes()
+    shutil.copytree(folder, other)
+    (other / "token_embedding/model.onnx.data" if of == "." else other / "model.onnx.data").write_bytes(b"no")
+    bundle = Bundle.open(root)
+    with bundle.loading("token_embedding") as path:
+        exchange(folder, other)
+        assert (path.parent / "model.onnx.data").read_bytes() == right
+        exchange(folder, other)
+    assert not path.exists() and not path.parent.exists()
+
+
+def test_a_file_that_is_written_to_while_it_is_loaded_is_refused(root):
+    data = root / "token_embedding/model.onnx.data"
+    with (
+        pytest.raises(InputError, match=r"model\.onnx\.data"),
+        Bundle.open(root).loading("token_embedding"),
+        data.open("r+b") as file,
+    ):
+        first = file.read(1)
+        file.seek(0)
+        file.write(bytes([first[0] ^ 1]))
+        file.flush()
+
+
+def test_links_that_a_killed_process_left_are_removed(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, ours = tmp_path / f"{PREFIX}4194305-x", tmp_path / f"{PREFIX}{os.getpid()}-x"
+    left.mkdir()
+    ours.mkdir()
+    with Bundle.open(root).loading("token_embedding"):
+        assert not left.exists() and ours.exists()
 
 
 # Row 21

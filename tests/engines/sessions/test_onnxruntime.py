@@ -4,6 +4,7 @@ docs/bad_inputs.md 23, 41, 43.
 """
 
 import contextlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -369,7 +370,6 @@ def test_memory_of_a_device_starts_at_zero_and_keeps_bfloat16_bits():
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_bundle_passes_the_ladder_on_cuda(bundle_of, tmp_path, precision):
-    import shutil
 
     from engines.errors import MissingError
     from engines.tensorrt.device import gpus
@@ -389,21 +389,23 @@ def test_weights_are_hashed_once_and_while_they_load(tmp_path, monkeypatch):
 
     from engines.bundle import reader
 
-    bundle, real, hashed, loading = Bundle.open(write_tiny_bundle(tmp_path / "b")), reader.sha256_of, [], []
+    bundle, real = Bundle.open(write_tiny_bundle(tmp_path / "b")), reader.sha256_from_file
+    hashed, loading = [], []
     load, loaded = onnxruntime.InferenceSession, threading.Event()
 
-    def hash_of(path, **kwargs):
-        if path.suffix == ".data":
+    def hash_of(file, **kwargs):
+        name = Path(file.name).name
+        if name.endswith(".data"):
             loading.append(loaded.wait(5))  # the hash ends after the load
-        hashed.append(path.name)
-        return real(path, **kwargs)
+        hashed.append(name)
+        return real(file, **kwargs)
 
     def loads(*args, **kwargs):
         session = load(*args, **kwargs)
         loaded.set()
         return session
 
-    monkeypatch.setattr(reader, "sha256_of", hash_of)
+    monkeypatch.setattr(reader, "sha256_from_file", hash_of)
     monkeypatch.setattr(onnxruntime, "InferenceSession", loads)
     run(open_session(bundle, "token_embedding"), {"input_ids": IDS})
     assert loading == [True] and sorted(hashed) == ["model.onnx", "model.onnx.data"]
@@ -418,3 +420,28 @@ def test_flipped_weights_open_no_session(tmp_path, exact):
     data.write_bytes(data.read_bytes()[:-1] + b"\x01")
     with pytest.raises(InputError, match="sha256"):
         open_session(Bundle.open(root), "token_embedding", backend=exact)
+
+
+def test_weights_that_are_exchanged_and_put_back_while_they_load_change_nothing(tmp_path, monkeypatch):
+    """docs/bad_inputs.md 26: their folder is another one while they are opened, and no file notices."""
+    import onnxruntime
+
+    root, load = write_tiny_bundle(tmp_path / "b"), onnxruntime.InferenceSession
+    right, other, aside = root / "token_embedding", tmp_path / "other", tmp_path / "aside"
+    wanted = run(open_session(Bundle.open(root), "token_embedding"), {"input_ids": IDS})["inputs_embeds"]
+    shutil.copytree(right, other)
+    data = other / "model.onnx.data"
+    data.write_bytes(bytes(len(data.read_bytes())))
+
+    def loads(*args, **kwargs):
+        right.rename(aside)
+        other.rename(right)
+        try:
+            return load(*args, **kwargs)
+        finally:
+            right.rename(other)
+            aside.rename(right)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", loads)
+    got = run(open_session(Bundle.open(root), "token_embedding"), {"input_ids": IDS})["inputs_embeds"]
+    np.testing.assert_array_equal(got, wanted)

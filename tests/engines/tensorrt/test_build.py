@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
 import signal
 import time
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from onnx import helper
 
+from engines.bundle.lock import locked
 from engines.bundle.manifest import CacheSpec, TensorSpec
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
@@ -436,3 +438,17 @@ def test_a_plan_is_at_least_as_large_as_the_weights_of_its_graph(bundle):
     """That is what a refusal for want of disk demands."""
     weights = sum(bundle.manifest.files[name].size for name in bundle.weights("base_ar"))
     assert built(bundle).spec.plan.size >= weights
+
+
+def test_a_second_build_for_the_target_is_told_at_once_and_builds_nothing(bundle):
+    """docs/bad_inputs.md 17: two builds with other settings would mix their plans."""
+    folder = bundle.path / "plans" / TARGET
+    folder.mkdir(parents=True)
+    with (
+        locked(folder / build.LOCK, what="build"),
+        pytest.raises(InputError, match=rf"Another build.*\n.*by process {os.getpid()}"),
+    ):
+        build.build_plans(bundle, [TARGET], rows=2)
+    assert not list(folder.iterdir())
+    assert build.build_plans(bundle, [TARGET], components=["token_embedding"])
+    assert sorted(path.name for path in folder.iterdir()) == ["build.json", "token_embedding.plan"]

@@ -128,12 +128,14 @@ def test_each_of_200_flipped_bits_is_refused(bundle):
         refused(bundle, "not the one that was built", hashlib.sha256(data).hexdigest()[:16])
 
 
-def test_a_link_in_place_of_a_plan_is_refused(bundle):
+def test_a_link_in_place_of_a_plan_is_read_as_the_plan_and_hashed(bundle):
     other = bundle.path.parent / "other"
     other.write_bytes(DATA)
     plan_file(bundle).unlink()
     plan_file(bundle).symlink_to(other)
-    refused(bundle, "symbolic link")
+    assert plans.read_plan(bundle, TARGET, "base_ar")[1] == DATA
+    other.write_bytes(DATA[::-1])
+    refused(bundle, "not the one that was built")
 
 
 def test_a_stale_plan_names_the_file_that_changed(bundle):
