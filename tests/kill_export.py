@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from star_export.exporter.publish import stage_path
+from star_export.exporter.publish import JOURNAL, stage_path
 
 ROOT = Path(__file__).parents[1]
 TORCH_CACHE = "torchinductor_"  # a folder that torch makes once and uses again
@@ -42,7 +42,7 @@ def undisturbed_export(folder: Path, export: Sequence[str]) -> Undisturbed:
     bundle, started, start_s = folder / "undisturbed", time.monotonic(), 0.0
     process = run([*export, "--out", str(bundle)], temporary_folder(folder))
     while process.poll() is None:
-        if not start_s and stage_path(bundle).exists():
+        if not start_s and (stage_path(bundle) / JOURNAL).exists():
             start_s = time.monotonic() - started
         time.sleep(0.05)
     if process.returncode:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from engines.bundle.manifest import ModelSpec
@@ -21,6 +21,7 @@ from reference.containers import LazyTensor
 from ..golden.oracle import streamed_star
 from ..graph.precisions import DECODERS, PRECISIONS
 from ..graph.wrappers import FoldedStar
+from ..tensor_files import save_tensors
 from .examples import Example, Material, decoded
 
 EXAMPLES = "examples"
@@ -65,7 +66,7 @@ class Decodes:
         for i, example in enumerate(examples):
             kind = f"{i}.{'image' if example.image else 'text'}"
             tensors |= {f"{kind}.embeds": example.embeds, f"{kind}.positions": example.positions}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, self.path(name))
+        save_tensors({key: value.contiguous() for key, value in tensors.items()}, self.path(name))
 
     def read(self, name: str) -> list[Example]:
         """Read the stream `name`, in the order in which it was written."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from reference import tasks
@@ -27,6 +27,7 @@ from ..golden.divergence import divergence
 from ..golden.oracle import resident
 from ..graph.precisions import EQUAL_LAYERS
 from ..graph.wrappers import FoldedStar
+from ..tensor_files import save_tensors
 from .decodes import DECODE, EXAMPLES, Decodes
 from .examples import Example
 
@@ -90,7 +91,7 @@ class Effects:
                 with resident(decoder.layers[layer]):
                     stream = _through(decoder, layer, stream)
             logits = self._logits(star, stream)
-        save_file({str(i): torch.from_numpy(found) for i, found in enumerate(logits)}, self._draws())
+        save_tensors({str(i): torch.from_numpy(found) for i, found in enumerate(logits)}, self._draws())
 
     def _measure(self, at: int) -> None:
         """Write the divergences of the layer with the number `at` among those of both decoders."""

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.errors import InputError
@@ -29,6 +28,7 @@ from ..golden.oracle import resident
 from ..graph.formats import Encoded, Format
 from ..graph.precisions import DECODERS, Precision
 from ..graph.quantize import CODES, SCALES, WHOLE, StoredTensor
+from ..tensor_files import save_tensors
 from .decodes import DECODE, EXAMPLES, Decodes
 from .examples import Example, Material
 from .gptq import SingularError, feedback_of
@@ -133,7 +133,7 @@ class Calibration:
             tensors |= {f"{weight}{CODES}": encoded.codes, f"{weight}{SCALES}": encoded.scales}
             if encoded.whole is not None:
                 tensors[f"{weight}{WHOLE}"] = encoded.whole
-        save_file(
+        save_tensors(
             {key: value.contiguous() for key, value in tensors.items()}, self.decodes.path(prefix, "weights")
         )
         self.decodes.path(prefix, "errors", "json").write_text(json.dumps(made.errors))

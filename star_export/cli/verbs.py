@@ -79,6 +79,7 @@ def export(
         )
     from ..exporter.export import PART_BYTES
     from ..exporter.export import export as export_bundle
+    from ..exporter.publish import abandoned
 
     with ProgressBar("export", shown=progress) as bar:
         path = export_bundle(
@@ -101,9 +102,14 @@ def export(
         )
     files = Bundle.open(path).manifest.files
     size = sum(file.size for file in files.values())
+    left = {str(stage): found for stage, found in abandoned(path).items()}
     return Outcome(
-        {"bundle": str(path), "precision": precision, "files": len(files), "bytes": size},
-        f"{path}: {precision}, {len(files)} files, {text_from_bytes(size)}",
+        {"bundle": str(path), "precision": precision, "files": len(files), "bytes": size, "unfinished": left},
+        f"{path}: {precision}, {len(files)} files, {text_from_bytes(size)}"
+        + "".join(
+            f"\n{stage}: {text_from_bytes(found)} of an unfinished export; repeat that, or remove the folder"
+            for stage, found in left.items()
+        ),
     )
 
 

@@ -31,7 +31,6 @@ from ..choice import FORMATS_FILE, Formats, json_from_formats
 from ..components import COMPONENTS, PART_BYTES, Part, parts_of, whole
 from ..golden import record as golden
 from ..golden import runs as golden_runs
-from ..golden.prepared import PREPARED, record_prepared
 from ..golden.record_tasks import record_tasks
 from ..golden.runs import HELD
 from ..graph.precisions import MIXED, PRECISIONS, Precision, mixed
@@ -43,7 +42,7 @@ from .component import component_spec, write_component
 from .identity import VERSIONS, checkpoint_hashes, code_hash
 from .material import chat_of, check_calibration, decodes_of, drawn_material, recorded_texts, shipped_prompts
 from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
-from .publish import Stage, check_out, stage_path, staged, write_manifest
+from .publish import Stage, filled, reserved, stage_path, write_manifest
 from .tables import Table, stored_image_table, write_image_table
 
 CALIBRATION = "calibration.json"  # of a bundle: what each weight lost
@@ -101,95 +100,95 @@ def export(
         own = Path(calibration, PROMPTS).is_file()
         read_material(Path(calibration), SHIPPED, calibrate or 1, fewer=not own)
     out = Path(out)
-    check_out(out)
-    files = resolve_checkpoint(
-        source,
-        checkpoint=checkpoint,
-        base=base,
-        vq=vq,
-        from_folder=from_folder,
-        revision=revision,
-        progress=progress,
-    )
-    config = config_from_files(files.config_json, files.qwen_folder)
-    model = model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16)
-    host_files = tokenizer_files(files, model) | score_files(files)
-    budget = budget_of(config, bits=bits, target=target) if precision == MIXED else None
-    material = None
-    if calibrate is not None:
-        prompts = calibrate or math.ceil(INPUTS / 2 / config.vq.image_tokens)  # with two rows of guidance
-        folder, shipped = Path(calibration) if calibration else None, shipped_prompts(files)
-        material = read_material(folder, shipped, prompts, fewer=not calibrate)
-    described = None
-    if material:
-        described = CalibrationSpec(
-            prompts=len(material.prompts),
-            edits=len(material.edits),
-            questions=len(material.questions),
-            images=len(material.images),
-            sha256=material_hash(material),
+    with reserved(out) as reserve:
+        files = resolve_checkpoint(
+            source,
+            checkpoint=checkpoint,
+            base=base,
+            vq=vq,
+            from_folder=from_folder,
+            revision=revision,
+            progress=progress,
         )
-    given = material or (drawn_material(files, config) if budget else None)
-    tensors = named_tensors(files, config)
-    check_room(config, "int4" if budget else precision, names, out, part_bytes=part_bytes)
-    inputs = {
-        "calibration": described and asdict(described),
-        "budget": budget and asdict(budget),
-        "decoded": given and material_hash(given),
-        "checkpoint": checkpoint_hashes(files, progress),
-        "precision": precision,
-        "rope_bf16": rope_bf16,
-        "components": names,
-        "part_bytes": part_bytes,
-        "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
-        "code": code_hash(),
-    }
-    with staged(out, inputs, progress) as stage:
-        table = stage.scratch / "image_table.safetensors"
-        stage.step("image table", partial(write_image_table, config, tensors, table))
-        tensors = dict(tensors) | {TABLE: stored_image_table(config, table)}
-        decodes, chosen = None, PRECISIONS.get(precision)
-        if given:
-            decodes = decodes_of(stage, config, tensors, rope_bf16, host_files, model, given, progress)
-        if budget:
-            assert decodes
-            effects = Effects(decodes, keep_examples=material is not None)
-            _forget_damaged(stage, effects.steps())
-            _run(stage, effects.steps(), progress)
-            formats = formats_of(config, budget, effects)
-            stage.step("formats of the layers", lambda: _write_formats(stage.bundle, formats))
-            chosen = precision_of(config, formats)
-        assert chosen
-        job = Job(stage, config, tensors, chosen, names, part_bytes, rope_bf16, progress)
+        config = config_from_files(files.config_json, files.qwen_folder)
+        model = model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16)
+        host_files = tokenizer_files(files, model) | score_files(files)
+        budget = budget_of(config, bits=bits, target=target) if precision == MIXED else None
+        material = None
+        if calibrate is not None:
+            prompts = calibrate or math.ceil(INPUTS / 2 / config.vq.image_tokens)  # with two rows of guidance
+            folder, shipped = Path(calibration) if calibration else None, shipped_prompts(files)
+            material = read_material(folder, shipped, prompts, fewer=not calibrate)
+        described = None
         if material:
-            assert decodes
-            job.calibrate(decodes)
-        steps = job.steps()
-        if len(names) == len(COMPONENTS) and sum(math.prod(t.shape) for t in tensors.values()) <= HELD:
-            texts, chat = recorded_texts(files), chat_of(host_files, model)
-            steps["recorded tasks"] = lambda: record_tasks(
-                job.oracle.star, chat, model, **texts, bundle=stage.bundle
+            described = CalibrationSpec(
+                prompts=len(material.prompts),
+                edits=len(material.edits),
+                questions=len(material.questions),
+                images=len(material.images),
+                sha256=material_hash(material),
             )
-        _run(stage, {name: (write, job.read_last.get(name)) for name, write in steps.items()}, progress)
-        progress("publish", len(steps), len(steps))
-        stage.step("files of the host", lambda: _write_files(stage.bundle, host_files))
-        chat = chat_of(host_files, model)
-        stage.step("what the host prepares", lambda: record_prepared(chat, stage.bundle / PREPARED))
-        write_manifest(
-            stage,
-            Manifest(
-                schema=SCHEMA,
-                precision=precision,
-                model=model,
-                components={part.name: component_spec(part, config, job.precision) for part in job.parts},
-                tables={name: job.table(name).spec(stage.bundle, config) for name in job.tables},
-                part_bytes=part_bytes,
-                golden=job.oracle.spec,
-                files=stage.files(),
-                calibration=described,
-                hub=files.commits,
-            ),
-        )
+        given = material or (drawn_material(files, config) if budget else None)
+        tensors = named_tensors(files, config)
+        check_room(config, "int4" if budget else precision, names, out, part_bytes=part_bytes)
+        inputs = {
+            "calibration": described and asdict(described),
+            "budget": budget and asdict(budget),
+            "decoded": given and material_hash(given),
+            "checkpoint": checkpoint_hashes(files, progress),
+            "precision": precision,
+            "rope_bf16": rope_bf16,
+            "components": names,
+            "part_bytes": part_bytes,
+            "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
+            "code": code_hash(),
+        }
+        with filled(reserve, out, inputs, progress) as stage:
+            table = stage.scratch / "image_table.safetensors"
+            stage.step("image table", partial(write_image_table, config, tensors, table))
+            tensors = dict(tensors) | {TABLE: stored_image_table(config, table)}
+            decodes, chosen = None, PRECISIONS.get(precision)
+            if given:
+                decodes = decodes_of(stage, config, tensors, rope_bf16, host_files, model, given, progress)
+            if budget:
+                assert decodes
+                effects = Effects(decodes, keep_examples=material is not None)
+                _forget_damaged(stage, effects.steps())
+                _run(stage, effects.steps(), progress)
+                formats = formats_of(config, budget, effects)
+                stage.step("formats of the layers", lambda: _write_formats(stage.bundle, formats))
+                chosen = precision_of(config, formats)
+            assert chosen
+            job = Job(stage, config, tensors, chosen, names, part_bytes, rope_bf16, progress)
+            if material:
+                assert decodes
+                job.calibrate(decodes)
+            steps = job.steps()
+            if len(names) == len(COMPONENTS) and sum(math.prod(t.shape) for t in tensors.values()) <= HELD:
+                texts, chat = recorded_texts(files), chat_of(host_files, model)
+                steps["recorded tasks"] = lambda: record_tasks(
+                    job.oracle.star, chat, model, **texts, bundle=stage.bundle
+                )
+            _run(stage, {name: (write, job.read_last.get(name)) for name, write in steps.items()}, progress)
+            progress("publish", len(steps), len(steps))
+            stage.step("files of the host", lambda: _write_files(stage.bundle, host_files))
+            chat = chat_of(host_files, model)
+            stage.step("what the host prepares", lambda: record_prepared(chat, stage.bundle / PREPARED))
+            write_manifest(
+                stage,
+                Manifest(
+                    schema=SCHEMA,
+                    precision=precision,
+                    model=model,
+                    components={part.name: component_spec(part, config, job.precision) for part in job.parts},
+                    tables={name: job.table(name).spec(stage.bundle, config) for name in job.tables},
+                    part_bytes=part_bytes,
+                    golden=job.oracle.spec,
+                    files=stage.files(),
+                    calibration=described,
+                    hub=files.commits,
+                ),
+            )
     return out
 
 

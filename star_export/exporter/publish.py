@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from engines.bundle.files import MANIFEST, reason, sha256_of, sync_folder, write_atomic
+from engines.bundle.lock import is_held, locked
 from engines.bundle.manifest import FileSpec, Manifest, json_from_manifest
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, StarError
 from engines.progress import Progress, Tick, adder, silent
 
-JOURNAL, BUNDLE, SCRATCH = "journal.json", "bundle", "scratch"
+JOURNAL, BUNDLE, SCRATCH, LOCK = "journal.json", "bundle", "scratch", "lock"
 
 
 def check_out(out: Path) -> None:
@@ -32,11 +33,12 @@ def check_out(out: Path) -> None:
     """
     stage = stage_path(out)
     try:
-        if out.is_dir() and stage.is_dir() and not (stage / BUNDLE).exists():
+        filled_already = out.is_dir() and any(out.iterdir())
+        if filled_already and stage.is_dir() and not (stage / BUNDLE).exists():
             shutil.rmtree(stage, ignore_errors=True)
         if out.is_symlink():
             raise _refusal(out, "a symbolic link")
-        if out.is_dir() and any(out.iterdir()):
+        if filled_already:
             raise _refusal(out, "a folder with files in it")
         if out.exists() and not out.is_dir():
             raise _refusal(out, "a file")
@@ -172,50 +174,64 @@ def staged(out: Path, inputs: dict[str, Any], progress: Progress = silent) -> It
     the stage, because another run would meet it again; so does an interruption before the first step is done.
     After any other the stage stays, for the next run of the same command.
     """
+    with reserved(out) as path, filled(path, out, inputs, progress) as stage:
+        yield stage
+
+
+@contextlib.contextmanager
+def reserved(out: Path) -> Iterator[Path]:
+    """Yield the folder in which `out` is staged, which no other process writes to until the block ends.
+
+    Raises InputError at once while another export writes to it, and what `check_out` raises.
+    """
     check_out(out)
     path = stage_path(out)
     try:
         path.mkdir(exist_ok=True)
     except OSError as error:
         raise _not_written(out, error) from None
-    with _locked(path):
-        stage = Stage(path, inputs)
-        stage.go_on(progress)
-        try:
-            yield stage
-            os.rename(stage.bundle, out)  # replaces an empty folder, and fails on one filled meanwhile
-            sync_folder(out.parent)
-        except StarError:
-            stage.steps = {}
-            raise
-        except OSError as error:
-            raise _not_written(out, error, resumable=bool(stage.steps)) from error
-        finally:
-            if not stage.steps or not stage.bundle.exists():
-                shutil.rmtree(path, ignore_errors=True)
+    try:
+        with locked(path / LOCK, what="export"):
+            try:
+                check_out(out)  # another export may have ended meanwhile
+                yield path
+            finally:
+                if not (path / JOURNAL).exists():
+                    shutil.rmtree(path, ignore_errors=True)
+    finally:
+        with contextlib.suppress(OSError):
+            path.rmdir()  # if it is empty
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the only lock on a folder. Raises InputError while another process does. Windows has none."""
+def filled(path: Path, out: Path, inputs: dict[str, Any], progress: Progress = silent) -> Iterator[Stage]:
+    """Yield the stage in the reserved folder `path`, as `staged` does."""
+    stage = Stage(path, inputs)
+    stage.go_on(progress)
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                "Another export is writing here",
-                where=f"{path}: expected a folder that no process writes to, got one in use",
-                fix="wait until it ends, or choose another --out",
-            ) from None
-        yield
+        yield stage
+        os.rename(stage.bundle, out)  # replaces an empty folder, and fails on one filled meanwhile
+        sync_folder(out.parent)
+    except StarError as error:
+        if isinstance(error.__cause__, OSError):  # of a file that could not be written
+            raise _not_written(out, error.__cause__, resumable=bool(stage.steps)) from error
+        stage.steps = {}
+        raise
+    except OSError as error:
+        raise _not_written(out, error, resumable=bool(stage.steps)) from error
     finally:
-        os.close(descriptor)
+        if not stage.steps or not stage.bundle.exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def abandoned(out: Path) -> dict[Path, int]:
+    """The stages beside `out` that an export left and no process holds, and their sizes in bytes."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for path in sorted(out.absolute().parent.glob(".*.stage")):
+            if (path / JOURNAL).exists() and not is_held(path / LOCK):
+                found[path] = sum(file.stat().st_size for file in _files(path))
+    return found
 
 
 def write_manifest(stage: Stage, manifest: Manifest) -> None:
@@ -229,7 +245,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and path not in (folder / JOURNAL, folder / BUNDLE / MANIFEST)
+        if path.is_file() and path not in (folder / JOURNAL, folder / LOCK, folder / BUNDLE / MANIFEST)
     )
 
 

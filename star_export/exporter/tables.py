@@ -8,7 +8,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from safetensors.torch import save_file
 
 from engines.bundle.manifest import TableSpec
 from reference.config import StarConfig
@@ -20,6 +19,7 @@ from ..graph import lint
 from ..graph.precisions import Precision
 from ..graph.quantize import CODES, SCALES
 from ..graph.wrappers import TABLE
+from ..tensor_files import save_tensors
 
 FILE = "table.data"  # the rows, and after them their scales if the rows are quantised
 ROWS = 4096  # of a table that are written at once
@@ -100,7 +100,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def write_image_table(config: StarConfig, tensors: Mapping[str, LazyTensor], path: Path) -> None:
     """Write adapter(codebook) once: it takes as many operations as thousands of decode steps."""
-    save_file({TABLE: image_table(config, tensors)}, path)
+    save_tensors({TABLE: image_table(config, tensors)}, path)
 
 
 def stored_image_table(config: StarConfig, path: Path) -> LazyTensor:

@@ -14,6 +14,7 @@ from engines.inputs.preprocess import ask_inputs, edit_inputs
 from engines.inputs.prompt import Chat, Prompt
 from engines.runtime.sampler import penalise_repetition
 
+from ..tensor_files import save_tensors
 from .cases import Tensors
 
 PREPARED = "prepared.safetensors"  # at the bundle's root
@@ -65,13 +66,11 @@ def prepared(chat: Chat, case: str, given: Tensors) -> Tensors:
 
 def record_prepared(chat: Chat, path: Path) -> None:
     """Record what the host that exports prepares to `path`."""
-    from safetensors.numpy import save_file
-
     recorded: Tensors = {}
     for case, given in given_inputs().items():
         recorded |= {f"{case}/in/{name}": array for name, array in given.items()}
         recorded |= {f"{case}/out/{name}": array for name, array in prepared(chat, case, given).items()}
-    save_file({key: np.ascontiguousarray(array) for key, array in recorded.items()}, path)
+    save_tensors({key: np.ascontiguousarray(array) for key, array in recorded.items()}, path)
 
 
 def _text(codes: np.ndarray) -> str:

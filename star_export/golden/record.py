@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import nn
 
 from engines.bundle.manifest import GoldenSpec
@@ -25,6 +25,7 @@ from reference.containers import LazyTensor
 from ..components import COMPONENTS, Part, boundary
 from ..graph import wrappers
 from ..graph.precisions import Precision
+from ..tensor_files import save_tensors
 from .activations import int8_activations, unrounded
 from .compare import compare, tolerance_of
 from .feeds import CASES, LARGE, SPECS, Case, rng_of
@@ -93,7 +94,7 @@ def component_golden(
         for kind, results in others.items():
             noise = _noise(results[case], wide[case], feeds, tolerances=COMPONENTS[part.component].tolerances)
             recorded |= {f"{case}/{kind}/{key}": np.array(value, np.float32) for key, value in noise.items()}
-    save_file(recorded, path)
+    save_tensors(recorded, path)
 
 
 # By case: in float32, and by kind of noise in another arithmetic.

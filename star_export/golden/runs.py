@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from engines.runtime.gumbel import gumbel_noise
 from reference import tasks
 from reference.model import Star
 
+from ..tensor_files import save_tensors
 from .feeds import rng_of
 from .oracle import resident
 from .record import Oracle
@@ -79,7 +79,7 @@ def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda:
             f"{case}/in/position_ids": np.broadcast_to(np.arange(PROMPT_TOKENS), (3, 1, PROMPT_TOKENS)),
             f"{case}/out/ids": ids,
         }
-    save_file({k: np.ascontiguousarray(v) for k, v in recorded.items()}, path)
+    save_tensors({k: np.ascontiguousarray(v) for k, v in recorded.items()}, path)
 
 
 @dataclass(frozen=True)

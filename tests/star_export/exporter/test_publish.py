@@ -200,3 +200,28 @@ def test_a_folder_filled_meanwhile_is_kept(tmp_path) -> None:
         out.mkdir()
         (out / "precious").write_text("keep")
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (out / "precious").read_text() == "keep"
+
+
+def test_a_second_export_is_told_at_its_start_and_the_stage_is_that_of_the_first(tmp_path) -> None:
+    out = tmp_path / "out"
+    with publish.reserved(out) as path:
+        with pytest.raises(InputError, match=f"by process {os.getpid()}"), publish.reserved(out):
+            pytest.fail("the block must not run")
+        assert path.is_dir() and not publish.abandoned(tmp_path / "other")
+    assert not list(tmp_path.iterdir()), "a reservation that came to nothing leaves nothing"
+
+
+def test_a_disk_that_fills_up_inside_a_step_keeps_the_steps_before(tmp_path) -> None:
+    cause = OSError(errno.ENOSPC, "No space left on device")
+
+    def full() -> None:
+        raise InputError("This file cannot be written", where="x", fix="y") from cause
+
+    with (
+        pytest.raises(InputError, match="No space left") as error,
+        publish.staged(tmp_path / "out", {}) as stage,
+    ):
+        stage.step("first", lambda: fill(stage))
+        stage.step("second", full)
+    assert ".out.stage" in error.value.fix
+    assert publish.abandoned(tmp_path / "other") == {tmp_path / ".out.stage": 1}
