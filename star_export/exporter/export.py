@@ -31,6 +31,7 @@ from ..choice import FORMATS_FILE, Formats, json_from_formats
 from ..components import COMPONENTS, PART_BYTES, Part, parts_of, whole
 from ..golden import record as golden
 from ..golden import runs as golden_runs
+from ..golden.prepared import PREPARED, record_prepared
 from ..golden.record_tasks import record_tasks
 from ..golden.runs import HELD
 from ..graph.precisions import MIXED, PRECISIONS, Precision, mixed
