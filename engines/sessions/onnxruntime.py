@@ -11,8 +11,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import mmap
 import threading
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ ONE_PATH = ("fp8", "nvfp4")  # precisions that the CPU only checks, and multipli
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GRAPHS_LIMIT, NO_GRAPH = 8, -1  # captured steps of a session; the `gpu_graph_id` of a plain run
 LOG_SEVERITY = 3  # errors
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 SMALL_BYTES = 1024  # initializers up to this size stay in the graph's file
 # The numbers are those of onnx.TensorProto.DataType.
 _ELEMENT_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
@@ -144,9 +144,9 @@ class OnnxRuntimeSession:
         else:
             with bundle.loading(component, twin=on_cpu) as path:
                 if graph is not None:
-                    options[WEIGHTS_FOLDER] = str(path.parent)
+                    weights = [path.with_name(Path(name).name) for name in bundle.weights(component)]
                     self.inference_session = _inference_session(
-                        runtime, graph, options, providers, fused=False, save_to=None
+                        runtime, graph, options, providers, fused=False, save_to=None, weights=weights
                     )
                 elif not on_cpu and (captured := _with_cuda_graph(runtime, path, options, providers)):
                     self.inference_session, self.cuda_graph = captured, True
@@ -297,9 +297,12 @@ def _inference_session(
     *,
     fused: bool,
     save_to: Path | None,
+    weights: Sequence[Path] = (),
 ) -> Any:
-    """Load a graph from a file or from bytes; if it was `fused` before, as it is. The fused graph is saved in
-    `save_to`."""
+    """Load a graph from a file, or from bytes with the files of its `weights`.
+
+    If it was `fused` before, it is loaded as it is. The fused graph is saved in `save_to`.
+    """
     options = runtime.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
     for key, value in entries.items():
@@ -311,15 +314,34 @@ def _inference_session(
         external = "session.optimized_model_external_initializers_"
         options.add_session_config_entry(f"{external}file_name", f"{save_to.name}.data")
         options.add_session_config_entry(f"{external}min_size_in_bytes", str(SMALL_BYTES))
+    held = weights_in_memory(options, weights)
     try:
         source = model if isinstance(model, bytes) else str(model)
-        return runtime.InferenceSession(source, options, providers=providers)
+        session = runtime.InferenceSession(source, options, providers=providers)
+        del held
+        return session
     except Exception as error:  # the library raises bare exceptions
         raise InputError(
             "ONNX Runtime cannot load this graph",
             where=_place(model, error),
             fix="export the bundle again with this version of star-export",
         ) from None
+
+
+def weights_in_memory(options: Any, files: Sequence[Path]) -> list[mmap.mmap]:
+    """Give the files of a graph in memory, mapped, to the session that will be made of it.
+
+    It would follow no link to them. What is returned must live until the session is made.
+    """
+    maps = []
+    for path in files:
+        with path.open("rb") as file:
+            maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    if maps:
+        options.add_external_initializers_from_files_in_memory(
+            [path.name for path in files], maps, [len(data) for data in maps]
+        )
+    return maps
 
 
 def _place(model: Path | bytes, error: Exception) -> str:

@@ -15,7 +15,7 @@ from engines.bundle.tensors import present_name
 from engines.errors import InputError
 from engines.interpreter import Network
 from engines.sessions.interpreter import parsed_component
-from engines.sessions.onnxruntime import LOG_SEVERITY
+from engines.sessions.onnxruntime import LOG_SEVERITY, weights_in_memory
 
 from ..golden.cases import Tensors
 from ..graph.modules import MODULE
@@ -86,16 +86,16 @@ def candidate_from_graph(path: Path) -> Candidate:
     marked = list(dict.fromkeys([*inside, *(output.name for output in model.graph.output)]))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
-    for key, value in {
-        "session.qdq_matmulnbits_accuracy_level": "1",  # float32
-        "session.model_external_initializers_file_folder_path": str(path.parent),
-    }.items():
-        options.add_session_config_entry(key, value)
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    files = dict.fromkeys(entry.value for entry in entries if entry.key == "location")
+    held = weights_in_memory(options, [path.with_name(name) for name in files])
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         model = ModifyOutputs(model, outputs=marked)()
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+    del held
     given = {value.name for value in session.get_inputs()}
 
     def run(feeds: Tensors) -> Tensors:
