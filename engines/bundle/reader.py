@@ -217,24 +217,22 @@ class Bundle:
                     fix="replace the links with copies: cp -rL BUNDLE COPY",
                 )
 
-            def check(names: Iterable[str]) -> None:
+            def check(names: Iterable[str], tick: Tick = uncounted) -> None:
                 for name in names:
                     file, spec = held[name]
-                    self._check(name, spec, file, uncounted)
+                    self._check(name, spec, file, tick)
+
+            stopped = threading.Event()
 
             def check_ahead() -> None:
-                with contextlib.suppress(InputError):  # it is found again, and told, below
-                    check(weights)
+                def tick(_: int) -> None:
+                    if stopped.is_set():
+                        raise InterruptedError
 
-            ahead = threading.Thread(target=check_ahead, daemon=True)
-            ahead.start()
-            stack.callback(ahead.join)  # it reads the files until then
-            check([graph])
-            files = {PurePosixPath(name).name: file for name, (file, _) in held.items()}
-            folder = stack.enter_context(linked(files)) or (self.path / graph).parent
-            try:
-                yield folder / PurePosixPath(graph).name
-            finally:
+                with contextlib.suppress(InputError, InterruptedError):  # a wrong file is told below
+                    check(weights, tick)
+
+            def check_loaded() -> None:
                 ahead.join()
                 check(held)
                 for name, (file, _) in held.items():
@@ -245,6 +243,20 @@ class Bundle:
                             where=f"{self.path / name}: expected one file throughout, got another one",
                             fix="do not write to a bundle in use; run the command again",
                         )
+
+            ahead = threading.Thread(target=check_ahead)
+            ahead.start()
+            stack.callback(ahead.join)  # it reads the files until then
+            stack.callback(stopped.set)
+            check([graph])
+            files = {PurePosixPath(name).name: file for name, (file, _) in held.items()}
+            folder = stack.enter_context(linked(files)) or (self.path / graph).parent
+            try:
+                yield folder / PurePosixPath(graph).name
+            except Exception:
+                check_loaded()
+                raise
+            check_loaded()
 
     def component(self, name: str) -> ComponentSpec:
         """The spec of the graph `name`, a component or a part. Raises UsageError with the valid names."""

@@ -7,7 +7,7 @@ nothing is copied. A cache is bound once, under its past name, and is updated in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -112,15 +112,19 @@ def open_sessions(bundle: Bundle, components: Sequence[str], *, backend: str) ->
     """
     if backend not in ON_CPU:
         return {name: open_session(bundle, name, backend=backend) for name in components}
-    with ThreadPoolExecutor() as pool:
-        loads = {name: pool.submit(open_session, bundle, name, backend=backend) for name in components}
+    pool, loads = ThreadPoolExecutor(), dict[str, Future[Session]]()
     try:
+        for name in components:
+            loads[name] = pool.submit(open_session, bundle, name, backend=backend)
         return {name: load.result() for name, load in loads.items()}
-    except BaseException:
+    except BaseException:  # an interruption too: ONNX Runtime must not load while the process ends
+        pool.shutdown(cancel_futures=True)
         for load in loads.values():
-            if load.exception() is None:
+            if not load.cancelled() and load.exception() is None:
                 load.result().close()
         raise
+    finally:
+        pool.shutdown()
 
 
 def plan_capacity(bundle: Bundle, graph: str, *, backend: str) -> int | None:

@@ -152,7 +152,7 @@ def _stream_writer(trt: Any, file: BinaryIO) -> Any:
 
 @contextlib.contextmanager
 def _interruptible(trt: Any, config: Any) -> Iterator[None]:
-    """Let Ctrl-C stop the build, and raise KeyboardInterrupt afterwards.
+    """Let Ctrl-C and SIGTERM stop the build, and raise KeyboardInterrupt afterwards.
 
     An exception must not pass through TensorRT's own frames.
     """
@@ -176,11 +176,15 @@ def _interruptible(trt: Any, config: Any) -> Iterator[None]:
     signals: list[int] = []
     monitor = Monitor()  # kept in a variable: the configuration does not keep it alive
     config.progress_monitor = monitor
-    before = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+    numbers = [
+        n for n in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(n))
+    ]  # not ignored ones
+    before = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if signals:
         raise KeyboardInterrupt
 
