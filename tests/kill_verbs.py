@@ -104,7 +104,7 @@ def disturbed(place: Place, *, rounds: int, moments: random.Random) -> list[str]
     for number in SIGNALS:
         for _ in range(rounds):
             renewed(place, before)
-            moment = moments.uniform(0, took)
+            moment = moments.uniform(0.1, took)  # before, Python itself starts, and knows no signals
             code, said = place.run(moment, number)
             counts[code] = counts.get(code, 0) + 1
             where = f"{place.words[0]}: {signal.Signals(number).name} after {moment:.2f} s: "
