@@ -31,6 +31,12 @@ class Within:
     high: float
 
 
+Size = Annotated[int, Within(1, 1 << 24)]  # of an axis, in numbers
+Few = Annotated[int, Within(1, 4096)]  # layers, heads, pixels of a patch
+Bytes = Annotated[int, Within(0, 1 << 50)]
+Id = Annotated[int, Within(0, (1 << 24) - 1)]  # of a token
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """An input or output of a component.
@@ -62,7 +68,7 @@ class ComponentSpec:
     outputs: tuple[TensorSpec, ...]
     classic: str | None = None
     plugin_abi: int | None = None
-    weights: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, Bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,15 @@ class TableSpec:
     """
 
     file: str
-    offset: int
-    shape: tuple[int, int]
+    offset: Bytes
+    shape: Annotated[tuple[int, int], Within(1, 1 << 24)]
     dtype: str
     golden: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     scales_offset: int | None = None
     scales_dtype: str | None = None
-    weights: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, Bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,34 +100,34 @@ class CacheSpec:
     Each layer has a key and a value of shape [rows, kv_heads, capacity, head_dim].
     """
 
-    layers: int
-    kv_heads: int
-    head_dim: int
+    layers: Few
+    kv_heads: Few
+    head_dim: Few
 
 
 @dataclass(frozen=True)
 class TokenSpec:
     """Ids of the special tokens, read from the checkpoint's tokenizer."""
 
-    im_start: int
-    im_end: int
-    vision_start: int
-    vision_end: int
-    vision_pad: int
-    image_pad: int
-    fim_pad: int
-    eos: tuple[int, ...]
+    im_start: Id
+    im_end: Id
+    vision_start: Id
+    vision_end: Id
+    vision_pad: Id
+    image_pad: Id
+    fim_pad: Id
+    eos: Annotated[tuple[int, ...], Within(0, (1 << 24) - 1)]
 
 
 @dataclass(frozen=True)
 class VisionSpec:
     """What numpy needs to prepare an image for `vision_encoder`."""
 
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    window_size: int
-    head_dim: int
+    patch_size: Few
+    temporal_patch_size: Few
+    spatial_merge_size: Few
+    window_size: Few
+    head_dim: Few
     image_mean: Annotated[tuple[float, float, float], Within(0.0, 1.0)]
     image_std: Annotated[tuple[float, float, float], Within(0.01, 10.0)]
 
@@ -151,14 +157,14 @@ class ModelSpec:
     """The model as the runtime sees it. `image_size` in pixels, `max_positions` in tokens."""
 
     name: str
-    hidden_size: int
-    vocab_size: int
-    codebook_size: int
-    image_tokens: int
-    image_size: int
-    top_k_limit: int
-    max_positions: int
-    repetition_penalty: float
+    hidden_size: Size
+    vocab_size: Size
+    codebook_size: Size
+    image_tokens: Size
+    image_size: Annotated[int, Within(1, 1 << 14)]
+    top_k_limit: Size
+    max_positions: Size
+    repetition_penalty: Annotated[float, Within(0.01, 100.0)]
     rope_bf16: bool
     tokens: TokenSpec
     vision: VisionSpec
@@ -170,7 +176,7 @@ class ModelSpec:
 class FileSpec:
     """Size in bytes and SHA-256 (hex) of one file."""
 
-    size: int
+    size: Bytes
     sha256: str
 
 
@@ -182,11 +188,11 @@ class GoldenSpec:
     whole runs of `image_tokens` and `answer_tokens`.
     """
 
-    images: int
-    decoder_cases: int
-    draw_cases: int
-    image_tokens: int
-    answer_tokens: int
+    images: Size
+    decoder_cases: Size
+    draw_cases: Size
+    image_tokens: Size
+    answer_tokens: Size
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,7 @@ class Manifest:
     model: ModelSpec
     components: dict[str, ComponentSpec]
     tables: dict[str, TableSpec]
-    part_bytes: int
+    part_bytes: Annotated[int, Within(1, 1 << 50)]
     golden: GoldenSpec
     files: dict[str, FileSpec]
     calibration: CalibrationSpec | None = None
@@ -294,6 +300,8 @@ def strict(kind: Any, value: Any, path: str) -> Any:
 
     Raises InputError with `path`.
     """
+    if type(value) is int and abs(value) >= 1 << 63:
+        raise _refusal(path, "a number of 63 bits", f"one of {value.bit_length()}")
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return _within(args[1], strict(args[0], value, path), path)

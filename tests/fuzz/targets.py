@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +12,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engines.bundle.manifest import manifest_from_json
-from engines.bundle.reader import check_components
+from engines.bundle.cross_checks import check_components
+from engines.bundle.manifest import FileSpec, TensorSpec, json_from_manifest, manifest_from_json
 from engines.inputs.image_io import image_from_bytes
-from engines.tensorrt.plan import build_from_file
+from engines.targets import target_from_name
+from engines.tensorrt.plan import PlanSpec, build_from_file, build_header
+from engines.tensorrt.profiles import Profile, Range
 from reference.config import config_from_files
 from reference.containers import tensors_from_pt, tensors_from_safetensors
 from reference.processor import chat_template_from_folder, image_settings_from_folder
 
-from .mutate import mutated_bytes, mutated_json
+from .mutate import mutated_bytes, mutated_json, mutated_record
 
 Mutate = Callable[[bytes, np.random.Generator], bytes]
 
@@ -70,8 +73,8 @@ def targets(bundle: Path, checkpoint: Path, scratch: Path) -> dict[str, Target]:
         check_components(manifest_from_json(text, where="manifest"), where="manifest")
 
     return {
-        "manifest": Target((manifest,), mutated_json, read_manifest),
-        "plan record": Target((BUILD,), mutated_json, reads("build.json", build_from_file)),
+        "manifest": Target((manifest,), mutated_record, read_manifest),
+        "plan record": Target((plan_record(),), mutated_record, reads("build.json", build_from_file)),
         "safetensors": Target(
             (shard[:4096],), mutated_bytes, reads("x.safetensors", tensors_from_safetensors)
         ),
@@ -95,6 +98,17 @@ def targets(bundle: Path, checkpoint: Path, scratch: Path) -> dict[str, Target]:
     }
 
 
+def plan_record() -> bytes:
+    """A record of one plan."""
+    tensor, profile = (
+        TensorSpec("x", "float32", ("B", "S", 64)),
+        Profile("decode", {"x": Range((1, 1, 64), (1, 1, 64), (4, 1, 64))}),
+    )
+    spec = PlanSpec({"x": "0" * 64}, (profile,), FileSpec(10, "0" * 64), (tensor,), (tensor,), 0, 1.0)
+    header = build_header(target_from_name("rtx-4090"), "1.7.1")
+    return json_from_manifest(dataclasses.replace(header, components={"text_head": spec})).encode()
+
+
 def pictures() -> tuple[bytes, ...]:
     """A small image in each format that is read, and in some modes."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
@@ -111,7 +125,3 @@ def pictures() -> tuple[bytes, ...]:
         (Image.new(mode, (24, 24)) if mode == "I;16" else noise.convert(mode)).save(file, kind)
         made.append(file.getvalue())
     return tuple(made)
-
-
-BUILD = b"""{"schema": 3, "target": "rtx-4090", "sm": "sm_89", "builder": "tensorrt_rtx", "version": "1.7.1",
-"platform": "linux-x86_64", "components": {"text_head": {"plan": {"size": 10, "sha256": "0"}, "onnx": {}}}}"""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.helpers.sealed import edit_sealed
 
 from .harness import Case
 
@@ -22,15 +23,14 @@ def text(data: str | bytes) -> Callable[[Path], None]:
 
 
 def edited(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    """The manifest after `change`, as a person would save it."""
+    """The manifest after `change`, with a hash that is right again."""
+    return lambda folder: edit_sealed(folder / "bundle" / "manifest.json", change)
 
-    def spoil(folder: Path) -> None:
-        path = folder / "bundle" / "manifest.json"
-        manifest = json.loads(path.read_text())
-        change(manifest)
-        path.write_text(json.dumps(manifest, indent=1))
 
-    return spoil
+def flipped(folder: Path) -> None:
+    """Another number of the manifest's, and its old hash."""
+    path = folder / "bundle" / "manifest.json"
+    path.write_text(path.read_text().replace('"top_k": 1000', '"top_k": 1001', 1))
 
 
 def at(*keys: str | int, value: object) -> Callable[[Path], None]:
@@ -166,6 +166,7 @@ CASES = [
         Case(f"a bit of {name} flipped", words, 3, "sha256|hash", spoil=file(flip, path))
         for name, (path, words) in FLIPPED.items()
     ),
+    Case("another number in the manifest", DRAW, 3, "sha256|hash", spoil=flipped, hollow=True),
     Case("an extra key", DRAW, 3, "extra", spoil=at("extra", value=1), hollow=True),
     Case("an unknown precision", DRAW, 3, spoil=at("precision", value="fp7"), hollow=True),
     Case(

@@ -105,7 +105,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name, content, told", CASES, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize("name, content, told", CASES, ids=map(str, range(len(CASES))))
 def test_what_is_wrong_is_named_before_a_weight_is_looked_at(
     folder: Path, name: str, content: Any, told: str, capsys: pytest.CaptureFixture
 ) -> None:
