@@ -25,8 +25,8 @@ TASKS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 PROMPT_TOKENS = 64  # a sentence in the chat template; the templates of an edit are longer
 # Bytes that ONNX Runtime's CPU provider holds of a weight for each byte stored: on loading it widens 16-bit
-# weights to float32, those in fp8 and nvfp4, and all those of convolutions. (The exact backend widens int8
-# too, to four; this is a lower bound of both.)
+# weights to float32, those in fp8 and nvfp4, and all those of convolutions; with exact arithmetic also those
+# in int8 of a graph without int4.
 CPU_HELD = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 1, "int4": 1, "fp8": 4, "nvfp4": 7}
 CPU_HELD_WIDE = CPU_HELD | {"int8": 4, "int4": 8}
 CONVOLUTIONS = ("vq_encoder", "vq_decoder")
@@ -38,13 +38,14 @@ SCORES_WORKSPACE = 2  # attention scores of one layer that exist at a time, in f
 class Use:
     """How a model is used: `rows` of a batch (two per image), the `capacity_tokens` of its caches, the
     `prefill_tokens` of its longest prompt and the `window_tokens` that a step draws of an image. `on_cpu`
-    tells whether ONNX Runtime's CPU provider runs it."""
+    tells whether ONNX Runtime's CPU provider runs it, and `exact` whether in float32 throughout."""
 
     rows: int
     capacity_tokens: int
     prefill_tokens: int
     on_cpu: bool
     window_tokens: int = 1
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,16 @@ class TaskMemory:
     largest: tuple[str, ...]
 
 
-def weight_bytes(sizes: Sizes, component: str, *, on_cpu: bool) -> int:
+def weight_bytes(sizes: Sizes, component: str, *, on_cpu: bool, exact: bool = False) -> int:
     """Bytes that an executor holds of the component's weights; none of a table's."""
     if not on_cpu:
         return sizes.weights.get(component, 0)
-    held = CPU_HELD_WIDE if component in CONVOLUTIONS else CPU_HELD
-    return sum(
-        size * held[name]
-        for graph, formats in sizes.formats.items()
-        if component_of(graph) == component
-        for name, size in formats.items()
-    )
+    held = 0
+    for graph, formats in sizes.formats.items():
+        if component_of(graph) == component:
+            wide = component in CONVOLUTIONS or (exact and "int4" not in formats)
+            held += sum(size * (CPU_HELD_WIDE if wide else CPU_HELD)[name] for name, size in formats.items())
+    return held
 
 
 def loop_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:
@@ -93,7 +93,7 @@ def loop_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:
 
 def stage_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:
     """Bytes that `components` take together: their weights, caches and buffers."""
-    weights = sum(weight_bytes(sizes, name, on_cpu=use.on_cpu) for name in components)
+    weights = sum(weight_bytes(sizes, name, on_cpu=use.on_cpu, exact=use.exact) for name in components)
     return weights + loop_bytes(sizes, components, use)
 
 
@@ -102,7 +102,7 @@ def task_memory(sizes: Sizes, task: str, use: Use) -> TaskMemory:
     stages = TASKS[task]
     largest = max(stages, key=lambda stage: stage_bytes(sizes, stage, use))
     names = tuple(dict.fromkeys(name for stage in stages for name in stage))
-    weights = sum(weight_bytes(sizes, name, on_cpu=use.on_cpu) for name in names)
+    weights = sum(weight_bytes(sizes, name, on_cpu=use.on_cpu, exact=use.exact) for name in names)
     loops = max(loop_bytes(sizes, stage, use) for stage in stages)
     return TaskMemory(task, names, weights + loops, stage_bytes(sizes, largest, use), largest)
 

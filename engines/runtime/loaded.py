@@ -15,7 +15,7 @@ from ..fit.machine import check_memory, sized
 from ..fit.memory import Use, loop_bytes, task_memory, weight_bytes
 from ..fit.sizes import sizes_from_bundle
 from ..fit.window import window_for
-from ..sessions import ON_CPU, Session, free_memory, open_sessions, plan_capacity
+from ..sessions import EXACT, ON_CPU, ONE_PATH, Session, free_memory, open_sessions, plan_capacity
 
 FIX = "use a bundle of a smaller precision, fewer images, a smaller window or a shorter prompt"
 
@@ -36,6 +36,7 @@ class Loaded:
             )
         self.bundle, self.backend, self.memory_bytes = bundle, backend, memory_bytes
         self.sizes, self.on_cpu = sizes_from_bundle(bundle), backend in ON_CPU
+        self.exact = backend == EXACT or bundle.manifest.precision in ONE_PATH
         self.open: dict[str, Session] = {}  # the one used longest ago first
         self.closed = False
 
@@ -94,6 +95,7 @@ class Loaded:
             prefill_tokens=prompt_tokens,
             window_tokens=window_tokens,
             on_cpu=self.on_cpu,
+            exact=self.exact,
         )
 
     def check(self, task: str, use: Use) -> None:
@@ -109,7 +111,8 @@ class Loaded:
             self._check_free(taken.resident_bytes - held, task, in_turn)
 
     def _weights(self, components: Iterable[str]) -> int:
-        return sum(weight_bytes(self.sizes, name, on_cpu=self.on_cpu) for name in components)
+        held = {"on_cpu": self.on_cpu, "exact": self.exact}
+        return sum(weight_bytes(self.sizes, name, **held) for name in components)
 
     def _give_back(self, names: list[str]) -> None:
         for name in names:

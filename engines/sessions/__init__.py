@@ -20,7 +20,9 @@ from ..errors import InputError, MissingError, UsageError
 from ..fit import machine
 from ..targets import target_from_name
 
-ON_CPU = ("onnxruntime", "onnxruntime-exact")  # these differ only for int8 and int4 weights
+EXACT = "onnxruntime-exact"
+ON_CPU = ("onnxruntime", EXACT)  # these differ only for int8 and int4 weights
+ONE_PATH = ("fp8", "nvfp4")  # precisions that the CPU only checks, and multiplies in float32 throughout
 UNTARGETED = (*ON_CPU, "onnxruntime-cuda")
 TARGETED = ("tensorrt:", "interpreter:", "interpreter-fp32:")
 BACKENDS = (*UNTARGETED, *(f"{prefix}TARGET" for prefix in TARGETED))

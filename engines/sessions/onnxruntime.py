@@ -26,11 +26,10 @@ from ..bundle.manifest import ComponentSpec, TensorSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array, check_binding, present_name
 from ..errors import InputError, MissingError, install
-from . import Buffer, busy, closed, own_buffers
+from . import ONE_PATH, Buffer, busy, closed, own_buffers
 from .fused import load, worth_keeping
 
 ACTIVATION_BLOCK = 128  # numbers that share a scale where an int8 bundle's activations are rounded to int8
-ONE_PATH = ("fp8", "nvfp4")  # precisions that the CPU only checks, and multiplies in float32 throughout
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GRAPHS_LIMIT, NO_GRAPH = 8, -1  # captured steps of a session; the `gpu_graph_id` of a plain run
 LOG_SEVERITY = 3  # errors

@@ -39,7 +39,7 @@ def other_ways(subject: Subject, progress: Progress, *, seed: int | None = None)
     tokens = cases[SAMPLE].outputs["image_ids"].shape[1]
     if seed is not None:
         cases[SAMPLE].inputs["seed"] = np.array([seed])
-    with Star(subject.bundle, backend=subject.backend, window=1) as star:
+    with subject.star() as star:
         if refusal := no_room(star):
             return [], f"left out: {refusal}"
         plain = RUN[SAMPLE](star, cases[SAMPLE])["image_ids"]
@@ -73,7 +73,7 @@ def other_ways(subject: Subject, progress: Progress, *, seed: int | None = None)
 
 
 def _drawn(subject: Subject, case: Case, *, window: int) -> dict[str, np.ndarray]:
-    with Star(subject.bundle, backend=subject.backend, window=window) as star:
+    with subject.star(window=window) as star:
         return dict(RUN[SAMPLE](star, case))
 
 
@@ -81,7 +81,7 @@ def _first_of_two(subject: Subject, case: Case) -> dict[str, np.ndarray]:
     """The first image, drawn beside one whose two rows are those of the first in the other order."""
     ids = case.inputs["input_ids"]
     both = Case(case.inputs | {"input_ids": np.concatenate([ids, ids[::-1]])}, case.outputs)
-    with Star(subject.bundle, backend=subject.backend, window=1) as star:
+    with subject.star() as star:
         return {"image_ids": RUN[SAMPLE](star, both)["image_ids"][:1]}
 
 

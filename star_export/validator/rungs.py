@@ -226,7 +226,7 @@ def whole_runs(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
         return [], NO_RUNS
     rows: list[Row] = []
     tolerance = 0.0 if subject.compute == "fp32" else 1.0
-    with Star(subject.bundle, backend=subject.backend, window=1) as star:
+    with subject.star() as star:
         if refusal := no_room(star):
             return [], f"left out: {refusal}"
         for i, (case, recorded) in enumerate(cases.items()):
@@ -277,7 +277,7 @@ def fast_path(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     cases = {name: case for name, case in _recorded_runs(subject).items() if name in RUN}
     if not cases:
         return rows, NO_RUNS
-    with Star(bundle, backend=fast.backend, window=1) as star:
+    with fast.star() as star:
         if refusal := no_room(star):
             return rows, f"left out: whole runs: {refusal}"
         for i, (case, recorded) in enumerate(cases.items()):

@@ -85,6 +85,15 @@ def test_the_cpu_holds_codes_as_stored_but_those_of_convolutions_in_float32() ->
     assert weight_bytes(sizes, "token_embedding", on_cpu=True) == 0  # a table, which the host maps
 
 
+def test_exact_arithmetic_widens_int8_where_no_int4_is() -> None:
+    formats = FORMATS | {"base_ar/0": {"int4": 7, "int8": 20}, "base_ar/1": {"int8": 5}}
+    sizes = replace(SIZES, precision="int4", formats=formats)
+    assert weight_bytes(sizes, "base_ar", on_cpu=True, exact=True) == 7 + 20 + 4 * 5
+    assert weight_bytes(sizes, "base_ar", on_cpu=True) == 7 + 20 + 5
+    wide = task_memory(sizes, "ask", replace(ON_CPU, exact=True))
+    assert wide.resident_bytes == task_memory(sizes, "ask", ON_CPU).resident_bytes + 3 * 5
+
+
 def test_an_answer_has_one_row_whatever_the_images() -> None:
     answer = TASKS["ask"][-1]
     assert loop_bytes(SIZES, answer, ON_GPU) == loop_bytes(SIZES, answer, replace(ON_GPU, rows=8))

@@ -16,6 +16,7 @@ from engines.runtime.star import Star
 from engines.runtime.windows import Windows
 from star_export.golden.tolerances import compute_of
 from star_export.validator import other_ways as other
+from star_export.validator import subject
 from star_export.validator.subject import Subject
 
 BACKEND = "onnxruntime-exact"
@@ -24,8 +25,8 @@ BACKEND = "onnxruntime-exact"
 def failing(root: Path) -> set[str]:
     """The ways whose ids differ from the plain way's."""
     bundle = Bundle.open(root)
-    subject = Subject(bundle, BACKEND, compute_of(BACKEND, bundle.manifest.precision))
-    rows, note = other.other_ways(subject, silent)
+    tried = Subject(bundle, BACKEND, compute_of(BACKEND, bundle.manifest.precision))
+    rows, note = other.other_ways(tried, silent)
     assert not note and len(rows) == 4  # the ids of an image and of an answer, loaded in turn
     return {row.check for row in rows if not row.worst.passed}
 
@@ -35,6 +36,20 @@ def test_a_clean_bundle_gives_the_same_ids_in_every_way(
     bundle_of: Callable[[str], Path], precision: str
 ) -> None:
     assert failing(bundle_of(precision)) == set()
+
+
+def test_a_large_model_is_loaded_in_turn(mini_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(mini_bundle)
+    tried = Subject(bundle, BACKEND, "fp32")
+    with tried.star() as star:
+        assert star.loaded.memory_bytes is None and star.window == 1
+    monkeypatch.setattr(subject, "IN_TURN_BYTES", 1 << 20)
+    with tried.star(window=4) as star:
+        budget = star.loaded.memory_bytes
+        star.edit(np.full((56, 56, 3), 9, np.uint8), "a red cat")
+        assert budget and star.window == 4
+        assert not {"vq_encoder", "vq_decoder"} <= set(star.loaded.open)  # held one after the other
+    assert failing(mini_bundle) == set()
 
 
 def accepts_every_guess(monkeypatch: pytest.MonkeyPatch) -> None:
