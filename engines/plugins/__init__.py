@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bundle.files import open_regular, read_regular, sha256_from_file
-from ..bundle.held import path_of
+from ..bundle.held import linked
 from ..bundle.manifest import ComponentSpec, Manifest, component_of
 from ..errors import InputError, MissingError
 from ..targets import Target
@@ -150,7 +150,10 @@ def _loaded(path: str, sha256: str) -> ctypes.CDLL:
     try:
         with open_regular(Path(path), where="plugin") as file:
             got = sha256_from_file(file)
-            native = ctypes.CDLL(str(path_of(file, Path(path)))) if got == sha256 else None
+            # The loader takes one name for one library, so the link has a folder of its own.
+            with linked({Path(path).name: file}) as folder:
+                own = (folder or Path(path).parent) / Path(path).name
+                native = ctypes.CDLL(str(own)) if got == sha256 else None
     except OSError as error:
         raise MissingError(
             "The KV-cache plugin cannot be loaded", where=f"{path}: {error}", fix=f"build it again: {COMMAND}"

@@ -132,6 +132,7 @@ class Star:
             greedy=greedy,
             num_images=num_images,
         )
+        _between("max_new_tokens", max_new_tokens, self.model.max_positions)
         answer = None
         if reason:
             least = self.loaded.use(rows=2 * num_images, tokens=self.model.image_tokens, prompt_tokens=1)

@@ -20,6 +20,7 @@ from engines.bundle.files import write_atomic
 from engines.bundle.manifest import ComponentSpec
 from engines.bundle.reader import Bundle
 from engines.bundle.tensors import PRESENT
+from engines.bundle.typed_paths import output_folder, typed_path
 from engines.errors import InputError, MissingError, UsageError, install
 from engines.sessions.onnxruntime import twin_spec
 
@@ -60,6 +61,8 @@ def check_folder(folder: Path) -> None:
             where=f"{str(folder)!r}: expected a name without spaces",
             fix="choose another folder",
         )
+    typed_path(folder)
+    output_folder(next(path for path in (folder, *folder.absolute().parents) if path.is_dir()))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(
             "The place of Polygraphy's files is taken",

@@ -29,7 +29,7 @@ from .oracle import resident
 from .record import Oracle
 
 PROMPT_TOKENS, TRIES = 12, 50
-REWARD = 0.01  # the repetition penalty of the second answer
+REWARDS = 0.01, 0.2, 0.5  # repetition penalties of the second answer, tried in turn
 HELD = 1 << 26  # weights; those of a larger model are read and rounded at every step again
 
 
@@ -52,9 +52,9 @@ def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda:
     # A trained model may repeat one word over and over, which would prove nothing.
     numbers = sum(parameter.numel() for parameter in oracle.star.parameters())
     with resident(*[oracle.star] * (numbers <= HELD)):
-        for _ in range(TRIES if oracle.spec.images > 1 else 1):
-            rows = rng.integers(0, config.vocab_size, shape)
-            greedy, sampled, answers, logits = runs_in_step(oracle.star, rows, settings, tick=tick)
+        for tried in range(TRIES if oracle.spec.images > 1 else 1):
+            rows, reward = rng.integers(0, config.vocab_size, shape), REWARDS[tried % len(REWARDS)]
+            greedy, sampled, answers, logits = runs_in_step(oracle.star, rows, settings, reward, tick=tick)
             if len(set(answers[0].tolist())) > 2 and len(set(answers[1].tolist())) > 1:
                 break
     common = {"input_ids": rows, "guidance": np.array([settings.guidance], np.float32)}
@@ -71,7 +71,7 @@ def run_golden(oracle: Oracle, path: Path, *, tick: Callable[[], None] = lambda:
         "forced/in/guidance": common["guidance"],
         "forced/in/image_ids": sampled,
         "forced/out/logits": logits,
-        "repeat/in/repetition_penalty": np.array([REWARD], np.float32),
+        "repeat/in/repetition_penalty": np.array([reward], np.float32),
     }
     for case, ids in zip(("answer", "repeat"), answers, strict=True):
         recorded |= {
@@ -112,10 +112,15 @@ class Answering:
 
 
 def runs_in_step(
-    star: Star, rows: np.ndarray, settings: RunSettings, *, tick: Callable[[], None] = lambda: None
+    star: Star,
+    rows: np.ndarray,
+    settings: RunSettings,
+    reward: float,
+    *,
+    tick: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]:
     """Greedy and sampled `tasks.generate` of rows [2,L], and `tasks.answer` of the first, in step; and once
-    more the answer, with the penalty REWARD.
+    more the answer, with the repetition penalty `reward`.
 
     They share each step's forward, so the weights of a streamed Star are read once per step and not once per
     run. Returns image ids [1,T] of the two, the ids [n] of both answers, and the sampled image's guided
@@ -127,7 +132,7 @@ def runs_in_step(
     sampled: list[torch.Tensor] = []
     logits_of_sampled: list[torch.Tensor] = []
     answers, first = (
-        [Answering(prompt[0], p, config.eos_token_ids) for p in (config.repetition_penalty, REWARD)],
+        [Answering(prompt[0], p, config.eos_token_ids) for p in (config.repetition_penalty, reward)],
         0,
     )
     steps = max(tokens, settings.answer_tokens)

@@ -31,8 +31,9 @@ from ..graph.quantize import INLINE_BYTES
 from ..graph.repeat import layer_of
 
 # Estimates of what is not weights: a graph for each stored tensor, the entry of a golden tensor in its file's
-# header, and Qwen2.5's tokenizer where a release is not downloaded.
-GRAPH_BYTES_PER_TENSOR, GOLDEN_ENTRY_BYTES = 1000, 95
+# header, what the host prepares but for the square of an edit, and Qwen2.5's tokenizer where a release is not
+# downloaded.
+GRAPH_BYTES_PER_TENSOR, GOLDEN_ENTRY_BYTES, PREPARED_BYTES = 1000, 95, 1_050_000
 TOKENIZER_BYTES = 7_000_000
 
 Shapes = dict[str, tuple[int, ...]]  # parameter -> shape, as in the checkpoint
@@ -79,7 +80,9 @@ def sizes_from_source(
 
     `mixed` is the smallest such bundle, with the fewest bits per weight.
     """
-    config, chosen, overhead = source.config, precision_named(precision), source.copied_bytes
+    config, chosen = source.config, precision_named(precision)
+    model = geometry_of(config)
+    overhead = source.copied_bytes + PREPARED_BYTES + 3 * 4 * model.image_size**2  # in float32
     shared: set[str] = set()
     graphs, formats = {}, {}
     tables = {name: weight for name in names if (weight := COMPONENTS[name].table)}
@@ -99,7 +102,7 @@ def sizes_from_source(
         for name, weight in tables.items()
     }
     return Sizes(
-        model=geometry_of(config),
+        model=model,
         precision=precision,
         graphs=graphs,
         formats=formats,

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from engines.bundle.seal import CONTENT, sealed_json
 from star_export.graph.quantize import scale_apart
 
 DOMAIN, INT8_BLOCK, WEIGHTS = "com.microsoft", 32, "adapted.data"
@@ -162,7 +163,8 @@ def adapted_bundle(bundle: Path, out: Path) -> Path:
                 "sha256": hashlib.sha256(data).hexdigest(),
             }
         staged.rmdir()
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    manifest.pop(CONTENT)
+    (out / "manifest.json").write_text(sealed_json(manifest))
     return out
 
 

@@ -146,7 +146,7 @@ CASES = [
     ),
     *(
         Case(f"a checkpoint without {name}", EXPORT, 3, name.rpartition("/")[2], spoil=without(name))
-        for name in (SHARD, PREPROCESSOR, TOKENIZER, f"{BASE}/tokenizer_config.json", f"{BASE}/config.json")
+        for name in (SHARD, PREPROCESSOR, TOKENIZER, f"{BASE}/config.json")
     ),
     Case("a checkpoint without STAR's weights", EXPORT, 3, spoil=without("STAR-mini.pt")),
     Case("a pickle with a canary", EXPORT, 3, spoil=canary_archive),

@@ -77,7 +77,6 @@ def test_an_id_that_is_no_row_is_refused(tmp_path: Path, id: int) -> None:
     "changes",
     [
         {"offset": PADDING + 64},
-        {"offset": -4},
         {"shape": (1000, 4)},
         {"dtype": "float64"},
         {"dtype": "int4"},

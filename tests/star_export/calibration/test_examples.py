@@ -118,8 +118,9 @@ def test_a_folder_gives_prompts_edits_questions_and_images(tmp_path: Path) -> No
     (tmp_path / PROMPTS).write_text(
         "a cat\n\nedit: make it blue\nwarning: a sign\nask: what is it?\nedit:\nedit: make it red\n a dog \n"
     )
-    for name in ("b.PNG", "a.png", "notes.txt"):
+    for name in ("b.PNG", "a.png"):
         write_image(tmp_path / name, IMAGE if name[0] == "a" else IMAGE[::-1].copy())
+    (tmp_path / "notes.txt").write_bytes((tmp_path / "a.png").read_bytes())
     few, many = (read_material(tmp_path, SHIPPED, count, fewer=True) for count in (2, 8))
     assert few.prompts == ("a cat", "warning: a sign") and many.prompts == (*few.prompts, "a dog")
     assert (few.edits, many.edits) == (("make it blue",), ("make it blue", "make it red"))
@@ -193,7 +194,7 @@ def a_file(folder: Path) -> None:
         (not_utf8, "prompts.txt: expected a text file in UTF-8, got UnicodeDecodeError"),
         (only_edits, "prompts.txt: expected at least one line with a prompt to draw, got 1 lines"),
         (broken_image, "a.png"),
-        (no_image, "a.jpg: expected PNG or JPEG"),
+        (no_image, "a.jpg: expected PNG, JPEG or WebP"),
         (absent, "got: No such file or directory"),
         (a_file, "got: Not a directory"),
     ],

@@ -11,7 +11,7 @@ import torch
 from engines.runtime.gumbel import gumbel_noise
 from reference import tasks
 from reference.weights import load_star, resolve_checkpoint
-from star_export.golden.runs import REWARD, RunSettings, runs_in_step
+from star_export.golden.runs import REWARDS, RunSettings, runs_in_step
 
 
 def test_runs_in_step_are_the_tasks_runs(mini_checkpoint: Path) -> None:
@@ -19,7 +19,7 @@ def test_runs_in_step_are_the_tasks_runs(mini_checkpoint: Path) -> None:
     rows = np.random.default_rng(5).integers(0, star.config.vocab_size, (2, 6))
     for answer_tokens in (2, 7):  # shorter and longer than the images
         settings = RunSettings(2.5, 30, 0.9, 3, 5, answer_tokens)
-        greedy, sampled, answers, logits = runs_in_step(star, rows, settings)
+        greedy, sampled, answers, logits = runs_in_step(star, rows, settings, REWARDS[0])
         prompt = torch.from_numpy(rows)
         common = {"guidance": 2.5, "image_tokens": 5}
         wanted = tasks.generate(star, prompt, top_k=1, top_p=1.0, noise=None, **common)
@@ -38,7 +38,7 @@ def test_runs_in_step_are_the_tasks_runs(mini_checkpoint: Path) -> None:
         assert not np.array_equal(greedy, sampled)
         positions = torch.arange(6).expand(3, 1, -1)
         config = star.config
-        for answer, penalty in zip(answers, (config.repetition_penalty, REWARD), strict=True):
+        for answer, penalty in zip(answers, (config.repetition_penalty, REWARDS[0]), strict=True):
             star.config = dataclasses.replace(config, repetition_penalty=penalty)
             ids = tasks.answer(star, prompt[:1], positions, None, max_new_tokens=answer_tokens)
             np.testing.assert_array_equal(answer, ids)

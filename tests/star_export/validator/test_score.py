@@ -253,7 +253,7 @@ def test_the_command_prints_json_and_wants_a_folder(
     assert main(["score", str(nano[1]), "--json", "--no-progress"]) == 0
     assert set(json.loads(capsys.readouterr().out)["score"]) == {"right", "psnr"}
     assert main(["score", str(nano[1]), "--pictures", str(tmp_path / "none")]) == 3
-    assert "This folder does not exist" in capsys.readouterr().err
+    assert "expected an existing folder" in capsys.readouterr().err
 
 
 def test_another_models_bundle_is_refused(nano: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
