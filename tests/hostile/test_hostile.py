@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -46,7 +45,7 @@ def test_a_hostile_input_is_told_and_loses_nothing(
     place.mkdir()
     originals = {BUNDLE: mini_bundle, CHECKPOINT: mini_checkpoint}
     result = run_case(case, place, outside if alone else here, originals=originals)
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # back from the folder that goes away
     shutil.rmtree(place)
     assert result.faults == ()
 
