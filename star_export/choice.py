@@ -12,8 +12,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from engines.bundle.manifest import strict, value_from_json
 from engines.bundle.reader import Bundle
+from engines.bundle.records import strict, value_from_json
 from engines.errors import UsageError
 
 FORMATS_FILE = "formats.json"  # of a bundle in mixed precision

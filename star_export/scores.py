@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle.manifest import value_from_json
+from engines.bundle.records import value_from_json
 from engines.errors import InputError
 
 SCORE = "score.json"  # beside a checkpoint's configuration, and in its bundle

@@ -36,8 +36,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.files import sha256_of
-from engines.bundle.manifest import FileSpec, GoldenSpec, Manifest, json_from_manifest
+from engines.bundle.manifest import FileSpec, GoldenSpec, Manifest
 from engines.bundle.reader import Bundle
+from engines.bundle.records import json_from_record
 from engines.bundle.tensors import bound_tensors, present_name, shape_from_symbols
 from engines.sessions import ON_CPU, Session, open_session
 from engines.sessions.onnxruntime import ACTIVATION_BLOCK
@@ -85,7 +86,7 @@ def write_bundle(root: Path, precision: str, layers: int, names=("base_ar", "ima
         golden=GoldenSpec(1, 1, 1, 1, 1),
         files={p.relative_to(root).as_posix(): FileSpec(p.stat().st_size, sha256_of(p)) for p in files},
     )
-    (root / "manifest.json").write_text(json_from_manifest(manifest))
+    (root / "manifest.json").write_text(json_from_record(manifest))
     return Bundle.open(root)
 
 

@@ -23,8 +23,9 @@ from typing import TypeVar
 
 from ..bundle.files import read_regular, resolve_inside, sha256_of, sync_folder, write_atomic
 from ..bundle.lock import locked
-from ..bundle.manifest import FileSpec, component_of, json_from_manifest, record_from_json, value_from_json
+from ..bundle.manifest import FileSpec, component_of
 from ..bundle.reader import Bundle
+from ..bundle.records import json_from_record, record_from_json, value_from_json
 from ..errors import InputError
 from ..fit.machine import free_disk
 from ..fit.memory import CONVOLUTIONS
@@ -143,7 +144,7 @@ def keep(stage: Path, folder: Path, made: Fused) -> None:
             name: FileSpec(size=(stage / name).stat().st_size, sha256=sha256_of(stage / name))
             for name in (GRAPH, WEIGHTS)
         }
-        write_atomic(stage / RECORD, json_from_manifest(replace(made, files=files)).encode())
+        write_atomic(stage / RECORD, json_from_record(replace(made, files=files)).encode())
         shutil.rmtree(folder, ignore_errors=True)  # of another version
         stage.rename(folder)
         sync_folder(folder.parent)

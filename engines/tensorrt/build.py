@@ -16,8 +16,8 @@ from pathlib import Path
 from .. import plugins
 from ..bundle.files import atomic_file, write_atomic
 from ..bundle.lock import locked
-from ..bundle.manifest import json_from_manifest
 from ..bundle.reader import Bundle
+from ..bundle.records import json_from_record
 from ..errors import InputError, UsageError
 from ..fit.sizes import sizes_from_bundle
 from ..fit.work import check_build
@@ -201,7 +201,7 @@ def build_plan(
     )
     build = _present(bundle, header)
     build = replace(build, components=build.components | {component: made})
-    write_atomic(bundle.path / build_name(target.name), json_from_manifest(build).encode())
+    write_atomic(bundle.path / build_name(target.name), json_from_record(build).encode())
     return BuiltPlan(target.name, component, path, False, made)
 
 

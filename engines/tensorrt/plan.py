@@ -14,8 +14,9 @@ from pathlib import Path
 
 from .. import plugins
 from ..bundle.files import check_relative, open_regular, read_regular, resolve_inside, sha256_from_file
-from ..bundle.manifest import FileSpec, TensorSpec, record_from_json
+from ..bundle.manifest import FileSpec, TensorSpec
 from ..bundle.reader import Bundle
+from ..bundle.records import record_from_json
 from ..errors import InputError
 from ..targets import Target, host_platform, sm_from_capability
 from .device import gpus

@@ -8,15 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from engines.bundle.manifest import (
-    CacheSpec,
-    ModelSpec,
-    SamplingSpecs,
-    TokenSpec,
-    VisionSpec,
-    strict,
-    value_from_json,
-)
+from engines.bundle.manifest import CacheSpec, ModelSpec, SamplingSpecs, TokenSpec, VisionSpec
+from engines.bundle.records import strict, value_from_json
 from engines.errors import InputError
 from engines.inputs.prompt import Chat
 from engines.inputs.template import template_from_source

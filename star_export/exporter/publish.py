@@ -17,8 +17,9 @@ from typing import Any
 
 from engines.bundle.files import MANIFEST, reason, sha256_of, sync_folder, write_atomic
 from engines.bundle.lock import is_held, locked
-from engines.bundle.manifest import FileSpec, Manifest, json_from_manifest
+from engines.bundle.manifest import FileSpec, Manifest
 from engines.bundle.reader import Bundle
+from engines.bundle.records import json_from_record
 from engines.errors import InputError, StarError
 from engines.progress import Progress, Tick, adder, silent
 
@@ -236,7 +237,7 @@ def abandoned(out: Path) -> dict[Path, int]:
 
 def write_manifest(stage: Stage, manifest: Manifest) -> None:
     """Write the manifest, and open the result as a device would."""
-    write_atomic(stage.bundle / MANIFEST, json_from_manifest(manifest).encode())
+    write_atomic(stage.bundle / MANIFEST, json_from_record(manifest).encode())
     if Bundle.open(stage.bundle).manifest != manifest:
         raise AssertionError("the manifest differs after it is written and parsed")
 

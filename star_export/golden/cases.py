@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle.manifest import ComponentSpec, TableSpec, value_from_json
+from engines.bundle.manifest import ComponentSpec, TableSpec
 from engines.bundle.reader import Bundle
+from engines.bundle.records import value_from_json
 from engines.errors import InputError
 
 from .compare import check_not_vacuous

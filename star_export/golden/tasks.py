@@ -9,8 +9,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from engines.bundle.manifest import strict, value_from_json
 from engines.bundle.reader import Bundle
+from engines.bundle.records import strict, value_from_json
 
 FOLDER = "tasks"
 TASKS_FILE, DRAWN_FILE, EDITED_FILE = (

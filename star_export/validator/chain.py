@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.bundle.files import MANIFEST, read_regular, sha256_of
-from engines.bundle.manifest import strict, value_from_json
 from engines.bundle.reader import Bundle
+from engines.bundle.records import strict, value_from_json
 from engines.bundle.seal import unsealed
 from engines.errors import InputError, MissingError, ParityError, StarError, listed
 from engines.tensorrt.plan import plan_name, plan_state, read_build

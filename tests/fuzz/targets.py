@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from engines.bundle.cross_checks import check_components
-from engines.bundle.manifest import FileSpec, TensorSpec, json_from_manifest, manifest_from_json
+from engines.bundle.manifest import FileSpec, TensorSpec, manifest_from_json
+from engines.bundle.records import json_from_record
 from engines.inputs.image_io import image_from_bytes
 from engines.targets import target_from_name
 from engines.tensorrt.plan import PlanSpec, build_from_file, build_header
@@ -106,7 +107,7 @@ def plan_record() -> bytes:
     )
     spec = PlanSpec({"x": "0" * 64}, (profile,), FileSpec(10, "0" * 64), (tensor,), (tensor,), 0, 1.0)
     header = build_header(target_from_name("rtx-4090"), "1.7.1")
-    return json_from_manifest(dataclasses.replace(header, components={"text_head": spec})).encode()
+    return json_from_record(dataclasses.replace(header, components={"text_head": spec})).encode()
 
 
 def pictures() -> tuple[bytes, ...]:

@@ -19,8 +19,8 @@ from engines.bundle.manifest import (
     TensorSpec,
     TokenSpec,
     VisionSpec,
-    json_from_manifest,
 )
+from engines.bundle.records import json_from_record
 from tests.helpers.sealed import edit_sealed
 
 DTYPES = {
@@ -125,7 +125,7 @@ def write_manifest(
         golden=GoldenSpec(images=3, decoder_cases=6, draw_cases=5, image_tokens=16, answer_tokens=8),
         files=files,
     )
-    (root / "manifest.json").write_text(json_from_manifest(manifest))
+    (root / "manifest.json").write_text(json_from_record(manifest))
     edit_sealed(root / "manifest.json", lambda value: value.update(changes))
 
 

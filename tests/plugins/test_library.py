@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from engines import plugins
-from engines.bundle.manifest import CacheSpec, FileSpec, json_from_manifest
+from engines.bundle.manifest import CacheSpec, FileSpec
 from engines.bundle.reader import Bundle
+from engines.bundle.records import json_from_record
 from engines.errors import InputError, MissingError
 from engines.sessions.tensorrt import DeviceBuffer
 from engines.targets import TARGETS
@@ -56,7 +57,7 @@ def bundle(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "base_ar.plan").write_bytes(PLAN)
     record = replace(plans.build_header(TARGET, VERSION), components={"base_ar": made})
-    (folder / "build.json").write_text(json_from_manifest(record))
+    (folder / "build.json").write_text(json_from_record(record))
     return bundle
 
 

@@ -174,7 +174,7 @@ def test_plans_without_a_recorded_network_are_still_read(bundle):
     record = plan.read_build(bundle, TARGET)
     old = replace(record, components={"base_ar": replace(result.spec, network=None)})
     path = bundle.path / f"plans/{TARGET}/build.json"
-    path.write_text(build.json_from_manifest(old))
+    path.write_text(build.json_from_record(old))
     edit_sealed(path, lambda data: data["components"]["base_ar"].pop("network"))
     assert plan.read_build(bundle, TARGET).components["base_ar"].network is None
     assert open_session(bundle, "base_ar", backend=f"interpreter:{TARGET}").capacity_tokens == CAPACITY

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from engines.bundle.manifest import FileSpec, json_from_manifest
+from engines.bundle.manifest import FileSpec
 from engines.bundle.reader import Bundle
+from engines.bundle.records import json_from_record
 from engines.errors import InputError, MissingError, UsageError
 from engines.targets import TARGETS
 from engines.tensorrt import plan as plans
@@ -47,7 +48,7 @@ def bundle(tmp_path, monkeypatch):
     build = replace(plans.build_header(TARGET, VERSION), components={"base_ar": made})
     plan_file(bundle).parent.mkdir(parents=True)
     plan_file(bundle).write_bytes(DATA)
-    record(bundle).write_text(json_from_manifest(build))
+    record(bundle).write_text(json_from_record(build))
     return bundle
 
 

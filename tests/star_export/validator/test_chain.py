@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from engines.bundle.files import write_atomic
-from engines.bundle.manifest import FileSpec, json_from_manifest
+from engines.bundle.manifest import FileSpec
 from engines.bundle.reader import Bundle
+from engines.bundle.records import json_from_record
 from engines.bundle.seal import content_sha256
 from engines.errors import InputError, MissingError, ParityError
 from engines.targets import TARGETS
@@ -60,7 +61,7 @@ def with_plan(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     folder = bundle.path / "plans/rtx-3090"
     folder.mkdir(parents=True)
     (folder / "base_ar.plan").write_bytes(PLAN)
-    (folder / "build.json").write_text(json_from_manifest(build))
+    (folder / "build.json").write_text(json_from_record(build))
     return bundle
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from engines.bundle.files import sha256_of
-from engines.bundle.manifest import FileSpec, json_from_manifest
+from engines.bundle.manifest import FileSpec
 from engines.bundle.reader import Bundle
+from engines.bundle.records import json_from_record
 from engines.errors import InputError, MissingError, UsageError
 from reference.nano.benchmark import identity
 from reference.nano.benchmark import score as benchmark
@@ -34,7 +35,7 @@ def bundles(nano: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
         bits = np.fromfile(rounded / name, "<u4") & np.uint32(0xFFF00000)
         bits.tofile(rounded / name)
         manifest.files[name] = FileSpec(bits.nbytes, sha256_of(rounded / name, where=name))
-    (rounded / "manifest.json").write_text(json_from_manifest(manifest))
+    (rounded / "manifest.json").write_text(json_from_record(manifest))
     return [nano[1], rounded]
 
 
