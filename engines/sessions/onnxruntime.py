@@ -8,9 +8,7 @@ targets.md).
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import math
 import mmap
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -18,90 +16,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..bundle.bfloat16 import float32_from_bits
 from ..bundle.held import real_path
 from ..bundle.manifest import ComponentSpec, TensorSpec
 from ..bundle.reader import Bundle
-from ..bundle.tensors import check_array, check_binding, present_name
+from ..bundle.tensors import check_binding, present_name
 from ..errors import InputError, MissingError, install
 from . import ONE_PATH, Buffer, busy, closed, own_buffers
 from .fused import load, worth_keeping
+from .onnxruntime_buffers import ELEMENT_TYPES, DeviceBuffer, HostBuffer
 
 ACTIVATION_BLOCK = 128  # numbers that share a scale where an int8 bundle's activations are rounded to int8
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GRAPHS_LIMIT, NO_GRAPH = 8, -1  # captured steps of a session; the `gpu_graph_id` of a plain run
 LOG_SEVERITY = 3  # errors
 SMALL_BYTES = 1024  # initializers up to this size stay in the graph's file
-# The numbers are those of onnx.TensorProto.DataType.
-_ELEMENT_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
-_TYPE_NAMES = {f"tensor({'float' if name == 'float32' else name})": name for name in _ELEMENT_TYPES}
-
-
-class HostBuffer:
-    """Zeroed host memory, shared by numpy (`array`) and ONNX Runtime (`value`). `read()` returns a view."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: str):
-        import onnxruntime
-
-        if dtype == "bfloat16":
-            raise InputError(
-                "The CPU backend does not support bfloat16",
-                where=f"buffer: expected float32, got bfloat16[{','.join(map(str, shape))}]",
-                fix="use the dtype in the session's spec",
-            )
-        self.shape, self.dtype = tuple(shape), dtype
-        self.array = np.zeros(self.shape, dtype)
-        self.value = onnxruntime.OrtValue.ortvalue_from_numpy(self.array)
-        shared = self.value.data_ptr() == self.array.ctypes.data
-        assert shared, "ONNX Runtime copied the array instead of sharing its memory"
-
-    def write(self, array: np.ndarray) -> None:
-        """Copy `array` into the buffer. Raises InputError unless its shape, dtype and layout match."""
-        check_array(array, shape=self.shape, dtype=self.dtype)
-        self.array[...] = array
-
-    def read(self) -> np.ndarray:
-        """Return the contents as a view, which the next step changes."""
-        return self.array
-
-
-class DeviceBuffer:
-    """Zeroed memory of a CUDA device."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: str, *, device: str = "cuda"):
-        import onnxruntime
-
-        self.shape, self.dtype = tuple(shape), dtype
-        self._bits = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)  # the numpy dtype of its bits
-        self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-            self.shape, _ELEMENT_TYPES[dtype], device, 0
-        )
-        self.value.update_inplace(np.zeros(self.shape, self._bits))
-
-    def write(self, array: np.ndarray) -> None:
-        """Copy `array` to the device. Raises InputError unless its shape, dtype and layout match."""
-        check_array(array, shape=self.shape, dtype=self.dtype)
-        self.value.update_inplace(array.view(self._bits))
-
-    def read(self) -> np.ndarray:
-        """Copy the contents to the host. numpy has no bfloat16, so such values are returned as float32."""
-        if self.dtype != "bfloat16":
-            return self.value.numpy()
-        import onnxruntime
-
-        host = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-            self.shape, _ELEMENT_TYPES["bfloat16"], "cpu", 0
-        )
-        onnxruntime.copy_tensors([self.value], [host])
-        return float32_from_bfloat16(host.data_ptr(), self.shape)
-
-
-def float32_from_bfloat16(address: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Read bfloat16 values at `address` in host memory, as float32 of `shape`."""
-    bits = np.ctypeslib.as_array((ctypes.c_uint16 * math.prod(shape)).from_address(address))
-    return float32_from_bits(bits).reshape(shape)
+_TYPE_NAMES = {f"tensor({'float' if name == 'float32' else name})": name for name in ELEMENT_TYPES}
 
 
 class OnnxRuntimeSession:
