@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.manifest import SamplingSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array
-from ..errors import UsageError
 from ..fit.memory import ANSWER, DRAW, Use
 from ..inputs.image_io import GivenImage, checked_image
 from ..inputs.preprocess import (
@@ -33,8 +31,7 @@ from .decode import ImageLoop, TextLoop
 from .gumbel import check_seed
 from .loaded import Loaded
 from .sampler import check_sampling
-
-IMAGES_LIMIT = 128  # images in one call; each needs two cache rows
+from .settings import between, sampling_settings
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Star:
         self.chat = Chat.from_bundle(self.bundle)
         self.loaded = Loaded(self.bundle, backend=backend, memory_bytes=memory)
         if window is not None:
-            _between("window", window, self.model.image_tokens)
+            between("window", window, self.model.image_tokens)
         self.window = window
 
     def __enter__(self) -> Star:
@@ -123,8 +120,9 @@ class Star:
         `top_k` and `top_p` default to the model's settings. Raises UsageError for settings out of range, and
         InputError for a prompt that is empty or too long.
         """
-        settings = self._settings(
+        settings = sampling_settings(
             self.model.sampling.generate,
+            self.model,
             cfg=cfg,
             top_k=top_k,
             top_p=top_p,
@@ -132,7 +130,7 @@ class Star:
             greedy=greedy,
             num_images=num_images,
         )
-        _between("max_new_tokens", max_new_tokens, self.model.max_positions)
+        between("max_new_tokens", max_new_tokens, self.model.max_positions)
         answer = None
         if reason:
             least = self.loaded.use(rows=2 * num_images, tokens=self.model.image_tokens, prompt_tokens=1)
@@ -161,8 +159,9 @@ class Star:
 
         The settings are those of `generate`; `min_pixels` and `max_pixels` bound the vision encoder's input.
         """
-        settings = self._settings(
+        settings = sampling_settings(
             self.model.sampling.edit,
+            self.model,
             cfg=cfg,
             top_k=top_k,
             top_p=top_p,
@@ -211,7 +210,7 @@ class Star:
         """
         check_ids(input_ids, vocab_size=self.model.vocab_size)
         check_sampling(guidance=guidance, top_k=top_k, top_p=top_p, top_k_limit=self.model.top_k_limit)
-        _between("tokens", tokens, self.model.image_tokens)
+        between("tokens", tokens, self.model.image_tokens)
         if seed is not None:
             check_seed(seed)
         self._check_length("base_ar", "stacked_ar", text=input_ids.shape[1], new=tokens - 1)
@@ -300,7 +299,7 @@ class Star:
         vision: VisionInputs | None = None,
         repetition_penalty: float | None = None,
     ) -> Answer:
-        _between("max_new_tokens", max_new_tokens, self.model.max_positions)
+        between("max_new_tokens", max_new_tokens, self.model.max_positions)
         length = prompt.input_ids.shape[1]
         seen = 0 if vision is None else vision.grid_h * vision.grid_w
         self._check_length("base_ar", text=length - seen, image=seen, new=max_new_tokens - 1)
@@ -323,31 +322,6 @@ class Star:
         )
         return Answer(self.chat.text(ids), ids)
 
-    def _settings(
-        self,
-        defaults: SamplingSpec,
-        *,
-        cfg: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        seed: int,
-        greedy: bool,
-        num_images: int,
-    ) -> dict[str, Any]:
-        """Check the sampling settings and fill in `defaults`.
-
-        A `top_k` larger than the codebook keeps all of it, as in the release.
-        """
-        _between("num_images", num_images, IMAGES_LIMIT)
-        check_seed(seed)
-        cfg = defaults.guidance if cfg is None else cfg
-        top_k = min(defaults.top_k if top_k is None else top_k, self.model.codebook_size)
-        top_p = defaults.top_p if top_p is None else top_p
-        check_sampling(guidance=cfg, top_k=top_k, top_p=top_p, top_k_limit=self.model.top_k_limit)
-        if greedy:
-            return {"guidance": cfg, "top_k": 1, "top_p": 1.0, "seed": None}
-        return {"guidance": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
-
     def _use(self, decoder: str, *, rows: int, length: int, tokens: int) -> Use:
         """What a loop takes that draws `tokens` tokens after a prompt: the last token takes no slot."""
         slots = self.loaded.capacity(decoder) or length + tokens - 1
@@ -359,13 +333,3 @@ class Star:
         held = [capacity for name in decoders if (capacity := self.loaded.capacity(name))]
         limit = min([self.model.max_positions, *held])
         check_length(text=text, image=image, new=new, limit_tokens=limit)
-
-
-def _between(name: str, value: int, limit: int) -> int:
-    if not 1 <= value <= limit:
-        raise UsageError(
-            f"{name} is out of range",
-            where=f"{name}: expected 1 to {limit}, got {value}",
-            fix="omit it to use the default",
-        )
-    return value

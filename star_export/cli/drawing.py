@@ -166,7 +166,7 @@ def _outputs(name: str, number: int = 1, *, force: bool) -> dict[Path, Path]:
 
     Of no more than the runtime draws, which refuses a larger number.
     """
-    from engines.runtime.star import IMAGES_LIMIT
+    from engines.runtime.settings import IMAGES_LIMIT
 
     first, count = Path(name), min(number, IMAGES_LIMIT)
     names = [first, *(first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(1, count))]
