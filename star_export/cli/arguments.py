@@ -83,6 +83,16 @@ def add_running(c: argparse.ArgumentParser, ids: str) -> None:
     add_progress(c)
 
 
+def add_new_tokens(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--max-new-tokens",
+        type=count,
+        default=256,
+        metavar="N",
+        help="most tokens of the answer (default: 256)",
+    )
+
+
 def add_pixels(c: argparse.ArgumentParser) -> None:
     for bound, word in (("min", "smallest"), ("max", "largest")):
         c.add_argument(

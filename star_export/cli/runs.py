@@ -6,6 +6,7 @@ from .arguments import (
     add_backend,
     add_command,
     add_drawing,
+    add_new_tokens,
     add_pixels,
     add_progress,
     add_running,
@@ -35,13 +36,7 @@ def add_generate(commands) -> None:
     c.add_argument(
         "--reason", action="store_true", help="let the base model answer first, and draw the answer"
     )
-    c.add_argument(
-        "--max-new-tokens",
-        type=count,
-        default=256,
-        metavar="N",
-        help="most tokens of the answer (default: 256)",
-    )
+    add_new_tokens(c)
 
 
 def add_edit(commands) -> None:
@@ -65,13 +60,7 @@ def add_ask(commands) -> None:
     c.add_argument("bundle", metavar="BUNDLE")
     c.add_argument("image", metavar="IMAGE", help="PNG, JPEG or WebP; - for stdin")
     c.add_argument("question", metavar="QUESTION")
-    c.add_argument(
-        "--max-new-tokens",
-        type=count,
-        default=256,
-        metavar="N",
-        help="most tokens of the answer (default: 256)",
-    )
+    add_new_tokens(c)
     c.add_argument(
         "--greedy",
         action="store_true",

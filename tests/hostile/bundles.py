@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.helpers.sealed import edit_sealed
 
-from .harness import Case
+from .harness import Case, put
 
 DRAW = ("generate", "{bundle}", "a cat", "-o", "out.png")
 VALIDATE = ("validate", "{bundle}")
@@ -34,23 +34,11 @@ def flipped(folder: Path) -> None:
 
 
 def at(*keys: str | int, value: object) -> Callable[[Path], None]:
-    def change(manifest: dict) -> None:
-        place = manifest
-        for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
-
-    return edited(change)
+    return edited(lambda manifest: put(manifest, *keys, value=value))
 
 
-def without(*keys: str) -> Callable[[Path], None]:
-    def change(manifest: dict) -> None:
-        place = manifest
-        for key in keys[:-1]:
-            place = place[key]
-        del place[keys[-1]]
-
-    return edited(change)
+def without(key: str) -> Callable[[Path], None]:
+    return edited(lambda manifest: manifest.pop(key))
 
 
 def renamed_file(name: str) -> Callable[[Path], None]:

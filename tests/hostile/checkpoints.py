@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .harness import Case
+from .harness import Case, put
 
 EXPORT = ("export", "{checkpoint}", "--out", "new")
 BASE = "Qwen2.5-VL-mini"
@@ -29,10 +29,7 @@ def edited(name: str, *keys: str, value: object) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         path = folder / "checkpoint" / name
         whole = json.loads(path.read_text())
-        place = whole
-        for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
+        put(whole, *keys, value=value)
         path.write_text(json.dumps(whole))
 
     return spoil

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 HANG_S = 120  # on busy cores; what is refused takes a second or two
 # What a refusal may take beyond what its program takes to start, once torch is imported too.
@@ -81,6 +82,14 @@ def run_case(case: Case, folder: Path, run: Run, *, originals: Mapping[str, Path
     ended = run(case, words, folder)
     changed = differences(before, snapshot(folder), allowed=case.creates)
     return Result(case, ended, tuple(faults_of(case, ended, changed)))
+
+
+def put(whole: Any, *keys: str | int, value: object) -> None:
+    """Set one entry of nested JSON."""
+    *way, last = keys
+    for key in way:
+        whole = whole[key]
+    whole[last] = value
 
 
 def _hollow_copy(source: str, target: str) -> None:
