@@ -242,10 +242,10 @@ def _refusal(path: Path, got: str, where: str) -> InputError:
     )
 
 
-def not_written(path: Path, error: Exception) -> InputError:
-    """The error for a file that the system did not let be written."""
+def not_written(path: str | Path, why: str | Exception) -> InputError:
+    """The error for a file that cannot be written, or that the system did not let be written."""
     return InputError(
         "This file cannot be written",
-        where=f"{path}: {reason(error)}",
+        where=f"{path}: {why if isinstance(why, str) else reason(why)}",
         fix="check the folder, its permissions and the free space, or choose another path",
     )

@@ -56,18 +56,24 @@ def _taken(path: Path, what: str) -> int:
         try:
             if not try_lock(descriptor):
                 raise _refusal(path, descriptor, what)
-            with contextlib.suppress(OSError):
-                if os.path.samestat(
-                    os.fstat(descriptor), os.stat(path)
-                ):  # not given back and removed meanwhile
+            if _is_still(path, descriptor):
+                with contextlib.suppress(OSError):  # a full disk; the number is for messages only
                     os.ftruncate(descriptor, 0)
                     os.lseek(descriptor, 0, os.SEEK_SET)
                     os.write(descriptor, f"{os.getpid()}\n".encode())
-                    return descriptor
+                return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether `path` names the open file, and was not given back and removed before it was locked."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
 
 
 def _refusal(path: Path, descriptor: int, what: str) -> InputError:

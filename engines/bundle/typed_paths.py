@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import InputError
-from .files import MANIFEST, MANIFEST_LIMIT_BYTES, reason
+from .files import MANIFEST, MANIFEST_LIMIT_BYTES, not_written, reason
 
 SHOWN_CHARACTERS = 200  # of a path in a message
 
@@ -45,7 +45,7 @@ def output_file(path: str | Path) -> Path:
     """
     found = Path(os.path.realpath(typed_path(path)))
     if found.is_dir():
-        raise _not_written(path, "expected a file name, got a folder")
+        raise not_written(shown(path), "expected a file name, got a folder")
     _check_room(path, found.parent)
     return found
 
@@ -69,14 +69,14 @@ def shown(path: str | Path) -> str:
 def _check_room(path: str | Path, folder: Path) -> None:
     """Raise InputError unless a file can be created in `folder`, outside of every bundle."""
     if not folder.is_dir():
-        raise _not_written(path, f"expected an existing folder, got {shown(folder)}")
+        raise not_written(shown(path), f"expected an existing folder, got {shown(folder)}")
     for parent in (folder, *folder.parents):
         if _is_bundle(parent):
-            raise _not_written(path, f"expected a place outside the bundle {shown(parent)}")
+            raise not_written(shown(path), f"expected a place outside the bundle {shown(parent)}")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise _not_written(path, reason(error)) from None
+        raise not_written(shown(path), reason(error)) from None
 
 
 def _is_bundle(folder: Path) -> bool:
@@ -89,11 +89,3 @@ def _is_bundle(folder: Path) -> bool:
         return '"components"' in text and {"schema", "precision", "files"} <= json.loads(text).keys()
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
-
-
-def _not_written(path: str | Path, why: str) -> InputError:
-    return InputError(
-        "This file cannot be written",
-        where=f"{shown(path)}: {why}",
-        fix="check the folder, its permissions and the free space, or choose another path",
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -66,3 +67,18 @@ def test_two_files_with_names_that_begin_alike_do_not_clear_each_others(tmp_path
         write_atomic(tmp_path / "a", b"x")
         first.write(b"y")
     assert (tmp_path / "a.b").read_bytes() == b"y"
+
+
+def test_a_full_disk_takes_the_number_and_not_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def full(descriptor: int, data: bytes) -> int:
+        tried.append(data)
+        assert len(tried) < 3, "the lock is tried again and again"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with locked(tmp_path / "lock", what="export"):
+        assert is_held(tmp_path / "lock") and len(tried) == 1
