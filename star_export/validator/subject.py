@@ -33,14 +33,14 @@ class Subject:
         return self.backend.partition(":")[2]
 
     def star(self, *, window: int = 1) -> Star:
-        """The runtime to try whole runs with; a large model's components are loaded in turn.
+        """The runtime to try whole runs with; on a CPU a large model's components are loaded in turn.
 
         Exact arithmetic takes four bytes of a weight in int8, and nothing here needs all of them at once.
         """
         star = Star(self.bundle, backend=self.backend, window=window)
         use = star.loaded.use(rows=4, tokens=RUN_TOKENS, prompt_tokens=RUN_TOKENS)
         taken = [task_memory(star.loaded.sizes, task, use) for task in TASKS]
-        if max(task.resident_bytes for task in taken) <= IN_TURN_BYTES:
+        if not star.loaded.on_cpu or max(task.resident_bytes for task in taken) <= IN_TURN_BYTES:
             return star
         star.close()
         budget = max(task.in_turn_bytes for task in taken)
