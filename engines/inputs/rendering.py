@@ -53,9 +53,7 @@ def limit() -> None:
         import signal
     except ImportError:
         return
-    signal.setitimer(
-        signal.ITIMER_PROF, CPU_SECONDS
-    )  # its signal ends the process, also within one operation
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its signal ends the process, in any operation
     with contextlib.suppress(ValueError, OSError):  # a lower limit is in force already
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
