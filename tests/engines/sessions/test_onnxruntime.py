@@ -19,6 +19,7 @@ from engines.errors import InputError, MissingError, UsageError, install
 from engines.runtime.kv_cache import kv_cache_attention
 from engines.sessions import onnxruntime as module
 from engines.sessions import open_session, run
+from engines.sessions.onnxruntime_buffers import float32_from_bfloat16
 from tests.helpers.tiny_bundle import write_tiny_bundle
 from tests.helpers.tiny_decoder import KV_HEADS, SIZE, boundary, decoder_buffers, write_decoder_bundle
 
@@ -359,11 +360,11 @@ def test_memory_of_a_device_starts_at_zero_and_keeps_bfloat16_bits():
     import ml_dtypes
 
     buffer = module.DeviceBuffer((2, 3), "bfloat16", device="cpu")
-    assert not module.float32_from_bfloat16(buffer.value.data_ptr(), (2, 3)).any()
+    assert not float32_from_bfloat16(buffer.value.data_ptr(), (2, 3)).any()
     numbers = np.array([[1, -2.5, 3e38], [0, 1e-3, np.inf]]).astype(ml_dtypes.bfloat16)
     buffer.write(numbers)
     np.testing.assert_array_equal(
-        module.float32_from_bfloat16(buffer.value.data_ptr(), (2, 3)), numbers.astype(np.float32)
+        float32_from_bfloat16(buffer.value.data_ptr(), (2, 3)), numbers.astype(np.float32)
     )
 
 
