@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 INTERRUPTED = 130
+NO_MEMORY_OR_DEVICE = 5
 
 
 def run() -> int:
@@ -34,6 +35,8 @@ def run() -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     asked = max(asked, 1)  # nothing is left to unwind
+    if code == NO_MEMORY_OR_DEVICE:
+        os._exit(code)  # what libraries do at exit may fail for want of memory, and say so
     return code
 
 

@@ -40,18 +40,19 @@ def free_memory() -> int | None:
     return max(0, min(found)) if found else None
 
 
-def memory_ran_out(error: BaseException) -> bool:
-    """Whether `error`, or an error that it came from, says that no memory is left, or none is left now.
+def lack_of_memory(error: BaseException) -> BaseException | None:
+    """The link of `error`'s chain of causes that says that no memory is left; None if memory did not run out.
 
-    Libraries hide it: one wraps a MemoryError, another fails without a word of memory.
+    Libraries hide it: one wraps a MemoryError, another fails without a word of memory. Where no link says so,
+    but none is left now, it is `error` itself.
     """
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, MemoryError) or any(words in str(link).lower() for words in NO_MEMORY):
-            return True
+            return link
         link = link.__cause__ or link.__context__
     free = free_memory()
-    return free is not None and free < NEARLY_NONE_BYTES
+    return error if free is not None and free < NEARLY_NONE_BYTES else None
 
 
 def free_disk(folder: str | Path) -> int | None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 
 from engines.bundle.files import reason
 from engines.bundle.typed_paths import shown
 from engines.errors import InputError, MissingError, StarError
-from engines.fit.machine import memory_ran_out
+from engines.fit.machine import lack_of_memory
 from reference.errors import CheckpointError
 
 from .streams import printable
 
 FULL = "No space left on device"
+COLOURS = re.compile("\x1b\\[[0-9;]*m")  # which torch puts into messages
 
 
 def user_error(error: Exception, verb: str) -> StarError | CheckpointError | None:
@@ -28,12 +30,13 @@ def user_error(error: Exception, verb: str) -> StarError | CheckpointError | Non
 
 def _out_of_memory(error: BaseException, verb: str) -> MissingError | None:
     """The user's error for a library's own, if no memory or address space is left."""
-    if not memory_ran_out(error):
+    lack = lack_of_memory(error)
+    if lack is None:
         return None
-    said = (str(error).strip() or "no memory left").splitlines()[0][:200]
+    said = (COLOURS.sub("", str(lack)).strip() or "no memory left").splitlines()[0][:200]
     return MissingError(
         "There is too little memory for this",
-        where=f"{verb}: {type(error).__name__}: {said}",
+        where=f"{verb}: {type(lack).__name__}: {said}",
         fix="close other programs, or raise the limit (ulimit -v), and repeat the command; "
         "an export goes on where it stopped",
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import mmap
 import sys
 import traceback
 from collections.abc import Iterable
@@ -24,11 +25,13 @@ from .failures import parts_of, three_lines, user_error
 from .streams import json_text, printable
 
 INTERRUPTED = 130
+RESERVE_BYTES = 16 << 20
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code. Our own bugs are raised."""
     streams.prepare()
+    reserve = mmap.mmap(-1, RESERVE_BYTES)  # addresses, which cost no memory until they are written
     words = sys.argv[1:] if argv is None else argv
     common: dict[str, Any] = {
         "verb": "star-export",
@@ -60,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         streams.hang_up()
         return INTERRUPTED
     except Exception as error:
+        reserve.close()  # so that an error of memory can be told
         told = user_error(error, common["verb"])
         if told is None:
             raise

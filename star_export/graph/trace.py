@@ -136,16 +136,17 @@ def _size(dim: int | str) -> int:
 
 @contextlib.contextmanager
 def _quiet():
-    """Silence torch.onnx: it prints progress, and warns about packages that this project does not use."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence torch while it traces: it prints progress, warns about packages that this project does not use,
+    and logs tracebacks of what it raises anyway.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            logging.disable(before)
 
 
 def _name_initializers(model: ir.Model, module: nn.Module, star: wrappers.FoldedStar) -> None:

@@ -106,10 +106,10 @@ def test_a_library_that_hides_its_lack_of_memory_is_seen_through(system: Path) -
         except Exception as caught:
             return caught
 
-    assert machine.memory_ran_out(MemoryError())
-    assert machine.memory_ran_out(RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes"))
-    assert machine.memory_ran_out(raised(RuntimeError("failed"), MemoryError()))
-    assert not machine.memory_ran_out(raised(RuntimeError("failed"), KeyError("a")))
+    assert machine.lack_of_memory(MemoryError())
+    assert machine.lack_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes"))
+    assert machine.lack_of_memory(raised(RuntimeError("failed"), MemoryError()))
+    assert not machine.lack_of_memory(raised(RuntimeError("failed"), KeyError("a")))
 
 
 def test_any_failure_is_one_of_memory_where_none_is_left(
@@ -120,4 +120,4 @@ def test_any_failure_is_one_of_memory_where_none_is_left(
     for left, ran_out in ((machine.NEARLY_NONE_BYTES - 1, True), (machine.NEARLY_NONE_BYTES, False)):
         limits = {resource.RLIMIT_AS: 1024 * 10**6 + left, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
         monkeypatch.setattr(resource, "getrlimit", lambda kind, limits=limits: (limits[kind],) * 2)
-        assert machine.memory_ran_out(failed) == ran_out
+        assert (machine.lack_of_memory(failed) is failed) == ran_out
