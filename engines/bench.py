@@ -78,7 +78,7 @@ class Benchmark:
 def bench(star: Star, *, repeats: int = REPEATS, progress: Progress = silent) -> Benchmark:
     """Measure `star`: one image of a short prompt under guidance (two rows), with the model's sampling."""
     progress("memory bandwidth", 0, repeats + 1)
-    device, bandwidth = device_bandwidth(star.backend)
+    device, bandwidth = device_bandwidth(star.backend, star.loaded.threads)
     prompt = star.chat.generate_prompt(PROMPT, num_images=1)
     length = prompt.input_ids.shape[1]
     loop = star.image_loop(num_images=1, length=length, tokens=star.model.image_tokens)
@@ -267,18 +267,22 @@ def timing(name: str, seconds: float, read_bytes: int, bandwidth: float) -> Timi
     return Timing(name, seconds * 1e3, read_bytes, read_bytes / bandwidth / seconds)
 
 
-def device_bandwidth(backend: str) -> tuple[str, float]:
-    """(name of the device that `backend` runs on, its measured read bandwidth in bytes per second)."""
+def device_bandwidth(backend: str, threads: int | None = None) -> tuple[str, float]:
+    """(name of the device that `backend` runs on, its measured read bandwidth in bytes per second).
+
+    A CPU's is that of as many `threads`, by default one per core.
+    """
     if backend in ON_CPU:
-        return f"{os.cpu_count()} CPU cores", host_bandwidth()
+        return f"{threads or os.cpu_count()} CPU cores", host_bandwidth(threads)
     from .tensorrt.device import gpus, read_bandwidth
 
     return gpus()[0].name, read_bandwidth()
 
 
-def host_bandwidth() -> float:
-    """Bytes per second that all cores together read from memory: sums of 256 MiB per core, best of 7."""
-    cores = os.cpu_count() or 1
+def host_bandwidth(threads: int | None = None) -> float:
+    """Bytes per second that `threads`, by default one per core, read from memory: sums of 256 MiB per thread,
+    best of 7."""
+    cores = threads or os.cpu_count() or 1
     blocks = [np.ones(BANDWIDTH_BYTES // 8) for _ in range(cores)]
     best = 0.0
     with ThreadPoolExecutor(cores) as pool:

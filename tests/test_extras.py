@@ -25,6 +25,7 @@ PYTHONS = {
     "jetpack": ("3.10", "3.12"),  # JetPack 6 has the first, JetPack 7 the second
     "export": ("3.12",),
     "debug": ("3.11", "3.12"),
+    "completion": ("3.10", "3.12"),
     "peers": ("3.11", "3.12"),
     "dev": ("3.12",),  # `make test` installs it on the Python at hand
 }

@@ -89,7 +89,7 @@ def test_every_range_admits_the_version_that_make_installs() -> None:
 
     pinned = {canonicalize_name(name): version for name, version in CONSTRAINTS.items()}
     extras = PROJECT["optional-dependencies"]
-    installed = ("cpu", "rtx", "export", "debug", "dev")
+    installed = ("cpu", "rtx", "export", "debug", "completion", "dev")
     wanted = [
         Requirement(r) for r in (*PROJECT["dependencies"], *(r for extra in installed for r in extras[extra]))
     ]

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..errors import UsageError
+from ..ranges import is_whole
 
 CODE_BITS, OCTAVE_BITS = 24, 11  # random bits of a number; log2 of the bins between a code and its double
 ROUNDING = 1 << 16  # quantiles are multiples of 1 / ROUNDING, so every libm gives the same table
@@ -39,11 +40,11 @@ def quantiles() -> np.ndarray:
 
 
 def check_seed(seed: int) -> None:
-    """Raise UsageError for a seed that is negative or has more than 128 bits."""
-    if not 0 <= seed < 2**128:
+    """Raise UsageError for a seed that is no whole number, is negative or has more than 128 bits."""
+    if not (is_whole(seed) and 0 <= seed < 2**128):
         raise UsageError(
             "The seed is out of range",
-            where=f"seed: expected 0 <= seed < 2^128, got {seed}",
+            where=f"seed: expected a whole number from 0 to 2^128 - 1, got {seed!r:.60}",
             fix="use another seed",
         )
 

@@ -24,17 +24,19 @@ class Loaded:
     """The open sessions of `bundle` on `backend`.
 
     `memory_bytes` bounds the weights, caches and buffers that are held at a time; None keeps all that was
-    opened.
+    opened. `threads` is that of `engines.sessions.open_session`.
     """
 
-    def __init__(self, bundle: Bundle, *, backend: str, memory_bytes: int | None = None):
+    def __init__(
+        self, bundle: Bundle, *, backend: str, memory_bytes: int | None = None, threads: int | None = None
+    ):
         if memory_bytes is not None and memory_bytes < 1:
             raise UsageError(
                 "memory is out of range",
                 where=f"memory: expected at least 1 byte, got {memory_bytes}",
                 fix="omit it to keep every component loaded",
             )
-        self.bundle, self.backend, self.memory_bytes = bundle, backend, memory_bytes
+        self.bundle, self.backend, self.memory_bytes, self.threads = bundle, backend, memory_bytes, threads
         self.sizes, self.on_cpu = sizes_from_bundle(bundle), backend in ON_CPU
         self.exact = backend == EXACT or bundle.manifest.precision in ONE_PATH
         self.open: dict[str, Session] = {}  # the one used longest ago first
@@ -65,7 +67,7 @@ class Loaded:
                     self._give_back([name] if name not in components else [])
         if missing:
             self._check_free(self._weights(missing) + buffers, f"load {', '.join(missing)}", FIX)
-        opened = open_sessions(self.bundle, missing, backend=self.backend)
+        opened = open_sessions(self.bundle, missing, backend=self.backend, threads=self.threads)
         for name in components:
             self.open[name] = opened.get(name) or self.open.pop(name)
         return list(map(self.open.__getitem__, components))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import UsageError
+from ..ranges import is_whole
 
 GUIDANCE_LIMIT = 1e3  # with logits of any model's size, sums stay far from the end of float32
 
@@ -17,7 +18,7 @@ def check_sampling(*, guidance: float, top_k: int, top_p: float, top_k_limit: in
     """Raise UsageError for the first setting that is outside of the domain of `image_head`."""
     for name, value, passed, expected in (
         ("cfg", guidance, abs(guidance) <= GUIDANCE_LIMIT, f"at most {GUIDANCE_LIMIT:g}"),
-        ("top_k", top_k, 1 <= top_k <= top_k_limit, f"1 to {top_k_limit}"),
+        ("top_k", top_k, is_whole(top_k) and 1 <= top_k <= top_k_limit, f"1 to {top_k_limit}"),
         ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
     ):
         if not passed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..bundle.manifest import ModelSpec, SamplingSpec
-from ..errors import UsageError
+from ..ranges import between
 from .gumbel import check_seed
 from .sampler import check_sampling
 
@@ -37,14 +37,3 @@ def sampling_settings(
     if greedy:
         return {"guidance": cfg, "top_k": 1, "top_p": 1.0, "seed": None}
     return {"guidance": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
-
-
-def between(name: str, value: int, limit: int) -> int:
-    """`value`, from 1 to `limit`. Raises UsageError for any other."""
-    if not 1 <= value <= limit:
-        raise UsageError(
-            f"{name} is out of range",
-            where=f"{name}: expected 1 to {limit}, got {value}",
-            fix="omit it to use the default",
-        )
-    return value

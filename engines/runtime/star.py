@@ -26,12 +26,13 @@ from ..inputs.preprocess import (
 )
 from ..inputs.prompt import Chat, Prompt, check_ids, check_length
 from ..progress import Progress, silent
-from ..sessions import Session, check_backend, run
+from ..ranges import between
+from ..sessions import Session, check_backend, check_threads, run
 from .decode import ImageLoop, TextLoop
 from .gumbel import check_seed
 from .loaded import Loaded
 from .sampler import check_sampling
-from .settings import between, sampling_settings
+from .settings import sampling_settings
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ class Star:
     A context manager, for one thread at a time. `memory` is a budget in bytes for weights, caches and
     buffers: components are then loaded in turn where they do not fit together. `window` is how many tokens of
     an image a forward draws (`windows.py`); it changes the time that an image takes, and not the image. By
-    default it follows from backend and model (`engines.fit.window`).
+    default it follows from backend and model (`engines.fit.window`). `threads` is how many of the processor's
+    threads the sessions of a CPU backend compute with, by default one per core.
 
-    Raises InputError for an invalid bundle, and UsageError for an unknown backend or a window that is no
-    number of image tokens; the first use raises MissingError when the executor or device is missing, and a
-    task when its memory is.
+    Raises InputError for an invalid bundle, and UsageError for an unknown backend, a window that is no number
+    of image tokens or a number of threads that is out of range. The first use raises
+    MissingError when the executor or device is missing, and a task when its memory is.
     """
 
     def __init__(
@@ -74,12 +76,14 @@ class Star:
         backend: str = "onnxruntime",
         memory: int | None = None,
         window: int | None = None,
+        threads: int | None = None,
     ):
         check_backend(backend)
+        check_threads(threads, backend=backend)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.backend, self.model = backend, self.bundle.manifest.model
         self.chat = Chat.from_bundle(self.bundle)
-        self.loaded = Loaded(self.bundle, backend=backend, memory_bytes=memory)
+        self.loaded = Loaded(self.bundle, backend=backend, memory_bytes=memory, threads=threads)
         if window is not None:
             between("window", window, self.model.image_tokens)
         self.window = window

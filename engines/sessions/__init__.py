@@ -6,6 +6,7 @@ nothing is copied. A cache is bound once, under its past name, and is updated in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ..bundle.reader import Bundle
 from ..bundle.tensors import check_binding, present_name, shape_from_symbols
 from ..errors import InputError, MissingError, UsageError
 from ..fit import machine
+from ..ranges import between
 from ..targets import target_from_name
 
 EXACT = "onnxruntime-exact"
@@ -69,18 +71,22 @@ class Session(Protocol):
         """Release the component's memory. Bound steps can no longer run; buffers remain valid."""
 
 
-def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime") -> Session:
+def open_session(
+    bundle: Bundle, component: str, *, backend: str = "onnxruntime", threads: int | None = None
+) -> Session:
     """Load `component` of `bundle` on `backend`: all its parts in a chain, or the one part that is named.
 
     `onnxruntime` runs on the CPU, and multiplies int8 and int4 weights in int8 arithmetic;
     `onnxruntime-exact` multiplies them in float32. `onnxruntime-cuda` runs on a GPU; `tensorrt:TARGET` runs
     the target's plan. `interpreter:TARGET` evaluates on the CPU the network that TensorRT parsed, in the
-    network's own dtypes, and `interpreter-fp32:TARGET` evaluates it in float32 throughout.
+    network's own dtypes, and `interpreter-fp32:TARGET` evaluates it in float32 throughout. On the CPU ONNX
+    Runtime computes with as many `threads`, by default with one per core.
 
     Raises UsageError for an unknown backend, MissingError for a missing executor or device, and InputError
     for an invalid file.
     """
     check_backend(backend)
+    check_threads(threads, backend=backend)
     if component in bundle.manifest.tables:
         from .table import TableSession
 
@@ -89,7 +95,8 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
         from .chain import ChainSession
 
         return ChainSession(
-            component, [*open_sessions(bundle, bundle.parts(component), backend=backend).values()]
+            component,
+            [*open_sessions(bundle, bundle.parts(component), backend=backend, threads=threads).values()],
         )
     if backend.startswith("tensorrt:"):
         from .tensorrt import open_session as open_tensorrt
@@ -104,20 +111,22 @@ def open_session(bundle: Bundle, component: str, *, backend: str = "onnxruntime"
 
     if backend == "onnxruntime-cuda":
         return OnnxRuntimeSession(bundle, component, device="cuda")
-    return OnnxRuntimeSession(bundle, component, exact=backend == "onnxruntime-exact")
+    return OnnxRuntimeSession(bundle, component, exact=backend == EXACT, threads=threads)
 
 
-def open_sessions(bundle: Bundle, components: Sequence[str], *, backend: str) -> dict[str, Session]:
+def open_sessions(
+    bundle: Bundle, components: Sequence[str], *, backend: str, threads: int | None = None
+) -> dict[str, Session]:
     """Load several components, as `open_session` does; on the CPU at once, since hashing and packing a
     component's weights keep one core busy. Raises the error of the first one that fails, and closes the
     others.
     """
     if backend not in ON_CPU:
         return {name: open_session(bundle, name, backend=backend) for name in components}
-    pool, loads = ThreadPoolExecutor(), dict[str, Future[Session]]()
+    pool, loads = ThreadPoolExecutor(threads), dict[str, Future[Session]]()
     try:
         for name in components:
-            loads[name] = pool.submit(open_session, bundle, name, backend=backend)
+            loads[name] = pool.submit(open_session, bundle, name, backend=backend, threads=threads)
         return {name: load.result() for name, load in loads.items()}
     except BaseException:  # an interruption too: ONNX Runtime must not load while the process ends
         pool.shutdown(cancel_futures=True)
@@ -168,6 +177,19 @@ def check_backend(backend: str) -> None:
             "No such backend",
             where=f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}",
             fix="use onnxruntime, or a target that the bundle was built for: tensorrt:TARGET",
+        )
+
+
+def check_threads(threads: int | None, *, backend: str) -> None:
+    """Raise UsageError unless this machine has so many processors, and `backend` computes on them."""
+    if threads is None:
+        return
+    between("threads", threads, os.cpu_count() or 1)
+    if backend not in ON_CPU:
+        raise UsageError(
+            "This backend has no number of threads",
+            where=f"threads: expected the backend {' or '.join(ON_CPU)} beside it, got {backend}",
+            fix="omit it, or choose one of these backends",
         )
 
 

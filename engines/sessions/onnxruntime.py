@@ -36,7 +36,8 @@ _TYPE_NAMES = {f"tensor({'float' if name == 'float32' else name})": name for nam
 class OnnxRuntimeSession:
     """One component in ONNX Runtime, on `device` `cpu` or `cuda`. `engines.sessions.Session` is its protocol.
 
-    `exact` multiplies int8 and int4 weights in float32. `graph`, a serialised model in float32, runs on the
+    `exact` multiplies int8 and int4 weights in float32. `threads` compute on the CPU, by default one per
+    core. `graph`, a serialised model in float32, runs on the
     CPU in place of the component's own, with the component's weights. The files are verified while they are
     loaded, and the loaded graph's inputs and outputs are compared with the manifest. Raises MissingError when
     ONNX Runtime or the device is missing, and InputError for files that differ from the manifest.
@@ -53,6 +54,7 @@ class OnnxRuntimeSession:
         device: str = "cpu",
         exact: bool = False,
         graph: bytes | None = None,
+        threads: int | None = None,
     ):
         runtime = _runtime(device)
         spec, on_cpu = bundle.component(component), device == "cpu"
@@ -63,7 +65,9 @@ class OnnxRuntimeSession:
         self.cuda_graph = False  # whether a step that runs again is captured into a CUDA graph, and replayed
 
         def make(path: Path, *, fused: bool = False, save_to: Path | None = None) -> Any:
-            return _inference_session(runtime, path, options, providers, fused=fused, save_to=save_to)
+            return _inference_session(
+                runtime, path, options, providers, fused=fused, save_to=save_to, threads=threads
+            )
 
         if on_cpu and not exact and worth_keeping(bundle, component):
             self.inference_session: Any = load(
@@ -74,7 +78,14 @@ class OnnxRuntimeSession:
                 if graph is not None:
                     weights = [path.with_name(Path(name).name) for name in bundle.weights(component)]
                     self.inference_session = _inference_session(
-                        runtime, graph, options, providers, fused=False, save_to=None, weights=weights
+                        runtime,
+                        graph,
+                        options,
+                        providers,
+                        fused=False,
+                        save_to=None,
+                        weights=weights,
+                        threads=threads,
                     )
                 elif not on_cpu and (captured := _with_cuda_graph(runtime, path, options, providers)):
                     self.inference_session, self.cuda_graph = captured, True
@@ -226,6 +237,7 @@ def _inference_session(
     fused: bool,
     save_to: Path | None,
     weights: Sequence[Path] = (),
+    threads: int | None = None,
 ) -> Any:
     """Load a graph from a file, or from bytes with the files of its `weights`.
 
@@ -233,6 +245,7 @@ def _inference_session(
     """
     options = runtime.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
+    options.intra_op_num_threads = threads or 0  # 0: one per core
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     if fused:

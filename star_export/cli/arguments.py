@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 
 DEFAULT_BACKEND = "onnxruntime"
@@ -16,6 +17,16 @@ def add_backend(c: argparse.ArgumentParser) -> None:
         default=DEFAULT_BACKEND,
         metavar="NAME",
         help="onnxruntime (default), onnxruntime-exact, onnxruntime-cuda, or tensorrt:TARGET",
+    )
+    add_threads(c)
+
+
+def add_threads(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--threads",
+        type=threads,
+        metavar="N",
+        help="threads that ONNX Runtime computes with on the CPU (default: one per core)",
     )
 
 
@@ -132,6 +143,11 @@ def window(text: str) -> int | None:
         return None if text == "auto" else _integer(text, 1, 10**6)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(str(error).replace("expected", "expected auto or", 1)) from None
+
+
+def threads(text: str) -> int:
+    """A number of threads: at most one per processor of this machine."""
+    return _integer(text, 1, os.cpu_count() or 1)
 
 
 def seed(text: str) -> int:

@@ -8,12 +8,14 @@ from .arguments import (
     add_backend,
     add_command,
     add_progress,
+    add_threads,
     add_window,
     count,
     number,
     words,
 )
 
+SHELLS = ("bash", "zsh", "fish", "powershell")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")
 
 
@@ -149,6 +151,7 @@ def add_validate(commands) -> None:
         metavar="NAME",
         help="what runs the ONNX (default: onnxruntime-exact)",
     )
+    add_threads(c)
     c.add_argument("--report", metavar="FILE.html", help="also write the numbers to an HTML page")
     c.add_argument(
         "--bisect",
@@ -281,3 +284,15 @@ def add_targets(commands) -> None:
 
 def add_doctor(commands) -> None:
     add_command(commands, "doctor", "report what this machine can build and run", "")
+
+
+def add_completion(commands) -> None:
+    c = add_command(
+        commands,
+        "completion",
+        "print the script with which a shell completes verbs, options and their values",
+        "bash > ~/.local/share/bash-completion/completions/star-export",
+        'zsh > "${fpath[1]}/_star-export"',
+        "fish > ~/.config/fish/completions/star-export.fish",
+    )
+    c.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))

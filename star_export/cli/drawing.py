@@ -41,6 +41,7 @@ def generate(
     save_ids: str | None = None,
     memory: int | None = None,
     backend: str = "onnxruntime",
+    threads: int | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Draw with `engines.runtime.star.Star.generate`. N images become F.png, F-1.png, F-2.png, ...
@@ -49,7 +50,10 @@ def generate(
     """
     names = _outputs(output or _new_name(prompt, seed), num_images, force=force)
     ids = _ids_file(save_ids, force=force)
-    with open_star(bundle, backend, memory, window) as star, ProgressBar("generate", shown=progress) as bar:
+    with (
+        open_star(bundle, backend, memory=memory, window=window, threads=threads) as star,
+        ProgressBar("generate", shown=progress) as bar,
+    ):
         drawn = star.generate(
             prompt,
             cfg=cfg,
@@ -83,12 +87,16 @@ def edit(
     save_ids: str | None = None,
     memory: int | None = None,
     backend: str = "onnxruntime",
+    threads: int | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Edit an image with `engines.runtime.star.Star.edit`."""
     names = _outputs(output or _new_name(instruction, seed), force=force)
     ids = _ids_file(save_ids, force=force)
-    with open_star(bundle, backend, memory, window) as star, ProgressBar("edit", shown=progress) as bar:
+    with (
+        open_star(bundle, backend, memory=memory, window=window, threads=threads) as star,
+        ProgressBar("edit", shown=progress) as bar,
+    ):
         drawn = star.edit(
             _given_image(image),
             instruction,
@@ -116,11 +124,15 @@ def ask(
     force: bool = False,
     memory: int | None = None,
     backend: str = "onnxruntime",
+    threads: int | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Answer a question about an image with `engines.runtime.star.Star.ask`, which is always greedy."""
     ids = _ids_file(save_ids, force=force)
-    with open_star(bundle, backend, memory) as star, ProgressBar("ask", shown=progress) as bar:
+    with (
+        open_star(bundle, backend, memory=memory, threads=threads) as star,
+        ProgressBar("ask", shown=progress) as bar,
+    ):
         limits = _pixel_limits(min_pixels, max_pixels)
         answer = star.ask(
             _given_image(image), question, max_new_tokens=max_new_tokens, progress=bar, **limits
@@ -129,12 +141,11 @@ def ask(
     return Outcome({"answer": answer.text, "ids": answer.ids.tolist()}, answer.text)
 
 
-def open_star(bundle: str, backend: str, memory: int | None = None, window: int | None = None) -> Star:
-    """Open `bundle` on `backend`, within a budget of `memory` bytes if one is given, to draw `window` tokens
-    per forward."""
+def open_star(bundle: str, backend: str, **options: int | None) -> Star:
+    """Open `bundle` on `backend` with the options of `engines.runtime.star.Star`."""
     from engines.runtime.star import Star
 
-    return Star(bundle, backend=backend, memory=memory, window=window)
+    return Star(bundle, backend=backend, **options)
 
 
 def _pixel_limits(min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:

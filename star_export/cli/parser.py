@@ -142,6 +142,7 @@ def build_parser() -> Parser:
         commands.add_inspect,
         commands.add_targets,
         commands.add_doctor,
+        commands.add_completion,
     ):
         add(verb)
     add_command(verb, "help", "show how a verb is used", "generate").add_argument(

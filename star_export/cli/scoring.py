@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engines.errors import UsageError
 
@@ -25,6 +25,7 @@ def score(
     pictures: str | None = None,
     window: int | None = None,
     backend: str = "onnxruntime",
+    threads: int | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Run the task benchmark of STAR-Nano with `star_export.validator.score.score`.
@@ -44,11 +45,17 @@ def score(
             fix=f"star-export score {bundle} --pictures {pictures}",
         )
     with ProgressBar("score", shown=progress) as bar:
+        running: dict[str, Any] = {
+            "backend": backend,
+            "window": window,
+            "threads": threads,
+            "progress": bar,
+        }
         if compare is not None:
             bundles = [bundle, *compare]
-            columns = compare_scores(bundles, backend=backend, window=window, full=full, progress=bar)
+            columns = compare_scores(bundles, full=full, **running)
             return Outcome(data_from_columns(columns), text_from_columns(columns))
-        measured = measure(bundle, backend=backend, window=window, full=full, images=pictures, progress=bar)
+        measured = measure(bundle, full=full, images=pictures, **running)
     data = {
         "score": json_from_score(measured.score),
         "reference": measured.reference and json_from_score(measured.reference),

@@ -17,6 +17,7 @@ from engines.bundle.typed_paths import output_file
 from engines.errors import MissingError, ParityError, UsageError, install
 
 from .bisecting import bisected
+from .completion import completion
 from .drawing import ask, edit, generate, open_star
 from .outputs import Outcome, table, text_from_bytes
 from .planning import plan
@@ -34,6 +35,7 @@ __all__ = [
     "bench",
     "build",
     "certificate",
+    "completion",
     "doctor",
     "edit",
     "export",
@@ -172,6 +174,7 @@ def validate(
     report: str | None = None,
     bisect: str | None = None,
     source: str | None = None,
+    threads: int | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Run the parity ladder, `star_export.validator.ladder.validate`. Raises ParityError when it fails.
@@ -190,13 +193,21 @@ def validate(
             f"{'--source' if bisect is None else '--bisect'}",
             fix=f"star-export validate {bundle} --bisect COMPONENT --source SOURCE",
         )
+    if bisect is not None and threads is not None:
+        raise UsageError(
+            "A bisection has no number of threads",
+            where="validate: expected one of --bisect and --threads, got both",
+            fix="omit --threads",
+        )
     page = None if report is None else output_file(report)
     with ProgressBar("validate", shown=progress) as bar:
         options: dict[str, Any] = {"source": source, "target": target, "progress": bar}
         if bisect:
             return bisected(bundle, bisect, page=page, **options)
         try:
-            certificate = validate_bundle(bundle, backend=backend, target=target, report=page, progress=bar)
+            certificate = validate_bundle(
+                bundle, backend=backend, target=target, report=page, threads=threads, progress=bar
+            )
         except ParityError as error:
             component = error.where.partition(":")[0]
             if bisect is None or component not in Bundle.open(bundle).manifest.components:
@@ -223,12 +234,20 @@ def validate(
 
 
 def bench(
-    bundle: str, *, window: int | None = None, backend: str = "onnxruntime", progress: bool = True
+    bundle: str,
+    *,
+    window: int | None = None,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    progress: bool = True,
 ) -> Outcome:
     """Measure milliseconds per step and the share of the memory bandwidth with `engines.bench.bench`."""
     from engines.bench import bench as measure
 
-    with open_star(bundle, backend, window=window) as star, ProgressBar("bench", shown=progress) as bar:
+    with (
+        open_star(bundle, backend, window=window, threads=threads) as star,
+        ProgressBar("bench", shown=progress) as bar,
+    ):
         measured = measure(star, progress=bar)
     lines = [
         (

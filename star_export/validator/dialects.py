@@ -39,7 +39,9 @@ def dialects(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     for i, (name, kind, graph) in enumerate(graphs):
         progress(f"{graph} against its golden tensors", i, len(graphs))
         spec = bundle.component(name)
-        session = OnnxRuntimeSession(bundle, name, exact=True, graph=_runnable(subject, graph))
+        session = OnnxRuntimeSession(
+            bundle, name, exact=True, graph=_runnable(subject, graph), threads=subject.threads
+        )
         try:
             for case, recorded in component_cases(bundle.file(spec.golden), spec).items():
                 tolerances = tolerances_of(name, subject.compute, recorded.noise_in(subject.compute))

@@ -18,7 +18,7 @@ from engines.bundle.typed_paths import output_file
 from engines.errors import MissingError, ParityError, UsageError
 from engines.interpreter import BUILDERS
 from engines.progress import Progress, silent
-from engines.sessions import check_backend
+from engines.sessions import check_backend, check_threads
 from engines.targets import target_from_name
 from engines.tensorrt.module import check_runnable, tensorrt_of
 
@@ -56,13 +56,15 @@ def validate(
     backend: str = "onnxruntime-exact",
     target: str | None = None,
     report: str | Path | None = None,
+    threads: int | None = None,
     progress: Progress = silent,
 ) -> Certificate:
     """Validate the ONNX of `bundle` on `backend`, or the plans of `target` on this machine's GPU.
 
     `onnxruntime-exact` proves the bundle to rounding level, and says how far `onnxruntime` is from it.
     On a machine that cannot run the plans, the interpreter evaluates the networks that they were compiled
-    from on the CPU instead, and the certificate says so. `report` names an HTML page to write as well.
+    from on the CPU instead, and the certificate says so. `report` names an HTML page to write as well, and
+    `threads` how many of the processor's threads ONNX Runtime computes with.
 
     An old certificate of the same backend and device is removed first and a new one is written at the end,
     passed or not, so a certificate that says `passed` is always from the last run. Raises ParityError for the
@@ -73,8 +75,10 @@ def validate(
     opened = Bundle.open(bundle)
     backend = _backend_of(target) if target else backend
     check_backend(backend)
+    check_threads(threads, backend=backend)
     evidence = Evidence() if page is not None else None
-    subject = Subject(opened, backend, compute_of(backend, opened.manifest.precision), evidence)
+    compute = compute_of(backend, opened.manifest.precision)
+    subject = Subject(opened, backend, compute, evidence, threads)
     path = certificate_path(opened.path, backend, device_name(backend))
     path.unlink(missing_ok=True)
     certificate = run_ladder(subject, progress)
@@ -157,7 +161,7 @@ def score_of_tasks(subject: Subject, progress: Progress) -> tuple[list[Row], str
 
     from .score import score, shortfalls, shown  # it imports STAR-Nano's tasks, which no other model needs
 
-    found = score(subject.bundle, backend=subject.backend, progress=progress)
+    found = score(subject.bundle, backend=subject.backend, threads=subject.threads, progress=progress)
     assert found.reference is not None  # this rung runs only for bundles with the reference's score
     rows = []
     for task, (value, tolerance) in shortfalls(found.score, found.reference).items():
@@ -166,7 +170,7 @@ def score_of_tasks(subject: Subject, progress: Progress) -> tuple[list[Row], str
     if subject.evidence:
         from .shown_tasks import show_tasks
 
-        show_tasks(subject.evidence, subject.bundle, found, backend=subject.backend)
+        show_tasks(subject.evidence, subject.bundle, found, backend=subject.backend, threads=subject.threads)
     first = found.first_differences
     others = Comparison("image_ids", sum(token is not None for token in first) / len(first), 1.0)
     return [

@@ -7,6 +7,7 @@ all components resident. This module knows nothing of the ladder or of the refer
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,8 @@ def _first_of_two(subject: Subject, case: Case) -> dict[str, np.ndarray]:
 
 def _in_turn(subject: Subject, cases: dict[str, Case], budget: int) -> dict[str, np.ndarray]:
     """Draw, answer and draw again: each takes the place of what the other had loaded."""
-    with Star(subject.bundle, backend=subject.backend, window=1, memory=budget) as star:
+    options: dict[str, Any] = {"window": 1, "memory": budget, "threads": subject.threads}
+    with Star(subject.bundle, backend=subject.backend, **options) as star:
         RUN[SAMPLE](star, cases[SAMPLE])
         answer = dict(RUN[ANSWER](star, cases[ANSWER]))
         return answer | dict(RUN[SAMPLE](star, cases[SAMPLE]))

@@ -111,7 +111,7 @@ def golden_tensors(
         if component_of(name) == component_of(before[0]):
             rows += _handed_on(name, cases, before[1])
         before = name, cases
-        session = open_session(subject.bundle, name, backend=subject.backend)
+        session = open_session(subject.bundle, name, backend=subject.backend, threads=subject.threads)
         try:
             outside = {case for case, given in cases.items() if not _fits(subject, name, session, given)}
             if len(outside) == len(cases):
@@ -174,7 +174,7 @@ def decoder_steps(
         cases = recorded_cases(subject.bundle, name)
         noise = largest_noise(cases.values(), subject.compute)
         tolerances = tolerances_of(name, subject.compute, noise)
-        session = open_session(subject.bundle, name, backend=subject.backend)
+        session = open_session(subject.bundle, name, backend=subject.backend, threads=subject.threads)
         try:
             capacity = session.capacity_tokens or min(tokens, model.max_positions)
             steps, chunk = (
@@ -270,7 +270,8 @@ def fast_path(subject: Subject, progress: Progress) -> tuple[list[Row], str]:
     ids of whole runs with the recorded ones, which the exact path gives.
     """
     bundle = subject.bundle
-    fast = Subject(bundle, "onnxruntime", compute_of("onnxruntime", bundle.manifest.precision))
+    compute = compute_of("onnxruntime", bundle.manifest.precision)
+    fast = Subject(bundle, "onnxruntime", compute, threads=subject.threads)
     if fast.compute == subject.compute:
         return [], "onnxruntime and onnxruntime-exact are one path in this precision"
     rows, _ = golden_tensors(fast, progress, only=lambda name: name in bundle.manifest.components)

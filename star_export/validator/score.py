@@ -101,6 +101,7 @@ def score(
     window: int | None = None,
     full: bool = False,
     images: str | Path | None = None,
+    threads: int | None = None,
     progress: Progress = silent,
 ) -> ScoreReport:
     """Run the benchmark on `bundle`: a small fixed set, or with `full` enough items for narrow intervals.
@@ -110,7 +111,7 @@ def score(
     """
     folder = None if images is None else output_folder(images)
     kind = "full" if full else "small"
-    with Star(bundle, backend=backend, window=window) as star:
+    with Star(bundle, backend=backend, window=window, threads=threads) as star:
         check_model(star.bundle)
         reference = recorded_score(star.bundle, kind)
         painter = RuntimePainter(star)

@@ -20,7 +20,9 @@ from .score import ScoreReport, recorded_ids
 SHOWN = 2  # images, and answers
 
 
-def show_tasks(evidence: Evidence, bundle: Bundle, found: ScoreReport, *, backend: str) -> None:
+def show_tasks(
+    evidence: Evidence, bundle: Bundle, found: ScoreReport, *, backend: str, threads: int | None = None
+) -> None:
     """Add to `evidence` the ids of the fixed set, some of its images, an edit and some answers."""
     if found.image_ids is not None:
         wanted, texts = recorded_ids(bundle), identity.prompts()
@@ -29,7 +31,8 @@ def show_tasks(evidence: Evidence, bundle: Bundle, found: ScoreReport, *, backen
         differing = [i for i, token in enumerate(found.first_differences) if token is not None]
         equal = [i for i, token in enumerate(found.first_differences) if token is None]
         chosen = [*equal[:1], *differing[:1], *equal[1:], *differing[1:]][:SHOWN]
-        images = _decoded(bundle, np.concatenate([found.image_ids[chosen], wanted[chosen]]), backend=backend)
+        both = np.concatenate([found.image_ids[chosen], wanted[chosen]])
+        images = _decoded(bundle, both, backend=backend, threads=threads)
         for k, i in enumerate(chosen):
             note = (
                 f"Seed {SEED + i}. The reference's ids were drawn by the fp32 checkpoint, without this "
@@ -51,9 +54,9 @@ def show_tasks(evidence: Evidence, bundle: Bundle, found: ScoreReport, *, backen
                 evidence.images.append(edit)
 
 
-def _decoded(bundle: Bundle, ids: np.ndarray, *, backend: str) -> np.ndarray:
+def _decoded(bundle: Bundle, ids: np.ndarray, *, backend: str, threads: int | None) -> np.ndarray:
     """Images uint8 [n, R, R, 3] of ids int64 [n, T], one by one, since a plan may hold one at a time."""
-    session = open_session(bundle, "vq_decoder", backend=backend)
+    session = open_session(bundle, "vq_decoder", backend=backend, threads=threads)
     try:
         decoded = [run(session, {"image_ids": one[None]})["image"] for one in ids]
         return images_from_decoded(np.concatenate(decoded))

@@ -88,6 +88,7 @@ def compare_scores(
     backend: str = "onnxruntime",
     window: int | None = None,
     full: bool = False,
+    threads: int | None = None,
     progress: Progress = silent,
 ) -> list[Column]:
     """Score `bundles`, at least two, and compare all others with the first: a column for each, in order.
@@ -99,7 +100,7 @@ def compare_scores(
     opened = [bundle if isinstance(bundle, Bundle) else Bundle.open(bundle) for bundle in bundles]
     check_comparable(opened)
     for i, bundle in enumerate(opened):
-        with Star(bundle, backend=backend, window=window) as star:
+        with Star(bundle, backend=backend, window=window, threads=threads) as star:
             _check_runs(star)
         progress("check, in bundles", i + 1, len(opened))
     columns: list[Column] = []
@@ -109,7 +110,7 @@ def compare_scores(
         def part(what: str, done: int, total: int, i: int = i) -> None:
             progress(f"bundle {i + 1} of {len(opened)}: {what}", i * total + done, len(opened) * total)
 
-        with Star(bundle, backend=backend, window=window) as star:
+        with Star(bundle, backend=backend, window=window, threads=threads) as star:
             painter = RuntimePainter(star)
             score = benchmark.measure(painter, SETS["full" if full else "small"], progress=part)
             image_ids = identity.drawn_ids(painter)

@@ -19,13 +19,15 @@ RUN_TOKENS = 2048  # of a whole run, at most
 class Subject:
     """The components of `bundle` on `backend`, which computes in `compute` (fp32, fp16 or bf16).
 
-    Rungs add to `evidence`, if there is one, what a report shows.
+    Rungs add to `evidence`, if there is one, what a report shows. `threads` is that of
+    `engines.sessions.open_session`.
     """
 
     bundle: Bundle
     backend: str
     compute: str
     evidence: Evidence | None = None
+    threads: int | None = None
 
     @property
     def target(self) -> str:
@@ -37,11 +39,11 @@ class Subject:
 
         Exact arithmetic takes four bytes of a weight in int8, and nothing here needs all of them at once.
         """
-        star = Star(self.bundle, backend=self.backend, window=window)
+        star = Star(self.bundle, backend=self.backend, window=window, threads=self.threads)
         use = star.loaded.use(rows=4, tokens=RUN_TOKENS, prompt_tokens=RUN_TOKENS)
         taken = [task_memory(star.loaded.sizes, task, use) for task in TASKS]
         if not star.loaded.on_cpu or max(task.resident_bytes for task in taken) <= IN_TURN_BYTES:
             return star
         star.close()
         budget = max(task.in_turn_bytes for task in taken)
-        return Star(self.bundle, backend=self.backend, window=window, memory=budget)
+        return Star(self.bundle, backend=self.backend, window=window, memory=budget, threads=self.threads)

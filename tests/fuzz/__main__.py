@@ -26,7 +26,7 @@ CRASHES = Path("fuzz-crashes")
 
 def fuzz(name: str, target: Target, *, runs: int | None, seconds: float | None, seed: int = 0) -> int:
     """Run one fuzzer and print what it found; returns the number of findings."""
-    rng, found, done = np.random.default_rng(seed), 0, 0
+    rng, found, done, slowest = np.random.default_rng(seed), 0, 0, 0.0
     started = time.monotonic()
     before = peak_bytes(reset=True)
     while done != runs and (seconds is None or time.monotonic() - started < seconds):
@@ -42,8 +42,10 @@ def fuzz(name: str, target: Target, *, runs: int | None, seconds: float | None, 
                 fault = "an error without its three parts"
         except Exception as error:
             fault = f"{type(error).__name__}: {error}"
-        if time.process_time() - begun > SLOW_S:
-            fault = fault or f"{time.process_time() - begun:.1f} s"
+        took = time.process_time() - begun
+        slowest = max(slowest, took)
+        if took > SLOW_S:
+            fault = fault or f"{took:.1f} s"
         if fault:
             found += 1
             CRASHES.mkdir(exist_ok=True)
@@ -54,7 +56,12 @@ def fuzz(name: str, target: Target, *, runs: int | None, seconds: float | None, 
     if grown > MEMORY_BYTES:
         found += 1
         print(f"{name}: {grown >> 20} MiB")
-    print(f"{name}: {done} runs, {found} findings, {grown >> 20} MiB", flush=True)
+    rate = done / (time.monotonic() - started)
+    print(
+        f"{name}: {done} runs, {found} findings, {rate:.0f} a second, the slowest {slowest:.2f} s, "
+        f"{grown >> 20} MiB",
+        flush=True,
+    )
     return found
 
 

@@ -36,6 +36,20 @@ WORDS = {
     "mixed precision without a budget": ((*EXPORT, "--precision", "mixed"), "--bits"),
     "a budget without mixed precision": ((*EXPORT, "--bits", "5"), "mixed"),
     "a calibration of nothing": ((*EXPORT, "--calibration", "."), "--calibrate"),
+    "threads of a backend on a GPU": (
+        (*DRAW, "--threads", "1", "--backend", "tensorrt:rtx-4090"),
+        "threads: expected the backend onnxruntime",
+    ),
+    "threads of interpreted plans": (
+        ("validate", "{bundle}", "--threads", "1", "--backend", "interpreter:rtx-4090"),
+        "threads",
+    ),
+    "threads of a bisection": (
+        ("validate", "{bundle}", "--bisect", "--source", "nano", "--threads", "1"),
+        "--bisect",
+    ),
+    "completion of no shell": (("completion",), "SHELL"),
+    "completion of an unknown shell": (("completion", "zhs"), "did you mean zsh"),
     "help about nothing": (("help", "painting"), "VERB"),
     "pictures of several bundles": (
         ("score", "{bundle}", "--compare", "{bundle}", "--pictures", "."),
@@ -50,6 +64,7 @@ NUMBERS = {
     "--num-images": ("0", "-3", "1000000000", "129", "x"),
     "--window": ("0", "-1", "2.5", "1000001"),
     "--memory": ("0", "8 apples", "-1G", "nan", "1e30"),
+    "--threads": ("0", "-1", "1.5", "1000000", "x"),
     "--max-new-tokens": ("0", "-1", "1000000001", "100000"),
 }
 OF_ASK = ("--min-pixels", "--max-pixels")

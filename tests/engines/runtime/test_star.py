@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError
 from engines.inputs.prompt import Prompt, text_positions
 from engines.runtime.decode import check_window
 from engines.runtime.star import Star
+from engines.sessions import open_session
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +86,41 @@ def test_a_image_is_a_file_or_an_array(star, tmp_path):
         ({"num_images": 10**6}, "num_images"),
         ({"reason": True, "max_new_tokens": 0}, "max_new_tokens"),
         ({"reason": True, "max_new_tokens": 10**9}, "max_new_tokens"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"seed": "7"}, "seed"),
+        ({"top_k": True}, "top_k"),
+        ({"top_k": 7.0}, "top_k"),
+        ({"num_images": 1.0}, "num_images"),
+        ({"num_images": True}, "num_images"),
     ],
 )
 def test_a_setting_out_of_range_is_named(star, changes, name):
     with pytest.raises(UsageError) as caught:
         star.generate("a cat", **changes)
     assert name in caught.value.where
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**6, 1.0, True, "2"])
+def test_a_number_of_threads_is_one_that_the_machine_has(mini_bundle, threads):
+    with pytest.raises(UsageError, match="threads is out of range"):
+        Star(mini_bundle, threads=threads)
+    with pytest.raises(UsageError, match="threads is out of range"):
+        open_session(Bundle.open(mini_bundle), "vq_decoder", threads=threads)
+
+
+def test_only_a_backend_on_the_cpu_has_a_number_of_threads(mini_bundle):
+    with pytest.raises(UsageError, match="no number of threads") as caught:
+        Star(mini_bundle, backend="tensorrt:rtx-4090", threads=1)
+    assert "tensorrt:rtx-4090" in caught.value.where
+
+
+def test_one_thread_draws_the_same_image(star, mini_bundle):
+    with Star(mini_bundle, threads=1) as single:
+        drawn = single.generate("a red dog", seed=3)
+        session = single.session("vq_decoder").inference_session
+    assert session.get_session_options().intra_op_num_threads == 1
+    np.testing.assert_array_equal(drawn.images, star.generate("a red dog", seed=3).images)
 
 
 def test_top_k_beyond_the_codebook_is_all_of_it(star):
@@ -221,7 +252,7 @@ def test_a_window_takes_fewer_forwards(mini_bundle):
 # Row 61
 @pytest.mark.parametrize("window", [0, -1, 17])
 def test_a_window_out_of_range_is_named(mini_bundle, window):
-    with pytest.raises(UsageError, match="window: expected 1 to 16"):
+    with pytest.raises(UsageError, match="window: expected a whole number from 1 to 16"):
         Star(mini_bundle, window=window)
 
 

@@ -36,6 +36,7 @@ VERBS = (
     "inspect",
     "targets",
     "doctor",
+    "completion",
 )
 REQUIRED = {
     "export": ["s", "--out", "o"],
@@ -51,6 +52,7 @@ REQUIRED = {
     "inspect": ["x"],
     "targets": [],
     "doctor": [],
+    "completion": ["bash"],
 }
 
 
