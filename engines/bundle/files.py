@@ -14,6 +14,7 @@ import re
 import secrets
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -27,6 +28,7 @@ _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY
 _RANDOM = re.compile(r"[0-9a-f]{16}\.tmp")
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 _LOCKED_BYTE = 1 << 20  # Windows locks bytes, and lets nobody read them
+PATIENCE_S = 1.0
 _PIECE_BYTES = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -165,7 +167,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         raise not_written(path, error) from error
@@ -186,8 +188,10 @@ def _clear_temporary(path: Path) -> None:
         names = os.listdir(path.parent)
     for name in names:
         if name.startswith(begin) and _RANDOM.fullmatch(name[len(begin) :]):
-            with contextlib.suppress(OSError), open(path.parent / name, "rb") as file:
-                if try_lock(file.fileno()):
+            with contextlib.suppress(OSError):
+                with open(path.parent / name, "rb") as file:
+                    left = try_lock(file.fileno())
+                if left:  # closed, as Windows removes no open file
                     os.unlink(path.parent / name)
 
 
@@ -203,8 +207,12 @@ def try_lock(descriptor: int) -> bool:
         if sys.platform == "win32":
             import msvcrt
 
+            place = os.lseek(descriptor, 0, os.SEEK_CUR)
             os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            try:
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(descriptor, place, os.SEEK_SET)
         else:
             import fcntl
 
@@ -212,6 +220,28 @@ def try_lock(descriptor: int) -> bool:
     except OSError as error:
         return error.errno not in _HELD
     return True
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Rename a file, in place of an old one. On Windows it waits up to a second for whoever has one of them
+    open, such as a virus scanner."""
+    waited = 0.0
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if sys.platform != "win32" or waited >= PATIENCE_S or target.is_dir():
+                raise
+        time.sleep(PATIENCE_S / 20)
+        waited += PATIENCE_S / 20
+
+
+def rename_folder(source: Path, target: Path) -> None:
+    """Rename a folder, in place of nothing or of an empty folder. Raises OSError for a filled one."""
+    if sys.platform == "win32":  # its own rename replaces no folder
+        with contextlib.suppress(OSError):
+            os.rmdir(target)
+    os.rename(source, target)
 
 
 def sync_folder(folder: Path) -> None:

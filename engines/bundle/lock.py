@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +26,12 @@ def locked(path: Path, *, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows keeps open files
+        if sys.platform == "win32":  # it removes no open file, nor this one once another process has it
+            os.close(descriptor)
+        with contextlib.suppress(OSError):
             path.unlink()
-        os.close(descriptor)
+        if sys.platform != "win32":
+            os.close(descriptor)
 
 
 def is_held(path: Path) -> bool:

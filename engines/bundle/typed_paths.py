@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 import tempfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from ..errors import InputError
 from .files import MANIFEST, MANIFEST_LIMIT_BYTES, not_written, reason
 
+# Names that Windows has devices for, whatever their suffix, and characters that its names cannot hold.
+_DEVICE = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE
+)
+_NOT_IN_A_NAME = re.compile('[<>:"|?*\x00-\x1f]|[. ]$')
 SHOWN_CHARACTERS = 200  # of a path in a message
 
 
@@ -43,6 +50,7 @@ def output_file(path: str | Path) -> Path:
     An old file stays as it is. Raises InputError where `path` cannot be written, is a folder, or lies inside
     a bundle.
     """
+    check_name(path)
     found = Path(os.path.realpath(typed_path(path)))
     if found.is_dir():
         raise not_written(shown(path), "expected a file name, got a folder")
@@ -58,6 +66,25 @@ def output_folder(path: str | Path) -> Path:
     found = Path(os.path.realpath(typed_path(path)))
     _check_room(path, found)
     return found
+
+
+def check_name(path: str | Path) -> None:
+    """Raise InputError for a name that Windows, where this runs on it, would write somewhere else.
+
+    `NUL` and `con.png` are devices, `a.png:b` is a part of a file that no folder shows, and of `x.png.` the
+    end is dropped.
+    """
+    if sys.platform != "win32":
+        return
+    for name in _plain_names(path):
+        if _DEVICE.fullmatch(name) or _NOT_IN_A_NAME.search(name):
+            raise not_written(shown(path), f"{name!r:.80} is no name of a file on Windows")
+
+
+def _plain_names(path: str | Path) -> list[str]:
+    """The names in a path of Windows, without its drive, `.` and `..`."""
+    pure = PureWindowsPath(path)
+    return [name for name in pure.parts[bool(pure.anchor) :] if name != ".."]
 
 
 def shown(path: str | Path) -> str:
@@ -85,7 +112,7 @@ def _is_bundle(folder: Path) -> bool:
         file = folder / MANIFEST
         if file.stat().st_size > MANIFEST_LIMIT_BYTES:
             return False
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         return '"components"' in text and {"schema", "precision", "files"} <= json.loads(text).keys()
     except (OSError, ValueError, AttributeError, RecursionError):
         return False

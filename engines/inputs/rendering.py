@@ -48,11 +48,11 @@ def main() -> None:
 
 def limit() -> None:
     """Limit what this process may still use, where the system can: Windows cannot."""
-    try:
-        import resource
-        import signal
-    except ImportError:
+    if sys.platform == "win32":
         return
+    import resource
+    import signal
+
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its signal ends the process, in any operation
     with contextlib.suppress(ValueError, OSError):  # a lower limit is in force already
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

@@ -7,6 +7,7 @@ file, whose control characters must not reach a terminal.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -58,6 +59,8 @@ def say(text: str) -> None:
         raise
     except OSError as error:
         _discard(sys.stdout)
+        if sys.platform == "win32" and error.errno == errno.EINVAL:  # its word for a pipe that nobody reads
+            raise BrokenPipeError from None
         raise InputError(
             "The result cannot be printed",
             where=f"stdout: {reason(error)}; the work itself is done",

@@ -278,7 +278,7 @@ class Job:
     def _write_calibration(self) -> None:
         assert self.calibration
         text = json.dumps(self.calibration.table(), indent=1) + "\n"
-        (self.stage.bundle / CALIBRATION).write_text(text)
+        (self.stage.bundle / CALIBRATION).write_bytes(text.encode())
 
     def table(self, name: str) -> Table:
         """The table of a component, which a graph that is stored whole may use too."""
@@ -326,7 +326,7 @@ def _forget_damaged(stage: Stage, steps: Mapping[str, tuple[Callable[[], None], 
 
 
 def _write_formats(folder: Path, formats: Formats) -> None:
-    (folder / FORMATS_FILE).write_text(json_from_formats(formats))
+    (folder / FORMATS_FILE).write_bytes(json_from_formats(formats).encode())
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engines.bundle.files import MANIFEST, reason, sha256_of, sync_folder, write_atomic
+from engines.bundle.files import MANIFEST, reason, rename_folder, sha256_of, sync_folder, write_atomic
 from engines.bundle.lock import is_held, locked
 from engines.bundle.manifest import FileSpec, Manifest
 from engines.bundle.reader import Bundle
 from engines.bundle.records import json_from_record
+from engines.bundle.typed_paths import check_name
 from engines.errors import InputError, StarError
 from engines.progress import Progress, Tick, adder, silent
 
@@ -32,6 +33,7 @@ def check_out(out: Path) -> None:
     Raises InputError. Writes nothing, but removes the stage of a bundle that is complete: a run can be killed
     after it renamed the bundle.
     """
+    check_name(out)
     stage = stage_path(out)
     try:
         filled_already = out.is_dir() and any(out.iterdir())
@@ -211,7 +213,7 @@ def filled(path: Path, out: Path, inputs: dict[str, Any], progress: Progress = s
     stage.go_on(progress)
     try:
         yield stage
-        os.rename(stage.bundle, out)  # replaces an empty folder, and fails on one filled meanwhile
+        rename_folder(stage.bundle, out)  # fails on one that was filled meanwhile
         sync_folder(out.parent)
     except StarError as error:
         if isinstance(error.__cause__, OSError):  # of a file that could not be written

@@ -56,7 +56,7 @@ def record_tasks(
         edited_ids=edited_ids,
         answer=chat.text(words.numpy()),
     )
-    (bundle / TASKS_FILE).write_text(json_from_tasks(recorded))
+    (bundle / TASKS_FILE).write_bytes(json_from_tasks(recorded).encode())
 
 
 def _drawn(
