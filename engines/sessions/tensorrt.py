@@ -27,6 +27,7 @@ from ..tensorrt import device
 from ..tensorrt.module import log_of, tensorrt_of, words
 from ..tensorrt.plan import read_plan
 from ..tensorrt.profiles import CAPACITY, Profile, fits, largest
+from ..tensorrt.trial import try_plan
 from . import Buffer, busy, closed, own_buffers
 
 
@@ -75,6 +76,7 @@ def open_session(bundle: Bundle, component: str, *, target: str) -> TensorRTSess
     """
     row = target_from_name(target)
     plan, data = read_plan(bundle, row, component)
+    try_plan(bundle, row, component, data)
     trt = tensorrt_of(row)
     with log_of(trt).collect() as errors:
         runtime = trt.Runtime(log_of(trt))
