@@ -60,6 +60,7 @@ class Loaded:
             )
         buffers = loop_bytes(self.sizes, components, use) if use else 0
         missing = [name for name in components if name not in self.open]
+        missing.sort(key=lambda name: self._weights([name]), reverse=True)  # loading takes more for a moment
         if self.memory_bytes is not None:
             self._check_budget(self._weights(components) + buffers, components)
             for name in list(self.open):

@@ -118,12 +118,13 @@ def open_sessions(
     bundle: Bundle, components: Sequence[str], *, backend: str, threads: int | None = None
 ) -> dict[str, Session]:
     """Load several components, as `open_session` does; on the CPU at once, since hashing and packing a
-    component's weights keep one core busy. Raises the error of the first one that fails, and closes the
-    others.
+    component's weights keep one core busy, but one after the other where they are widened, which takes three
+    times their wide size for a moment. Raises the error of the first one that fails, and closes the others.
     """
     if backend not in ON_CPU:
         return {name: open_session(bundle, name, backend=backend) for name in components}
-    pool, loads = ThreadPoolExecutor(threads), dict[str, Future[Session]]()
+    at_once = 1 if backend == EXACT else threads
+    pool, loads = ThreadPoolExecutor(at_once), dict[str, Future[Session]]()
     try:
         for name in components:
             loads[name] = pool.submit(open_session, bundle, name, backend=backend, threads=threads)

@@ -97,10 +97,10 @@ def test_the_first_of_several_that_cannot_be_opened_is_told_and_the_others_are_c
 ):
     closed, inner = [], sessions.open_session
 
-    def opened(bundle, name, *, backend):
+    def opened(bundle, name, **options):
         if name in ("image_head", "text_head"):
             raise InputError("This file has changed", where=name, fix="copy the bundle again")
-        session = inner(bundle, name, backend=backend)
+        session = inner(bundle, name, **options)
         monkeypatch.setattr(session, "close", lambda: closed.append(name))
         return session
 
