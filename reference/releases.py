@@ -185,6 +185,8 @@ def absent_from_base(folder: Path) -> list[str]:
         names += sorted({weight_map.text(name) for name in weight_map.values})
     elif not (folder / "model.safetensors").exists():
         names.append(index_json.name)
+    if (folder / "processor_config.json").exists():  # transformers 5 keeps the image processor there
+        names.remove("preprocessor_config.json")
     return [name for name in names if not (folder / name).exists()]
 
 

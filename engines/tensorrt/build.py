@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import plugins
-from ..bundle.files import atomic_file, write_atomic
+from ..bundle.files import atomic_file, not_written, write_atomic
 from ..bundle.lock import locked
 from ..bundle.reader import Bundle
 from ..bundle.records import json_from_record
@@ -76,8 +76,9 @@ def build_plans(
     build; `star_export.validator.interpreted.look_at_golden` runs the golden tensors on it.
 
     All arguments are checked before anything is built, and no other process builds for these targets
-    meanwhile. Raises UsageError, InputError for a fault of the
-    bundle or of the profiles, and MissingError for what this machine lacks.
+    meanwhile. Where all plans are there already nothing is written, so that a bundle may be read-only. Raises
+    UsageError, InputError for a fault of the bundle or of the profiles, and MissingError for what this
+    machine lacks.
     """
     chosen = [target_from_name(name) for name in dict.fromkeys(targets)]
     if not chosen:
@@ -102,14 +103,17 @@ def build_plans(
     check_room(bundle, chosen, names)
     results: list[BuiltPlan] = []
     with contextlib.ExitStack() as stack:
+        there = {target: _all_there(bundle, target, plans) for target in chosen}
         for target in chosen:
-            folder = bundle.path / "plans" / target.name
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder / LOCK, what="build"))
+            if there[target] is None:
+                stack.enter_context(_locked_folder(bundle, target))
         for target in chosen:
             for name in names:
                 progress(f"build {name} for {target.name}", len(results), len(chosen) * len(names))
-                results.append(build_plan(bundle, target, name, plans[name], look=look))
+                found = there[target]
+                results.append(
+                    found[name] if found else build_plan(bundle, target, name, plans[name], look=look)
+                )
     progress("plans built", len(results), len(results))
     return results
 
@@ -171,17 +175,11 @@ def build_plan(
     look: Look | None = None,
 ) -> BuiltPlan:
     """Build one plan and record it in `build.json`, unless the same plan is there already."""
+    if found := plan_there(bundle, target, component, profiles):
+        return found
     version = tensorrt_of(target).__version__
     header, plugin = build_header(target, version), plugin_of(bundle, target, component, profiles, version)
     path = bundle.path / plan_name(target.name, component)
-    known = _present(bundle, header).components.get(component)
-    if (
-        known is not None
-        and known.plugin == plugin
-        and _is_current(bundle, target, component, profiles, known)
-    ):
-        bundle.graph(component, dialect=target.dialect)  # its files are still those that it was built from
-        return BuiltPlan(target.name, component, path, True, known)
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with atomic_file(path) as file, bundle.loading(component, dialect=target.dialect) as graph:
@@ -203,6 +201,21 @@ def build_plan(
     build = replace(build, components=build.components | {component: made})
     write_atomic(bundle.path / build_name(target.name), json_from_record(build).encode())
     return BuiltPlan(target.name, component, path, False, made)
+
+
+def plan_there(
+    bundle: Bundle, target: Target, component: str, profiles: tuple[Profile, ...]
+) -> BuiltPlan | None:
+    """The plan that is there already, from the same files, profiles, TensorRT and target, or None."""
+    version = tensorrt_of(target).__version__
+    plugin = plugin_of(bundle, target, component, profiles, version)
+    known = _present(bundle, build_header(target, version)).components.get(component)
+    if known is None or known.plugin != plugin:
+        return None
+    if not _is_current(bundle, target, component, profiles, known):
+        return None
+    bundle.graph(component, dialect=target.dialect)  # its files are still those that it was built from
+    return BuiltPlan(target.name, component, bundle.path / plan_name(target.name, component), True, known)
 
 
 def plugin_of(
@@ -237,6 +250,30 @@ def _profiles(
     profiles = given[name] if name in given else profiles_from_limits(spec, model, limits)
     check_profiles(profiles, spec, model)
     return profiles
+
+
+def _all_there(
+    bundle: Bundle, target: Target, plans: Mapping[str, tuple[Profile, ...]]
+) -> dict[str, BuiltPlan] | None:
+    """The plans of a target by component, or None if one must be built."""
+    found = dict[str, BuiltPlan]()
+    for name, profiles in plans.items():
+        if (plan := plan_there(bundle, target, name, profiles)) is None:
+            return None
+        found[name] = plan
+    return found
+
+
+@contextlib.contextmanager
+def _locked_folder(bundle: Bundle, target: Target) -> Iterator[None]:
+    """Hold the folder of a target's plans for the block. Raises InputError where it cannot be written."""
+    folder = bundle.path / "plans" / target.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(folder, error) from None
+    with locked(folder / LOCK, what="build"):
+        yield
 
 
 def _present(bundle: Bundle, header: Build) -> Build:

@@ -16,7 +16,7 @@ import pytest
 from reference import releases
 from reference.config import config_from_files
 from reference.names import expected_tensors
-from reference.releases import RELEASES, Release
+from reference.releases import BASE_JSON, RELEASES, Release, absent_from_base
 from reference.strict_json import read_object
 from reference.weights import CheckpointFiles, resolve_checkpoint
 from tests.helpers.hub import by_name, cache_star_3b, cached, miniature_as_star_3b, take_offline
@@ -162,6 +162,16 @@ def test_without_a_network_the_missing_part_is_named(
     part = getattr(release, flag)
     line = f"downloading about {part.gigabytes:g} GB to the hub's cache: {name} ({part.gigabytes:g} GB)\n"
     assert capsys.readouterr().err == line
+
+
+def test_a_base_in_the_layout_of_transformers_5_is_complete(tmp_path: Path) -> None:
+    """It keeps the image processor in processor_config.json."""
+    for name in (*BASE_JSON, "model.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert absent_from_base(tmp_path) == ["preprocessor_config.json"]
+    (tmp_path / "processor_config.json").touch()
+    assert absent_from_base(tmp_path) == []
 
 
 def test_a_base_of_which_the_cache_has_single_files_is_not_complete(

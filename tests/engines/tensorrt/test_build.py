@@ -86,6 +86,21 @@ def test_nothing_is_built_twice_until_something_differs(bundle):
     assert not built(bundle).skipped and built(bundle).skipped
 
 
+def test_plans_that_are_there_need_no_right_to_write(bundle, monkeypatch):
+    def refuse(path, *rest, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    def open_to_read(path, flags, *rest, really=os.open, **options):
+        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        return (refuse if writes else really)(path, flags, *rest, **options)
+
+    first = built(bundle)
+    monkeypatch.setattr(os, "open", open_to_read)
+    monkeypatch.setattr(os, "mkdir", refuse)
+    assert built(bundle).skipped and built(bundle).spec == first.spec
+    refused(InputError, bundle, "Read-only file system", capacity_tokens=CAPACITY // 2)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
