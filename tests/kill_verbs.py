@@ -3,13 +3,16 @@
     python -m tests.kill_verbs FOLDER BUNDLE [--source nano] [--rounds 5] [--seed 0] [--verbs export,...]
 
 `docs/bad_inputs.md` 48: SIGINT and SIGTERM end a verb with 130, without a traceback, and without files that
-nothing reads; SIGKILL leaves at most what the next run of the same command clears or takes over. BUNDLE is a
+nothing reads; SIGKILL leaves at most what the next run of the same command clears or takes over. Before the
+program's first line runs, while Python itself starts, a signal ends the process as it ends any other: such
+rounds are counted apart. What the next run makes is compared with what the undisturbed one made. BUNDLE is a
 bundle of a small model, which is copied. Exit code 1 says that one of this does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import random
 import shutil
@@ -33,8 +36,12 @@ class Place:
     temporary: Path
     words: list[str]
 
-    def run(self, moment: float | None, number: int) -> tuple[int, str]:
-        """Run the verb, with a signal after `moment` seconds; returns the exit code and stderr."""
+    def run(self, moment: float | None, number: int) -> tuple[int, str, bool]:
+        """Run the verb, with a signal after `moment` seconds.
+
+        Returns the exit code, stderr, and whether the signal came before the program's first line.
+        """
+        early = False
         process = subprocess.Popen(
             [sys.executable, "-m", "star_export", *self.words, "--no-progress"],
             cwd=self.work,
@@ -47,6 +54,7 @@ class Place:
         try:
             _, said = process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
+            early = not catches(process.pid, signal.SIGTERM)  # Python by itself does not catch this one
             process.send_signal(number)
             try:
                 _, said = process.communicate(timeout=120)
@@ -54,7 +62,13 @@ class Place:
                 os.killpg(process.pid, signal.SIGKILL)
                 _, said = process.communicate()
                 said += "\nHUNG"
-        return process.returncode, said
+        return process.returncode, said, early
+
+    def contents(self) -> dict[str, str]:
+        """What the verb makes: its files, by their SHA-256. Plans and certificates hold times, and differ."""
+        names = [name for name in self.files() if not name.startswith(("TMPDIR/", ".out.stage/"))]
+        kept = [name for name in names if "/plans/" not in name and "/certificates/" not in name]
+        return {name: hashlib.sha256((self.work / name).read_bytes()).hexdigest() for name in kept}
 
     def files(self) -> set[str]:
         """What lies in both folders, but for torch's."""
@@ -62,6 +76,13 @@ class Place:
         return found | {
             f"TMPDIR/{p.name}" for p in self.temporary.iterdir() if not p.name.startswith(OF_TORCH)
         }
+
+
+def catches(process: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def words_of(verb: str, source: str) -> list[str]:
@@ -94,18 +115,21 @@ def renewed(place: Place, whole: set[str]) -> None:
 def disturbed(place: Place, *, rounds: int, moments: random.Random) -> list[str]:
     """Send `rounds` signals of each kind; returns what does not hold."""
     before, started = place.files(), time.monotonic()
-    code, said = place.run(None, 0)
-    took, after = time.monotonic() - started, place.files()
+    code, said, _ = place.run(None, 0)
+    took, after, made = time.monotonic() - started, place.files(), place.contents()
     if code:
         return [f"the undisturbed run ended with {code}: {said[-300:]}"]
     print(f"{place.words[0]}: {took:.1f} s undisturbed, makes {len(after - before)} files", flush=True)
     allowed = {name for name in after if not name.startswith("TMPDIR/")}
-    faults, counts = [], dict[int, int]()
+    faults, counts, early_rounds = [], dict[int, int](), 0
     for number in SIGNALS:
         for _ in range(rounds):
             renewed(place, before)
-            moment = moments.uniform(0.1, took)  # before, Python itself starts, and knows no signals
-            code, said = place.run(moment, number)
+            moment = moments.uniform(0.0, took)
+            code, said, early = place.run(moment, number)
+            early_rounds += early
+            if early and code == -number:
+                continue
             counts[code] = counts.get(code, 0) + 1
             where = f"{place.words[0]}: {signal.Signals(number).name} after {moment:.2f} s: "
             expected = (0, -signal.SIGKILL) if number == signal.SIGKILL else (0, 130)
@@ -116,13 +140,16 @@ def disturbed(place: Place, *, rounds: int, moments: random.Random) -> list[str]
             left = {name for name in place.files() - allowed if not name.startswith(".out.stage/")}
             if left and number != signal.SIGKILL:
                 faults.append(f"{where}left {sorted(left)[:5]}")
-        code, said = place.run(None, 0)  # it clears, or takes over, what the last one left
+        code, said, _ = place.run(None, 0)  # it clears, or takes over, what the last one left
         left = place.files() - allowed
         if code or left:
             faults.append(
                 f"{place.words[0]}: the run after: exit code {code}, left {sorted(left)[:5]} {said[-300:]}"
             )
-    print(f"{place.words[0]}: {counts}", flush=True)
+        if place.contents() != made:
+            faults.append(f"{place.words[0]}: the run after made something else than the undisturbed one")
+    ended = ", ".join(f"{count} with {code}" for code, count in sorted(counts.items()))
+    print(f"{place.words[0]}: ended {ended}; {early_rounds} before the first line", flush=True)
     return faults
 
 
