@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import Any
 
-INTERRUPTED = 130
+INTERRUPTED, NO_MEMORY_OR_DEVICE = 130, 5
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -55,6 +55,8 @@ def run() -> int:
     if asked and code:
         code = INTERRUPTED
     asked = max(asked, 1)  # nothing is left to unwind
+    if code == NO_MEMORY_OR_DEVICE:
+        os._exit(code)  # what libraries do at exit may fail for want of memory, and say so
     return code
 
 
