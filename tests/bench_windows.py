@@ -24,9 +24,9 @@ import numpy as np
 from engines.inputs.preprocess import ask_inputs
 from engines.inputs.prompt import Prompt
 from engines.runtime import decode
-from engines.runtime.decode import prefill
 from engines.runtime.gumbel import gumbel_noise
 from engines.runtime.kv_cache import Slots, cache_buffers
+from engines.runtime.prefill import prefill
 from engines.runtime.sampler import penalise_repetition
 from engines.runtime.star import Star
 from engines.runtime.windows import Windows

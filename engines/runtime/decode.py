@@ -9,7 +9,8 @@ step, and the drawn ids with more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -20,8 +21,14 @@ from ..sessions import Buffer, Session
 from ..sessions.device_loop import Decoders, DeviceLoop, Head, refusal
 from .gumbel import Noise, quantiles
 from .kv_cache import Slots, cache_buffers, check_capacity
+from .prefill import prefill
 from .sampler import penalise_repetition
 from .windows import Windows
+
+Seed: TypeAlias = "int | Sequence[int] | None"  # of all images, or one of each image; None is no noise
+# Called after each step with how many tokens of each image are known [N], and a function that returns all ids
+# int64 [N, T], guesses among them. What it raises ends the draw.
+Watch: TypeAlias = "Callable[[np.ndarray, Callable[[], np.ndarray]], None]"
 
 
 class ImageLoop:
@@ -124,14 +131,17 @@ class ImageLoop:
         guidance: float,
         top_k: int,
         top_p: float,
-        seed: int | None,
+        seed: Seed,
+        lengths: np.ndarray | None = None,
         progress: Progress = silent,
+        watch: Watch | None = None,
     ) -> np.ndarray:
         """Draw image ids int64 [N, T] from inputs_embeds [2N, L, H] and position_ids [3, 2N, L].
 
         One prefill runs, and then the decode steps. Positions continue from the prompt's last. `seed` decides
-        the draws (`gumbel.py`); without one there is no noise. Raises InputError when L + T - 1 tokens exceed
-        the capacity.
+        the draws (`gumbel.py`). Prompts of several lengths are padded at their ends, and `lengths` int64 [N]
+        says where each ends: an image's tokens take the places of its padding. Raises InputError when L + T
+        - 1 tokens exceed the capacity.
         """
         for name, value, dtype in (
             ("guidance", guidance, np.float32),
@@ -141,15 +151,30 @@ class ImageLoop:
             self.settings[name].write(np.array([value], dtype))
         self.slots.rewind(0)
         check_capacity(0, inputs_embeds.shape[1] + self.tokens - 1, self.slots.capacity_tokens)
-        self.last_hidden.write(prefill(self.decoders, inputs_embeds, position_ids, self.slots))
-        return self.decode(int(position_ids.max()) + 1, seed, progress=progress)
+        if lengths is None:
+            self.last_hidden.write(prefill(self.decoders, inputs_embeds, position_ids, self.slots))
+            return self.decode(int(position_ids.max()) + 1, seed, progress=progress, watch=watch)
+        hidden = prefill(self.decoders, inputs_embeds, position_ids, self.slots, ends=lengths.repeat(2))
+        self.last_hidden.write(hidden)
+        first = [int(position_ids[:, 2 * i, :end].max()) + 1 for i, end in enumerate(lengths)]
+        return self.decode(np.array(first), seed, slots=lengths, progress=progress, watch=watch)
 
-    def decode(self, position: int, seed: int | None, *, progress: Progress = silent) -> np.ndarray:
+    def decode(
+        self,
+        position: int | np.ndarray,
+        seed: Seed,
+        *,
+        slots: np.ndarray | None = None,
+        progress: Progress = silent,
+        watch: Watch | None = None,
+    ) -> np.ndarray:
         """Run the decode steps after the prefill: returns image ids int64 [N, T].
 
-        `position` is that of the first image token, on all three axes.
+        `position` is that of the first image token, on all three axes, and `slots` its slot in the caches,
+        by default the first free one; int64 [N] where images differ. The loop on the device has one of each,
+        and one seed, and nobody watches it; so the host runs what it cannot.
         """
-        if self.on_device:
+        if self.on_device and isinstance(position, int) and isinstance(seed, int | None) and not watch:
             ids = self.on_device.decode(
                 first_slot=self.slots.used_tokens, position=position, seed=seed, progress=progress
             )
@@ -157,12 +182,16 @@ class ImageLoop:
             return ids
         windows = self._first(seed)
         write_noise = self._noise(seed, self.tensors[2]["noise"])
-        places, first_slot = np.arange(self.window), self.slots.used_tokens
+        places = np.arange(self.window)
+        first_slot = np.broadcast_to(self.slots.used_tokens if slots is None else slots, self.images).repeat(
+            2
+        )
+        first_position = np.broadcast_to(position, self.images).repeat(2)  # [2N]
         progress("draw, in tokens", 1, self.tokens)
         while not windows.done:
             starts = windows.starts.repeat(2)  # [2N]
             self.write_indices.write(first_slot + starts)
-            at = position + starts[:, None] + places  # [2N, W]
+            at = (first_position + starts)[:, None] + places  # [2N, W]
             self.position_ids.write(np.ascontiguousarray(np.broadcast_to(at, (3, *at.shape))))
             write_noise(windows.starts + 1)
             if self.window > 1:
@@ -174,19 +203,26 @@ class ImageLoop:
             known = int(windows.known.min())
             note = "" if self.window == 1 else f", {known / (1 + windows.forwards):.1f} a forward"
             progress(f"draw, in tokens{note}", known, self.tokens)
+            if watch:
+                watch(windows.known, lambda: self._ids(windows))
         self.forwards = windows.forwards
+        return self._ids(windows)
+
+    def _ids(self, windows: Windows) -> np.ndarray:
+        """The known ids int64 [N, T], and guesses in the places of the others."""
         if self.window > 1:
             return windows.ids
-        return np.concatenate([ids.read() for ids in self.image_ids], axis=1)
+        known = [ids.read() for ids in self.image_ids[: int(windows.known.min())]]
+        return np.concatenate(known + known[-1:] * (self.tokens - len(known)), axis=1)
 
-    def _first(self, seed: int | None) -> Windows:
+    def _first(self, seed: Seed) -> Windows:
         """Draw the first token of each image from the prefill's hidden states."""
         self._noise(seed, self.first_tensors["noise"])(np.zeros(self.images, np.int64))
         self.head_steps[0]()
         first = self.image_ids[0].read()[:, 0] if self.window > 1 else np.zeros(self.images, np.int64)
         return Windows(first, tokens=self.tokens, window=self.window)
 
-    def _noise(self, seed: int | None, buffer: Buffer) -> Callable[[np.ndarray], None]:
+    def _noise(self, seed: Seed, buffer: Buffer) -> Callable[[np.ndarray], None]:
         """A function that writes the noise for the steps from [N] on to `buffer`."""
         images, window, size = buffer.shape
         if seed is None:
@@ -250,12 +286,14 @@ class TextLoop:
         eos: tuple[int, ...],
         repetition_penalty: float,
         progress: Progress = silent,
+        on_token: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Answer the prompt input_ids [1, L], inputs_embeds [1, L, H], position_ids [3, 1, L] -> new ids
         int64 [n].
 
         Each id is the arg-max after the repetition penalty on prompt and answer. n <= max_new_tokens, and the
-        id of `eos` that ends the answer is included.
+        id of `eos` that ends the answer is included. `on_token` is given each id as it comes; what it raises
+        ends the answer.
         """
         length, position = input_ids.shape[1], int(position_ids.max()) + 1
         seen = np.concatenate([input_ids[0], np.zeros(max_new_tokens, np.int64)])
@@ -272,49 +310,8 @@ class TextLoop:
             penalise_repetition(logits, seen[: length + i], repetition_penalty)
             seen[length + i] = logits.argmax()
             progress("answer, in tokens", i + 1, max_new_tokens)
+            if on_token:
+                on_token(int(seen[length + i]))
             if seen[length + i] in eos:
                 break
         return seen[length : length + i + 1]
-
-
-def prefill(
-    decoders: Sequence[tuple[Session, dict[str, Buffer]]],
-    inputs_embeds: np.ndarray,
-    position_ids: np.ndarray,
-    slots: Slots,
-) -> np.ndarray:
-    """Run a prompt through `decoders`, as `run_chunks` does: hidden states of the last position [B, 1, H]."""
-    for hidden in run_chunks(decoders, inputs_embeds, position_ids, slots):
-        last = hidden
-    return np.ascontiguousarray(last.read()[:, -1:])
-
-
-def run_chunks(
-    decoders: Sequence[tuple[Session, dict[str, Buffer]]],
-    inputs_embeds: np.ndarray,
-    position_ids: np.ndarray,
-    slots: Slots,
-) -> Iterator[Buffer]:
-    """Run known tokens through a chain of `decoders` (session, caches), each fed by the one before.
-
-    inputs_embeds [B, L, H], position_ids [3, B, L] -> buffers with the hidden states [B, S, H] of consecutive
-    positions. S is L, or less where a session takes fewer `prefill_tokens`. Raises InputError when `slots`
-    has no room for them.
-    """
-    rows, length, _ = inputs_embeds.shape
-    chunk = min(session.prefill_tokens or length for session, _ in decoders)
-    for at in range(0, length, chunk):
-        embeds, positions = inputs_embeds[:, at : at + chunk], position_ids[:, :, at : at + chunk]
-        host = {
-            "inputs_embeds": embeds,
-            "position_ids": positions,
-            "write_indices": np.full(rows, slots.take(embeds.shape[1])),
-        }
-        buffers = {name: decoders[0][0].buffer(array.shape, array.dtype.name) for name, array in host.items()}
-        for name, buffer in buffers.items():
-            buffer.write(np.ascontiguousarray(host[name]))
-        for session, caches in decoders:
-            buffers["hidden_states"] = session.buffer(embeds.shape, "float32")
-            session.bind(caches | buffers)()
-            buffers["inputs_embeds"] = buffers["hidden_states"]
-        yield buffers["hidden_states"]

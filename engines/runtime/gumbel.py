@@ -10,7 +10,7 @@ A step's numbers are made when the step comes: one row of float32 per image and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -68,12 +68,17 @@ def gumbel_noise(seed: int, *, image: int, steps: Iterable[int], size: int) -> n
 class Noise:
     """The numbers of N images at W consecutive steps each, float32 [N, W, size] in `rows`.
 
-    A step's numbers are made once, as long as the steps of an image only grow.
+    One seed numbers its images from 0 on. With N seeds, each image is the first one of its own seed, so it is
+    the same whatever it is drawn together with. A step's numbers are made once, as long as the steps of an
+    image only grow.
     """
 
-    def __init__(self, seed: int, *, images: int, window: int, size: int):
-        check_seed(seed)
-        self.seed = seed
+    def __init__(self, seed: int | Sequence[int], *, images: int, window: int, size: int):
+        self.streams = (
+            [(seed, i) for i in range(images)] if isinstance(seed, int) else [(own, 0) for own in seed]
+        )
+        for own, _ in self.streams:
+            check_seed(own)
         self.rows = np.zeros((images, window, size), np.float32)
         self.steps = np.full(images, -window)  # the first step of each image
 
@@ -85,6 +90,7 @@ class Noise:
             rows[:kept] = rows[len(rows) - kept :]
             if kept < len(rows):
                 new = range(step + kept, step + len(rows))
-                rows[kept:] = gumbel_noise(self.seed, image=image, steps=new, size=rows.shape[1])
+                seed, number = self.streams[image]
+                rows[kept:] = gumbel_noise(seed, image=number, steps=new, size=rows.shape[1])
         self.steps = steps.copy()
         return self.rows

@@ -6,6 +6,7 @@ Prompts and images become arrays, and components run in sessions of one backend,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ class Star:
         if reason:
             least = self.loaded.use(rows=2 * num_images, tokens=self.model.image_tokens, prompt_tokens=1)
             self.loaded.check("reason", least)
-            answer = self._answered(self.chat.question_prompt(prompt), max_new_tokens, progress).text
+            answer = self.answered(self.chat.question_prompt(prompt), max_new_tokens, progress).text
             drawn = self.chat.reason_prompt(prompt, answer, num_images=num_images)
         else:
             drawn = self.chat.generate_prompt(prompt, num_images=num_images)
@@ -195,7 +196,7 @@ class Star:
         """
         vision = ask_inputs(checked_image(image), self.model, min_pixels=min_pixels, max_pixels=max_pixels)
         prompt = self.chat.ask_prompt(question, grid_h=vision.grid_h, grid_w=vision.grid_w)
-        return self._answered(prompt, max_new_tokens, progress, vision=vision)
+        return self.answered(prompt, max_new_tokens, progress, vision=vision)
 
     def generate_ids(
         self,
@@ -217,7 +218,7 @@ class Star:
         between("tokens", tokens, self.model.image_tokens)
         if seed is not None:
             check_seed(seed)
-        self._check_length("base_ar", "stacked_ar", text=input_ids.shape[1], new=tokens - 1)
+        self.check_room("base_ar", "stacked_ar", text=input_ids.shape[1], new=tokens - 1)
         prompt = Prompt.of_text(input_ids)
         embeds, length = self.embedded(prompt), input_ids.shape[1]
         loop = self.image_loop(num_images=len(input_ids) // 2, length=length, tokens=tokens)
@@ -239,11 +240,11 @@ class Star:
         check_ids(input_ids, vocab_size=self.model.vocab_size)
         check_array(position_ids, shape=(3, 1, input_ids.shape[1]), dtype="int64")
         prompt = Prompt(input_ids, position_ids)
-        return self._answered(prompt, max_new_tokens, silent, repetition_penalty=repetition_penalty).ids
+        return self.answered(prompt, max_new_tokens, silent, repetition_penalty=repetition_penalty).ids
 
     def image_loop(self, *, num_images: int, length: int, tokens: int) -> ImageLoop:
         """A decode loop, with its own buffers, for `tokens` image tokens after prompts of `length` tokens."""
-        use = self._use("base_ar", rows=2 * num_images, length=length, tokens=tokens)
+        use = self.use("base_ar", rows=2 * num_images, length=length, tokens=tokens)
         sessions = self.loaded.sessions(*DRAW, use=use)
         limits = [session.prefill_tokens or tokens for session in sessions]  # a plan may hold fewer
         return ImageLoop(
@@ -284,8 +285,8 @@ class Star:
         rows, length = prompt.input_ids.shape
         seen = 0 if vision is None else vision.grid_h * vision.grid_w + self.model.image_tokens
         new = self.model.image_tokens - 1
-        self._check_length("base_ar", "stacked_ar", text=length - seen, image=seen, new=new)
-        use = self._use("base_ar", rows=rows, length=length, tokens=self.model.image_tokens)
+        self.check_room("base_ar", "stacked_ar", text=length - seen, image=seen, new=new)
+        use = self.use("base_ar", rows=rows, length=length, tokens=self.model.image_tokens)
         self.loaded.check("edit" if vision else "generate", use)
         self.loaded.open_at_once("token_embedding", *DRAW, use=use)
         embeds = self.embedded(prompt, vision=vision, square=square)
@@ -294,7 +295,7 @@ class Star:
         decoded = run(self.session("vq_decoder"), {"image_ids": ids})["image"]
         return Images(ids, images_from_decoded(decoded), answer)
 
-    def _answered(
+    def answered(
         self,
         prompt: Prompt,
         max_new_tokens: int,
@@ -302,12 +303,17 @@ class Star:
         *,
         vision: VisionInputs | None = None,
         repetition_penalty: float | None = None,
+        on_token: Callable[[int], None] | None = None,
     ) -> Answer:
+        """Answer a prompt that was made of text, or of text and the inputs of `vision_encoder`.
+
+        `on_token` is given each id as it comes.
+        """
         between("max_new_tokens", max_new_tokens, self.model.max_positions)
         length = prompt.input_ids.shape[1]
         seen = 0 if vision is None else vision.grid_h * vision.grid_w
-        self._check_length("base_ar", text=length - seen, image=seen, new=max_new_tokens - 1)
-        use = self._use("base_ar", rows=1, length=length, tokens=max_new_tokens)
+        self.check_room("base_ar", text=length - seen, image=seen, new=max_new_tokens - 1)
+        use = self.use("base_ar", rows=1, length=length, tokens=max_new_tokens)
         if vision:
             self.loaded.check("ask", use)
         self.loaded.open_at_once("token_embedding", *ANSWER, use=use)
@@ -323,16 +329,17 @@ class Star:
             if repetition_penalty is None
             else repetition_penalty,
             progress=progress,
+            on_token=on_token,
         )
         return Answer(self.chat.text(ids), ids)
 
-    def _use(self, decoder: str, *, rows: int, length: int, tokens: int) -> Use:
+    def use(self, decoder: str, *, rows: int, length: int, tokens: int) -> Use:
         """What a loop takes that draws `tokens` tokens after a prompt: the last token takes no slot."""
         slots = self.loaded.capacity(decoder) or length + tokens - 1
         window = self.window or self.loaded.window(rows=rows)
         return self.loaded.use(rows=rows, tokens=slots, prompt_tokens=length, window_tokens=window)
 
-    def _check_length(self, *decoders: str, text: int, new: int, image: int = 0) -> None:
+    def check_room(self, *decoders: str, text: int, new: int, image: int = 0) -> None:
         """Raise InputError if the model, or the caches of a plan, hold fewer tokens."""
         held = [capacity for name in decoders if (capacity := self.loaded.capacity(name))]
         limit = min([self.model.max_positions, *held])

@@ -145,14 +145,25 @@ def plan_capacity(bundle: Bundle, graph: str, *, backend: str) -> int | None:
     None for a backend without plans, and for a graph without caches. Raises UsageError for an unknown
     target, InputError without a plan.
     """
+    from ..tensorrt.profiles import CAPACITY
+
+    return _plan_limit(bundle, graph, backend=backend, axis=CAPACITY)
+
+
+def plan_rows(bundle: Bundle, graph: str, *, backend: str) -> int | None:
+    """The largest batch of the plan of a graph, in rows, found and refused as its capacity is."""
+    return _plan_limit(bundle, graph, backend=backend, axis="B")
+
+
+def _plan_limit(bundle: Bundle, graph: str, *, backend: str, axis: str) -> int | None:
     if not backend.startswith("tensorrt:"):
         return None
     from ..tensorrt.plan import plan_spec
-    from ..tensorrt.profiles import CAPACITY, largest
+    from ..tensorrt.profiles import largest
 
     target = target_from_name(backend.removeprefix("tensorrt:"))
     _, plan = plan_spec(bundle, target.name, graph)
-    return largest(plan.profiles, bundle.component(graph), axis=CAPACITY)
+    return largest(plan.profiles, bundle.component(graph), axis=axis)
 
 
 def free_memory(backend: str) -> int | None:

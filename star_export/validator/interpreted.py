@@ -21,8 +21,8 @@ from engines.inputs.prompt import text_positions
 from engines.interpreter import BUILDERS, Network
 from engines.interpreter.parsed import Parsed
 from engines.progress import Progress
-from engines.runtime.decode import prefill
 from engines.runtime.kv_cache import Slots, cache_buffers
+from engines.runtime.prefill import prefill
 from engines.runtime.star import Star
 from engines.sessions import Session, run
 from engines.sessions.interpreter import InterpreterSession, open_session

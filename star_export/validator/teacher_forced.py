@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from engines.inputs.prompt import Prompt
-from engines.runtime.decode import run_chunks
+from engines.runtime.prefill import run_chunks
 from engines.runtime.star import Star
 from engines.sessions import run
 

@@ -15,8 +15,8 @@ import torch
 
 from engines.bundle.reader import Bundle
 from engines.inputs.prompt import text_positions
-from engines.runtime.decode import run_chunks
 from engines.runtime.kv_cache import Slots, cache_buffers
+from engines.runtime.prefill import run_chunks
 from engines.sessions import open_session, run
 from reference import tasks
 from reference.model import Star
