@@ -26,6 +26,7 @@ PYTHONS = {
     "export": ("3.12",),
     "debug": ("3.11", "3.12"),
     "completion": ("3.10", "3.12"),
+    "serve": ("3.10", "3.12"),
     "peers": ("3.11", "3.12"),
     "dev": ("3.12",),  # `make test` installs it on the Python at hand
 }

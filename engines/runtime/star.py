@@ -242,9 +242,12 @@ class Star:
         prompt = Prompt(input_ids, position_ids)
         return self.answered(prompt, max_new_tokens, silent, repetition_penalty=repetition_penalty).ids
 
-    def image_loop(self, *, num_images: int, length: int, tokens: int) -> ImageLoop:
+    def image_loop(
+        self, *, num_images: int, length: int, tokens: int, window: int | None = None
+    ) -> ImageLoop:
         """A decode loop, with its own buffers, for `tokens` image tokens after prompts of `length` tokens."""
-        use = self.use("base_ar", rows=2 * num_images, length=length, tokens=tokens)
+        window = window or self.window
+        use = self.use("base_ar", rows=2 * num_images, length=length, tokens=tokens, window=window)
         sessions = self.loaded.sessions(*DRAW, use=use)
         limits = [session.prefill_tokens or tokens for session in sessions]  # a plan may hold fewer
         return ImageLoop(
@@ -252,7 +255,7 @@ class Star:
             num_images=num_images,
             tokens=tokens,
             capacity_tokens=use.capacity_tokens,
-            window=self.window or min(use.window_tokens, *limits),
+            window=window or min(use.window_tokens, *limits),
         )
 
     def embedded(
@@ -333,10 +336,10 @@ class Star:
         )
         return Answer(self.chat.text(ids), ids)
 
-    def use(self, decoder: str, *, rows: int, length: int, tokens: int) -> Use:
+    def use(self, decoder: str, *, rows: int, length: int, tokens: int, window: int | None = None) -> Use:
         """What a loop takes that draws `tokens` tokens after a prompt: the last token takes no slot."""
         slots = self.loaded.capacity(decoder) or length + tokens - 1
-        window = self.window or self.loaded.window(rows=rows)
+        window = window or self.window or self.loaded.window(rows=rows)
         return self.loaded.use(rows=rows, tokens=slots, prompt_tokens=length, window_tokens=window)
 
     def check_room(self, *decoders: str, text: int, new: int, image: int = 0) -> None:

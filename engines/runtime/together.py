@@ -18,7 +18,7 @@ from ..inputs.prompt import Prompt
 from ..progress import silent
 from ..sessions import plan_rows, run
 from .decode import Watch
-from .star import Answer, Star
+from .star import Star
 
 CAPACITY_STEP = 64  # caches grow in steps: sums over a cache are then added in one order, whatever its size
 SPARE_TOKENS = 64  # of a prompt's template and an answer, beside an image that takes all the room there is
@@ -42,6 +42,17 @@ class Drawn:
 
     image_ids: np.ndarray
     forwards: int
+
+
+@dataclass(frozen=True)
+class Said:
+    """The `text` of an answer, its token `ids` int64 [n], the tokens of its prompt, and whether the model
+    ended it (`stopped`)."""
+
+    text: str
+    ids: np.ndarray
+    prompt_tokens: int
+    stopped: bool
 
 
 class Together:
@@ -99,6 +110,7 @@ class Together:
         guidance: float,
         top_k: int,
         top_p: float,
+        window: int | None = None,
         watch: Watch | None = None,
     ) -> Drawn:
         """Draw an image of each prompt, with its own seed of `seeds`, or without noise if there are none.
@@ -108,9 +120,10 @@ class Together:
         lengths = np.array([one.embeds.shape[1] for one in prepared])
         new = self.model.image_tokens - 1
         room = -(-(int(lengths.max()) + new) // CAPACITY_STEP) * CAPACITY_STEP - new
-        use = self.star.use("base_ar", rows=2 * len(prepared), length=room, tokens=self.model.image_tokens)
+        tokens = self.model.image_tokens
+        use = self.star.use("base_ar", rows=2 * len(prepared), length=room, tokens=tokens, window=window)
         self.star.loaded.check("generate", use)
-        loop = self.star.image_loop(num_images=len(prepared), length=room, tokens=self.model.image_tokens)
+        loop = self.star.image_loop(num_images=len(prepared), length=room, tokens=tokens, window=window)
         longest = int(lengths.max())
         embeds = np.concatenate([_padded(one.embeds, longest, axis=1) for one in prepared])
         positions = np.concatenate([_padded(one.position_ids, longest, axis=2) for one in prepared], axis=1)
@@ -126,6 +139,10 @@ class Together:
         )
         return Drawn(ids, 1 + loop.forwards)
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return self.star.chat.text(ids)
+
     def images(self, image_ids: np.ndarray) -> np.ndarray:
         """The images uint8 [N, R, R, 3] of ids int64 [N, T]."""
         return images_from_decoded(run(self.star.session("vq_decoder"), {"image_ids": image_ids})["image"])
@@ -137,7 +154,7 @@ class Together:
         *,
         max_new_tokens: int,
         on_token: Callable[[int], None] | None = None,
-    ) -> Answer:
+    ) -> Said:
         """Answer `question`, about `image`, uint8 [H, W, 3], if there is one. Raises InputError.
 
         The answer has at most `max_new_tokens`, and no more than the model has positions for.
@@ -150,10 +167,12 @@ class Together:
         prompt = chat.ask_prompt(question, grid_h=vision.grid_h, grid_w=vision.grid_w)
         return self._answered(prompt, max_new_tokens, on_token, vision=vision)
 
-    def _answered(self, prompt: Prompt, max_new_tokens: int, on_token, *, vision=None) -> Answer:
-        room = self.model.max_positions - prompt.input_ids.shape[1] + 1
-        most = max(1, min(max_new_tokens, room))
-        return self.star.answered(prompt, most, silent, vision=vision, on_token=on_token)
+    def _answered(self, prompt: Prompt, max_new_tokens: int, on_token, *, vision=None) -> Said:
+        length = prompt.input_ids.shape[1]
+        most = max(1, min(max_new_tokens, self.model.max_positions - length + 1))
+        answer = self.star.answered(prompt, most, silent, vision=vision, on_token=on_token)
+        stopped = answer.ids[-1] in self.model.tokens.eos
+        return Said(answer.text, answer.ids, prompt_tokens=length, stopped=bool(stopped))
 
     def _check(self, prompt: Prompt, *, image: int) -> None:
         text, new = prompt.input_ids.shape[1] - image, self.model.image_tokens - 1

@@ -155,6 +155,11 @@ def seed(text: str) -> int:
     return _integer(text, 0, 2**64 - 1)
 
 
+def port(text: str) -> int:
+    """A port of TCP; 0 is any that is free."""
+    return _integer(text, 0, 65535)
+
+
 def _integer(text: str, low: int, high: int) -> int:
     try:
         value = int(text)

@@ -137,6 +137,7 @@ def build_parser() -> Parser:
         runs.add_edit,
         runs.add_ask,
         runs.add_bench,
+        runs.add_serve,
         commands.add_score,
         commands.add_plan,
         commands.add_inspect,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .arguments import (
     add_backend,
     add_command,
@@ -12,6 +14,9 @@ from .arguments import (
     add_running,
     add_window,
     count,
+    memory,
+    number,
+    port,
 )
 
 
@@ -81,3 +86,61 @@ def add_bench(commands) -> None:
     add_window(c)
     add_backend(c)
     add_progress(c)
+
+
+def add_serve(commands) -> None:
+    c = add_command(
+        commands,
+        "serve",
+        "serve a bundle to OpenAI's clients and to a browser",
+        "star-3b-bf16",
+        "star-3b-bf16 --backend tensorrt:rtx-4090 --host 0.0.0.0 --api-key-file key",
+    )
+    c.add_argument("bundle", metavar="BUNDLE")
+    c.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="H",
+        help="address to listen on (default: 127.0.0.1, this machine only; any other needs a key)",
+    )
+    c.add_argument("--port", type=port, default=8000, metavar="P", help="default: 8000; 0 takes a free one")
+    c.add_argument(
+        "--api-key-file", metavar="F", help="a file whose first line is the key that clients must give"
+    )
+    c.add_argument(
+        "--allow-host",
+        action="append",
+        metavar="NAME",
+        help="another name of this server, beside localhost, that clients may address; may be repeated",
+    )
+    c.add_argument(
+        "--queue", type=count, default=64, metavar="N", help="most images and answers that wait (default: 64)"
+    )
+    c.add_argument(
+        "--images",
+        type=count,
+        default=8,
+        metavar="N",
+        help="most images that are drawn together (default: 8; no more than the plan's rows allow)",
+    )
+    for name, default, what in (
+        ("deadline", 600, "a request is given up after so many seconds"),
+        ("grace", 30, "what is drawn when the server must stop may take so many seconds more"),
+    ):
+        c.add_argument(
+            f"--{name}",
+            type=number(0, math.inf),
+            default=float(default),
+            metavar="S",
+            help=f"{what} (default: {default})",
+        )
+    c.add_argument("--log-json", action="store_true", help="log a JSON object per request")
+    c.add_argument("--log-prompts", action="store_true", help="log what was asked, too")
+    add_window(c)
+    c.add_argument(
+        "--memory",
+        type=memory,
+        metavar="BYTES",
+        help="load components in turn within this budget, such as 8G or 512M (default: keep all loaded)",
+    )
+    add_backend(c)

@@ -24,6 +24,7 @@ from .planning import plan
 from .progress_bar import ProgressBar
 from .proofs import certificate
 from .scoring import score
+from .serving import serve
 
 if TYPE_CHECKING:
     from engines.tensorrt.build import BuiltPlan
@@ -43,6 +44,7 @@ __all__ = [
     "inspect",
     "plan",
     "score",
+    "serve",
     "targets",
     "validate",
 ]

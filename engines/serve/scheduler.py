@@ -1,0 +1,282 @@
+"""The thread that owns the model: it takes what waits, draws it together, and tells what happens.
+
+No request harms another: what fails while it is prepared fails alone, and of a batch that fails each image is
+drawn once more by itself.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import StarError
+from ..inputs.image_io import image_from_bytes
+from ..runtime.decode import Watch
+from .jobs import Answered, Finished, Job, Preview, Spoken, Unit
+from .metrics import Metrics
+from .pictures import with_rows
+from .refusals import Refused, refusal
+from .requests import ChatRequest, ImageRequest
+from .waiting import Waiting, stopping
+
+OnToken = Callable[[int], None]
+
+
+class Model(Protocol):
+    """What the thread asks of a model: `engines.runtime.together.Together`, or a test's stand-in."""
+
+    def generation(
+        self, prompt: str, *, reason: bool = ..., max_new_tokens: int = ..., on_token: OnToken | None = ...
+    ) -> Any: ...
+
+    def editing(self, image: np.ndarray, instruction: str) -> Any: ...
+
+    def draw(
+        self,
+        prepared: Sequence[Any],
+        seeds: Sequence[int] | None,
+        *,
+        guidance: float,
+        top_k: int,
+        top_p: float,
+        window: int | None = ...,
+        watch: Watch | None = ...,
+    ) -> Any: ...
+
+    def images(self, image_ids: np.ndarray) -> np.ndarray: ...
+
+    def answer(
+        self,
+        image: np.ndarray | None,
+        question: str,
+        *,
+        max_new_tokens: int,
+        on_token: OnToken | None = ...,
+    ) -> Any: ...
+
+    def text(self, ids: Sequence[int]) -> str: ...
+
+
+class GivenUp(Exception):
+    """Raised inside a draw for which nobody waits any more: it ends within a step."""
+
+
+class Scheduler:
+    """Runs `model` in a thread of its own on what is in `waiting`, at most `images` at a time.
+
+    `check` raises Refused where nothing may be drawn, because the bundle changed under the server. `report`
+    is given the traceback of a bug of ours.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        waiting: Waiting,
+        metrics: Metrics,
+        *,
+        images: int,
+        check: Callable[[], None] = lambda: None,
+        report: Callable[[str], None] = lambda text: None,
+    ):
+        self.model, self.waiting, self.metrics, self.images = model, waiting, metrics, images
+        self.check, self.report = check, report
+        self.seconds_per_unit = 1.0  # measured as it goes
+        self.drawing: list[Unit] = []
+        self._hurry = False
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> list[Unit]:
+        """Let a job wait for its turn. Raises Refused when the queue is full or closed."""
+        count = job.request.count if isinstance(job.request, ImageRequest) else 1
+        job.left = count
+        units = [Unit(job, i) for i in range(count)]
+        self.waiting.put(units, retry_after_s=self.retry_after_s())
+        return units
+
+    def retry_after_s(self) -> int:
+        """After how many seconds the queue should have room."""
+        return max(1, min(600, round(self.seconds_per_unit * max(1, len(self.waiting)) / 2)))
+
+    def stop(self) -> None:
+        """Begin no more: what waits is refused, what is drawn may go on."""
+        for unit in self.waiting.close():
+            unit.job.fail(stopping())
+
+    def give_up(self) -> None:
+        """End what is drawn, too, within a step."""
+        self._hurry = True
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread. Returns whether it ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while units := self.waiting.take(self.images):
+            self.drawing = units
+            started = time.monotonic()
+            try:
+                self._run_units(units)
+            except BaseException as error:  # a bug of ours must not end the thread
+                self._fail(units, error)
+            self.drawing = []
+            each = (time.monotonic() - started) / len(units)
+            self.seconds_per_unit += 0.2 * (each - self.seconds_per_unit)
+
+    def _run_units(self, units: list[Unit]) -> None:
+        alive = [unit for unit in units if not self._over(unit.job)]
+        if not alive:
+            return
+        try:
+            self.check()
+        except Refused as error:
+            self._fail(alive, error)
+            return
+        for unit in alive:
+            unit.job.started = unit.job.started or time.monotonic()
+        if isinstance(alive[0].job.request, ChatRequest):
+            self._answer(alive[0].job, alive[0].job.request)
+            return
+        if ready := [unit for unit in alive if self._prepare(unit.job)]:
+            self._draw(ready)
+
+    def _prepare(self, job: Job) -> bool:
+        """Make a job's prompt ready, once for all of its images. Returns whether it is."""
+        request = job.request
+        assert isinstance(request, ImageRequest)
+        if job.prepared is None and not self._over(job):
+            try:
+                if request.picture is None:
+                    job.prepared = self.model.generation(
+                        request.prompt, reason=request.reason, on_token=lambda _: self._go_on([job])
+                    )
+                else:
+                    image = image_from_bytes(request.picture, where="image")
+                    job.prepared = self.model.editing(image, request.prompt)
+            except Exception as error:
+                self._fail([Unit(job)], error)
+        return job.prepared is not None and not job.ended
+
+    def _draw(self, units: list[Unit], *, alone: bool = False) -> None:
+        """Draw one image for each unit, and hand them over."""
+        requests = [unit.job.request for unit in units if isinstance(unit.job.request, ImageRequest)]
+        request = requests[0]
+        seeds = [request.seed + u.index for request, u in zip(requests, units) if request.seed is not None]
+        try:
+            drawn = self.model.draw(
+                [unit.job.prepared for unit in units],
+                seeds or None,
+                **request.draw,
+                window=request.window,
+                watch=lambda known, ids: self._watch(units, known, ids),
+            )
+            images = self.model.images(drawn.image_ids)
+        except GivenUp:
+            self.metrics.add("star_draws_given_up_total")
+            for unit in units:
+                self._over(unit.job)
+            return
+        except Exception as error:
+            if alone or len(units) == 1 or self._hurry:
+                self._fail(units, error)
+                return
+            for unit in units:  # one of them may be the reason
+                if not self._over(unit.job):
+                    self._draw([unit], alone=True)
+            return
+        self.metrics.batch(len(units), forwards=drawn.forwards, tokens=drawn.image_ids.size)
+        for unit, ids, image in zip(units, drawn.image_ids, images):
+            self._finish(unit, ids, image, drawn.forwards, len(units))
+
+    def _finish(self, unit: Unit, ids: np.ndarray, image: np.ndarray, forwards: int, together: int) -> None:
+        job = unit.job
+        if job.ended:
+            return
+        length, answer = job.prepared.embeds.shape[1], job.prepared.answer
+        job.tell(Finished(unit.index, image, ids, forwards, together, length, answer))
+        job.left -= 1
+        job.ended = job.left == 0
+
+    def _watch(self, units: list[Unit], known: np.ndarray, ids: Callable[[], np.ndarray]) -> None:
+        """After each step: end what nobody waits for, and send previews that are due."""
+        self._go_on([unit.job for unit in units])
+        for i, unit in enumerate(units):
+            request = unit.job.request
+            if not isinstance(request, ImageRequest) or not request.stream or unit.job.given_up:
+                continue
+            total = ids().shape[1]
+            side, (sent, passed) = round(total**0.5), unit.job.previews.get(unit.index, (0, 0))
+            share = int(known[i] * (request.partials + 1) / total)  # in steps from preview to preview
+            if share > passed and side <= known[i] < total:
+                (image,) = self.model.images(ids()[i : i + 1])
+                unit.job.previews[unit.index] = sent + 1, share
+                unit.job.tell(Preview(unit.index, sent, with_rows(image, int(known[i]) // side / side)))
+
+    def _answer(self, job: Job, request: ChatRequest) -> None:
+        ids: list[int] = []
+        said = ""
+
+        def on_token(id: int) -> None:
+            nonlocal said
+            self._go_on([job])
+            ids.append(id)
+            if request.stream:
+                text = self.model.text(ids)
+                if text.startswith(said) and len(text) > len(said) and not text.endswith("\ufffd"):
+                    job.tell(Spoken(text[len(said) :]))
+                    said = text
+
+        try:
+            image = None if request.picture is None else image_from_bytes(request.picture, where="image")
+            answer = self.model.answer(
+                image, request.question, max_new_tokens=request.tokens, on_token=on_token
+            )
+        except GivenUp:
+            self.metrics.add("star_draws_given_up_total")
+            self._over(job)
+            return
+        except Exception as error:
+            self._fail([Unit(job)], error)
+            return
+        self.metrics.add("star_answers_total")
+        self.metrics.add("star_answer_tokens_total", len(answer.ids))
+        if not job.ended:
+            if request.stream and answer.text.startswith(said) and len(answer.text) > len(said):
+                job.tell(Spoken(answer.text[len(said) :]))
+            job.tell(Answered(answer.text, answer.ids, answer.prompt_tokens, answer.stopped))
+            job.ended = True
+
+    def _go_on(self, jobs: Sequence[Job]) -> None:
+        """Raise GivenUp if nobody waits for any of `jobs`."""
+        if self._hurry or all(job.given_up for job in jobs):
+            raise GivenUp
+
+    def _over(self, job: Job) -> bool:
+        """Whether a job has ended, or must end now."""
+        if self._hurry:
+            job.fail(stopping())
+        elif not job.cancelled and time.monotonic() > job.deadline:
+            job.fail_late()
+        return job.given_up
+
+    def _fail(self, units: Sequence[Unit], error: BaseException) -> None:
+        if isinstance(error, GivenUp):
+            for unit in units:
+                self._over(unit.job)
+            return
+        try:
+            self.check()  # a file of the bundle that changed explains other errors
+        except Refused as reason:
+            error = reason
+        if not isinstance(error, StarError):
+            self.report("".join(traceback.format_exception(error)))
+        for unit in units:
+            unit.job.fail(refusal(error))
