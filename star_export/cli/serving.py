@@ -27,6 +27,7 @@ def serve(
     log_prompts: bool = False,
     window: int | None = None,
     memory: int | None = None,
+    threads: int | None = None,
     backend: str = "onnxruntime",
 ) -> Outcome:
     """Serve `bundle` with `engines.serve.server.serve` until SIGTERM or Ctrl-C.
@@ -56,7 +57,7 @@ def serve(
         log_json=log_json,
         log_prompts=log_prompts,
     )
-    with open_star(bundle, backend, memory, window) as star:
+    with open_star(bundle, backend, memory=memory, window=window, threads=threads) as star:
         metrics = serve_star(star, settings)
     names = ("requests", "images", "answers")
     counts = {name: int(metrics.value(f"star_{name}_total")) for name in names}
