@@ -24,6 +24,7 @@ from reference.containers import tensors_from_pt, tensors_from_safetensors
 from reference.processor import chat_template_from_folder, image_settings_from_folder
 
 from .mutate import mutated_bytes, mutated_json, mutated_record
+from .requests import mutated_request, seeds, send_to_a_server
 
 Mutate = Callable[[bytes, np.random.Generator], bytes]
 
@@ -96,6 +97,7 @@ def targets(bundle: Path, checkpoint: Path, scratch: Path) -> dict[str, Target]:
             reads("chat_template.json", lambda path: chat_template_from_folder(folder)),
         ),
         "picture": Target(pictures(), mutated_bytes, lambda data: image_from_bytes(data, where="picture")),
+        "request": Target(seeds(), mutated_request, send_to_a_server()),
     }
 
 
