@@ -11,6 +11,7 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -26,10 +27,24 @@ if TYPE_CHECKING:
 GivenImage: TypeAlias = "str | Path | np.ndarray | Image"  # Pillow is imported only where it is needed
 
 PIXEL_LIMIT = 64_000_000
+WEBP_PIXEL_LIMIT = 20_000_000  # its decoder holds four copies of them
 FILE_LIMIT_BYTES = 256 << 20
 MIN_SIDE_PIXELS = 2
+ASPECT_LIMIT = 200
 _PLAIN_MODES = ("1", "L", "RGB", "CMYK", "YCbCr")
 _ALPHA_MODES = ("LA", "La", "PA", "P", "RGBA", "RGBa")
+_GREY16_MODES = ("I;16", "I;16L", "I;16B")
+STRIP_PIXELS = 1 << 20  # of an image that is converted or resized at a time
+_ORIENTATION = 0x0112  # of EXIF; by its value, what turns an image [H, W, 3] upright
+_TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.transpose(1, 0, 2),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda image: np.rot90(image),
+}
 # Suffix of a file that is written -> its format in Pillow, and how it is encoded.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
@@ -41,7 +56,10 @@ _FIX = "use a PNG, JPEG or WebP image"
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read a PNG, JPEG or WebP file of at most 64 megapixels as uint8 [H, W, 3]. Raises InputError."""
+    """Read a PNG or JPEG file of at most 64 megapixels, or a WebP file of 20, as uint8 [H, W, 3].
+
+    Raises InputError.
+    """
     return image_from_bytes(_read(typed_path(path)), where=shown(path))
 
 
@@ -64,17 +82,25 @@ def image_from_bytes(data: bytes, *, where: str) -> np.ndarray:
             where=f"{where}: expected PNG, JPEG or WebP, got {_guess(data, error)}",
             fix=_FIX,
         ) from None
-    return image_from_pillow(image, where=where)
+    try:
+        turned = _rgb_from_pillow(image, where)
+    finally:
+        image.close()  # it takes more than the array
+    return np.ascontiguousarray(turned)
 
 
 def image_from_pillow(image: Image, *, where: str) -> np.ndarray:
     """Convert a Pillow image, decoded or not, to uint8 [H, W, 3] as `read_image` does. Raises InputError."""
-    from PIL import ImageOps
+    return np.ascontiguousarray(_rgb_from_pillow(image, where))
 
+
+def _rgb_from_pillow(image: Image, where: str) -> np.ndarray:
+    """A view of the converted image, turned as its EXIF says."""
     _check_header(image, where)
     try:
         # Only the first image of an MPO (several JPEG images in one file, as phones write) is read.
-        return _rgb_from_image(ImageOps.exif_transpose(image), where)
+        rgb = _rgb_from_image(image, where)
+        return _TURNED.get(image.getexif().get(_ORIENTATION, 1), np.asarray)(rgb)
     except InputError:
         raise
     except Exception as error:
@@ -150,7 +176,7 @@ def _read(path: Path) -> bytes:
 
 
 def _check_header(image, where: str) -> None:
-    _check_size(image.width, image.height, where)
+    _check_size(image.width, image.height, where, WEBP_PIXEL_LIMIT if image.format == "WEBP" else PIXEL_LIMIT)
     if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
         raise InputError(
             "This image is animated",
@@ -159,33 +185,54 @@ def _check_header(image, where: str) -> None:
         )
 
 
-def _check_size(width: int, height: int, where: str) -> None:
-    if width * height > PIXEL_LIMIT:
-        raise _too_large(where, f"{width}x{height}")
+def check_aspect(height: int, width: int, where: str = "image") -> None:
+    """Raise InputError for sides whose ratio no encoder takes."""
+    if max(height, width) > ASPECT_LIMIT * min(height, width):
+        raise InputError(
+            "The image's aspect ratio is too large",
+            where=f"{where}: expected sides within {ASPECT_LIMIT} to 1, got {width}x{height}",
+            fix="crop the image",
+        )
+
+
+def _check_size(width: int, height: int, where: str, limit: int = PIXEL_LIMIT) -> None:
+    if width * height > limit:
+        raise _too_large(where, f"{width}x{height}", limit)
     if min(width, height) < MIN_SIDE_PIXELS:
         raise InputError(
             "This image is too small",
             where=f"{where}: expected at least {MIN_SIDE_PIXELS} pixels per side, got {width}x{height}",
             fix="use a larger image",
         )
+    check_aspect(height, width, where)
 
 
 def _rgb_from_image(image, where: str) -> np.ndarray:
-    from PIL import Image
-
+    """Convert in strips of rows: whole copies of a large image would take a gigabyte."""
     image.load()
-    if image.mode.startswith("I;16"):
-        return _rgb_from_grey16(np.asarray(image), image.info.get("transparency"))
-    if image.mode in _ALPHA_MODES or image.mode in _PLAIN_MODES and "transparency" in image.info:
-        image = image.convert("RGBA")
-        return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image))[..., :3].copy()
-    if image.mode not in _PLAIN_MODES:
+    if image.mode not in (*_GREY16_MODES, *_ALPHA_MODES, *_PLAIN_MODES):
         raise InputError(
             "This image mode is not supported",
             where=f"{where}: expected grey, RGB, palette or CMYK, got {image.mode}",
             fix="save the image as 8-bit RGB",
         )
-    return np.array(image.convert("RGB"))
+    rgb = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb[top : top + rows] = _rgb_from_strip(strip)
+    return rgb
+
+
+def _rgb_from_strip(image) -> np.ndarray:
+    from PIL import Image
+
+    if image.mode in _GREY16_MODES:
+        return _rgb_from_grey16(np.asarray(image), image.info.get("transparency"))
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image))[..., :3]
+    return np.asarray(image.convert("RGB"))
 
 
 def _rgb_from_grey16(grey: np.ndarray, transparent: int | None) -> np.ndarray:
@@ -217,9 +264,9 @@ def _guess(data: bytes, error: Exception) -> str:
     return known or f"something else ({type(error).__name__})"
 
 
-def _too_large(where: str, got: str) -> InputError:
+def _too_large(where: str, got: str, limit: int = PIXEL_LIMIT) -> InputError:
     return InputError(
         "This image is too large",
-        where=f"{where}: expected at most {PIXEL_LIMIT} pixels, got {got}",
+        where=f"{where}: expected at most {limit} pixels, got {got}",
         fix="scale the image down",
     )

@@ -14,13 +14,15 @@ import numpy as np
 
 from ..bundle.bfloat16 import bf16_rounded
 from ..bundle.manifest import ModelSpec, VisionSpec
-from ..errors import InputError, ParityError, UsageError
+from ..errors import ParityError, UsageError
+from .image_io import STRIP_PIXELS, check_aspect
+from .prompt import check_length
 
 MIN_PIXELS = 28 * 28 * 16  # the release's default limits of the vision encoder's input
 MAX_PIXELS = 28 * 28 * 576
 ASK_MIN_PIXELS = 4 * 28 * 28  # the limits of the first of the two resizes of `ask`
 ASK_MAX_PIXELS = 16384 * 28 * 28
-ASPECT_LIMIT = 200
+LARGE_PIXELS = 16_000_000  # an image that is resized in strips
 ROPE_THETA = 10_000.0
 
 
@@ -70,6 +72,7 @@ def edit_inputs(
     [1, 3, R, R] in [-1, 1]. Raises InputError.
     """
     check_pixel_limits(min_pixels=min_pixels, max_pixels=max_pixels, factor=_factor(model.vision))
+    check_aspect(*image.shape[:2])
     image = _at_least(image, _factor(model.vision))
     square = _resized(image, model.image_size, model.image_size, "BILINEAR")
     half = np.float32(0.5)
@@ -81,12 +84,14 @@ def edit_inputs(
 def vision_inputs(image: np.ndarray, model: ModelSpec, *, min_pixels: int, max_pixels: int) -> VisionInputs:
     """Resize an image, uint8 [H, W, 3], to multiples of patch x merge and cut it into patches.
 
-    Raises InputError.
+    Raises InputError, also for more patches than a prompt can hold.
     """
     vision = model.vision
     height, width = smart_size(
         *image.shape[:2], factor=_factor(vision), min_pixels=min_pixels, max_pixels=max_pixels
     )
+    tokens = height * width // _factor(vision) ** 2
+    check_length(text=0, image=tokens, new=0, limit_tokens=model.max_positions)
     pixels = patches_from_image(_resized(image, height, width, "BICUBIC"), vision)
     grid_h, grid_w = height // vision.patch_size, width // vision.patch_size
     rows, columns = patch_coordinates(vision, grid_h=grid_h, grid_w=grid_w)
@@ -106,12 +111,7 @@ def smart_size(height: int, width: int, *, factor: int, min_pixels: int, max_pix
 
     Raises InputError.
     """
-    if max(height, width) > ASPECT_LIMIT * min(height, width):
-        raise InputError(
-            "The image's aspect ratio is too large",
-            where=f"image: expected sides within {ASPECT_LIMIT} to 1, got {width}x{height}",
-            fix="crop the image",
-        )
+    check_aspect(height, width)
     h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
     if h * w > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
@@ -217,6 +217,19 @@ def _at_least(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def _resized(image: np.ndarray, height: int, width: int, filter_name: str) -> np.ndarray:
+    """Resize an image with Pillow.
+
+    A large one is never copied whole: it is resized across in strips of rows, and then down, as Pillow does
+    itself except where that takes longer. Then a value may be rounded otherwise.
+    """
     from PIL import Image
 
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[filter_name]))
+    resampling, (old_height, old_width, _) = Image.Resampling[filter_name], image.shape
+    if old_height * old_width <= LARGE_PIXELS:
+        return np.asarray(Image.fromarray(image).resize((width, height), resampling))
+    across = Image.new("RGB", (width, old_height))
+    rows = max(1, STRIP_PIXELS // old_width)
+    for top in range(0, old_height, rows):
+        strip = Image.fromarray(image[top : top + rows])
+        across.paste(strip.resize((width, strip.height), resampling), (0, top))
+    return np.asarray(across.resize((width, height), resampling))

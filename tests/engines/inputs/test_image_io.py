@@ -3,22 +3,28 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from engines.errors import InputError
+from engines.inputs import image_io
 from engines.inputs.image_io import (
     bytes_from_image,
     check_image,
     checked_image,
     image_from_bytes,
+    image_from_pillow,
     read_image,
     write_image,
 )
 
+ROOT = Path(__file__).parents[3]
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 10, 3), dtype=np.uint8)
 
@@ -229,3 +235,68 @@ def test_arrays_that_are_no_images_are_refused():
 def test_a_image_that_cannot_be_written_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         write_image(tmp_path / "absent" / "x.png", RGB)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "PA", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I;16B"])
+def test_an_image_that_is_converted_in_strips_is_the_whole_one_turned(mode, monkeypatch):
+    rng = np.random.default_rng(0)
+    if mode.startswith("I;16"):
+        image = Image.frombytes(mode, (23, 17), rng.bytes(23 * 17 * 2))
+    else:
+        drawn = Image.fromarray(rng.integers(0, 256, (17, 23, 4), dtype=np.uint8), "RGBA")
+        kept = drawn if mode in ("RGBA", "LA") else drawn.convert("RGB")
+        image = kept.convert("P").convert("PA") if mode == "PA" else kept.convert(mode)
+    whole = image_from_pillow(image, where="image")
+    monkeypatch.setattr(image_io, "STRIP_PIXELS", 60)
+    for orientation in range(1, 9):
+        image.getexif()[0x0112] = orientation
+        upright = Image.fromarray(whole)
+        upright.getexif()[0x0112] = orientation
+        turned = ImageOps.exif_transpose(upright)
+        found = image_from_pillow(image, where="image")
+        assert found.flags.c_contiguous
+        np.testing.assert_array_equal(found, np.asarray(turned))
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from engines.errors import InputError
+from engines.inputs.image_io import read_image
+from engines.inputs.preprocess import ask_inputs, edit_inputs
+from tests.helpers.tiny_bundle import MODEL
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024
+
+before = peak()
+for prepare in (ask_inputs, edit_inputs):
+    try:
+        prepare(read_image(sys.argv[1]), MODEL)
+    except InputError as error:
+        print(error.what)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is not known")
+@pytest.mark.parametrize(
+    "kind, size, said",
+    [
+        ("JPEG", (9000, 7000), []),
+        ("PNG", (30_000_000, 2), ["The image's aspect ratio is too large"] * 2),
+        ("WEBP", (5100, 4000), ["This image is too large"] * 2),
+    ],
+)
+def test_the_largest_images_take_their_pixels_and_little_more(tmp_path, kind, size, said):
+    options = {"PNG": {"compress_level": 1}, "WEBP": {"method": 0}, "JPEG": {}}[kind]
+    Image.new("RGB", size, "teal").save(tmp_path / "x", kind, **options)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "x"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    *told, grown = done.stdout.splitlines()
+    limit = 3 * size[0] * size[1] + (tmp_path / "x").stat().st_size + (256 << 20)
+    assert told == said and int(grown) < limit, f"{int(grown) >> 20} of {limit >> 20} MiB"

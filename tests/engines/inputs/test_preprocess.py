@@ -6,6 +6,7 @@ import torch
 
 from engines.bundle.bfloat16 import bf16_rounded
 from engines.errors import InputError, ParityError, UsageError
+from engines.inputs import preprocess
 from engines.inputs.preprocess import (
     ask_inputs,
     check_pixel_limits,
@@ -148,3 +149,16 @@ def test_decoded_images_are_clipped_and_truncated(official):
 def test_a_decoded_image_that_is_not_finite_is_refused():
     with pytest.raises(ParityError, match="got 1 that are not"):
         images_from_decoded(np.array([0, np.nan, 1], np.float32).reshape(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("size", [(40, 30, 17, 11), (30, 40, 9, 20), (31, 29, 31, 10), (30, 30, 30, 30)])
+def test_a_large_image_is_resized_in_strips_to_the_same(size, monkeypatch):
+    height, width, *wanted = size
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for name in ("BICUBIC", "BILINEAR"):
+        whole = preprocess._resized(image, *wanted, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(preprocess, "LARGE_PIXELS", 1)
+            patch.setattr(preprocess, "STRIP_PIXELS", 100)
+            strips = preprocess._resized(np.rot90(np.rot90(image, -1)), *wanted, name)
+        assert np.abs(whole.astype(int) - strips).max() <= 1 and strips.shape == whole.shape
