@@ -265,3 +265,33 @@ def test_without_nvrtc_the_host_advances_and_says_why(cuda, monkeypatch):
     loop, _ = loop_on(cuda)
     assert loop.on_device is None and re.match("NVRTC is not installed", loop.on_host_because)
     assert drawn(loop, images=1).shape == (1, 12)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_what_the_device_cannot_do_the_host_does_on_the_same_sessions(cuda, window):
+    """Prompts of several lengths, a seed of each, and somebody who watches: the ids are those drawn alone."""
+    rng, lengths, seeds = np.random.default_rng(0), (5, 3), (SEED, 7)
+    prompts = [rng.standard_normal((2, length, H)).astype(np.float32) for length in lengths]
+    settings = {"guidance": 2.0, "top_k": IDS, "top_p": 1.0}
+
+    def places(rows: int, length: int) -> np.ndarray:
+        return np.ascontiguousarray(np.broadcast_to(np.arange(length), (3, rows, length)))
+
+    alone = []
+    for prompt, length, seed in zip(prompts, lengths, seeds):
+        loop, _ = loop_on(cuda, window=window)
+        alone.append(loop.draw(prompt, places(2, length), **settings, seed=seed)[0])
+        assert loop.on_device and loop.on_device.forwards
+    loop, _ = loop_on(cuda, images=2, window=window)
+    padded = np.concatenate([np.pad(p, ((0, 0), (0, 5 - p.shape[1]), (0, 0)), mode="edge") for p in prompts])
+    seen: list[int] = []
+    ids = loop.draw(
+        padded,
+        places(4, 5),
+        **settings,
+        seed=seeds,
+        lengths=np.array(lengths),
+        watch=lambda known, ids: seen.append(int(known.min())),
+    )
+    np.testing.assert_array_equal(ids, alone)
+    assert seen == sorted(seen) and seen[-1] == 12 and loop.on_device and not loop.on_device.forwards

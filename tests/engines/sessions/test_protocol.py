@@ -109,3 +109,19 @@ def test_the_first_of_several_that_cannot_be_opened_is_told_and_the_others_are_c
     with pytest.raises(InputError, match="image_head"):
         open_sessions(Bundle.open(mini_bundle), names, backend="onnxruntime")
     assert closed == ["base_ar", "token_embedding"]
+
+
+def test_the_record_of_a_plan_says_how_large_a_batch_may_be(monkeypatch):
+    from engines.sessions import plan_capacity, plan_rows
+    from engines.tensorrt.profiles import Limits, profiles_from_limits
+    from tests.helpers.fake_decoder import spec
+    from tests.helpers.tiny_bundle import MODEL
+
+    profiles = profiles_from_limits(spec(), MODEL, Limits(capacity_tokens=48, prefill_tokens=16, rows=6))
+    monkeypatch.setattr(
+        "engines.tensorrt.plan.plan_spec", lambda *_: (None, SimpleNamespace(profiles=profiles))
+    )
+    bundle = SimpleNamespace(component=lambda graph: spec())
+    assert plan_rows(bundle, "base_ar", backend="tensorrt:rtx-4090") == 6
+    assert plan_capacity(bundle, "base_ar", backend="tensorrt:rtx-4090") == 48
+    assert plan_rows(bundle, "base_ar", backend="onnxruntime") is None
