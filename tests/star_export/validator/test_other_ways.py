@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from engines.bundle.reader import Bundle
+from engines.fit.memory import task_memory
 from engines.progress import silent
 from engines.runtime import gumbel
 from engines.runtime.loaded import Loaded
@@ -16,7 +17,7 @@ from engines.runtime.star import Star
 from engines.runtime.windows import Windows
 from star_export.golden.tolerances import compute_of
 from star_export.validator import other_ways as other
-from star_export.validator import subject
+from star_export.validator import rungs, subject
 from star_export.validator.subject import Subject
 
 BACKEND = "onnxruntime-exact"
@@ -50,6 +51,19 @@ def test_a_large_model_is_loaded_in_turn(mini_bundle: Path, monkeypatch: pytest.
         assert budget and star.window == 4
         assert not {"vq_encoder", "vq_decoder"} <= set(star.loaded.open)  # held one after the other
     assert failing(mini_bundle) == set()
+
+
+@pytest.mark.parametrize("whole_runs", [other.other_ways, rungs.whole_runs])
+def test_whole_runs_are_left_out_where_they_would_take_nearly_all_memory(
+    mini_bundle: Path, monkeypatch: pytest.MonkeyPatch, whole_runs: Callable
+) -> None:
+    tried = Subject(Bundle.open(mini_bundle), BACKEND, "fp32")
+    with tried.star() as star:
+        use = star.loaded.use(rows=2, tokens=rungs.ROLLOUT_TOKENS, prompt_tokens=rungs.ROLLOUT_TOKENS)
+        held = task_memory(star.loaded.sizes, "generate", use).resident_bytes
+    monkeypatch.setattr(rungs, "free_memory", lambda backend: held * 6 // 5)
+    rows, note = whole_runs(tried, silent)
+    assert rows == [] and "left out: There is too little memory to run the decoders together" in note
 
 
 def accepts_every_guess(monkeypatch: pytest.MonkeyPatch) -> None:
