@@ -201,6 +201,7 @@ def main() -> int:
         f"memory: {warm / 1e6:.1f} MB after a minute, {memory[-1] / 1e6:.1f} MB at the end, "
         f"{max(memory) / 1e6:.1f} MB at most; grown by {growth / 1e6:.1f} MB"
     )
+    print("memory by the minute, in MB:", *(f"{size / 1e6:.0f}" for size in memory[::60]))
     print(f"open files at the end: {files}; exit code after SIGTERM: {code}")
     print(f"pictures asked for again and again: {len(load.images)}; faults: {len(load.faults)}")
     for fault in load.faults[:10]:

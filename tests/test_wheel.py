@@ -59,6 +59,7 @@ def test_the_wheel_holds_the_three_packages_and_no_tests(wheel: list[str]) -> No
         "engines/plugins/kv_attention.cuh",
         "engines/plugins/CMakeLists.txt",
         "engines/tensorrt/loop.cu",
+        "engines/serve/page.html",
         "star_export/calibration/prompts.txt",
     } <= set(wheel)
     assert {f"reference/release_configs/STAR_Qwen2.5-VL-{size}.json" for size in ("3B", "7B")} <= set(wheel)

@@ -7,6 +7,7 @@ and its own seed, so it is the same whatever it is drawn together with.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,10 @@ class Said:
     stopped: bool
 
 
+class _Warm(Exception):
+    """Ends the first draw."""
+
+
 class Together:
     """What a server asks of `star`, for one thread at a time."""
 
@@ -72,6 +77,27 @@ class Together:
         use = self.star.use("base_ar", rows=2 * images, length=1, tokens=self.model.image_tokens)
         names = ("token_embedding", "vision_encoder", "vq_encoder", *DRAW, "text_head", "vq_decoder")
         self.star.loaded.open_at_once(*names, use=use)
+
+    def warm_up(self, *, images: int) -> None:
+        """Take one step of the largest batch, and decode an image.
+
+        What is wrong shows before anyone asks, and executors have taken the memory that they keep.
+        """
+
+        def stop(known: np.ndarray, ids: Callable[[], np.ndarray]) -> None:
+            raise _Warm
+
+        settings = self.model.sampling.generate
+        with contextlib.suppress(_Warm):
+            self.draw(
+                [self.generation("warm up")] * images,
+                range(images),
+                guidance=settings.guidance,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                watch=stop,
+            )
+        self.images(np.zeros((1, self.model.image_tokens), np.int64))
 
     def generation(
         self,

@@ -178,7 +178,8 @@ class Scheduler:
                 window=request.window,
                 watch=lambda known, ids: self._watch(units, known, ids),
             )
-            images = self.model.images(drawn.image_ids)
+            # One by one: decoding takes more memory than drawing, and no less time for several at once.
+            images = [self.model.images(drawn.image_ids[i : i + 1])[0] for i in range(len(units))]
         except GivenUp:
             self.metrics.add("star_draws_given_up_total")
             for unit in units:

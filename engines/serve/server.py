@@ -54,6 +54,7 @@ def serve(star: Star, settings: ServeSettings, *, ready: Ready = lambda url, sto
         together = Together(star)
         images = min(settings.images, together.images_limit() or settings.images)
         together.load(images=images)
+        together.warm_up(images=images)
         return serve_model(
             together,
             star.model,

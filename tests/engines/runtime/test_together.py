@@ -81,5 +81,22 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_embedded(together):
         together.generation("cat " * together.model.max_positions)
 
 
+def test_warming_up_takes_one_step_of_the_largest_batch(together, monkeypatch):
+    steps, draw = [], together.draw
+
+    def drawing(prepared, seeds, **settings):
+        watch = settings.pop("watch")
+
+        def counting(known, ids):
+            steps.append(len(known))
+            watch(known, ids)
+
+        return draw(prepared, seeds, watch=counting, **settings)
+
+    monkeypatch.setattr(together, "draw", drawing)
+    together.warm_up(images=3)
+    assert steps == [3]
+
+
 def test_only_a_plan_limits_a_batch(together):
     assert together.images_limit() is None
