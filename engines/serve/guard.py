@@ -106,8 +106,7 @@ class Guard:
                 code="unknown_host",
             )
         origin = headers.get("origin")
-        own = {host, *self.hosts} if origin != "null" else set()
-        if origin is not None and _name(origin) not in own:
+        if origin is not None and not self._own(origin, headers.get("host", "")):
             raise Refused(
                 403,
                 "Pages of other sites may not ask here",
@@ -128,6 +127,12 @@ class Guard:
                 fix="give the key that the server was started with",
                 code="invalid_api_key",
             )
+
+    def _own(self, origin: str, host: str) -> bool:
+        """Whether a page of `origin` is this server's own: where a client addressed it, or a name that was
+        allowed."""
+        address = origin.partition("://")[2].lower()
+        return address == host.lower() or _name(origin) in self.settings.allowed_hosts
 
     def _told(self, scope: Scope, error: Exception) -> Refused:
         """What the client is told of an error; the log has the traceback of a bug of ours."""

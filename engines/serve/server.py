@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import math
 import signal
 import socket
@@ -38,6 +39,8 @@ from .waiting import Waiting
 
 KEEP_ALIVE_SECONDS = 15
 HEAD_LIMIT_BYTES = 32 << 10
+STALLED_LOOKS = 4
+LIBRARIES = ("uvicorn", "python_multipart")  # whose logs repeat ours
 GIVE_UP_SECONDS = 20.0  # for a step that was begun to end, after nobody waits any more
 
 
@@ -80,6 +83,9 @@ def serve_model(
     log = Log(as_json=settings.log_json, prompts=settings.log_prompts)
     metrics, waiting = Metrics(), Waiting(settings.queue)
     scheduler = Scheduler(model, waiting, metrics, images=settings.images, check=check, report=log.say)
+    for name in LIBRARIES:
+        logging.getLogger(name).addHandler(logging.NullHandler())
+        logging.getLogger(name).propagate = False
     with contextlib.closing(KeptFiles()) as files:
         endpoints = Endpoints(about, spec, settings, scheduler, files)
         server = _Server(application(endpoints, log=log, metrics=metrics), scheduler, settings)
@@ -159,11 +165,13 @@ def listen(settings: ServeSettings) -> socket.socket:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's protocol, which waits for the head of a request only so long."""
+    """uvicorn's protocol, which waits only so long for the head of a request, and for a client that takes
+    nothing of its answer."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._last: Any = None
+        self._unsent = self._stalled = 0  # bytes that wait at a look, and the looks since they became fewer
         self._timer = self.loop.call_later(limits.HEAD_SECONDS, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -173,9 +181,12 @@ class Protocol(H11Protocol):
     def _look(self) -> None:
         """Close a connection on which no request came since the last look and none is answered; while it
         may wait for one, uvicorn has a timer of its own."""
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and self.cycle is self._last and self.timeout_keep_alive_task is None:
-            self.transport.close()
+        unsent, before = self.transport.get_write_buffer_size(), self._unsent
+        self._unsent, self._stalled = unsent, self._stalled + 1 if unsent and unsent >= before else 0
+        idle = not unsent and (self.cycle is None or self.cycle.response_complete)
+        idle = idle and self.cycle is self._last and self.timeout_keep_alive_task is None
+        if idle or self._stalled > STALLED_LOOKS:
+            self.transport.abort()
             return
         self._last = self.cycle
         self._timer = self.loop.call_later(limits.HEAD_SECONDS, self._look)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pytest
 
 from engines.errors import MissingError, ParityError
 from engines.serve import settings
+from engines.serve.answers import ImageAnswer
 from engines.serve.refusals import Refused
 from tests.helpers.served import TOKENS, FakeModel, ask, events, serving
 
@@ -21,7 +23,7 @@ GENERATE, CHAT = "/v1/images/generations", "/v1/chat/completions"
 
 def number(server, name: str) -> float:
     lines = ask(server, "/metrics").data.decode().splitlines()
-    return float(next(line for line in lines if line.startswith(name + " ")).split()[1])
+    return float(next((line for line in lines if line.startswith(name + " ")), "none 0").split()[1])
 
 
 def until(condition, seconds: float = 10) -> None:
@@ -130,6 +132,22 @@ def test_200_clients_that_vanish_leave_nothing_behind():
         until(lambda: number(server, "star_waiting") + number(server, "star_drawing") == 0, 20)
         assert number(server, "star_bodies_bytes") == 0 and threading.active_count() <= threads + 8
         assert ask(server, GENERATE, {"prompt": "after"}).status == 200
+
+
+def test_a_client_that_takes_nothing_is_given_up(monkeypatch):
+    monkeypatch.setattr(settings, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(ImageAnswer, "item", lambda *_: {"b64_json": "a" * 30_000_000})
+    body = json.dumps({"prompt": "a"}).encode()
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving() as server, socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: number(server, "star_images_total") == 1)
+        time.sleep(1.5)
+        taken = 0
+        with contextlib.suppress(ConnectionError):
+            while data := connection.recv(1 << 20):
+                taken += len(data)
+        assert 0 < taken < 30_000_000
 
 
 def test_a_vanished_client_does_not_end_what_others_wait_for():
