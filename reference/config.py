@@ -25,6 +25,7 @@ from .base_config import (
     generation_from_json,
     section_from_file,
 )
+from .diffusion.config import DiffusionConfig, diffusion_from_folder
 from .special import SpecialIds, special_ids_from_tokenizer
 from .strict_json import Section
 
@@ -57,7 +58,7 @@ class VQConfig:
 @dataclass(frozen=True)
 class StarConfig:
     """The whole model. `eos_token_ids`, `repetition_penalty` and the `special` ids of prompts come from the
-    base model."""
+    base model. `diffusion` is None for a checkpoint that has no diffusion decoder, or is used without it."""
 
     name: str
     base_ar: DecoderConfig
@@ -70,10 +71,12 @@ class StarConfig:
     eos_token_ids: tuple[int, ...]
     repetition_penalty: float
     special: SpecialIds
+    diffusion: DiffusionConfig | None = None
 
 
-def config_from_files(star_json: Path, qwen_folder: Path) -> StarConfig:
-    """The model described by a release's JSON file and the folder of its base model.
+def config_from_files(star_json: Path, qwen_folder: Path, lumina_folder: Path | None = None) -> StarConfig:
+    """The model described by a release's JSON file and the folder of its base model; with a diffusion decoder
+    if there is a folder of Lumina-Image-2.0.
 
     Raises CheckpointError, naming the key, if the loader does not understand either file exactly or if the
     two disagree.
@@ -118,6 +121,9 @@ def config_from_files(star_json: Path, qwen_folder: Path) -> StarConfig:
         eos_token_ids=eos_token_ids,
         repetition_penalty=repetition_penalty,
         special=special_ids_from_tokenizer(qwen_folder / "tokenizer.json", vocab_size=vocab_size),
+        diffusion=diffusion_from_folder(lumina_folder, vq_channels=vq.codebook_dim)
+        if lumina_folder
+        else None,
     )
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .diffusion import mini as diffusion_mini
 from .mini_tensors import (
     CODEBOOK_DIM,
     CODEBOOK_SIZE,
@@ -61,8 +62,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_checkpoint(root: Path) -> None:
+def write_checkpoint(root: Path, *, diffusion: bool = False) -> None:
     """Write the checkpoint into the folder `root`, which is created if necessary. Needs tokenizers.
+
+    `diffusion` adds the miniature of the diffusion decoder.
 
     All files are written to a temporary folder inside it and then moved to their names, the configuration
     last. Files from an earlier call are replaced by the same bytes.
@@ -70,15 +73,15 @@ def write_checkpoint(root: Path) -> None:
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as staged:
-        write_files(Path(staged))
+        write_files(Path(staged), diffusion=diffusion)
         written = [path for path in Path(staged).rglob("*") if path.is_file()]
         for path in sorted(written, key=lambda path: path.name == "STAR-mini.json"):
             final = root / path.relative_to(staged)
-            final.parent.mkdir(exist_ok=True)
+            final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, final)
 
 
-def write_files(root: Path) -> None:
+def write_files(root: Path, *, diffusion: bool) -> None:
     import torch
 
     qwen = root / "Qwen2.5-VL-mini"
@@ -89,9 +92,13 @@ def write_files(root: Path) -> None:
     star, vq = ({name: torch.from_numpy(array) for name, array in arrays.items()} for arrays in state_dicts())
     write_shards({name.removeprefix("llm."): t for name, t in star.items() if name.startswith("llm.")}, qwen)
     trained = {name: t for name, t in star.items() if not name.startswith("llm.")}
+    settings = star_json()
+    if diffusion:
+        trained |= diffusion_mini.write_folder(root, vq_channels=CODEBOOK_DIM)
+        settings["pixel_decoder"] = {"model_name": "LUMINA2", "model_path": diffusion_mini.FOLDER}
     torch.save({"state_dict": trained}, root / "STAR-mini.pt")
     torch.save(vq, root / "VQ-Model.pt")
-    write_json(root / "STAR-mini.json", star_json())
+    write_json(root / "STAR-mini.json", settings)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import StarConfig
 from .decoder import Decoder, kv_cache_attention
+from .diffusion.model import diffusion_parts
 from .layers import rotate_half
 from .vision import VisionEncoder
 from .vq import VQDecoder, VQEncoder
@@ -46,6 +47,10 @@ class Star(nn.Module):
         self.stacked_ar = Decoder(config.stacked_ar, rope_bf16=rope_bf16, attention=attention, rotate=rotate)
         self.text_head = nn.Linear(hidden_size, config.vocab_size, bias=False)
         self.image_head = nn.Linear(hidden_size, vq.codebook_size)
+        if config.diffusion:
+            parts = diffusion_parts(config.diffusion, rope_bf16=rope_bf16, rotate=rotate)
+            for name, part in parts.items():
+                self.add_module(name, part)
         self.tie_text_head()
 
     def tie_text_head(self) -> None:
@@ -63,8 +68,9 @@ class Star(nn.Module):
         the meta device."""
         return {
             f"{name}.rotary.{key}": value
-            for name, decoder in (("base_ar", self.base_ar), ("stacked_ar", self.stacked_ar))
-            for key, value in decoder.rotary.constants().items()
+            for name, component in self.named_children()
+            if hasattr(component, "rotary")
+            for key, value in component.rotary.constants().items()
         }
 
 

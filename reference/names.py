@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 
 from .config import StarConfig
+from .diffusion.names import DIT, DIT_PREFIXES, FOLDER_PREFIXES, is_unused
 from .model import Star
 
 BASE_PREFIXES = {
@@ -38,7 +39,8 @@ VQ_PREFIXES = {
 }
 PREFIXES = {"base": BASE_PREFIXES, "trained": TRAINED_PREFIXES, "vq": VQ_PREFIXES}
 
-# part (base, trained, vq) -> release name -> (our name, stored shape, our shape)
+# part -> release name -> (our name, stored shape, our shape). The parts are base, trained and vq, and of a
+# diffusion decoder vae and text_encoder.
 Expected = dict[str, dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]]
 
 NEWER_PREFIXES = {  # transformers 5.x -> 4.51
@@ -50,6 +52,13 @@ NEWER_PREFIXES = {  # transformers 5.x -> 4.51
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 # The release's files hold these too, but the model does not use them.
 SET_ASIDE = ("diffusion_decoder.", "quantize.codebook_used")
+
+
+def is_set_aside(name: str, part: str, config: StarConfig) -> bool:
+    """Whether the model does not use a part's tensor of this release name, which it may hold."""
+    if part == "text_encoder" and config.diffusion:
+        return is_unused(name, config.diffusion)
+    return name.startswith(SET_ASIDE) and not (config.diffusion and name.startswith(DIT))
 
 
 def wrapper_of(stored: Iterable[str]) -> str:
@@ -73,6 +82,13 @@ def replace_prefix(name: str, prefixes: dict[str, str]) -> str | None:
     return None
 
 
+def prefixes_of(config: StarConfig) -> dict[str, dict[str, str]]:
+    """Part -> the release's prefixes of its names -> ours."""
+    if config.diffusion is None:
+        return PREFIXES
+    return PREFIXES | FOLDER_PREFIXES | {"trained": TRAINED_PREFIXES | DIT_PREFIXES}
+
+
 def aliases(config: StarConfig) -> dict[str, str]:
     """Names in `Star.state_dict()` that share another name's tensor -> that other name."""
     shared = {
@@ -83,8 +99,7 @@ def aliases(config: StarConfig) -> dict[str, str]:
 
 
 def expected_tensors(config: StarConfig) -> Expected:
-    """The tensors that the files must hold: part (base, trained, vq) -> release name -> (our name, stored
-    shape, our shape)."""
+    """The tensors that the files must hold: part -> release name -> (our name, stored shape, our shape)."""
     with torch.device("meta"):
         ours = {name: tuple(tensor.shape) for name, tensor in Star(config).state_dict().items()}
     for name in aliases(config):
@@ -94,7 +109,7 @@ def expected_tensors(config: StarConfig) -> Expected:
     # The release stores a Conv3d, which is a linear layer on flattened patches here.
     stored_shapes = ours | {"vision_encoder.patch_embed.weight": patch_shape}
     found: Expected = {}
-    for part, prefixes in PREFIXES.items():
+    for part, prefixes in prefixes_of(config).items():
         backwards = {ours_prefix: release_prefix for release_prefix, ours_prefix in prefixes.items()}
         named = {name: replace_prefix(name, backwards) for name in ours}
         found[part] = {

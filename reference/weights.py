@@ -16,11 +16,13 @@ import torch
 
 from .config import StarConfig, config_from_files
 from .containers import LazyTensor, tensors_from_pt, tensors_from_safetensors
+from .diffusion.names import DIT
 from .errors import CheckpointError
 from .hub import commits_of, is_hub_id, snapshot
 from .model import Star
-from .names import SET_ASIDE, aliases, expected_tensors, release_name, wrapper_of
+from .names import aliases, expected_tensors, is_set_aside, release_name, wrapper_of
 from .releases import RELEASES, find_parts, find_release, silent
+from .shards import tensors_from_folder
 from .strict_json import Section, read_object
 
 LOADED_DTYPES = {  # stored -> loaded
@@ -29,6 +31,7 @@ LOADED_DTYPES = {  # stored -> loaded
     torch.bfloat16: torch.bfloat16,
     torch.float16: torch.float16,
 }
+VAE_FILE = "diffusion_pytorch_model.safetensors"
 GIVE_STAR, GIVE_VQ = "give the file with --checkpoint", "give the file with --vq"
 HEAD = "lm_head.weight"  # the base model's, under all its names of it
 TOLD = 10  # differences that one error names
@@ -37,17 +40,23 @@ SHIPPED = {"nano": Path(__file__).parent / "nano" / "weights"}  # source -> a ch
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The paths of a checkpoint's four parts."""
+    """The paths of a checkpoint's four parts, and of its diffusion decoder's folder if that is used."""
 
     config_json: Path
     star_pt: Path
     qwen_folder: Path
     vq_pt: Path
+    lumina_folder: Path | None = None
 
     @property
     def commits(self) -> dict[str, str]:
         """Repository -> commit of the parts that come from the hub."""
-        return commits_of((self.config_json, self.star_pt, self.qwen_folder, self.vq_pt))
+        parts = (self.config_json, self.star_pt, self.qwen_folder, self.vq_pt, self.lumina_folder)
+        return commits_of(tuple(part for part in parts if part))
+
+    def config(self) -> StarConfig:
+        """The model that the files describe. Raises CheckpointError as `config_from_files` does."""
+        return config_from_files(self.config_json, self.qwen_folder, self.lumina_folder)
 
 
 def resolve_checkpoint(
@@ -56,6 +65,7 @@ def resolve_checkpoint(
     checkpoint: str | Path | None = None,
     base: str | Path | None = None,
     vq: str | Path | None = None,
+    lumina: str | Path | None = None,
     from_folder: str | Path | None = None,
     revision: str | None = None,
     progress: Callable[[str, int, int], None] = silent,
@@ -65,15 +75,17 @@ def resolve_checkpoint(
     `source` is `star-3b` or `star-7b` (the releases, downloaded to the hub's cache as far as `from_folder`
     and the cache do not hold them), a folder in the release layout, the release's config JSON, `nano`
     (STAR-Nano, which is part of this package; a folder of that name is `./nano`), or a hub id (`owner/name`).
-    `checkpoint` (STAR-*.pt), `base` (Qwen's folder) and `vq` (VQ-Model.pt), each a path or a hub id, replace
-    a part of a release, or what is found beside the JSON or under the paths that it states. `revision` is a
-    branch, tag or commit of the one hub id among these. Raises CheckpointError naming what was not found, and
-    where, and as `find_parts` does.
+    `checkpoint` (STAR-*.pt), `base` (Qwen's folder), `vq` (VQ-Model.pt) and `lumina` (the diffusion decoder's
+    folder), each a path or a hub id, replace a part of a release, or what is found beside the JSON or under
+    the paths that it states. A checkpoint without a diffusion decoder's folder is used without it. `revision`
+    is a branch, tag or commit of the one hub id among these. Raises CheckpointError naming what was not
+    found, and where, and as `find_parts` does.
     """
     if revision:
-        check_revision(revision, source, checkpoint, base, vq)
+        check_revision(revision, source, checkpoint, base, vq, lumina)
     given_star = file_in(local(checkpoint, revision), "STAR*.pt", fix=GIVE_STAR) if checkpoint else None
     given_base = local(base, revision) if base else None
+    given_lumina = local(lumina, revision) if lumina else None
     given_vq = file_in(local(vq, revision), "VQ*.pt", fix=GIVE_VQ) if vq else None
     if release := find_release(source):
         wanted = [p for p, path in zip(release.parts, (given_star, given_vq, given_base)) if path is None]
@@ -83,6 +95,7 @@ def resolve_checkpoint(
             star_pt=given_star or found[release.star],
             qwen_folder=given_base or found[release.base],
             vq_pt=given_vq or found[release.vq],
+            lumina_folder=given_lumina,
         )
     if from_folder:
         raise CheckpointError(
@@ -101,6 +114,7 @@ def resolve_checkpoint(
         qwen_folder=given_base or stated(values.section("language_model"), flag="--base"),
         vq_pt=given_vq
         or file_in(stated(values.section("pixel_encoder"), flag="--vq"), "VQ*.pt", fix=GIVE_VQ),
+        lumina_folder=given_lumina or stated_lumina(values),
     )
 
 
@@ -149,13 +163,9 @@ def file_in(place: Path, pattern: str, *, fix: str) -> Path:
 def stated(section: Section, *, flag: str) -> Path:
     """The file or folder that `model_path` refers to.
 
-    It lies beside the JSON under its last name, or under the stated path relative to the JSON's folder or one
-    of the two folders above it, as in a clone of the release's repository.
+    Raises CheckpointError where it lies in none of its places.
     """
-    stated_path, folder = Path(section.text("model_path")), section.source.absolute().parent
-    candidates = [folder / stated_path.name]
-    if not stated_path.is_absolute() and ".." not in stated_path.parts:
-        candidates += [parent / stated_path for parent in [folder, *folder.parents[:2]]]
+    candidates = places_of(section)
     for candidate in candidates:
         if candidate.exists():
             return candidate
@@ -164,6 +174,26 @@ def stated(section: Section, *, flag: str) -> Path:
         where=f"{section.source}: looked for " + ", ".join(dict.fromkeys(map(str, candidates))),
         fix=f"put it there, or give a path or hub id with {flag}",
     )
+
+
+def places_of(section: Section) -> list[Path]:
+    """Where what `model_path` refers to may lie: beside the JSON under its last name, or under the stated
+    path relative to the JSON's folder or one of the two folders above it, as in a clone of the release's
+    repository."""
+    stated_path, folder = Path(section.text("model_path")), section.source.absolute().parent
+    candidates = [folder / stated_path.name]
+    if not stated_path.is_absolute() and ".." not in stated_path.parts:
+        candidates += [parent / stated_path for parent in [folder, *folder.parents[:2]]]
+    return candidates
+
+
+def stated_lumina(values: Section) -> Path | None:
+    """The folder of the diffusion decoder that `pixel_decoder` refers to; None where there is none."""
+    if "pixel_decoder" not in values:
+        return None
+    section = values.section("pixel_decoder")
+    section.text("model_name", choices=("LUMINA2",))
+    return next((place for place in places_of(section) if place.is_dir()), None)
 
 
 def load_star(
@@ -178,7 +208,7 @@ def load_star(
     Weights that are stored in `dtype` already stay memory-mapped on the CPU. Raises CheckpointError as
     `named_tensors` does.
     """
-    config = config_from_files(files.config_json, files.qwen_folder)
+    config = files.config()
     tensors = named_tensors(files, config)
     with torch.device("meta"):
         star = Star(config, rope_bf16=rope_bf16)
@@ -208,6 +238,10 @@ def named_tensors(
         "vq": tensors_from_pt(files.vq_pt),
     }
     places = {"base": files.qwen_folder, "trained": files.star_pt, "vq": files.vq_pt}
+    if config.diffusion and (lumina := files.lumina_folder):
+        places |= {"vae": lumina / "vae", "text_encoder": lumina / "text_encoder"}
+        stored["vae"] = tensors_from_safetensors(places["vae"] / VAE_FILE)
+        stored["text_encoder"] = tensors_from_folder(places["text_encoder"])
     head = stored["base"].pop(HEAD, None) if config.tie_word_embeddings else None
     found: dict[str, LazyTensor] = {}
     differences: list[str] = []
@@ -216,7 +250,7 @@ def named_tensors(
         wrapper = "" if part == "base" else wrapper_of(stored[part])
         for stored_name, lazy in stored[part].items():
             name = stored_name.removeprefix(wrapper)
-            if name.startswith(SET_ASIDE):
+            if is_set_aside(name, part, config):
                 continue
             if (release := release_name(name)) in named:
                 differences.append(
@@ -235,11 +269,19 @@ def named_tensors(
             f"the checkpoint does not match its configuration: {len(differences)} tensors differ",
             where="; ".join(differences[:TOLD]) + more,
             fix="use weights and configuration of the same release: "
-            f"{files.config_json.name} describes {config.name}",
+            f"{files.config_json.name} describes {config.name}"
+            + without_diffusion(stored["trained"], config),
         )
     if head and not headers_only:
         check_tied(head, found["token_embedding.weight"])
     return found | {alias: found[name] for alias, name in aliases(config).items()}
+
+
+def without_diffusion(trained: dict[str, LazyTensor], config: StarConfig) -> str:
+    """What to say of a STAR file that lacks the diffusion decoder which is asked for; else nothing."""
+    if config.diffusion is None or any(DIT in name for name in trained):
+        return ""
+    return "; this STAR file holds no diffusion decoder: use it without the folder of Lumina-Image-2.0"
 
 
 def compare(named: dict[str, LazyTensor], expected: dict) -> list[str]:
@@ -271,44 +313,3 @@ def check_tied(head: LazyTensor, embedding: LazyTensor) -> None:
             "(tie_word_embeddings of config.json), got others",
             fix="set tie_word_embeddings to false if the text head was trained, or leave it out",
         )
-
-
-def tensors_from_folder(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of a base model: the shards of its index, or a single model.safetensors."""
-    index_json, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index_json.exists():
-        if not single.exists() and (pickles := sorted(folder.glob("*.bin"))):
-            raise CheckpointError(
-                "pickle files are not supported here",
-                where=f"{pickles[0]}: expected model.safetensors or its index",
-                fix="use the safetensors of the release, or convert it with safetensors.torch.save_file",
-            )
-        return tensors_from_safetensors(single)
-    index = Section(read_object(index_json), source=index_json)
-    weight_map = index.section("weight_map")
-    index.finish(unused=frozenset({"metadata"}))
-    shard_of = {name: weight_map.text(name) for name in weight_map.values}
-    tensors: dict[str, LazyTensor] = {}
-    for shard in sorted(set(shard_of.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                "the index has an invalid shard name",
-                where=f"{index_json}: expected a .safetensors beside the index, got {shard[:120]!r}",
-                fix="use the unmodified index of the release",
-            )
-        for name, lazy in tensors_from_safetensors(folder / shard).items():
-            if shard_of.get(name) != shard:
-                raise CheckpointError(
-                    "the index and the shards disagree",
-                    where=f"{folder / shard}: {name[:120]}: the index says {shard_of.get(name, 'nothing')}",
-                    fix="download the index and the shards of the same revision",
-                )
-            tensors[name] = lazy
-    for name, shard in shard_of.items():
-        if name not in tensors:
-            raise CheckpointError(
-                "the index and the shards disagree",
-                where=f"{index_json}: {name[:120]}: expected in {shard}, but it is not there",
-                fix="download the index and the shards of the same revision",
-            )
-    return tensors

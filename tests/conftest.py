@@ -61,6 +61,16 @@ def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def diffusion_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the miniature checkpoint with its diffusion decoder: read it, never write into it."""
+    from reference.mini import write_checkpoint
+
+    root = tmp_path_factory.mktemp("checkpoint") / "diffusion"
+    write_checkpoint(root, diffusion=True)
+    return root
+
+
+@pytest.fixture(scope="session")
 def bundle_of(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """precision -> bundle of the miniature checkpoint,
     exported once per session: read it, never write into it."""

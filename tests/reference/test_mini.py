@@ -87,7 +87,7 @@ def test_an_interrupted_write_leaves_no_file_under_a_final_name(
 def test_the_configuration_gets_its_name_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it a folder is no checkpoint, so an interrupted move is noticed."""
 
-    def write_files(root: Path) -> None:
+    def write_files(root: Path, *, diffusion: bool) -> None:
         for name in ("A.pt", "STAR-mini.json", "VQ-Model.pt", "Qwen/config.json"):
             (root / name).parent.mkdir(exist_ok=True)
             (root / name).touch()
