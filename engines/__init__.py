@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bundle.reader import Bundle
     from .errors import InputError, MissingError, ParityError, StarError, UsageError
-    from .runtime.star import Answer, Images, Star
+    from .runtime.painting import Painting
+    from .runtime.results import Answer, Images
+    from .runtime.star import Star
     from .tensorrt.build import build_plans as build
 
 # ONNX Runtime 1.32 writes an id of the machine and a database of events under HOME at every run. It reads
@@ -21,8 +23,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Star": "runtime.star",
-    "Answer": "runtime.star",
-    "Images": "runtime.star",
+    "Answer": "runtime.results",
+    "Images": "runtime.results",
+    "Painting": "runtime.painting",
     "Bundle": "bundle.reader",
     "build": "tensorrt.build:build_plans",
     "StarError": "errors",
@@ -37,6 +40,7 @@ __all__ = [
     "Images",
     "InputError",
     "MissingError",
+    "Painting",
     "ParityError",
     "Star",
     "StarError",

@@ -24,10 +24,10 @@ def read_object(path: Path, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
     return object_from_bytes(read_small(path), where=str(path), max_values=max_values)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
     """The text of a small file in UTF-8. Raises CheckpointError for anything else."""
     try:
-        return read_small(path).decode("utf-8")
+        return read_small(path, max_bytes=max_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{path.name} is not text in UTF-8",
@@ -36,7 +36,7 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def read_small(path: Path) -> bytes:
+def read_small(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of a small file. Raises CheckpointError if it is none, too large or cannot be read."""
     try:
         if not path.is_file():  # a pipe would never end
@@ -46,10 +46,10 @@ def read_small(path: Path) -> bytes:
                 fix="check the path",
             )
         size = path.stat().st_size
-        if size > MAX_BYTES:
+        if size > max_bytes:
             raise CheckpointError(
                 f"{path.name} is too large for a small file of a checkpoint",
-                where=f"{path}: expected at most {MAX_BYTES} bytes, got {size}",
+                where=f"{path}: expected at most {max_bytes} bytes, got {size}",
                 fix=FIX,
             )
         return path.read_bytes()

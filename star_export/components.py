@@ -2,7 +2,8 @@
 
 A decoder may be stored in parts of consecutive layers; `Part` names one graph of a bundle.
 
-Axes: `N` images, `B` rows (2N under guidance), `S` new positions, `C` cache capacity, `P` vision patches.
+Axes: `N` images, `B` rows (2N under guidance), `S` new positions, `C` cache capacity, `P` vision patches; of
+the diffusion decoder `L` ids of a caption, `T` patches of an image, `Q` places along a side of a latent.
 Sizes that the model fixes come from its configuration. Float tensors cross a boundary in float32 in every
 precision; only the caches have the compute type.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 from engines.bundle.manifest import PART, TensorSpec
 from reference.config import DecoderConfig, StarConfig
+from reference.diffusion.config import TIME_FEATURES, DiffusionConfig
 
 TOP_K_LIMIT = 2048  # the candidates that `image_head` ranks; TensorRT's TopK accepts at most 3840
 PART_BYTES = 1 << 30  # a decoder whose weights take more is stored in parts
@@ -137,6 +139,58 @@ def _image_head(config: StarConfig, compute: str, layers: range | None):
     )
 
 
+def _codebook(config: StarConfig, compute: str, layers: range | None):
+    return (i64("image_ids", "N", "T"),), (f32("vq_embeds", "N", "T", config.vq.codebook_dim),)
+
+
+def _text_embedding(config: StarConfig, compute: str, layers: range | None):
+    size = diffusion_of(config).text_encoder.hidden_size
+    return (i64("input_ids", "B", "S"),), (f32("inputs_embeds", "B", "S", size),)
+
+
+def _text_encoder(config: StarConfig, compute: str, layers: range | None):
+    size = diffusion_of(config).text_encoder.hidden_size
+    return (
+        (f32("inputs_embeds", 1, "L", size), i64("position_ids", 1, "L")),
+        (f32("hidden_states", 1, "L", size),),
+    )
+
+
+def _dit(config: StarConfig, compute: str, layers: range | None):
+    dit = diffusion_of(config).dit
+    places, angles = dit.patch_size**2, dit.head_dim // 2
+    return (
+        (
+            f32("latents", "N", "T", places, dit.latent_channels),
+            f32("source", "N", "T", places, dit.latent_channels),
+            f32("vq_map", "N", "T", places, dit.vq_channels),
+            f32("caption", 1, "L", dit.caption_size),
+            f32("time", 1, TIME_FEATURES),
+            f32("caption_cos", "L", angles),
+            f32("caption_sin", "L", angles),
+            f32("image_cos", "2T", angles),
+            f32("image_sin", "2T", angles),
+        ),
+        (f32("velocity", "N", "T", places, dit.latent_channels),),
+    )
+
+
+def _vae_encoder(config: StarConfig, compute: str, layers: range | None):
+    channels = diffusion_of(config).vae.latent_channels
+    return (f32("image", "N", 3, "8Q", "8Q"),), (f32("moments", "N", 2 * channels, "Q", "Q"),)
+
+
+def _vae_decoder(config: StarConfig, compute: str, layers: range | None):
+    channels = diffusion_of(config).vae.latent_channels
+    return (f32("latents", "N", channels, "Q", "Q"),), (f32("image", "N", 3, "8Q", "8Q"),)
+
+
+def diffusion_of(config: StarConfig) -> DiffusionConfig:
+    """The configuration of the diffusion decoder, of a model that has one."""
+    assert config.diffusion, config.name
+    return config.diffusion
+
+
 COMPONENTS: dict[str, Component] = {
     "token_embedding": Component(
         "TokenEmbedding", _token_embedding, {"inputs_embeds": 0.0}, table="token_embedding.weight"
@@ -168,7 +222,21 @@ COMPONENTS: dict[str, Component] = {
     "image_head": Component(
         "ImageHead", _image_head, {"image_ids": 0.0, "inputs_embeds": 0.0, "logits": 2e-4}
     ),
+    "codebook": Component("Codebook", _codebook, {"vq_embeds": 0.0}, table="codebook.weight"),
+    "text_embedding": Component(
+        "TextEmbedding", _text_embedding, {"inputs_embeds": 0.0}, table="text_embedding.weight"
+    ),
+    "text_encoder": Component("TextEncoder", _text_encoder, {"hidden_states": 2e-4}),
+    "dit": Component("DiT", _dit, {"velocity": 2e-4}),
+    "vae_encoder": Component("VAEEncoder", _vae_encoder, {"moments": 2e-4}),
+    "vae_decoder": Component("VAEDecoder", _vae_decoder, {"image": 2e-4}),
 }
+DIFFUSION = ("codebook", "text_embedding", "text_encoder", "dit", "vae_encoder", "vae_decoder")
+
+
+def components_of(config: StarConfig) -> list[str]:
+    """The components of a model: those of the diffusion decoder only if it has one."""
+    return [name for name in COMPONENTS if config.diffusion or name not in DIFFUSION]
 
 
 def boundary(

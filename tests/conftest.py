@@ -16,7 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The first trace of a checkpoint takes longer than most files. Files that trace the same one run in one
 # process, which traces it once.
-TRACES_MINIATURE = re.compile(r"\b(mini_bundle|bundle_of|graph_from_config|traced_graph|export\(str\(mini)")
+TRACES_MINIATURE = re.compile(
+    r"\b(mini_bundle|diffusion_bundle|bundle_of|graph_from_config|traced_graph|export\(str\(mini)"
+)
 TRACES_NANO = (
     "validator/test_bisect_nano.py",
     "validator/test_nano.py",
@@ -86,6 +88,14 @@ def bundle_of(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
         return made[precision]
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def diffusion_bundle(diffusion_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the miniature with its diffusion decoder, in float32: read it, never write into it."""
+    from star_export.exporter.export import export
+
+    return export(str(diffusion_checkpoint), out=tmp_path_factory.mktemp("bundle") / "diffusion")
 
 
 @pytest.fixture(scope="session")

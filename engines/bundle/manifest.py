@@ -132,8 +132,27 @@ class SamplingSpecs:
 
 
 @dataclass(frozen=True)
+class DiffusionSpec:
+    """What numpy needs to paint with the diffusion decoder.
+
+    `axes` counts the dimensions of a head that turn with caption position, row and column. A latent has
+    `latent_channels` at 1/8 of an image's side and is `(z - latent_shift) * latent_scale` of what the VAE's
+    encoder finds. `time_shift` is the schedule's, and `bos` the id that a caption begins with.
+    """
+
+    axes: Annotated[tuple[int, int, int], Within(2, 4096)]
+    latent_channels: Few
+    vq_channels: Size
+    latent_scale: Annotated[float, Within(1e-6, 1e6)]
+    latent_shift: Annotated[float, Within(-1e6, 1e6)]
+    time_shift: Annotated[float, Within(1e-3, 1e3)]
+    bos: Id
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """The model as the runtime sees it. `image_size` in pixels, `max_positions` in tokens."""
+    """The model as the runtime sees it. `image_size` in pixels, `max_positions` in tokens; `diffusion` is
+    None without a diffusion decoder."""
 
     name: str
     hidden_size: Size
@@ -149,6 +168,7 @@ class ModelSpec:
     vision: VisionSpec
     cache: dict[str, CacheSpec]
     sampling: SamplingSpecs = SamplingSpecs()
+    diffusion: DiffusionSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,19 @@ TASKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "ask": (EMBED, ("vision_encoder",), ANSWER),
     "reason": (EMBED, ANSWER, DRAW, DECODE),
 }
+PAINT = (("codebook",), ("text_embedding", "text_encoder"), ("dit",), ("vae_decoder",))
+# The tasks of a bundle with a diffusion decoder: `generate` and `edit` with `--decoder diffusion`.
+PAINTED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "paint": (EMBED, DRAW, *PAINT),
+    "repaint": (*TASKS["edit"][:-1], ("vae_encoder",), *PAINT),
+}
 PROMPT_TOKENS = 64  # a sentence in the chat template; the templates of an edit are longer
 # Bytes that ONNX Runtime's CPU provider holds of a weight for each byte stored: on loading it widens 16-bit
 # weights to float32, those in fp8 and nvfp4, and all those of convolutions; with exact arithmetic also those
 # in int8 of a graph without int4.
 CPU_HELD = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 1, "int4": 1, "fp8": 4, "nvfp4": 7}
 CPU_HELD_WIDE = CPU_HELD | {"int8": 4, "int4": 8}
-CONVOLUTIONS = ("vq_encoder", "vq_decoder")
+CONVOLUTIONS = ("vq_encoder", "vq_decoder", "vae_encoder", "vae_decoder")
 IMAGE_WORKSPACE = 128  # estimate of the VQ model's working memory / bytes of an image in float32
 SCORES_WORKSPACE = 2  # attention scores of one layer that exist at a time, in float32
 
@@ -60,6 +66,11 @@ class TaskMemory:
     resident_bytes: int
     in_turn_bytes: int
     largest: tuple[str, ...]
+
+
+def tasks_of(sizes: Sizes) -> tuple[str, ...]:
+    """The tasks of a model: those that paint only if it has a diffusion decoder."""
+    return (*TASKS, *(PAINTED if "dit" in sizes.weights else ()))
 
 
 def weight_bytes(sizes: Sizes, component: str, *, on_cpu: bool, exact: bool = False) -> int:
@@ -99,7 +110,7 @@ def stage_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:
 
 def task_memory(sizes: Sizes, task: str, use: Use) -> TaskMemory:
     """What `task` takes resident and loaded in turn."""
-    stages = TASKS[task]
+    stages = (TASKS | PAINTED)[task]
     largest = max(stages, key=lambda stage: stage_bytes(sizes, stage, use))
     names = tuple(dict.fromkeys(name for stage in stages for name in stage))
     weights = sum(weight_bytes(sizes, name, on_cpu=use.on_cpu, exact=use.exact) for name in names)

@@ -1,4 +1,4 @@
-"""A bundle's tokenizer: loaded from its JSON, and never an error but ours.
+"""A bundle's tokenizers: loaded from its JSON, and never an error but ours.
 
 The library is written in Rust. Where its code panics, Python sees a PanicException, which is no Exception.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ..errors import InputError
 
-FIX = "use the tokenizer.json of Qwen2.5-VL; a bundle's comes with `star-export export`"
+FIX = "use the tokenizer.json of the model itself; a bundle's comes with `star-export export`"
 
 
 def tokenizer_from_json(text: str, *, where: str):
@@ -24,8 +24,11 @@ def tokenizer_from_json(text: str, *, where: str):
         return tokenizer
 
 
-def ids_from_text(tokenizer, text: str, *, where: str) -> list[int]:
-    """Encode `text` without adding special tokens. Raises InputError for text that is not valid Unicode."""
+def ids_from_text(tokenizer, text: str, *, where: str, with_special: bool = False) -> list[int]:
+    """Encode `text`, and add the special tokens around it only `with_special`.
+
+    Raises InputError for text that is not valid Unicode.
+    """
     try:
         text.encode()
     except UnicodeError:
@@ -35,7 +38,7 @@ def ids_from_text(tokenizer, text: str, *, where: str) -> list[int]:
             fix="write the prompt in UTF-8",
         ) from None
     with _refused("The tokenizer cannot encode this text", where):
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(text, add_special_tokens=with_special).ids
 
 
 def special_tokens(tokenizer, *, where: str) -> dict[int, str]:

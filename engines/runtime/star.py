@@ -6,8 +6,8 @@ Prompts and images become arrays, and components run in sessions of one backend,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_array
 from ..fit.memory import ANSWER, DRAW, Use
+from ..inputs.caption import Captions
 from ..inputs.image_io import GivenImage, checked_image
 from ..inputs.preprocess import (
     MAX_PIXELS,
@@ -32,28 +33,11 @@ from ..sessions import Session, check_backend, check_threads, run
 from .decode import ImageLoop, TextLoop
 from .gumbel import check_seed
 from .loaded import Loaded
+from .painter import Painter
+from .painting import Painting
+from .results import Answer, Images
 from .sampler import check_sampling
 from .settings import sampling_settings
-
-
-@dataclass(frozen=True)
-class Images:
-    """N drawn images: `image_ids` int64 [N, T] and `images` uint8 [N, R, R, 3].
-
-    `answer` is the base model's answer that was drawn in place of the prompt, or None.
-    """
-
-    image_ids: np.ndarray
-    images: np.ndarray
-    answer: str | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The `text` of an answer and its token `ids` int64 [n], including the id that ended it."""
-
-    text: str
-    ids: np.ndarray
 
 
 class Star:
@@ -66,8 +50,8 @@ class Star:
     threads the sessions of a CPU backend compute with, by default one per core.
 
     Raises InputError for an invalid bundle, and UsageError for an unknown backend, a window that is no number
-    of image tokens or a number of threads that is out of range. The first use raises
-    MissingError when the executor or device is missing, and a task when its memory is.
+    of image tokens or a number of threads that is out of range. The first use raises MissingError when the
+    executor or device is missing, and a task when its memory is.
     """
 
     def __init__(
@@ -116,13 +100,15 @@ class Star:
         greedy: bool = False,
         reason: bool = False,
         max_new_tokens: int = 256,
+        painting: Painting | None = None,
         progress: Progress = silent,
     ) -> Images:
         """Draw `num_images` images of `prompt` (docs/star.md 3.3).
 
         With `reason`, the base model first answers the prompt in at most `max_new_tokens`, and the answer is
         drawn (3.5). The same seed draws the same images; `greedy` takes the arg-max after guidance. `cfg`,
-        `top_k` and `top_p` default to the model's settings. Raises UsageError for settings out of range, and
+        `top_k` and `top_p` default to the model's settings. With a `painting`, the diffusion decoder paints
+        the image tokens. Raises UsageError for settings out of range, and
         InputError for a prompt that is empty or too long.
         """
         settings = sampling_settings(
@@ -136,15 +122,17 @@ class Star:
             num_images=num_images,
         )
         between("max_new_tokens", max_new_tokens, self.model.max_positions)
+        painter = self._painter(painting, prompt, seed=seed, num_images=num_images)
         answer = None
         if reason:
             least = self.loaded.use(rows=2 * num_images, tokens=self.model.image_tokens, prompt_tokens=1)
             self.loaded.check("reason", least)
             answer = self.answered(self.chat.question_prompt(prompt), max_new_tokens, progress).text
             drawn = self.chat.reason_prompt(prompt, answer, num_images=num_images)
+            painter = self._painter(painting, prompt, seed=seed, num_images=num_images, answer=answer)
         else:
             drawn = self.chat.generate_prompt(prompt, num_images=num_images)
-        return self._drawn(drawn, settings, progress, answer=answer)
+        return self._drawn(drawn, settings, progress, answer=answer, painter=painter)
 
     def edit(
         self,
@@ -158,6 +146,7 @@ class Star:
         greedy: bool = False,
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
+        painting: Painting | None = None,
         progress: Progress = silent,
     ) -> Images:
         """Edit `image`, a file, a Pillow image or uint8 [H, W, 3], as `instruction` says (docs/star.md 3.6).
@@ -174,11 +163,11 @@ class Star:
             greedy=greedy,
             num_images=1,
         )
-        vision, square = edit_inputs(
-            checked_image(image), self.model, min_pixels=min_pixels, max_pixels=max_pixels
-        )
+        given = checked_image(image)
+        painter = self._painter(painting, instruction, seed=seed, image=given)
+        vision, square = edit_inputs(given, self.model, min_pixels=min_pixels, max_pixels=max_pixels)
         prompt = self.chat.edit_prompt(instruction, grid_h=vision.grid_h, grid_w=vision.grid_w)
-        return self._drawn(prompt, settings, progress, vision=vision, square=square)
+        return self._drawn(prompt, settings, progress, vision=vision, square=square, painter=painter)
 
     def ask(
         self,
@@ -284,19 +273,32 @@ class Star:
         vision: VisionInputs | None = None,
         square: np.ndarray | None = None,
         answer: str | None = None,
+        painter: Painter | None = None,
     ) -> Images:
         rows, length = prompt.input_ids.shape
         seen = 0 if vision is None else vision.grid_h * vision.grid_w + self.model.image_tokens
-        new = self.model.image_tokens - 1
-        self.check_room("base_ar", "stacked_ar", text=length - seen, image=seen, new=new)
-        use = self.use("base_ar", rows=rows, length=length, tokens=self.model.image_tokens)
-        self.loaded.check("edit" if vision else "generate", use)
+        tokens = self.model.image_tokens
+        self.check_room("base_ar", "stacked_ar", text=length - seen, image=seen, new=tokens - 1)
+        use = self.use("base_ar", rows=rows, length=length, tokens=tokens)
+        names = ("repaint", "edit") if vision else ("paint", "generate")
+        self.loaded.check(names[0] if painter else names[1], use)
         self.loaded.open_at_once("token_embedding", *DRAW, use=use)
         embeds = self.embedded(prompt, vision=vision, square=square)
-        loop = self.image_loop(num_images=rows // 2, length=length, tokens=self.model.image_tokens)
+        loop = self.image_loop(num_images=rows // 2, length=length, tokens=tokens)
         ids = loop.draw(embeds, prompt.position_ids, **settings, progress=progress)
+        if painter:
+            return Images(ids, painter.paint(ids, progress), answer, painter.cut_tokens)
         decoded = run(self.session("vq_decoder"), {"image_ids": ids})["image"]
         return Images(ids, images_from_decoded(decoded), answer)
+
+    @functools.cached_property
+    def captions(self) -> Captions | None:
+        """The tokenizer of the diffusion decoder; None without one."""
+        return Captions.from_bundle(self.bundle)
+
+    def _painter(self, painting: Painting | None, prompt: str, **given: Any) -> Painter | None:
+        """What paints the image ids, checked before there are any; None where the VQ decoder draws."""
+        return Painter(self.loaded, self.captions, painting, prompt, **given) if painting else None
 
     def answered(
         self,

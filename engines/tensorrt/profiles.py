@@ -21,6 +21,8 @@ CAPACITY_TOKENS = (
 )
 ROWS, MAX_ROWS = 4, 256  # by default two images under guidance
 PREFILL_OPT, PATCHES_OPT = 64, 1024
+CAPTION_OPT, CAPTION_MAX = 64, 256  # ids that the diffusion decoder's text encoder reads
+SIDES = (8, 64, 128)  # of a latent: images of 64, 512 and 1024 pixels
 WINDOW_OPT, WINDOW_MAX = 16, 32  # tokens of an image that the image head draws in one step
 
 
@@ -86,13 +88,18 @@ def profiles_from_limits(spec: ComponentSpec, model: ModelSpec, limits: Limits) 
     """The profiles of one component: each axis from 1 (patches: one merged token) to what `limits` allows."""
     merged = model.vision.spatial_merge_size**2  # patches per token
     tokens, images, patches = limits.prefill_tokens, limits.rows // 2, merged * limits.prefill_tokens
-    axes = {
+    axes: dict[str, tuple[int, ...]] = {
         "B": (1, 2, limits.rows),
         "N": (1, 1, images),
         "S": (1, min(PREFILL_OPT, tokens), tokens),
         "P": (merged, min(PATCHES_OPT, patches), patches),
         CAPACITY: (limits.capacity_tokens,) * 3,
+        "L": (1, CAPTION_OPT, CAPTION_MAX),
+        "Q": SIDES,
+        "T": tuple((side // 2) ** 2 for side in SIDES),
     }
+    if "T" in axes_of(spec):  # a call of the diffusion transformer has the rows of one caption
+        axes["N"] = (1, 2, limits.rows)
     if unknown := sorted(axes_of(spec) - set(axes)):
         raise _refusal(spec.graph, f"axes of {', '.join(axes)}", unknown[0])
     if "S" not in axes_of(spec):
@@ -154,7 +161,7 @@ def fits(profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     )
 
 
-def _profile(name: str, spec: ComponentSpec, axes: Mapping[str, tuple[int, int, int]]) -> Profile:
+def _profile(name: str, spec: ComponentSpec, axes: Mapping[str, tuple[int, ...]]) -> Profile:
     ends = [{symbol: sizes[i] for symbol, sizes in axes.items()} for i in range(3)]
     return Profile(
         name, {t.name: Range(*(shape_from_symbols(t.shape, end) for end in ends)) for t in spec.inputs}

@@ -29,7 +29,7 @@ DIFFUSERS_UNUSED = frozenset({"_diffusers_version", "_name_or_path", "sample_siz
 TEXT_UNUSED = LIBRARY_UNUSED | frozenset(
     (
         *("attention_dropout", "final_logit_softcapping", "attn_logit_softcapping", "cache_implementation"),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "initializer_range", "use_cache"),
+        *("eos_token_id", "pad_token_id", "hidden_act", "initializer_range", "use_cache"),
         *("sliding_window", "layer_types", "tie_word_embeddings", "use_bidirectional_attention"),
     )
 )
@@ -106,12 +106,13 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The whole decoder. `time_shift` is the schedule's."""
+    """The whole decoder. `time_shift` is the schedule's, and `bos` the id that a caption begins with."""
 
     text_encoder: TextEncoderConfig
     dit: DiTConfig
     vae: VAEConfig
     time_shift: float
+    bos: int
 
 
 def diffusion_from_folder(folder: Path, *, vq_channels: int) -> DiffusionConfig:
@@ -121,7 +122,9 @@ def diffusion_from_folder(folder: Path, *, vq_channels: int) -> DiffusionConfig:
     its parts do not fit together.
     """
     check_pipeline(folder)
-    text_encoder = text_encoder_from_section(section_from_file(folder / "text_encoder" / "config.json"))
+    text = section_from_file(folder / "text_encoder" / "config.json")
+    bos = text.integer("bos_token_id", low=0, high=MAX_ROWS)
+    text_encoder = text_encoder_from_section(text)
     vae = vae_from_section(section_from_file(folder / "vae" / "config.json"))
     dit = dit_from_section(
         section_from_file(folder / "transformer" / "config.json"),
@@ -130,7 +133,7 @@ def diffusion_from_folder(folder: Path, *, vq_channels: int) -> DiffusionConfig:
         latent_channels=vae.latent_channels,
     )
     shift = shift_from_section(section_from_file(folder / "scheduler" / "scheduler_config.json"))
-    return DiffusionConfig(text_encoder=text_encoder, dit=dit, vae=vae, time_shift=shift)
+    return DiffusionConfig(text_encoder=text_encoder, dit=dit, vae=vae, time_shift=shift, bos=bos)
 
 
 def check_pipeline(folder: Path) -> None:

@@ -21,6 +21,7 @@ from .config import TIME_FEATURES, DiTConfig
 
 ROPE_THETA = 10_000.0
 FINAL_EPS = 1e-6
+PATCH = 2  # places along a side of a patch
 
 
 def time_features(time: float) -> Tensor:
@@ -31,8 +32,21 @@ def time_features(time: float) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()])[None]
 
 
+def patches_from_map(pixels: Tensor) -> Tensor:
+    """[N, c, h, w] -> [N, h/2 * w/2, 4, c]: patches row by row, the places of each row by row."""
+    blocks = pixels.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [N, c, h/2, 2, w/2, 2]
+    return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+
+
+def map_from_patches(patches: Tensor) -> Tensor:
+    """The inverse of `patches_from_map` for a square."""
+    side = math.isqrt(patches.shape[1])
+    blocks = patches.unflatten(2, (PATCH, PATCH)).unflatten(1, (side, side))
+    return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
 def rotary_cos_sin(config: DiTConfig, *, caption_tokens: int, side: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles of a row's tokens, caption first: two of float32 [M, D/2].
+    """cos and sin of the rotary angles of a row's tokens, caption first: two of float32 [L + 2T, D/2].
 
     `side` counts image tokens along a side of the image. A caption's token j is at (j, 0, 0), and an image
     token at (caption_tokens, row, column), where rows run on through the lower half.
@@ -203,18 +217,6 @@ class DiT(nn.Module):
             nn.Linear(size, size), nn.GELU(approximate="tanh"), nn.Linear(size, size, bias=False)
         )
 
-    def patches(self, pixels: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, h/2 * w/2, 4c]: features in the order of patch row, patch column, channel."""
-        patch = self.config.patch_size
-        blocks = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, c, h/2, 2, w/2, 2]
-        return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-    def pixels(self, patches: Tensor, *, side: int) -> Tensor:
-        """The inverse of `patches` for a square of `side` patches."""
-        patch = self.config.patch_size
-        blocks = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (side, side))
-        return blocks.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
     def forward(
         self,
         latents: Tensor,
@@ -222,27 +224,29 @@ class DiT(nn.Module):
         vq_map: Tensor,
         caption: Tensor,
         time: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        caption_angles: tuple[Tensor, Tensor],
+        image_angles: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """The velocity of `latents`: [B, c, q, q].
+        """The velocity of `latents`: [N, T, 4, c], in patches.
 
-        latents and source [B, c, q, q], vq_map [B, vq_channels, q, q], caption [B, L, caption_size] without
-        padding, time [1, 256] (`time_features`), cos and sin [M, D/2] (`rotary_cos_sin`), where M is L and
-        the q^2/2 image tokens of both halves.
+        latents and source [N, T, 4, c] and vq_map [N, T, 4, C] in patches, caption [1, L, caption_size]
+        without padding, time [1, 256] (`time_features`), cos and sin of the caption [L, D/2] and of both
+        halves of the image [2T, D/2] (`rotary_cos_sin`).
         """
         time_embed = self.time_caption_embed.timestep_embedder(time)  # [1, time_size]
-        upper, lower = torch.cat([latents, vq_map], dim=1), torch.cat([source, vq_map], dim=1)
-        image = self.x_embedder(self.patches(torch.cat([upper, lower], dim=2)))  # [B, q^2/2, H]
-        text = self.time_caption_embed.caption_embedder(caption)  # [B, L, H]
-        length, half = text.shape[1], image.shape[1] // 2
-        cos, sin = cos[None], sin[None]
+        halves = [torch.cat([half, vq_map], dim=-1).flatten(2) for half in (latents, source)]
+        image = self.x_embedder(torch.cat(halves, dim=1))  # [N, 2T, H]
+        text = self.time_caption_embed.caption_embedder(caption)  # [1, L, H]
+        images, length, half = image.shape[0], text.shape[1], latents.shape[1]
         for block in self.context_refiner:
-            text = block(text, cos[:, :length], sin[:, :length])
+            text = block(text, *(table[None] for table in caption_angles))
+        seen = [table.expand(images, -1, -1) for table in image_angles]
         for block in self.noise_refiner:
-            image = block(image, time_embed, cos[:, length:], sin[:, length:])
-        x = torch.cat([text, image[:, :half], self.ori_inp_refiner(image[:, half:])], dim=1)
+            image = block(image, time_embed, *seen)
+        refined = self.ori_inp_refiner(image[:, half:])
+        x = torch.cat([text.expand(images, -1, -1), image[:, :half], refined], dim=1)
+        both = [torch.cat(tables).expand(images, -1, -1) for tables in zip(caption_angles, image_angles)]
         for block in self.layers:
-            x = block(x, time_embed, cos, sin)
+            x = block(x, time_embed, *both)
         patches = self.norm_out(x[:, length : length + half], time_embed)
-        return self.pixels(patches, side=latents.shape[2] // self.config.patch_size)
+        return patches.unflatten(2, (self.config.patch_size**2, -1))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import VAEConfig
-from .dit import DiT, rotary_cos_sin, time_features
+from .dit import DiT, map_from_patches, patches_from_map, rotary_cos_sin, time_features
 from .text_encoder import TextEncoder
 
 MAX_LOG_VARIANCE = (-30.0, 20.0)
@@ -106,10 +106,11 @@ def edit_rows(caption: Tensor, empty: Tensor, vq: Tensor, source: Tensor) -> dic
 
 def velocity(dit: DiT, row: Row, latents: Tensor, time: float) -> Tensor:
     """What the transformer makes of `latents` [N, c, q, q] under one condition, in one call."""
-    side = latents.shape[2] // dit.config.patch_size
-    cos, sin = rotary_cos_sin(dit.config, caption_tokens=row.caption.shape[1], side=side)
-    caption = row.caption.expand(latents.shape[0], -1, -1)
-    return dit(latents, row.source, row.vq_map, caption, time_features(time), cos, sin)
+    length, side = row.caption.shape[1], latents.shape[2] // dit.config.patch_size
+    tables = rotary_cos_sin(dit.config, caption_tokens=length, side=side)
+    of_caption, of_image = (tuple(t[part] for t in tables) for part in (slice(length), slice(length, None)))
+    maps = (patches_from_map(x) for x in (latents, row.source, row.vq_map))
+    return map_from_patches(dit(*maps, row.caption, time_features(time), of_caption, of_image))
 
 
 def guided(found: dict[str, Tensor], guidance: Guidance, *, last: bool) -> Tensor:

@@ -136,7 +136,7 @@ class TextEncoder(nn.Module):
         """
         cos, sin = (t.to(inputs_embeds.dtype) for t in self.rotary(position_ids))
         mask = (position_ids[:, None, :] <= position_ids[:, :, None]).unsqueeze(1)  # [B, 1, S, S]
-        x = inputs_embeds * math.sqrt(self.config.hidden_size)
+        x = (inputs_embeds.float() * math.sqrt(self.config.hidden_size)).to(inputs_embeds.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         return x

@@ -170,7 +170,8 @@ class VAEDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """latents [N, c, q, q] -> image [N, 3, 8q, 8q], about [-1, 1] and not clipped."""
-        x = self.mid_block(self.conv_in(latents / self.config.scale + self.config.shift))
+        unscaled = latents.float() / self.config.scale + self.config.shift
+        x = self.mid_block(self.conv_in(unscaled.to(self.conv_in.weight.dtype)))
         for level in self.up_blocks:
             x = level(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

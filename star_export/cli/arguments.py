@@ -70,6 +70,62 @@ def add_drawing(c: argparse.ArgumentParser) -> None:
     add_running(c, "the image token ids, int64 [N,T]")
 
 
+def add_painting(c: argparse.ArgumentParser, *, edit: bool) -> None:
+    """How the diffusion decoder paints; every option but the first is for it alone."""
+    c.add_argument(
+        "--decoder",
+        default="vq",
+        choices=("vq", "diffusion"),
+        help="what makes an image of the image tokens (default: vq)",
+    )
+    c.add_argument(
+        "--resolution",
+        type=count,
+        metavar="R",
+        help="side of a painted image in pixels, a multiple of 16 from 64 to 1024; the release was trained "
+        "for 512 and 1024 (default: 1024)",
+    )
+    steps, text, image = ("50", "3", "1.8") if edit else ("40", "4.5", "1.05")
+    c.add_argument("--steps", type=count, metavar="N", help=f"steps of a painting (default: {steps})")
+    c.add_argument(
+        "--text-guidance",
+        type=number(0, math.inf),
+        metavar="W",
+        help=f"weight of the text; at most 1 turns all guidance of the painting off (default: {text})",
+    )
+    seen = "source image" if edit else "image tokens"
+    c.add_argument(
+        "--image-guidance",
+        type=number(-math.inf, math.inf),
+        metavar="W",
+        help=f"weight of the {seen} (default: {image})",
+    )
+    if edit:
+        c.add_argument(
+            "--vq-guidance",
+            type=number(-math.inf, math.inf),
+            metavar="W",
+            help="weight of the image tokens (default: 1)",
+        )
+    more = " and source_noise [1,16,q,q]" if edit else ""
+    c.add_argument(
+        "--noise",
+        type=named(".npz"),
+        metavar="F.npz",
+        help=f"noise [N,16,q,q]{more}, q = R / 8, in place of what the seed gives",
+    )
+    c.add_argument(
+        "--latents",
+        choices=("fp32", "bf16"),
+        help="type of the latents between steps; the release rounds them to bf16 (default: fp32)",
+    )
+    c.add_argument(
+        "--previews",
+        metavar="FOLDER",
+        help="an existing folder for what each step leads to: step-001.png, step-002.png, ...",
+    )
+
+
 def add_window(c: argparse.ArgumentParser) -> None:
     c.add_argument(
         "--window",

@@ -58,7 +58,12 @@ def add_export(commands) -> None:
         help="with --precision mixed: as many layers in int8 as let `generate` stay loaded in 90 %% of the "
         "memory of T, a device of `star-export targets`",
     )
-    for part, what in (("checkpoint", "STAR-*.pt"), ("base", "the Qwen2.5-VL folder"), ("vq", "VQ-Model.pt")):
+    for part, what in (
+        ("checkpoint", "STAR-*.pt"),
+        ("base", "the Qwen2.5-VL folder"),
+        ("vq", "VQ-Model.pt"),
+        ("lumina", "the diffusion decoder's folder, lumina-image2,"),
+    ):
         c.add_argument(f"--{part}", metavar="PATH", help=f"{what} to use instead of the one in SOURCE")
     c.add_argument(
         "--from",

@@ -13,6 +13,7 @@ from engines.bundle.typed_paths import output_file, shown
 from engines.errors import UsageError
 
 from .outputs import Outcome, write_ids
+from .painting import painting_from_options
 from .progress_bar import ProgressBar
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ def generate(
     window: int | None = None,
     reason: bool = False,
     max_new_tokens: int = 256,
+    decoder: str = "vq",
+    resolution: int | None = None,
+    steps: int | None = None,
+    text_guidance: float | None = None,
+    image_guidance: float | None = None,
+    noise: str | None = None,
+    latents: str | None = None,
+    previews: str | None = None,
     save_ids: str | None = None,
     memory: int | None = None,
     backend: str = "onnxruntime",
@@ -46,10 +55,22 @@ def generate(
 ) -> Outcome:
     """Draw with `engines.runtime.star.Star.generate`. N images become F.png, F-1.png, F-2.png, ...
 
+    The options from `decoder` to `previews` are those of the diffusion decoder (`painting.py`).
     Raises UsageError where a file is there already, without `force`.
     """
     names = _outputs(output or _new_name(prompt, seed), num_images, force=force)
     ids = _ids_file(save_ids, force=force)
+    painting = painting_from_options(
+        decoder,
+        force=force,
+        resolution=resolution,
+        steps=steps,
+        text_guidance=text_guidance,
+        image_guidance=image_guidance,
+        noise=noise,
+        latents=latents,
+        previews=previews,
+    )
     with (
         open_star(bundle, backend, memory=memory, window=window, threads=threads) as star,
         ProgressBar("generate", shown=progress) as bar,
@@ -64,6 +85,7 @@ def generate(
             greedy=greedy,
             reason=reason,
             max_new_tokens=max_new_tokens,
+            painting=painting,
             progress=bar,
         )
     return _written(names, drawn, ids)
@@ -84,6 +106,15 @@ def edit(
     window: int | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    decoder: str = "vq",
+    resolution: int | None = None,
+    steps: int | None = None,
+    text_guidance: float | None = None,
+    image_guidance: float | None = None,
+    vq_guidance: float | None = None,
+    noise: str | None = None,
+    latents: str | None = None,
+    previews: str | None = None,
     save_ids: str | None = None,
     memory: int | None = None,
     backend: str = "onnxruntime",
@@ -93,6 +124,18 @@ def edit(
     """Edit an image with `engines.runtime.star.Star.edit`."""
     names = _outputs(output or _new_name(instruction, seed), force=force)
     ids = _ids_file(save_ids, force=force)
+    painting = painting_from_options(
+        decoder,
+        force=force,
+        resolution=resolution,
+        steps=steps,
+        text_guidance=text_guidance,
+        image_guidance=image_guidance,
+        vq_guidance=vq_guidance,
+        noise=noise,
+        latents=latents,
+        previews=previews,
+    )
     with (
         open_star(bundle, backend, memory=memory, window=window, threads=threads) as star,
         ProgressBar("edit", shown=progress) as bar,
@@ -106,6 +149,7 @@ def edit(
             seed=seed,
             greedy=greedy,
             progress=bar,
+            painting=painting,
             **_pixel_limits(min_pixels, max_pixels),
         )
     return _written(names, drawn, ids)
@@ -207,6 +251,9 @@ def _written(names: dict[Path, Path], drawn: Images, ids_file: Path | None) -> O
     write_ids(ids_file, drawn.image_ids)
     data = {"images": [str(name) for name in names], "image_ids": drawn.image_ids.tolist()}
     text = "\n".join(str(name) for name in names)
+    if drawn.cut_tokens:
+        data["cut_tokens"] = drawn.cut_tokens
+        text += f"\nthe diffusion decoder did not read the last {drawn.cut_tokens} tokens of the prompt"
     if drawn.answer is not None:
         data, text = data | {"answer": drawn.answer}, f"{drawn.answer}\n{text}"
     return Outcome(data, text)

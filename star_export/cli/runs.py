@@ -9,6 +9,7 @@ from .arguments import (
     add_command,
     add_drawing,
     add_new_tokens,
+    add_painting,
     add_pixels,
     add_progress,
     add_running,
@@ -27,10 +28,12 @@ def add_generate(commands) -> None:
         "draw an image from a prompt",
         'star-3b-bf16 "a photo of a red cat" -o cat.png',
         'star-3b-bf16 "the animal on the flag of Wales" -o dragon.png --reason',
+        'star-3b-bf16 "a photo of a red cat" -o large.png --decoder diffusion --resolution 512',
     )
     c.add_argument("bundle", metavar="BUNDLE")
     c.add_argument("prompt", metavar="PROMPT")
     add_drawing(c)
+    add_painting(c, edit=False)
     c.add_argument(
         "--num-images",
         type=count,
@@ -55,6 +58,7 @@ def add_edit(commands) -> None:
     c.add_argument("image", metavar="IMAGE", help="PNG, JPEG or WebP; - for stdin")
     c.add_argument("instruction", metavar="INSTRUCTION")
     add_drawing(c)
+    add_painting(c, edit=True)
     add_pixels(c)
 
 

@@ -19,7 +19,7 @@ from engines.bundle.manifest import SCHEMA, CalibrationSpec, Manifest
 from engines.errors import UsageError
 from engines.fit.work import check_export
 from engines.progress import Progress, silent
-from reference.config import StarConfig, config_from_files
+from reference.config import StarConfig
 from reference.containers import LazyTensor
 from reference.weights import named_tensors, resolve_checkpoint
 
@@ -28,7 +28,7 @@ from ..calibration.effects import Effects
 from ..calibration.examples import PROMPTS, SHIPPED, read_material
 from ..calibration.run import Calibration, material_hash
 from ..choice import FORMATS_FILE, Formats, json_from_formats
-from ..components import COMPONENTS, PART_BYTES, Part, parts_of, whole
+from ..components import COMPONENTS, PART_BYTES, Part, components_of, parts_of, whole
 from ..golden import record as golden
 from ..golden import runs as golden_runs
 from ..golden.prepared import PREPARED, record_prepared
@@ -58,6 +58,7 @@ def export(
     checkpoint: str | None = None,
     base: str | None = None,
     vq: str | None = None,
+    lumina: str | None = None,
     from_folder: str | None = None,
     revision: str | None = None,
     rope_bf16: bool = True,
@@ -72,7 +73,8 @@ def export(
     """Export `source` to the new bundle `out`, and return the bundle's path.
 
     `source` is `star-3b`, `star-7b`, a folder in the release layout, its config JSON, `nano`, or a hub id;
-    `checkpoint`, `base` and `vq` override parts of it. `from_folder` holds parts of `star-3b` or `star-7b`
+    `checkpoint`, `base`, `vq` and `lumina` (the diffusion decoder's folder) override parts of it.
+    `from_folder` holds parts of `star-3b` or `star-7b`
     that need not be downloaded, and `revision` is a branch, tag or commit of a hub id. `rope_bf16=False`
     keeps the rotary frequencies in float32 (docs/star.md 0.2).
     `calibrate` chooses the codes of the decoders' weights for what the model computes when it draws that many
@@ -87,15 +89,17 @@ def export(
     InputError for an `out` that is not empty or cannot be written, and CheckpointError for invalid files.
     """
     _check_names("precision", [precision], [*PRECISIONS, MIXED])
-    names = list(COMPONENTS) if components is None else list(dict.fromkeys(components))
-    _check_names("component", names, COMPONENTS)
+    if components is not None:
+        _check_names("component", components, COMPONENTS)
     if part_bytes < 1:
         raise UsageError(
             "part_bytes is out of range",
             where=f"export: part_bytes: expected at least 1, got {part_bytes}",
             fix="omit it to use the default",
         )
-    check_calibration(calibrate, calibration, PRECISIONS.get(precision, mixed({})), precision, names)
+    check_calibration(
+        calibrate, calibration, PRECISIONS.get(precision, mixed({})), precision, components or [*COMPONENTS]
+    )
     check_mixed(precision, bits=bits, target=target)
     if calibration:  # what is refused is refused before anything is downloaded
         own = Path(calibration, PROMPTS).is_file()
@@ -107,11 +111,15 @@ def export(
             checkpoint=checkpoint,
             base=base,
             vq=vq,
+            lumina=lumina,
             from_folder=from_folder,
             revision=revision,
             progress=progress,
         )
-        config = config_from_files(files.config_json, files.qwen_folder)
+        config = files.config()
+        every = components_of(config)
+        names = every if components is None else list(dict.fromkeys(components))
+        _check_names("component", names, every)
         model = model_spec_from_checkpoint(files, config, rope_bf16=rope_bf16)
         host_files = tokenizer_files(files, model) | score_files(files)
         budget = budget_of(config, bits=bits, target=target) if precision == MIXED else None
@@ -165,7 +173,7 @@ def export(
                 assert decodes
                 job.calibrate(decodes)
             steps = job.steps()
-            if len(names) == len(COMPONENTS) and sum(math.prod(t.shape) for t in tensors.values()) <= HELD:
+            if set(names) == set(every) and sum(math.prod(t.shape) for t in tensors.values()) <= HELD:
                 texts, chat = recorded_texts(files), chat_of(host_files, model)
                 steps["recorded tasks"] = lambda: record_tasks(
                     job.oracle.star, chat, model, **texts, bundle=stage.bundle
@@ -270,7 +278,7 @@ class Job:
         for name in self.tables:
             steps[f"export {name}"] = partial(self.table(name).write, self.stage.bundle)
             steps[f"golden tensors of {name}"] = partial(self._record, whole(name, self.config))
-        if len(self.names) == len(COMPONENTS):
+        if set(self.names) == set(components_of(self.config)):
             runs = self.stage.bundle / "golden.safetensors"
             steps["golden tensors of whole runs"] = lambda: golden_runs.run_golden(self.oracle, runs)
         return steps

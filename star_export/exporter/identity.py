@@ -9,6 +9,7 @@ from engines.bundle.files import sha256_from_file
 from engines.progress import Progress, adder, silent
 from reference.weights import CheckpointFiles
 
+SUFFIXES = (".json", ".jinja", ".safetensors")
 VERSIONS = ("torch", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -27,13 +28,16 @@ def checkpoint_hashes(files: CheckpointFiles, progress: Progress = silent) -> di
         files.config_json,
         files.star_pt,
         files.vq_pt,
-        *sorted(
-            path for path in files.qwen_folder.iterdir() if path.suffix in (".json", ".jinja", ".safetensors")
-        ),
+        *sorted(path for path in files.qwen_folder.iterdir() if path.suffix in SUFFIXES),
     ]
+    if files.lumina_folder:
+        paths += sorted(path for path in files.lumina_folder.glob("*/*") if path.suffix in SUFFIXES)
     tick = adder(progress, "hash the checkpoint, in bytes", sum(path.stat().st_size for path in paths))
     found = {}
     for path in paths:
+        name = path.name
+        if files.lumina_folder and path.is_relative_to(files.lumina_folder):
+            name = path.relative_to(files.lumina_folder).as_posix()
         with open(path, "rb") as file:
-            found[path.name] = sha256_from_file(file, tick=tick)
+            found[name] = sha256_from_file(file, tick=tick)
     return found

@@ -8,9 +8,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from engines.bundle.manifest import CacheSpec, ModelSpec, SamplingSpecs, TokenSpec, VisionSpec
+from engines.bundle.manifest import (
+    CacheSpec,
+    DiffusionSpec,
+    ModelSpec,
+    SamplingSpecs,
+    TokenSpec,
+    VisionSpec,
+)
 from engines.bundle.records import strict, value_from_json
 from engines.errors import InputError
+from engines.inputs.caption import CAPTIONS_FILE, TOKENIZER_BYTES, Captions
 from engines.inputs.prompt import Chat
 from engines.inputs.template import template_from_source
 from reference.config import DecoderConfig, StarConfig
@@ -21,6 +29,7 @@ from reference.weights import CheckpointFiles
 from ..components import TOP_K_LIMIT
 from ..scores import KINDS, SCORE, ids_from_score, score_of_kind
 
+CAPTION_TOKENIZER = "tokenizer/tokenizer.json"  # of the diffusion decoder's folder
 SAMPLING = "sampling.json"  # a file beside the configuration; STAR-Nano has one
 # What the official code takes for granted of a prompt: it cuts 14 ids off its start and 6 off its end
 # (docs/star.md 3.3).
@@ -57,7 +66,30 @@ def model_spec_from_checkpoint(files: CheckpointFiles, config: StarConfig, *, ro
         ),
         cache={"base_ar": _cache_spec(config.base_ar), "stacked_ar": _cache_spec(config.stacked_ar)},
         sampling=sampling_specs(files.config_json.parent / SAMPLING),
+        diffusion=diffusion_spec(files, config),
     )
+
+
+def diffusion_spec(files: CheckpointFiles, config: StarConfig) -> DiffusionSpec | None:
+    """Build the manifest's `diffusion`; None for a model without a diffusion decoder.
+
+    Its tokenizer is tried. Raises CheckpointError and InputError.
+    """
+    if config.diffusion is None or files.lumina_folder is None:
+        return None
+    dit, vae = config.diffusion.dit, config.diffusion.vae
+    path = files.lumina_folder / CAPTION_TOKENIZER
+    spec = DiffusionSpec(
+        axes=dit.axes,
+        latent_channels=dit.latent_channels,
+        vq_channels=dit.vq_channels,
+        latent_scale=float(vae.scale),
+        latent_shift=float(vae.shift),
+        time_shift=float(config.diffusion.time_shift),
+        bos=config.diffusion.bos,
+    )
+    Captions(read_text(path, max_bytes=TOKENIZER_BYTES), spec, where=str(path))
+    return spec
 
 
 def sampling_specs(path: Path) -> SamplingSpecs:
@@ -100,7 +132,11 @@ def tokenizer_files(files: CheckpointFiles, model: ModelSpec) -> dict[str, bytes
             f"expected {PREFIX_IDS} and {SUFFIX_IDS}, got {got[0]} and {got[1]}",
             fix="use the tokenizer.json of Qwen2.5-VL",
         )
-    return {"tokenizer.json": tokenizer.encode(), "chat_template.jinja": source.encode()}
+    found = {"tokenizer.json": tokenizer.encode(), "chat_template.jinja": source.encode()}
+    if model.diffusion and files.lumina_folder:
+        path = files.lumina_folder / CAPTION_TOKENIZER
+        found[CAPTIONS_FILE] = read_text(path, max_bytes=TOKENIZER_BYTES).encode()
+    return found
 
 
 def score_files(files: CheckpointFiles) -> dict[str, bytes]:

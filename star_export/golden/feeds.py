@@ -13,8 +13,9 @@ from engines.bundle.manifest import GoldenSpec
 from engines.runtime.gumbel import gumbel_noise
 from reference import vision
 from reference.config import DecoderConfig, StarConfig
+from reference.diffusion.dit import rotary_cos_sin, time_features
 
-from ..components import Part
+from ..components import Part, diffusion_of
 from ..graph import wrappers
 from .cases import POISON
 
@@ -178,6 +179,66 @@ def _noise(images: int, positions: int, size: int) -> np.ndarray:
     return np.stack([gumbel_noise(SEED, image=i, steps=range(positions), size=size) for i in range(images)])
 
 
+def _text_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    rows = diffusion_of(config).text_encoder.vocab_size
+    return {f"{b}x{s}": {"input_ids": rng.integers(0, rows, (b, s))} for b, s in ((1, 1), (2, 7), (1, 30))}
+
+
+def _caption_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    """Rows of the size that an embedding has, of captions from the empty one on."""
+    size = diffusion_of(config).text_encoder.hidden_size
+    return {
+        f"{length}": {
+            "inputs_embeds": _normal(rng, 1, length, size) * np.float32(size**-0.5),
+            "position_ids": np.arange(length)[None],
+        }
+        for length in (1, 9, 33)[: spec.images]
+    }
+
+
+def _dit_cases(config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part) -> dict[str, Case]:
+    dit, cases = diffusion_of(config).dit, {}
+    plan = ((2, 6, 9, 0.7), (1, 4, 1, 0.0), (1, 2, 33, 0.96))  # images, patches a side, ids, time
+    for images, side, length, time in plan[: spec.images]:
+        shape = (images, side * side, dit.patch_size**2)
+        cos, sin = (t.numpy() for t in rotary_cos_sin(dit, caption_tokens=length, side=side))
+        cases[f"{images}x{side}x{length}"] = {
+            "latents": _normal(rng, *shape, dit.latent_channels),
+            "source": _normal(rng, *shape, dit.latent_channels),
+            "vq_map": _normal(rng, *shape, dit.vq_channels) * np.float32(0.5),
+            "caption": _normal(rng, 1, length, dit.caption_size),
+            "time": time_features(time).numpy(),
+            "caption_cos": cos[:length],
+            "caption_sin": sin[:length],
+            "image_cos": cos[length:],
+            "image_sin": sin[length:],
+        }
+    return cases
+
+
+def _vae_image_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    return {
+        f"{n}x{size}": {"image": rng.uniform(-1, 1, (n, 3, size, size)).astype(np.float32)}
+        for n, size in ((1, 64), (2, 80), (1, 96))[: spec.images]
+    }
+
+
+def _latent_cases(
+    config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part
+) -> dict[str, Case]:
+    channels = diffusion_of(config).vae.latent_channels
+    return {
+        f"{n}x{side}": {"latents": _normal(rng, n, channels, side, side)}
+        for n, side in ((1, 8), (2, 10), (1, 12))[: spec.images]
+    }
+
+
 CASES = {
     "token_embedding": _token_cases,
     "image_embedding": _image_token_cases,
@@ -188,4 +249,10 @@ CASES = {
     "stacked_ar": _decoder_cases,
     "text_head": _hidden_cases,
     "image_head": _draw_cases,
+    "codebook": _image_token_cases,
+    "text_embedding": _text_cases,
+    "text_encoder": _caption_cases,
+    "dit": _dit_cases,
+    "vae_encoder": _vae_image_cases,
+    "vae_decoder": _latent_cases,
 }

@@ -178,26 +178,34 @@ def _cumsum(make: _Nodes, node: ir.Node) -> ir.Value:
 
 
 def _attention(make: _Nodes, node: ir.Node) -> ir.Value:
-    """softmax(scale query key^T, where mask) value: query, key, value [B, h, S, D], an optional bool mask."""
+    """softmax(scale query key^T, where mask) value: query [B, h, S, D], key and value [B, KV, S, D], an
+    optional bool mask."""
     query, key, value, *rest = node.inputs
     _expect(
         node,
         len(query.shape) == 4
-        and query.shape[1] == key.shape[1]
+        and query.shape[1] % key.shape[1] == 0
         and len(rest) < 2
         and not _value(node, "is_causal", 0)
         and not _value(node, "softcap", 0.0),
-        "four axes, as many key heads as query heads, and at most a mask",
+        "four axes, query heads that share their key heads evenly, and at most a mask",
     )
-    scale = make.constant(_value(node, "scale", None) or query.shape[-1] ** -0.5, ir.DataType.FLOAT)
-    wide, narrow = ({"to": dtype.value, "dtype": dtype} for dtype in (ir.DataType.FLOAT, _known(query)))
+    heads, kv_heads, size, int64 = query.shape[1], key.shape[1], query.shape[3], ir.DataType.INT64
+    mask, dtype, axes = rest[0] if rest else None, query.dtype, [0, 1, 3, 2]
+    if shared := heads != kv_heads:  # the query heads of a key head get an axis of their own
+        query = make("Reshape", query, make.constant([0, kv_heads, heads // kv_heads, -1, size], int64))
+        key, value = (make("Unsqueeze", x, make.constant([2], int64)) for x in (key, value))
+        mask, axes = mask and make("Unsqueeze", mask, make.constant([1], int64)), [0, 1, 2, 4, 3]
+    scale = make.constant(_value(node, "scale", None) or size**-0.5, ir.DataType.FLOAT)
+    wide, narrow = ({"to": kind.value, "dtype": kind} for kind in (ir.DataType.FLOAT, dtype))
     # The scale is no number of 16 bits, unless the size of a head is a power of 4.
     scaled = make("Cast", make("Mul", make("Cast", query, **wide), scale), **narrow)
-    scores = make("MatMul", scaled, make("Transpose", key, perm=[0, 1, 3, 2]))
-    if rest and rest[0] is not None:
-        _expect(node, rest[0].dtype == ir.DataType.BOOL, "a bool mask")
-        scores = make("Where", rest[0], scores, make.constant(-np.inf, query.dtype), dtype=query.dtype)
-    return make("MatMul", make("Softmax", scores, axis=-1), value)
+    scores = make("MatMul", scaled, make("Transpose", key, perm=axes))
+    if mask is not None:
+        _expect(node, mask.dtype == ir.DataType.BOOL, "a bool mask")
+        scores = make("Where", mask, scores, make.constant(-np.inf, dtype), dtype=dtype)
+    attended = make("MatMul", make("Softmax", scores, axis=-1), value)
+    return make("Reshape", attended, make.constant([0, heads, -1, size], int64)) if shared else attended
 
 
 def _call_plugin(node: ir.Node, cache: str) -> None:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from engines.bundle.tensors import PAST, PRESENT
 from reference.config import StarConfig
 
-from ..components import COMPONENTS, Part
+from ..components import COMPONENTS, DIFFUSION, Part
 from .modules import MODULE
 from .trace import traced_graph
 
@@ -29,6 +29,8 @@ def graph_from_config(part: Part, config: StarConfig, *, rope_bf16: bool) -> ir.
     Of a decoder only two layers are traced, whatever the number of its layers: with the final norm for a part
     that ends with the last layer, without it for all others.
     """
+    if part.component not in DIFFUSION:
+        config = replace(config, diffusion=None)  # whose graphs are the same with one
     decoder = COMPONENTS[part.component].decoder
     if decoder is None or part.layers is None:
         return traced_graph(part, config, rope_bf16=rope_bf16)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.export import Dim
 
 from engines.bundle.manifest import TensorSpec
-from engines.bundle.tensors import present_name
+from engines.bundle.tensors import present_name, shape_from_symbols
 from engines.errors import InputError
 from reference.config import StarConfig
 
@@ -30,7 +30,16 @@ from . import ops, wrappers
 from .modules import MODULE, modules_from_scopes
 from .quantize import TRANSPOSED
 
-EXAMPLE = {"B": 2, "S": 5, "C": 24, "N": 3, "P": 24}  # sizes while tracing; all these axes stay dynamic
+EXAMPLE = {
+    "B": 2,
+    "S": 5,
+    "C": 24,
+    "N": 3,
+    "P": 24,
+    "L": 7,
+    "T": 15,
+    "Q": 6,
+}  # sizes while tracing; all these axes stay dynamic
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "bfloat16": torch.bfloat16}
 EXACT = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # constants that every compute type represents exactly
 
@@ -120,6 +129,7 @@ def _export(
 
 def _dims(inputs: tuple[TensorSpec, ...]) -> dict[str, object]:
     images, quads = Dim("images", min=1, max=64), Dim("merged", min=1, max=16384)
+    patches, places = Dim("patches", min=2, max=16384), Dim("places", min=2, max=256)
     return {
         "B": Dim("rows", min=1, max=64),
         "S": Dim("positions", min=1, max=32768),
@@ -127,11 +137,16 @@ def _dims(inputs: tuple[TensorSpec, ...]) -> dict[str, object]:
         "N": images,
         "2N": 2 * images,
         "P": 4 * quads,
+        "L": Dim("caption", min=1, max=8192),
+        "T": patches,
+        "2T": 2 * patches,
+        "Q": places,
+        "8Q": 8 * places,
     }
 
 
 def _size(dim: int | str) -> int:
-    return dim if isinstance(dim, int) else 2 * EXAMPLE["N"] if dim == "2N" else EXAMPLE[dim]
+    return dim if isinstance(dim, int) else shape_from_symbols((dim,), EXAMPLE)[0]
 
 
 @contextlib.contextmanager

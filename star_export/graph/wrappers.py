@@ -161,6 +161,65 @@ class ImageHead(nn.Module):
         return (within + blocks * size).amin(-1)
 
 
+class Codebook(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.codebook = star.codebook
+
+    def forward(self, image_ids):  # [N,T] -> [N,T,c]
+        return self.codebook(image_ids).float()
+
+
+class TextEmbedding(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.embedding = star.text_embedding
+
+    def forward(self, input_ids):  # [B,S] -> [B,S,H]
+        return self.embedding(input_ids).float()
+
+
+class TextEncoder(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.encoder = star.text_encoder
+
+    def forward(self, inputs_embeds, position_ids):  # [1,L,H], [1,L] -> [1,L,H]
+        dtype = next(self.encoder.parameters()).dtype
+        return self.encoder(inputs_embeds.to(dtype), position_ids).float()
+
+
+class DiT(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.dit = star.dit
+
+    # [N,T,4,c] twice, [N,T,4,C], [1,L,H], [1,256], [L,D/2] twice, [2T,D/2] twice -> [N,T,4,c]
+    def forward(self, latents, source, vq_map, caption, time, caption_cos, caption_sin, image_cos, image_sin):
+        dtype = next(self.dit.parameters()).dtype
+        given = (x.to(dtype) for x in (latents, source, vq_map, caption, time))
+        tables = [x.to(dtype) for x in (caption_cos, caption_sin, image_cos, image_sin)]
+        return self.dit(*given, tables[:2], tables[2:]).float()
+
+
+class VAEEncoder(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.encoder = star.vae_encoder
+
+    def forward(self, image):  # [N,3,8Q,8Q] -> [N,2c,Q,Q]
+        return self.encoder(image.to(next(self.encoder.parameters()).dtype)).float()
+
+
+class VAEDecoder(nn.Module):
+    def __init__(self, star: FoldedStar):
+        super().__init__()
+        self.decoder = star.vae_decoder
+
+    def forward(self, latents):  # [N,c,Q,Q] -> [N,3,8Q,8Q]
+        return self.decoder(latents).float()
+
+
 def wrapper_of(part: Part, star: FoldedStar) -> nn.Module:
     """The module of one graph or table, with modules of `star`."""
     wrapper = globals()[COMPONENTS[part.component].wrapper]

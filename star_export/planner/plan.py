@@ -11,7 +11,7 @@ from engines.bundle.files import MANIFEST
 from engines.bundle.reader import Bundle
 from engines.errors import UsageError
 from engines.fit import machine, work
-from engines.fit.memory import PROMPT_TOKENS, TASKS, Use, task_memory, workspace_bytes
+from engines.fit.memory import PROMPT_TOKENS, Use, task_memory, tasks_of, workspace_bytes
 from engines.fit.sizes import Sizes, sizes_from_bundle
 from engines.fit.speed import CPU, Measured, Times, measured_on, times_at
 from engines.targets import Target, target_from_name
@@ -216,7 +216,7 @@ def _place(
         weights_bytes=sizes.weights_bytes,
         caches_bytes=caches,
         workspace_bytes=workspace_bytes(sizes, use),
-        tasks=tuple(_task_fit(device, sizes, known, task, use) for task in TASKS),
+        tasks=tuple(_task_fit(device, sizes, known, task, use) for task in tasks_of(sizes)),
         limit=_times(sizes, bandwidth, rows) if bandwidth else None,
         share=share,
         measured=_times(sizes, share.bandwidth_bytes_per_s * share.share, rows) if share else None,

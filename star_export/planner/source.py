@@ -23,7 +23,7 @@ from reference.errors import CheckpointError
 from reference.releases import CONFIGS, RELEASES, find_release
 from reference.weights import SHIPPED, named_tensors, resolve_checkpoint
 
-from ..components import COMPONENTS, PART_BYTES, Part, boundary, parts_of, whole
+from ..components import COMPONENTS, PART_BYTES, Part, boundary, components_of, parts_of, whole
 from ..golden.feeds import CASES, LARGE, SPECS
 from ..graph import wrappers
 from ..graph.precisions import Precision, precision_named
@@ -64,15 +64,18 @@ def find_source(source: str) -> Source:
             fix="check the spelling, or download the checkpoint and give its folder",
         )
     files = resolve_checkpoint(source)
-    config = config_from_files(files.config_json, files.qwen_folder)
+    config = files.config()
     named_tensors(files, config, headers_only=True)
-    return Source(config, (files.qwen_folder / "tokenizer.json").stat().st_size)
+    copied = [files.qwen_folder / "tokenizer.json"]
+    if files.lumina_folder:
+        copied.append(files.lumina_folder / "tokenizer" / "tokenizer.json")
+    return Source(config, sum(path.stat().st_size for path in copied))
 
 
 def sizes_from_source(
     source: Source,
     precision: str,
-    names: Sequence[str] = tuple(COMPONENTS),
+    names: Sequence[str] | None = None,
     *,
     part_bytes: int = PART_BYTES,
 ) -> Sizes:
@@ -81,6 +84,7 @@ def sizes_from_source(
     `mixed` is the smallest such bundle, with the fewest bits per weight.
     """
     config, chosen = source.config, precision_named(precision)
+    names = components_of(config) if names is None else names
     model = geometry_of(config)
     overhead = source.copied_bytes + PREPARED_BYTES + 3 * 4 * model.image_size**2  # in float32
     shared: set[str] = set()
@@ -148,9 +152,9 @@ def scratch_bytes(config: StarConfig) -> int:
     return config.vq.codebook_size * config.base_ar.hidden_size * ITEM_BYTES["float32"]
 
 
-def largest_tensor_bytes(config: StarConfig, names: Sequence[str] = tuple(COMPONENTS)) -> int:
+def largest_tensor_bytes(config: StarConfig, names: Sequence[str] | None = None) -> int:
     """Size of the largest parameter in float32: what an export converts at a time."""
-    parts = [whole(name, config) for name in names]
+    parts = [whole(name, config) for name in (components_of(config) if names is None else names)]
     shapes = [shape for part in parts for shape in shapes_of(part, config).values()]
     return max(map(math.prod, shapes), default=0) * ITEM_BYTES["float32"]
 

@@ -29,7 +29,7 @@ from engines.sessions.interpreter import InterpreterSession, open_session
 from engines.targets import target_from_name
 from engines.tensorrt.plan import plan_spec
 
-from ..components import COMPONENTS, FLIPPED_IDS, FLIPPED_IDS_NVFP4
+from ..components import COMPONENTS, DIFFUSION, FLIPPED_IDS, FLIPPED_IDS_NVFP4
 from ..golden.cases import Case, recorded_cases, recorded_runs
 from ..golden.compare import check, compare
 from ..golden.run_case import run_case
@@ -46,7 +46,7 @@ PART_BY_PART = (
 )
 RUN_TOKENS = 8  # length of the answer and the edit
 PROVES = "proves the meaning of the network, not the kernels"
-USED = COMPONENTS.keys() - {"vq_decoder"}  # by an answer and an edit's ids
+USED = COMPONENTS.keys() - {"vq_decoder", *DIFFUSION}  # by an answer and an edit's ids
 IMAGE = (56, 84, 3)
 QUESTION, INSTRUCTION = "what is in the picture?", "make it blue"
 

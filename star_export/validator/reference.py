@@ -20,7 +20,6 @@ from engines.bundle.manifest import TensorSpec, component_of
 from engines.bundle.reader import Bundle
 from engines.bundle.tensors import PAST, PRESENT
 from engines.errors import InputError
-from reference.config import config_from_files
 from reference.containers import LazyTensor
 from reference.weights import named_tensors, resolve_checkpoint
 
@@ -49,7 +48,7 @@ def reference_star(bundle: Bundle, names: list[str], source: str) -> FoldedStar:
     It reads weights only while it runs. Raises CheckpointError, and InputError for a file that has changed.
     """
     files = resolve_checkpoint(source)
-    config = config_from_files(files.config_json, files.qwen_folder)
+    config = files.config()
     tensors = named_tensors(files, config)
     tensors = dict(tensors) | {TABLE: lazy_image_table(config, tensors)}
     if bundle.manifest.calibration:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from reference.config import StarConfig, config_from_files
 from reference.weights import resolve_checkpoint
-from star_export.components import COMPONENTS, whole
+from star_export.components import COMPONENTS, DIFFUSION, whole
 from star_export.graph.repeat import graph_from_config
 
 from .sizes import PARTS, SIZES
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     for size in options.sizes:
         config = nano_config() if size == NANO else SIZES[size]
-        graphs = [name for name, row in COMPONENTS.items() if not row.table]
+        graphs = [name for name, row in COMPONENTS.items() if not row.table and name not in DIFFUSION]
         for name in graphs if size == NANO else PARTS:
             save_graph(graph_of(name, config), options.folder / size / f"{name}.onnx")
 

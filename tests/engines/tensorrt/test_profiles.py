@@ -67,8 +67,23 @@ def test_other_components_have_profiles_from_their_axes():
 
 
 def test_an_axis_without_a_meaning_is_refused():
-    with pytest.raises(InputError, match="Q"):
-        profiles_from_limits(component([TensorSpec("x", "float32", ("Q",))]), MODEL, LIMITS)
+    with pytest.raises(InputError, match="X"):
+        profiles_from_limits(component([TensorSpec("x", "float32", ("X",))]), MODEL, LIMITS)
+
+
+def test_a_diffusion_transformer_takes_images_of_64_to_1024_pixels_and_captions_of_256_ids():
+    spec = component(
+        [
+            TensorSpec("latents", "float32", ("N", "T", 4, 16)),
+            TensorSpec("caption", "float32", (1, "L", 48)),
+            TensorSpec("image_cos", "float32", ("2T", 8)),
+        ]
+    )
+    (profile,) = profiles_from_limits(spec, MODEL, LIMITS)
+    latents, caption, cos = (profile.inputs[name] for name in ("latents", "caption", "image_cos"))
+    assert (latents.min, latents.opt) == ((1, 16, 4, 16), (2, 1024, 4, 16))
+    assert latents.max == (LIMITS.rows, 4096, 4, 16)
+    assert (caption.min[1], caption.max[1]) == (1, 256) and (cos.min[0], cos.max[0]) == (32, 8192)
 
 
 def test_shapes_fit_a_profile_within_its_ranges():

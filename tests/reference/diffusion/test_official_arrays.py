@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from reference.diffusion import mini, tasks
 from reference.diffusion.config import DiffusionConfig, diffusion_from_folder
-from reference.diffusion.dit import DiT, rotary_cos_sin, time_features
+from reference.diffusion.dit import (
+    DiT,
+    map_from_patches,
+    patches_from_map,
+    rotary_cos_sin,
+    time_features,
+)
 from reference.diffusion.names import DIT
 from reference.mini_tensors import tensor
 from reference.model import Star
@@ -237,9 +243,14 @@ def test_every_stage_inside_the_transformer(decoder_of, case: str) -> None:
         cos, sin = rotary_cos_sin(dit.config, caption_tokens=length, side=side)
         time_embed = dit.time_caption_embed.timestep_embedder(time)
         whole = dit.norm_out(seen["layer_last"][None], time_embed)
-        both = torch.cat([dit.pixels(half, side=side) for half in whole[:, length:].chunk(2, dim=1)], dim=2)
+        halves = whole[:, length:].unflatten(2, (4, -1)).chunk(2, dim=1)
+        both = torch.cat([map_from_patches(half) for half in halves], dim=2)
         assert torch.equal(both[:, :, : 2 * side], velocity)
-        seen |= {"input": stacked[0], "patches": dit.patches(stacked)[0], "norm_out": whole[0]}
+        seen |= {
+            "input": stacked[0],
+            "patches": patches_from_map(stacked)[0].flatten(1),
+            "norm_out": whole[0],
+        }
         seen |= {"output": both[0], "rope": torch.stack([cos, sin], dim=-1)}
         for stage, value in seen.items():
             if value.shape[0] == length + tokens:

@@ -20,7 +20,7 @@ from engines.errors import InputError
 from engines.interpreter import Network, parsed_from_network
 from engines.tensorrt.module import log_of
 from engines.tensorrt.network import network_from_onnx
-from star_export.components import COMPONENTS
+from star_export.components import COMPONENTS, DIFFUSION
 from star_export.graph import lint, ops
 from star_export.graph.classic import classic_from_graph
 from star_export.graph.quantize import twin_from_graph
@@ -70,6 +70,12 @@ def cases(folder: Path) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.fixture
+def bundle_with(request: pytest.FixtureRequest):
+    """A function: a component -> a float32 bundle of the miniature that has it."""
+    return lambda name: request.getfixturevalue("diffusion_bundle" if name in DIFFUSION else "mini_bundle")
+
+
+@pytest.fixture
 def linked(tmp_path):
     """A function: a component's folder in a bundle -> a folder with the same weights,
     to write another graph into."""
@@ -83,10 +89,8 @@ def linked(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name, row in COMPONENTS.items() if not row.table])
-def test_a_classic_graph_with_its_body_restored_is_the_modern_one(
-    mini_bundle: Path, linked, name: str
-) -> None:
-    folder = mini_bundle / name
+def test_a_classic_graph_with_its_body_restored_is_the_modern_one(bundle_with, linked, name: str) -> None:
+    folder = bundle_with(name) / name
     model = ir.load(folder / "classic.onnx")
     assert not TOO_NEW & {node.op_type for node in model.graph.all_nodes()}
     assert model.opset_imports[""] == 20 and not model.functions
@@ -103,12 +107,12 @@ def test_a_classic_graph_with_its_body_restored_is_the_modern_one(
 
 @pytest.mark.parametrize("name", [name for name, row in COMPONENTS.items() if not row.table])
 def test_a_classic_graph_as_a_tensorrt_parser_reads_it_is_the_modern_one(
-    mini_bundle: Path, linked, name: str
+    bundle_with, linked, name: str
 ) -> None:
     """By the parser of TensorRT for RTX,
     which is newer than the targets' own; the plugin's function has its body."""
     trt = pytest.importorskip("tensorrt_rtx")
-    folder = mini_bundle / name
+    folder = bundle_with(name) / name
     here = linked(folder)
     (here / "read.onnx").write_bytes(restored(ir.load(folder / "classic.onnx"), opset=20).SerializeToString())
     builder = trt.Builder(log_of(trt))

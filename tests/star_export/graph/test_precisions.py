@@ -10,7 +10,7 @@ import torch
 
 from reference.config import config_from_files
 from reference.weights import resolve_checkpoint
-from star_export.components import COMPONENTS, whole
+from star_export.components import components_of, whole
 from star_export.graph.formats import INT4, INT8
 from star_export.graph.precisions import DENSE, EVERY, PRECISIONS
 from star_export.planner.source import shapes_of
@@ -48,7 +48,9 @@ def test_nothing_but_norms_biases_the_image_table_and_what_is_near_the_codebook_
 ) -> None:
     files = resolve_checkpoint(str(mini_checkpoint))
     config = config_from_files(files.config_json, files.qwen_folder)
-    shapes = {k: v for name in COMPONENTS for k, v in shapes_of(whole(name, config), config).items()}
+    shapes = {
+        k: v for name in components_of(config) for k, v in shapes_of(whole(name, config), config).items()
+    }
     wide = {name for name, shape in shapes.items() if not PRECISIONS[precision].format_of(name, shape)}
     assert {name for name in wide if len(shapes[name]) > 1} == {
         *("codebook.weight", "image_table.weight"),
