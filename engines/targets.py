@@ -1,6 +1,7 @@
 """The device table: for each target its builder, dialect, precisions, memory and bandwidth.
 
-Everything that differs between targets is a row here. Memory and bandwidth are the vendors' nominal figures.
+Everything that differs between targets is a row here. Memory, bandwidth and operations are the vendors'
+nominal figures.
 The precisions of SM 7.5, 8.6, 8.9 and 12.0 were built with TensorRT for RTX 1.7.1; those of the others come
 from NVIDIA's support matrices.
 """
@@ -32,7 +33,8 @@ class Target:
 
     `builder` is the module that builds and runs its plans: `tensorrt_rtx` builds on any CPU of `platforms`,
     `tensorrt` only on the device. `tensorrt` is the oldest version of that module that works. `precisions`
-    are the bundle precisions that the device supports.
+    are the bundle precisions that the device supports. `operations_per_s` is what its tensor cores do in 16
+    bits at most, with sums in float32 and dense weights.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Target:
     platforms: tuple[str, ...]
     memory_bytes: int
     bandwidth_bytes_per_s: int
+    operations_per_s: int
     jetpack: str | None = None
 
     @property
@@ -65,7 +68,9 @@ class _Software(NamedTuple):
     jetpack: str | None = None
 
 
-def _row(name, device, capability, software: _Software, precisions, memory_gb, gigabytes_per_s) -> Target:
+def _row(
+    name, device, capability, software: _Software, precisions, memory_gb, gigabytes_per_s, teraflops
+) -> Target:
     return Target(
         name=name,
         device=device,
@@ -73,6 +78,7 @@ def _row(name, device, capability, software: _Software, precisions, memory_gb, g
         precisions=precisions,
         memory_bytes=memory_gb * 10**9,
         bandwidth_bytes_per_s=round(gigabytes_per_s * 10**9),
+        operations_per_s=round(teraflops * 10**12),
         **software._asdict(),
     )
 
@@ -87,23 +93,23 @@ _JETPACK_72 = _Software("tensorrt", "11.4", "modern", ARM, "7.2.2")
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        _row("rtx-2080-ti", "GeForce RTX 2080 Ti", (7, 5), _RTX, TURING, 11, 616),
-        _row("a100", "A100 80 GB", (8, 0), _RTX, AMPERE, 80, 2039),
-        _row("rtx-3060", "GeForce RTX 3060 12 GB", (8, 6), _RTX, AMPERE, 12, 360),
-        _row("rtx-3090", "GeForce RTX 3090", (8, 6), _RTX, AMPERE, 24, 936),
-        _row("rtx-4060", "GeForce RTX 4060", (8, 9), _RTX, ADA, 8, 272),
-        _row("rtx-4090", "GeForce RTX 4090", (8, 9), _RTX, ADA, 24, 1008),
-        _row("rtx-5070", "GeForce RTX 5070", (12, 0), _RTX, BLACKWELL, 12, 672),
-        _row("rtx-5090", "GeForce RTX 5090", (12, 0), _RTX, BLACKWELL, 32, 1792),
-        _row("dgx-spark", "DGX Spark (GB10)", (12, 1), _SPARK, BLACKWELL, 128, 273),
-        _row("h100", "H100 SXM", (9, 0), _SERVER, ADA, 80, 3350),
-        _row("h200", "H200 SXM", (9, 0), _SERVER, ADA, 141, 4800),
-        _row("orin-nano-jp62", "Jetson Orin Nano Super 8 GB", (8, 7), _JETPACK_62, AMPERE, 8, 68),
-        _row("orin-nx-jp62", "Jetson Orin NX 16 GB", (8, 7), _JETPACK_62, AMPERE, 16, 102.4),
-        _row("orin-agx-jp62", "Jetson AGX Orin 64 GB", (8, 7), _JETPACK_62, AMPERE, 64, 204.8),
-        _row("orin-agx-jp72", "Jetson AGX Orin 64 GB", (8, 7), _JETPACK_72, AMPERE, 64, 204.8),
-        _row("thor-jp71", "Jetson AGX Thor", (11, 0), _JETPACK_71, ADA, 128, 273),
-        _row("thor-jp72", "Jetson AGX Thor", (11, 0), _JETPACK_72, BLACKWELL, 128, 273),
+        _row("rtx-2080-ti", "GeForce RTX 2080 Ti", (7, 5), _RTX, TURING, 11, 616, 53.8),
+        _row("a100", "A100 80 GB", (8, 0), _RTX, AMPERE, 80, 2039, 312),
+        _row("rtx-3060", "GeForce RTX 3060 12 GB", (8, 6), _RTX, AMPERE, 12, 360, 25.5),
+        _row("rtx-3090", "GeForce RTX 3090", (8, 6), _RTX, AMPERE, 24, 936, 71),
+        _row("rtx-4060", "GeForce RTX 4060", (8, 9), _RTX, ADA, 8, 272, 30.2),
+        _row("rtx-4090", "GeForce RTX 4090", (8, 9), _RTX, ADA, 24, 1008, 165),
+        _row("rtx-5070", "GeForce RTX 5070", (12, 0), _RTX, BLACKWELL, 12, 672, 61.7),
+        _row("rtx-5090", "GeForce RTX 5090", (12, 0), _RTX, BLACKWELL, 32, 1792, 209.5),
+        _row("dgx-spark", "DGX Spark (GB10)", (12, 1), _SPARK, BLACKWELL, 128, 273, 125),
+        _row("h100", "H100 SXM", (9, 0), _SERVER, ADA, 80, 3350, 989),
+        _row("h200", "H200 SXM", (9, 0), _SERVER, ADA, 141, 4800, 989),
+        _row("orin-nano-jp62", "Jetson Orin Nano Super 8 GB", (8, 7), _JETPACK_62, AMPERE, 8, 68, 17),
+        _row("orin-nx-jp62", "Jetson Orin NX 16 GB", (8, 7), _JETPACK_62, AMPERE, 16, 102.4, 25),
+        _row("orin-agx-jp62", "Jetson AGX Orin 64 GB", (8, 7), _JETPACK_62, AMPERE, 64, 204.8, 43),
+        _row("orin-agx-jp72", "Jetson AGX Orin 64 GB", (8, 7), _JETPACK_72, AMPERE, 64, 204.8, 43),
+        _row("thor-jp71", "Jetson AGX Thor", (11, 0), _JETPACK_71, ADA, 128, 273, 258),
+        _row("thor-jp72", "Jetson AGX Thor", (11, 0), _JETPACK_72, BLACKWELL, 128, 273, 258),
     )
 }
 

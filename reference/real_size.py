@@ -3,9 +3,9 @@
     python -m reference.real_size 3B|7B FOLDER [--layers N] [--stacked-layers N] ...
 
 It has the release's files, and in them the release's names and shapes in bf16: `STAR_Qwen2.5-VL-3B.json`,
-`STAR-3B.pt`, `VQ-Model.pt` and `Qwen2.5-VL-3B-Instruct/`. Only the diffusion decoder is left out, which the
-loader sets aside. Two runs write the same numbers. Fewer layers give a model of real width that is small
-enough for a test.
+`STAR-3B.pt`, `VQ-Model.pt` and `Qwen2.5-VL-3B-Instruct/`; and with `--diffusion` the diffusion decoder, in
+`STAR-3B.pt` and `lumina-image2/`. Two runs write the same numbers. Fewer layers give a model of real width
+that is small enough for a test.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from pathlib import Path
 
 from . import mini
 from .config import config_from_files
+from .diffusion import mini as diffusion_mini
 from .errors import CheckpointError
 from .names import expected_tensors
 from .noise import Shapes, bytes_of, fill, laid_out_pt, laid_out_safetensors, whole_file
 from .releases import CONFIGS, RELEASES, silent
 
 SIZES = ("3B", "7B")
+LUMINA_FILES = {"vae": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
 SHARD_BYTES = 4 * 10**9  # the release's shards are no larger
 SPARE_BYTES = 64 << 20  # beside the tensors: tokenizer, headers, what the file system keeps of itself
 
@@ -38,12 +40,14 @@ def write_checkpoint(
     stacked_layers: int | None = None,
     vision_layers: int | None = None,
     vq_channels: int | None = None,
+    diffusion: bool = False,
     tokenizer: str | Path | None = None,
     progress: Callable[[str, int, int], None] = silent,
 ) -> Path:
     """Write the checkpoint of `size` (3B or 7B) into the folder `root`, which is created, and return `root`.
 
-    `layers`, `stacked_layers`, `vision_layers` and `vq_channels` replace the release's numbers. `tokenizer`
+    `layers`, `stacked_layers`, `vision_layers` and `vq_channels` replace the release's numbers. `diffusion`
+    adds the diffusion decoder, which has one size, with the miniature's tokenizer. `tokenizer`
     is a tokenizer.json of Qwen's to use instead of the miniature's. `progress` gets bytes written and bytes
     in total. A file has its final name only when it is complete, and the configuration is the last one,
     without which a folder is no checkpoint. Raises CheckpointError, before anything is written, if the folder
@@ -61,7 +65,10 @@ def write_checkpoint(
     with tempfile.TemporaryDirectory() as folder:
         config_json, base_folder = Path(folder) / f"STAR_Qwen2.5-VL-{size}.json", Path(folder) / "base"
         write_small_files(config_json, base_folder, star, base, tokenizer=tokenizer)
-        expected = expected_tensors(config_from_files(config_json, base_folder))
+        lumina = Path(folder) / diffusion_mini.FOLDER if diffusion else None
+        if lumina:
+            diffusion_mini.write_settings(lumina, **diffusion_mini.RELEASE)
+        expected = expected_tensors(config_from_files(config_json, base_folder, lumina))
         shapes = {
             part: {name: stored for name, (_, stored, _) in of.items()} for part, of in expected.items()
         }
@@ -72,6 +79,9 @@ def write_checkpoint(
         try:
             write_files(root, size, shapes, counter(progress, total))
             places = dict.fromkeys(base_folder.iterdir(), root / f"Qwen2.5-VL-{size}-Instruct")
+            for path in lumina.rglob("*.json") if lumina else ():
+                places[path] = root / path.parent.relative_to(folder)
+                places[path].mkdir(parents=True, exist_ok=True)
             for path, place in (places | {config_json: root}).items():
                 with whole_file(place / path.name) as partial:
                     shutil.copyfile(path, partial)
@@ -170,6 +180,11 @@ def write_files(
     with whole_file(folder / "model.safetensors.index.json") as partial:
         total = {"total_size": bytes_of(shapes["base"])}
         mini.write_json(partial, {"metadata": total, "weight_map": weight_map})
+    for part, file in LUMINA_FILES.items() if "vae" in shapes else ():
+        path = root / diffusion_mini.FOLDER / part / file
+        path.parent.mkdir(parents=True)
+        with whole_file(path) as partial:
+            fill(partial, path.name, shapes[part], laid_out_safetensors(partial, shapes[part]), written)
     for name, part, key in ((f"STAR-{size}.pt", "trained", "state_dict"), ("VQ-Model.pt", "vq", None)):
         with whole_file(root / name) as partial:
             fill(partial, name, shapes[part], laid_out_pt(partial, shapes[part], key=key), written)
@@ -208,6 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("--vq-channels", "channels of the VQ model, a multiple of 32"),
     ):
         parser.add_argument(option, type=int, metavar="N", help=f"{what} (default: the release's)")
+    parser.add_argument("--diffusion", action="store_true", help="with the diffusion decoder, 10.6 GB more")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json of Qwen's")
     options = vars(parser.parse_args(arguments))
     root, size = options.pop("folder"), options.pop("size")

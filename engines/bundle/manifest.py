@@ -137,7 +137,8 @@ class DiffusionSpec:
 
     `axes` counts the dimensions of a head that turn with caption position, row and column. A latent has
     `latent_channels` at 1/8 of an image's side and is `(z - latent_shift) * latent_scale` of what the VAE's
-    encoder finds. `time_shift` is the schedule's, and `bos` the id that a caption begins with.
+    encoder finds. `time_shift` is the schedule's, and `bos` the id that a caption begins with. `hidden_size`,
+    `blocks` and `token_weights`, those that multiply every token, decide how long a step takes.
     """
 
     axes: Annotated[tuple[int, int, int], Within(2, 4096)]
@@ -147,6 +148,9 @@ class DiffusionSpec:
     latent_shift: Annotated[float, Within(-1e6, 1e6)]
     time_shift: Annotated[float, Within(1e-3, 1e3)]
     bos: Id
+    hidden_size: Size
+    blocks: Few
+    token_weights: Annotated[int, Within(1, 1 << 48)]
 
 
 @dataclass(frozen=True)

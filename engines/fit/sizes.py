@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ..bundle.manifest import CacheSpec, ModelSpec, component_of
+from ..bundle.manifest import CacheSpec, DiffusionSpec, ModelSpec, component_of
 from ..bundle.reader import Bundle
 from ..bundle.tensors import ITEM_BYTES
 
@@ -18,8 +18,19 @@ CACHE_BYTES_16BIT = ITEM_BYTES["bfloat16"]
 
 
 @dataclass(frozen=True)
+class Transformer:
+    """The sizes of a diffusion transformer that its arithmetic follows from; `token_weights` are those that
+    multiply every token."""
+
+    hidden_size: int
+    blocks: int
+    token_weights: int
+
+
+@dataclass(frozen=True)
 class Geometry:
-    """The sizes of a model that caches, buffers and steps follow from; `image_size` is in pixels."""
+    """The sizes of a model that caches, buffers and steps follow from; `image_size` is in pixels, and
+    `transformer` the diffusion decoder's, if there is one."""
 
     name: str
     hidden_size: int
@@ -29,6 +40,7 @@ class Geometry:
     image_size: int
     max_positions: int
     cache: dict[str, CacheSpec]
+    transformer: Transformer | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,13 @@ def geometry_of(model: ModelSpec) -> Geometry:
         **{name: getattr(model, name) for name in names},
         max_positions=model.max_positions,
         cache=dict(model.cache),
+        transformer=transformer_of(model.diffusion) if model.diffusion else None,
     )
+
+
+def transformer_of(spec: DiffusionSpec) -> Transformer:
+    """The sizes in the description of a bundle's diffusion decoder."""
+    return Transformer(spec.hidden_size, spec.blocks, spec.token_weights)
 
 
 def sizes_from_bundle(bundle: Bundle) -> Sizes:

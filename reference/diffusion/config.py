@@ -82,6 +82,20 @@ class DiTConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def blocks(self) -> int:
+        """Blocks that an image token goes through."""
+        return self.num_layers + self.num_refiners
+
+    @property
+    def token_weights(self) -> int:
+        """Weights that multiply every image token."""
+        kv_size = self.num_kv_heads * self.head_dim
+        attention = 2 * self.hidden_size * (self.hidden_size + kv_size)
+        block = attention + 3 * self.hidden_size * self.intermediate_size
+        features = self.patch_size**2 * (self.latent_channels + self.vq_channels)
+        return self.blocks * block + features * self.hidden_size
+
+    @property
     def time_size(self) -> int:
         """Width of the embedding of a step's time."""
         return min(self.hidden_size, MAX_TIME_WIDTH)

@@ -144,6 +144,28 @@ SETTINGS = {
     "tokenizer/tokenizer_config.json": TOKENIZER,
 }
 
+RELEASE: dict[str, dict] = {  # what of the miniature's settings the release has otherwise
+    "transformer/config.json": {
+        "axes_dim_rope": [32, 32, 32],
+        "cap_feat_dim": 2304,
+        "hidden_size": 2304,
+        "num_attention_heads": 24,
+        "num_kv_heads": 8,
+        "num_layers": 26,
+    },
+    "vae/config.json": {"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32},
+    "text_encoder/config.json": {
+        "hidden_size": 2304,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "intermediate_size": 9216,
+        "query_pre_attn_scalar": 256,
+        "vocab_size": 256_000,
+    },
+}
+
 
 def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Noise determined by name and shape: float32, or float64 where a fan-in scales it."""
@@ -167,12 +189,17 @@ def state_dicts(config: DiffusionConfig) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
+def write_settings(root: Path, **changes: dict) -> None:
+    """Write the small files of `lumina-image2/` as `root`; `changes` maps a file to its other values."""
+    for name, values in SETTINGS.items():
+        write_json(root / name, values | changes.get(name, {}))
+    write_tokenizer(root / "tokenizer" / "tokenizer.json")
+
+
 def write_folder(folder: Path, *, vq_channels: int = VQ_CHANNELS) -> dict[str, torch.Tensor]:
     """Write `lumina-image2/` into `folder`; returns the transformer's tensors, which are of STAR's file."""
     root = folder / FOLDER
-    for name, values in SETTINGS.items():
-        write_json(root / name, values)
-    write_tokenizer(root / "tokenizer" / "tokenizer.json")
+    write_settings(root)
     found = {
         part: {name: torch.from_numpy(array) for name, array in arrays.items()}
         for part, arrays in state_dicts(diffusion_from_folder(root, vq_channels=vq_channels)).items()

@@ -77,6 +77,12 @@ def text_from_plan(answer: Plan) -> str:
             [_time_line(place) for place in answer.places],
         ),
     ]
+    if painted := {place.target: place.paintings for place in answer.places if place.paintings}:
+        some = next(iter(painted.values()))
+        head = ("at the limit of arithmetic", *(f"{p.task}, {p.resolution} pixels" for p in some))
+        counts = ("operations", *(f"{p.operations / 1e15:.3g} PFLOP" for p in some))
+        rates = [(name, *(_seconds(p.seconds) for p in found)) for name, found in painted.items()]
+        lines += ["", table(head, [counts, *rates])]
     builds = [place for place in answer.places if place.plans_bytes is not None and place.reason is None]
     if builds:
         head = ("target", "precision", "plans", "build: memory", "time")
@@ -174,6 +180,10 @@ def _minutes(seconds: float | None) -> str:
     if seconds is None:
         return UNKNOWN
     return f"about {seconds / 60:.0f} min" if seconds >= 120 else f"about {seconds:.0f} s"
+
+
+def _seconds(seconds: float | None) -> str:
+    return UNKNOWN if seconds is None else f"{_short(seconds)} s"
 
 
 def _host_bandwidth() -> float:

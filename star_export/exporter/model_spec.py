@@ -87,6 +87,9 @@ def diffusion_spec(files: CheckpointFiles, config: StarConfig) -> DiffusionSpec 
         latent_shift=float(vae.shift),
         time_shift=float(config.diffusion.time_shift),
         bos=config.diffusion.bos,
+        hidden_size=dit.hidden_size,
+        blocks=dit.blocks,
+        token_weights=dit.token_weights,
     )
     Captions(read_text(path, max_bytes=TOKENIZER_BYTES), spec, where=str(path))
     return spec

@@ -11,6 +11,7 @@ from engines.bundle.files import MANIFEST
 from engines.bundle.reader import Bundle
 from engines.errors import UsageError
 from engines.fit import machine, work
+from engines.fit.arithmetic import Painting, paintings
 from engines.fit.memory import PROMPT_TOKENS, Use, task_memory, tasks_of, workspace_bytes
 from engines.fit.sizes import Sizes, sizes_from_bundle
 from engines.fit.speed import CPU, Measured, Times, measured_on, times_at
@@ -66,7 +67,8 @@ class Place:
 
     `limit` are the times at the device's bandwidth (None where that is unknown), `measured` the times at the
     share of it that was last measured, `share` (None where none was). `plans_bytes`, `build_memory_bytes` and
-    `build_seconds` are those of its plans, None where it needs none.
+    `build_seconds` are those of its plans, None where it needs none. `paintings` are those of a model with a
+    diffusion decoder, at the device's limit of arithmetic in 16 bits.
     """
 
     target: str
@@ -84,6 +86,7 @@ class Place:
     plans_bytes: int | None
     build_memory_bytes: int | None
     build_seconds: float | None
+    paintings: tuple[Painting, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,9 @@ def _place(
         plans_bytes=work.plans_bytes(sizes) if target else None,
         build_memory_bytes=work.build_memory(sizes) if target else None,
         build_seconds=work.build_seconds(sizes) if target else None,
+        paintings=paintings(sizes.model.transformer, target.operations_per_s if target else None)
+        if sizes.model.transformer
+        else (),
     )
 
 

@@ -17,8 +17,9 @@ import torch
 
 from engines.bundle.manifest import CacheSpec
 from engines.bundle.tensors import ITEM_BYTES, disagreements, shape_from_symbols
-from engines.fit.sizes import Geometry, Sizes
+from engines.fit.sizes import Geometry, Sizes, Transformer
 from reference.config import StarConfig, config_from_files
+from reference.diffusion.config import DiTConfig
 from reference.errors import CheckpointError
 from reference.releases import CONFIGS, RELEASES, find_release
 from reference.weights import SHIPPED, named_tensors, resolve_checkpoint
@@ -191,7 +192,13 @@ def geometry_of(config: StarConfig) -> Geometry:
             name: CacheSpec(decoder.num_layers, decoder.num_kv_heads, decoder.head_dim)
             for name, decoder in decoders.items()
         },
+        transformer=transformer_of(config.diffusion.dit) if config.diffusion else None,
     )
+
+
+def transformer_of(dit: DiTConfig) -> Transformer:
+    """The sizes of a diffusion transformer that its arithmetic follows from."""
+    return Transformer(dit.hidden_size, dit.blocks, dit.token_weights)
 
 
 def _parts(name: str, config: StarConfig, precision: str, part_bytes: int) -> list[Part]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,3 +125,19 @@ def test_a_disk_that_fills_up_leaves_whole_files_and_no_checkpoint(
 def test_an_impossible_size_is_refused_by_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert real_size.main(["3B", str(tmp_path / "new"), "--layers", "0"]) == 3
     assert "num_hidden_layers" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_the_diffusion_decoder_has_the_releases_size(tmp_path: Path, unfilled: None) -> None:
+    few = {"layers": 1, "stacked_layers": 1, "vision_layers": 1, "vq_channels": 32}
+    files = resolve_checkpoint(str(real_size.write_checkpoint(tmp_path / "3B", "3B", **few, diffusion=True)))
+    config = files.config()
+    assert config.diffusion and (config.diffusion.dit.num_layers, config.diffusion.dit.head_dim) == (26, 96)
+    tensors = named_tensors(files, config)
+    numbers = dict.fromkeys(("dit", "vae_encoder", "vae_decoder", "text_embedding", "text_encoder"), 0)
+    for name, lazy in tensors.items():
+        if (part := name.partition(".")[0]) in numbers:
+            numbers[part] += math.prod(lazy.shape)
+    assert numbers["dit"] == 2_625_106_880
+    assert numbers["vae_encoder"] + numbers["vae_decoder"] == 83_819_683
+    last_layer_and_norm = 77_865_984 + 2304  # which nothing uses
+    assert numbers["text_embedding"] + numbers["text_encoder"] == 2_614_341_888 - last_layer_and_norm

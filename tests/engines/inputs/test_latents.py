@@ -15,7 +15,9 @@ from reference.diffusion.dit import map_from_patches, patches_from_map, time_fea
 from reference.mini_tensors import tensor
 from tests.helpers.official_diffusion import CASES, LIMIT, arrays, check_image, error
 
-SPEC = DiffusionSpec((4, 6, 6), 16, 16, 0.3611, 0.1159, 6.0, bos=2)
+SPEC = DiffusionSpec(
+    (4, 6, 6), 16, 16, 0.3611, 0.1159, 6.0, bos=2, hidden_size=64, blocks=5, token_weights=315_392
+)
 EDITS = [name for name, case in CASES.items() if case["task"] == "edit"]
 TRACED = [name for name in CASES if f"{name}.trace.rope" in arrays()]
 

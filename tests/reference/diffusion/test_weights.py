@@ -25,27 +25,6 @@ DIGESTS = {
     16: "ed61e5545d3fc563952a9d24f024a488261d60f7a717ae8130e05044028821fe",
     512: "22ec2f1ed665453cabdb599530d31046743ab0166590acb4454f47626e15d080",
 }
-RELEASE = {  # what of the miniature's settings the release has otherwise
-    "transformer/config.json": {
-        "axes_dim_rope": [32, 32, 32],
-        "cap_feat_dim": 2304,
-        "hidden_size": 2304,
-        "num_attention_heads": 24,
-        "num_kv_heads": 8,
-        "num_layers": 26,
-    },
-    "vae/config.json": {"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32},
-    "text_encoder/config.json": {
-        "hidden_size": 2304,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "intermediate_size": 9216,
-        "query_pre_attn_scalar": 256,
-        "vocab_size": 256_000,
-    },
-}
 
 
 @pytest.fixture
@@ -88,7 +67,7 @@ def test_the_miniatures_names_and_numbers_are_those_of_the_official_arrays(
 
 def test_at_release_size_names_shapes_and_counts_are_the_releases(tmp_path: Path) -> None:
     for name, values in mini.SETTINGS.items():
-        mini.write_json(tmp_path / name, values | RELEASE.get(name, {}))
+        mini.write_json(tmp_path / name, values | mini.RELEASE.get(name, {}))
     shapes = stored_shapes(diffusion_from_folder(tmp_path, vq_channels=512))
     lines = [line.split("\t") for line in TSV.read_text().splitlines() if line.startswith(DIT)]
     expected = {name: tuple(map(int, shape.split("x"))) for name, shape in lines}

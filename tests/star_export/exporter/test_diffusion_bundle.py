@@ -32,7 +32,9 @@ def test_it_holds_every_component_and_what_numpy_needs(diffusion_bundle: Path) -
     bundle.verify()
     manifest = bundle.manifest
     assert {*manifest.components, *manifest.tables} == set(COMPONENTS)
-    assert manifest.model.diffusion == DiffusionSpec((4, 6, 6), 16, 16, 0.3611, 0.1159, 6.0, bos=2)
+    assert manifest.model.diffusion == DiffusionSpec(
+        (4, 6, 6), 16, 16, 0.3611, 0.1159, 6.0, bos=2, hidden_size=64, blocks=5, token_weights=315_392
+    )
     assert "caption_tokenizer.json" in manifest.files
 
 
