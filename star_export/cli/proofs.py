@@ -1,11 +1,88 @@
-"""The verb `certificate`: what was proved of a bundle, where, and whether it still holds."""
+"""The verbs `validate` and `certificate`: prove a bundle, and say whether what was proved still holds."""
 
 from __future__ import annotations
 
-from engines.bundle.reader import Bundle
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from engines.bundle.reader import Bundle
+from engines.bundle.typed_paths import output_file
+from engines.errors import ParityError, UsageError
+
+from .bisecting import bisected
 from .outputs import Outcome, table
 from .progress_bar import ProgressBar
+
+if TYPE_CHECKING:
+    from ..validator.certificate import Rung
+
+
+def validate(
+    bundle: str,
+    *,
+    target: str | None = None,
+    backend: str = "onnxruntime-exact",
+    report: str | None = None,
+    bisect: str | None = None,
+    source: str | None = None,
+    threads: int | None = None,
+    progress: bool = True,
+) -> Outcome:
+    """Run the parity ladder, `star_export.validator.ladder.validate`. Raises ParityError when it fails.
+
+    With `bisect`, the component of that name is compared layer by layer instead, by
+    `star_export.validator.bisect.bisect`; or, if it is "", the component that fails, whose report stands
+    beside the other.
+    """
+    from ..validator.certificate import certificate_path, json_from_certificate
+    from ..validator.ladder import validate as validate_bundle
+
+    if (bisect is None) != (source is None):
+        raise UsageError(
+            "A bisection needs the checkpoint, and nothing else does",
+            where=f"validate: expected --bisect and --source together, got only "
+            f"{'--source' if bisect is None else '--bisect'}",
+            fix=f"star-export validate {bundle} --bisect COMPONENT --source SOURCE",
+        )
+    if bisect is not None and threads is not None:
+        raise UsageError(
+            "A bisection has no number of threads",
+            where="validate: expected one of --bisect and --threads, got both",
+            fix="omit --threads",
+        )
+    page = None if report is None else output_file(report)
+    with ProgressBar("validate", shown=progress) as bar:
+        options: dict[str, Any] = {"source": source, "target": target, "progress": bar}
+        if bisect:
+            return bisected(bundle, bisect, page=page, **options)
+        try:
+            certificate = validate_bundle(
+                bundle, backend=backend, target=target, report=page, threads=threads, progress=bar
+            )
+        except ParityError as error:
+            component = error.where.partition(":")[0]
+            if bisect is None or component not in Bundle.open(bundle).manifest.components:
+                raise
+            beside = page and page.with_name(f"{page.stem}-bisection{page.suffix}")
+            return bisected(bundle, component, page=beside, error=error, **options)
+    path = certificate_path(Path(bundle), certificate.backend, certificate.device)
+    lines = [
+        (
+            rung.name,
+            "passed",
+            f"{sum(row.compared for row in rung.rows)} tensors" if rung.rows else "",
+            f"{rung.seconds:.1f} s",
+            _nearest(rung) or rung.note,
+        )
+        for rung in certificate.rungs
+    ]
+    head = ("rung", "", "compared", "took", "nearest to its tolerance")
+    gaps = "\n".join(f"  not proven: {gap}" for gap in certificate.not_proven)
+    return Outcome(
+        json.loads(json_from_certificate(certificate)) | {"certificate": str(path)},
+        f"{table(head, lines)}\n{gaps}\ncertificate: {path}",
+    )
 
 
 def certificate(bundle: str, *, backend: str | None = None, progress: bool = True) -> Outcome:
@@ -61,3 +138,13 @@ def _compared(rungs) -> dict[str, int]:
 
 def _is_of(one, backend: str) -> bool:
     return one.certificate is not None and one.certificate.backend == backend
+
+
+def _nearest(rung: Rung) -> str:
+    """The result of a rung that uses the largest share of its tolerance."""
+    from ..golden.compare import excess
+
+    if not rung.rows:
+        return ""
+    row = max(rung.rows, key=lambda row: excess(row.worst))
+    return f"{row.component} {row.worst.tensor}: {row.worst.value:.3g} of {row.worst.tolerance:.3g}"

@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engines.bundle.reader import Bundle
-from engines.bundle.typed_paths import output_file
-from engines.errors import MissingError, ParityError, UsageError, install
+from engines.errors import MissingError, UsageError, install
 
-from .bisecting import bisected
 from .completion import completion
 from .drawing import ask, edit, generate, open_star
 from .outputs import Outcome, table, text_from_bytes
 from .planning import plan
 from .progress_bar import ProgressBar
-from .proofs import certificate
+from .proofs import certificate, validate
 from .scoring import score
 from .serving import serve
 
 if TYPE_CHECKING:
     from engines.tensorrt.build import BuiltPlan
 
-    from ..validator.certificate import Rung
 
 __all__ = [
     "ask",
@@ -170,73 +166,6 @@ def _data_from_plan(plan: BuiltPlan) -> dict:
     }
 
 
-def validate(
-    bundle: str,
-    *,
-    target: str | None = None,
-    backend: str = "onnxruntime-exact",
-    report: str | None = None,
-    bisect: str | None = None,
-    source: str | None = None,
-    threads: int | None = None,
-    progress: bool = True,
-) -> Outcome:
-    """Run the parity ladder, `star_export.validator.ladder.validate`. Raises ParityError when it fails.
-
-    With `bisect`, the component of that name is compared layer by layer instead, by
-    `star_export.validator.bisect.bisect`; or, if it is "", the component that fails, whose report stands
-    beside the other.
-    """
-    from ..validator.certificate import certificate_path, json_from_certificate
-    from ..validator.ladder import validate as validate_bundle
-
-    if (bisect is None) != (source is None):
-        raise UsageError(
-            "A bisection needs the checkpoint, and nothing else does",
-            where=f"validate: expected --bisect and --source together, got only "
-            f"{'--source' if bisect is None else '--bisect'}",
-            fix=f"star-export validate {bundle} --bisect COMPONENT --source SOURCE",
-        )
-    if bisect is not None and threads is not None:
-        raise UsageError(
-            "A bisection has no number of threads",
-            where="validate: expected one of --bisect and --threads, got both",
-            fix="omit --threads",
-        )
-    page = None if report is None else output_file(report)
-    with ProgressBar("validate", shown=progress) as bar:
-        options: dict[str, Any] = {"source": source, "target": target, "progress": bar}
-        if bisect:
-            return bisected(bundle, bisect, page=page, **options)
-        try:
-            certificate = validate_bundle(
-                bundle, backend=backend, target=target, report=page, threads=threads, progress=bar
-            )
-        except ParityError as error:
-            component = error.where.partition(":")[0]
-            if bisect is None or component not in Bundle.open(bundle).manifest.components:
-                raise
-            beside = page and page.with_name(f"{page.stem}-bisection{page.suffix}")
-            return bisected(bundle, component, page=beside, error=error, **options)
-    path = certificate_path(Path(bundle), certificate.backend, certificate.device)
-    lines = [
-        (
-            rung.name,
-            "passed",
-            f"{sum(row.compared for row in rung.rows)} tensors" if rung.rows else "",
-            f"{rung.seconds:.1f} s",
-            _nearest(rung) or rung.note,
-        )
-        for rung in certificate.rungs
-    ]
-    head = ("rung", "", "compared", "took", "nearest to its tolerance")
-    gaps = "\n".join(f"  not proven: {gap}" for gap in certificate.not_proven)
-    return Outcome(
-        json.loads(json_from_certificate(certificate)) | {"certificate": str(path)},
-        f"{table(head, lines)}\n{gaps}\ncertificate: {path}",
-    )
-
-
 def bench(
     bundle: str,
     *,
@@ -351,13 +280,3 @@ def doctor() -> Outcome:
 def _yes_or_no(refusal: str | None) -> str:
     """`yes`, or `no` and a short reason; `--json` has the whole reason."""
     return "yes" if refusal is None else f"no: {refusal.partition(' (')[0]}"
-
-
-def _nearest(rung: Rung) -> str:
-    """The result of a rung that uses the largest share of its tolerance."""
-    from ..golden.compare import excess
-
-    if not rung.rows:
-        return ""
-    row = max(rung.rows, key=lambda row: excess(row.worst))
-    return f"{row.component} {row.worst.tensor}: {row.worst.value:.3g} of {row.worst.tolerance:.3g}"
