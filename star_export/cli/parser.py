@@ -115,7 +115,9 @@ class Parser(argparse.ArgumentParser):
 
 def nearest(word: str, names: Iterable[str], program: str) -> str:
     """What to do about a word that is none of `names`: the one that looks most like it, or the help."""
-    (name, *_) = [*difflib.get_close_matches(word.lower(), list(names), 1), ""]
+    known = list(names)
+    begun = [name for name in known if word and name.startswith(word.lower())]
+    (name, *_) = [*(begun if len(begun) == 1 else []), *difflib.get_close_matches(word.lower(), known, 1), ""]
     return f"did you mean {name}? {program} -h lists all" if name else f"{program} -h"
 
 

@@ -11,6 +11,8 @@ EXPORT = ("export", "{checkpoint}", "--out", "new")
 WORDS = {
     "an unknown verb": (("paint",), "VERB"),
     "a verb with a typing error": (("generat", "b", "p"), "did you mean generate"),
+    "the beginning of a verb": (("gen", "b", "p"), "did you mean generate"),
+    "a shell in capitals": (("completion", "BASH"), "did you mean bash"),
     "an option with a typing error": ((*DRAW, "--sed", "3"), "did you mean --seed"),
     "an abbreviated option": ((*DRAW, "--gree"), "--greedy"),
     "a prompt without quotes": (("generate", "{bundle}", "a", "red", "cat"), "quotes"),
