@@ -273,7 +273,8 @@ def device_bandwidth(backend: str, threads: int | None = None) -> tuple[str, flo
     A CPU's is that of as many `threads`, by default one per core.
     """
     if backend in ON_CPU:
-        return f"{threads or os.cpu_count()} CPU cores", host_bandwidth(threads)
+        cores = threads or os.cpu_count() or 1
+        return f"{cores} CPU core{'s' * (cores > 1)}", host_bandwidth(cores)
     from .tensorrt.device import gpus, read_bandwidth
 
     return gpus()[0].name, read_bandwidth()
