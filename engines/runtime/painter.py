@@ -100,6 +100,7 @@ class Painter:
         self.brush = checked_painting(painting, model, num_images=num_images, edit=image is not None)
         assert model.diffusion and captions
         self.loaded, self.spec, self.captions, self.seed = loaded, model.diffusion, captions, seed
+        self.task = "paint" if image is None else "repaint"  # as `engines.fit.memory` knows it
         self.preview, self.rope_bf16, self.image = painting.preview, model.rope_bf16, image
         self.caption_ids, self.cut_tokens = captions.ids(prompt, answer=answer)
 

@@ -276,12 +276,11 @@ class Star:
         painter: Painter | None = None,
     ) -> Images:
         rows, length = prompt.input_ids.shape
-        seen = 0 if vision is None else vision.grid_h * vision.grid_w + self.model.image_tokens
         tokens = self.model.image_tokens
+        seen = 0 if vision is None else vision.grid_h * vision.grid_w + tokens
         self.check_room("base_ar", "stacked_ar", text=length - seen, image=seen, new=tokens - 1)
         use = self.use("base_ar", rows=rows, length=length, tokens=tokens)
-        names = ("repaint", "edit") if vision else ("paint", "generate")
-        self.loaded.check(names[0] if painter else names[1], use)
+        self.loaded.check(painter.task if painter else "edit" if vision else "generate", use)
         self.loaded.open_at_once("token_embedding", *DRAW, use=use)
         embeds = self.embedded(prompt, vision=vision, square=square)
         loop = self.image_loop(num_images=rows // 2, length=length, tokens=tokens)

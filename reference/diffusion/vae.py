@@ -42,7 +42,10 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One-head attention among all places of the map, with a residual: [N, c, h, w] -> [N, c, h, w]."""
+    """One-head attention among all places of the map, with a residual: [N, c, h, w] -> [N, c, h, w].
+
+    It is written out because TensorRT for RTX has no kernel for a head of 512 dimensions.
+    """
 
     def __init__(self, config: VAEConfig, channels: int):
         super().__init__()
@@ -52,10 +55,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         places = self.group_norm(x).flatten(2).transpose(1, 2)  # [N, hw, c]
-        query, key, value = (
-            project(places).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v)
-        )  # [N, 1, hw, c]
-        attended = F.scaled_dot_product_attention(query, key, value).squeeze(1)
+        query, key, value = self.to_q(places), self.to_k(places), self.to_v(places)
+        scores = (query @ key.transpose(1, 2)).float() * query.shape[-1] ** -0.5  # [N, hw, hw]
+        attended = scores.softmax(-1).to(x.dtype) @ value
         return x + self.to_out[0](attended).transpose(1, 2).reshape(x.shape)
 
 

@@ -21,7 +21,7 @@ from .formats import FP8, NVFP4
 from .ops import DOMAIN, NAME, OPSET
 
 Finding = tuple[str, str, str]  # rule, node, detail
-HEAD_DIMS = (16, 32, 64, 80, 128, 256)  # what TensorRT for RTX fuses
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # what TensorRT for RTX fuses
 TOP_K_MAX = 3840
 DATA_FILE = "model.onnx.data"
 FUNCTIONS = ((DOMAIN, NAME), (DOMAIN, nvfp4.NAME))  # our operations; twins alone have the second
