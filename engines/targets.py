@@ -105,7 +105,7 @@ TARGETS: dict[str, Target] = {
         _row("h100", "H100 SXM", (9, 0), _SERVER, ADA, 80, 3350, 989),
         _row("h200", "H200 SXM", (9, 0), _SERVER, ADA, 141, 4800, 989),
         _row("orin-nano-jp62", "Jetson Orin Nano Super 8 GB", (8, 7), _JETPACK_62, AMPERE, 8, 68, 17),
-        _row("orin-nx-jp62", "Jetson Orin NX 16 GB", (8, 7), _JETPACK_62, AMPERE, 16, 102.4, 25),
+        _row("orin-nx-jp62", "Jetson Orin NX 16 GB", (8, 7), _JETPACK_62, AMPERE, 16, 102.4, 19.4),
         _row("orin-agx-jp62", "Jetson AGX Orin 64 GB", (8, 7), _JETPACK_62, AMPERE, 64, 204.8, 43),
         _row("orin-agx-jp72", "Jetson AGX Orin 64 GB", (8, 7), _JETPACK_72, AMPERE, 64, 204.8, 43),
         _row("thor-jp71", "Jetson AGX Thor", (11, 0), _JETPACK_71, ADA, 128, 273, 258),

@@ -1,4 +1,4 @@
-"""ONNX Runtime writes nothing under HOME (docs/bad_inputs.md 75)."""
+"""ONNX Runtime writes nothing under HOME (docs/bad_inputs.md 107)."""
 
 from __future__ import annotations
 
