@@ -49,7 +49,8 @@ class Guard:
 
     def __init__(self, app: App, settings: ServeSettings, *, log: Log, metrics: Metrics, paths: set[str]):
         self.app, self.settings, self.log, self.metrics, self.paths = app, settings, log, metrics, paths
-        self.hosts = {*LOOPBACK, *settings.allowed_hosts}
+        self.allowed_hosts = {name.lower() for name in settings.allowed_hosts}
+        self.hosts = {*LOOPBACK, settings.host.lower(), *self.allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,7 +133,7 @@ class Guard:
         """Whether a page of `origin` is this server's own: where a client addressed it, or a name that was
         allowed."""
         address = origin.partition("://")[2].lower()
-        return address == host.lower() or _name(origin) in self.settings.allowed_hosts
+        return address == host.lower() or _name(origin) in self.allowed_hosts
 
     def _told(self, scope: Scope, error: Exception) -> Refused:
         """What the client is told of an error; the log has the traceback of a bug of ours."""
@@ -146,7 +147,7 @@ class Guard:
                 code="not_found",
             )
         if not isinstance(error, StarError):
-            self.log.line("".join(traceback.format_exception(error)).rstrip())
+            self.log.say("".join(traceback.format_exception(error)).rstrip())
         return refusal(error)
 
     def _tell(self, scope: Scope, facts: dict[str, Any], status: int, seconds: float) -> None:

@@ -24,7 +24,7 @@ class Log:
         if self.as_json:
             self.line(json.dumps(known))
             return
-        head = [str(known.pop(name, "-")) for name in ("time", "status", "method", "path")]
+        head = [_word(known.pop(name, "-")) for name in ("time", "status", "method", "path")]
         self.line(" ".join([*head, *(f"{name}={_word(value)}" for name, value in known.items())]))
 
     def say(self, text: str) -> None:

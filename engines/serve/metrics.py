@@ -67,9 +67,9 @@ class Metrics:
                     found = sorted(
                         (labels, n) for (known, labels), n in self._counts.items() if known == name
                     )
-                    lines += [f"{name}{labels} {count:g}" for labels, count in found] or [f"{name} 0"]
+                    lines += [f"{name}{labels} {_text(count)}" for labels, count in found] or [f"{name} 0"]
                 elif kind == "gauge":
-                    lines.append(f"{name} {gauges.get(name, 0):g}")
+                    lines.append(f"{name} {_text(gauges.get(name, 0))}")
                 else:
                     histogram = self._seconds if name == "star_request_seconds" else self._together
                     lines += histogram.lines(name)
@@ -92,9 +92,14 @@ class Histogram:
         for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts):
             total += count
             found.append(f'{name}_bucket{{le="{bound}"}} {total}')
-        return [*found, f"{name}_sum {self.sum:g}", f"{name}_count {total}"]
+        return [*found, f"{name}_sum {_text(self.sum)}", f"{name}_count {total}"]
 
 
 def _labels(labels: Mapping[str, str | int]) -> str:
     pairs = ",".join(f'{name}="{value}"' for name, value in labels.items())
     return f"{{{pairs}}}" if pairs else ""
+
+
+def _text(value: float) -> str:
+    """Every digit of a value: the rate of a counter is the difference of two of them."""
+    return str(int(value)) if value == int(value) else repr(float(value))

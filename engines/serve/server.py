@@ -79,7 +79,14 @@ def serve_model(
     check: Callable[[], None] = lambda: None,
     ready: Ready = lambda url, stop: None,
 ) -> Metrics:
-    """Serve any `model` on a bound socket, as `serve` does; `check` raises Refused when it may not go on."""
+    """Serve any `model` on a bound socket, as `serve` does; `check` raises Refused when it may not go on.
+
+    Raises UsageError where another server listens by now.
+    """
+    try:
+        listening.listen()
+    except OSError as error:  # another server had this address, too, and began to listen first
+        raise _cannot_listen(f"{settings.host}:{settings.port}", error) from None
     log = Log(as_json=settings.log_json, prompts=settings.log_prompts)
     metrics, waiting = Metrics(), Waiting(settings.queue)
     scheduler = Scheduler(model, waiting, metrics, images=settings.images, check=check, report=log.say)
@@ -98,7 +105,7 @@ def serve_model(
         scheduler.stop()
         scheduler.give_up()
         scheduler.join(GIVE_UP_SECONDS)
-        log.say(f"stopped after {metrics.value('star_requests_total'):g} requests")
+        log.say(f"stopped after {int(metrics.value('star_requests_total'))} requests")
     return metrics
 
 
@@ -157,11 +164,15 @@ def listen(settings: ServeSettings) -> socket.socket:
             listening.close()
             raise
     except OSError as error:
-        raise UsageError(
-            "The server cannot listen here",
-            where=f"{where}: {reason(error)}",
-            fix="choose another --host or --port",
-        ) from None
+        raise _cannot_listen(where, error) from None
+
+
+def _cannot_listen(where: str, error: OSError) -> UsageError:
+    return UsageError(
+        "The server cannot listen here",
+        where=f"{where}: {reason(error)}",
+        fix="choose another --host or --port",
+    )
 
 
 class Protocol(H11Protocol):

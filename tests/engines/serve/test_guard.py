@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 
 import pytest
@@ -9,9 +11,10 @@ import pytest
 from engines.errors import InputError, UsageError
 from engines.serve import page
 from engines.serve.log import Log
-from engines.serve.server import listen, read_key
+from engines.serve.metrics import Metrics
+from engines.serve.server import listen, read_key, serve_model
 from engines.serve.settings import ServeSettings
-from tests.helpers.served import ask, serving
+from tests.helpers.served import ABOUT, MODEL, FakeModel, ask, serving
 
 KEY = "a-key-of-many-letters"
 GENERATE = "/v1/images/generations"
@@ -129,3 +132,44 @@ def test_the_numbers_are_in_the_format_of_prometheus(server):
     assert values["star_images_total"] >= 2 and values["star_waiting"] == values["star_bodies_bytes"] == 0
     assert values['star_images_together_bucket{le="+Inf"}'] == values["star_images_together_count"]
     assert not [line for line in lines if "evil" in line]
+
+
+def test_the_address_it_was_started_at_and_names_in_capitals_are_its_own():
+    with serving(host="127.0.0.2", allowed_hosts=("Star.LAN",)) as server:
+        for host in ("127.0.0.2", f"127.0.0.2:{server.port}", "star.lan"):
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.2", server.port)) as connection:
+                connection.request("GET", "/v1/models", headers={"Host": host, "Origin": "https://star.lan"})
+                assert connection.getresponse().status == 200
+
+
+def test_nothing_of_a_path_can_begin_a_line_of_the_log(capfd):
+    with serving() as server:
+        ask(server, "/x%0d%0a2026-01-01T00:00:00Z%20200%20GET%20/faked%1b%5b31m")
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3 and not [line for line in lines if not line.isprintable()]
+    assert ' 404 GET "/x\\r\\n2026' in lines[1]
+
+
+def test_a_bug_of_ours_is_one_object_of_a_log_in_json(capfd, monkeypatch):
+    monkeypatch.setattr(Metrics, "text", lambda *_: 1 / 0)
+    with serving(log_json=True) as server:
+        assert ask(server, "/metrics").error["code"] == "internal_error"
+    found = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert "ZeroDivisionError" in found[1]["message"]
+
+
+def test_counts_keep_every_digit():
+    metrics = Metrics()
+    metrics.add("star_image_tokens_total", 12_345_678)
+    metrics.add("star_image_tokens_total")
+    assert "star_image_tokens_total 12345679" in metrics.text({"star_bodies_bytes": 201_326_592})
+    assert "star_bodies_bytes 201326592" in metrics.text({"star_bodies_bytes": 201_326_592})
+
+
+def test_of_two_servers_that_took_a_port_at_once_the_later_one_says_so():
+    with contextlib.closing(listen(ServeSettings(port=0))) as first:
+        port = first.getsockname()[1]
+        with contextlib.closing(listen(ServeSettings(port=port))) as second:
+            first.listen()
+            with pytest.raises(UsageError, match="cannot listen"):
+                serve_model(FakeModel(), MODEL, ABOUT, ServeSettings(port=port), second)
