@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
@@ -32,6 +33,8 @@ class Bodies:
         """Read a body, whose room is taken until the context ends. Raises Refused, with nothing read for a
         body that is too large by its own account."""
         stated = request.headers.get("content-length")
+        if "transfer-encoding" in request.headers:
+            stated = None  # a body in chunks has another length than the one stated beside it
         expected = int(stated) if stated and stated.isdecimal() else limits.BODY_LIMIT_BYTES
         if expected > limits.BODY_LIMIT_BYTES:
             raise _too_large(expected)
@@ -47,7 +50,7 @@ class Bodies:
         self.held_bytes += expected
         try:
             try:
-                yield await asyncio.wait_for(_whole(request), limits.BODY_SECONDS)
+                data = await asyncio.wait_for(_whole(request), limits.BODY_SECONDS)
             except asyncio.TimeoutError:
                 raise Refused(
                     408,
@@ -56,6 +59,9 @@ class Bodies:
                     fix="send it faster, or send less",
                     code="body_timeout",
                 ) from None
+            self.held_bytes += len(data) - expected
+            expected = len(data)
+            yield data
         finally:
             self.held_bytes -= expected
 
@@ -114,6 +120,10 @@ def _object(data: bytes) -> dict[str, Any]:
 
 async def _form(request: Request, data: bytes) -> dict[str, Any]:
     """The fields of a form: texts, and the bytes of files. What stands there twice is a list."""
+
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
+    if charset.lower() not in (b"utf-8", b"utf8", b"us-ascii"):  # others decode slowly, or to no text
+        raise _unreadable(f"a form in UTF-8, got {charset[:40].decode('latin-1')}")
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         yield data

@@ -69,7 +69,7 @@ def body_from_refusal(error: Refused) -> dict[str, Any]:
         "error": {
             "message": "{what} ({where}). {fix}".format(**parts),
             "type": kind,
-            "param": error.param,
+            "param": None if error.param is None else _plain(error.param),
             "code": error.code,
             **parts,
         }

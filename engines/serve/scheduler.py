@@ -108,7 +108,7 @@ class Scheduler:
     def stop(self) -> None:
         """Begin no more: what waits is refused, what is drawn may go on."""
         for unit in self.waiting.close():
-            unit.job.fail(stopping())
+            unit.job.fail(stopping(begun=unit.job.started is not None))
 
     def give_up(self) -> None:
         """End what is drawn, too, within a step."""
@@ -204,7 +204,8 @@ class Scheduler:
         length, answer = job.prepared.embeds.shape[1], job.prepared.answer
         job.tell(Finished(unit.index, image, ids, forwards, together, length, answer))
         job.left -= 1
-        job.ended = job.left == 0
+        if job.left == 0:  # never back to False: the endpoint may have ended it meanwhile
+            job.ended = True
 
     def _watch(self, units: list[Unit], known: np.ndarray, ids: Callable[[], np.ndarray]) -> None:
         """After each step: end what nobody waits for, and send previews that are due."""
@@ -263,7 +264,7 @@ class Scheduler:
     def _over(self, job: Job) -> bool:
         """Whether a job has ended, or must end now."""
         if self._hurry:
-            job.fail(stopping())
+            job.fail(stopping(begun=job.started is not None))
         elif not job.cancelled and time.monotonic() > job.deadline:
             job.fail_late()
         return job.given_up

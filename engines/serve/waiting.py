@@ -105,12 +105,13 @@ class Waiting:
             del self._clients[client]
 
 
-def stopping() -> Refused:
-    """The refusal of a request that a stopping server has not begun."""
+def stopping(*, begun: bool = False) -> Refused:
+    """The refusal of a request that a stopping server has not `begun`, or does not finish."""
+    drawn = "it was begun and not finished" if begun else "nothing was drawn for this request"
     return Refused(
         503,
         "The server is stopping",
-        where="server: expected a running server, got one that ends; nothing was drawn for this request",
+        where=f"server: expected a running server, got one that ends; {drawn}",
         fix="send it to another server, or repeat it later",
         code="stopping",
         retry_after_s=5,

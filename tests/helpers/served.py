@@ -8,7 +8,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -180,3 +180,11 @@ def events(data: bytes) -> list[Any]:
     """The data of server-sent events, JSON but for the last one of a chat."""
     found = [line[6:] for line in data.decode().splitlines() if line.startswith("data: ")]
     return [text if text == "[DONE]" else json.loads(text) for text in found]
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for a condition, no longer than so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

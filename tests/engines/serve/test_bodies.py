@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import socket
+import threading
 import time
 
 import pytest
 
 from engines.serve import settings
-from tests.helpers.served import ask, form, picture, serving
+from tests.helpers.served import FakeModel, ask, form, picture, serving, until
 
 GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
 
@@ -49,6 +50,20 @@ def test_bodies_together_have_a_limit(monkeypatch):
         reply = ask(small, GENERATE, {"prompt": "a cat on a sofa"})
         assert reply.status == 429 and int(reply.headers["retry-after"]) > 0
         assert ask(small, GENERATE, {"prompt": "a"}).status == 200
+
+
+def test_a_length_beside_chunks_and_a_body_that_arrived_take_the_room_that_they_need(monkeypatch):
+    chunked = f"POST {GENERATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    chunked += "Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with serving(FakeModel(hold=threading.Event())) as slow:
+        with socket.create_connection(("127.0.0.1", slow.port), timeout=30) as connection:
+            connection.sendall(chunked.encode())
+            until(lambda: held(slow) == settings.BODY_LIMIT_BYTES)
+            connection.sendall(b'f\r\n{"prompt": "a"}\r\n0\r\n\r\n')
+            until(lambda: held(slow) == 15)
+            slow.model.hold.set()
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        assert held(slow) == 0
 
 
 def test_a_slow_body_is_given_up(server, monkeypatch):
@@ -105,12 +120,24 @@ def test_a_body_that_is_no_request_is_refused(server, body, kind, status):
         form([("prompt", "a"), ("prompt", "b"), ("image", picture())]),
         form([("prompt", "a"), ("n", "9" * 100), ("image", picture())]),
         form([("prompt", "a"), ("image", "text and no file")]),
+        (form([("image", picture())])[0], "multipart/form-data; boundary=edge; charset=punycode"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_a_malformed_form_is_refused(server, body, kind):
     reply = ask(server, EDIT, body, kind=kind)
     assert reply.status == 400 and reply.error and held(server) == 0
+    assert ("UTF-8" in reply.error["where"]) == ("charset" in kind)
+
+
+def test_a_form_that_names_utf_8_is_read(server):
+    body, kind = form([("prompt", "é"), ("image", picture())])
+    assert ask(server, EDIT, body, kind=f"{kind}; charset=UTF-8").status == 200
+
+
+def test_a_name_that_is_no_unicode_is_answered(server):
+    reply = ask(server, GENERATE, b'{"prompt": "a", "\\ud800": 1}')
+    assert reply.status == 400 and reply.error["code"] == "unknown_parameter"
 
 
 def test_a_picture_of_too_many_pixels_is_refused_by_its_header(server):

@@ -16,7 +16,7 @@ from engines.errors import MissingError, ParityError
 from engines.serve import settings
 from engines.serve.answers import ImageAnswer
 from engines.serve.refusals import Refused
-from tests.helpers.served import TOKENS, FakeModel, ask, events, serving
+from tests.helpers.served import TOKENS, FakeModel, ask, events, serving, until
 
 GENERATE, CHAT = "/v1/images/generations", "/v1/chat/completions"
 
@@ -24,13 +24,6 @@ GENERATE, CHAT = "/v1/images/generations", "/v1/chat/completions"
 def number(server, name: str) -> float:
     lines = ask(server, "/metrics").data.decode().splitlines()
     return float(next((line for line in lines if line.startswith(name + " ")), "none 0").split()[1])
-
-
-def until(condition, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -194,6 +187,7 @@ def test_stopping_finishes_what_is_drawn_and_refuses_what_waits():
         server.stop()
         assert [one.result().status for one in waits] == [503, 503]
         assert all(one.result().error["code"] == "stopping" for one in waits)
+        assert all("nothing was drawn" in one.result().error["where"] for one in waits)
         model.hold.set()
         assert drawn.result().status == 200 and server.done.wait(10)
     with pytest.raises(OSError):
@@ -208,6 +202,7 @@ def test_stopping_gives_up_after_its_grace():
         started = time.monotonic()
         server.stop()
         assert drawn.result().status == 503 and server.done.wait(10) and time.monotonic() - started < 5
+        assert "begun and not finished" in drawn.result().error["where"]
 
 
 def test_a_bundle_that_changed_is_said_to_all_and_to_the_balancer():
