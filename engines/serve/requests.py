@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bundle.manifest import ModelSpec
+from ..runtime.sampler import GUIDANCE_LIMIT
 from ..runtime.settings import sampling_settings
 from . import settings as limits
 from .fields import Fields, invalid
@@ -83,15 +84,18 @@ def image_request(fields: Fields, model: ModelSpec, *, edit: bool) -> ImageReque
     count = fields.whole("n", 1, limits.IMAGES_LIMIT) or 1
     seed, greedy = fields.whole("seed", 0, 2**64 - limits.IMAGES_LIMIT), fields.flag("greedy")
     defaults = model.sampling.edit if edit else model.sampling.generate
-    names = {"cfg": fields.number("guidance"), "top_p": fields.number("top_p")}
+    guidance = fields.number("guidance")
+    if guidance is not None and abs(guidance) > GUIDANCE_LIMIT:  # by the field's own name
+        raise invalid("guidance", f"a number from {-GUIDANCE_LIMIT:g} to {GUIDANCE_LIMIT:g}", guidance)
     draw = sampling_settings(
         defaults,
         model,
+        cfg=guidance,
         top_k=fields.whole("top_k", 1, 10**9),
+        top_p=fields.number("top_p"),
         seed=0,
         greedy=greedy,
         num_images=count,
-        **names,
     )
     draw.pop("seed")
     file_format = fields.choice("output_format", (*FORMATS, "jpg")) or "png"
@@ -198,7 +202,7 @@ def _edited_picture(fields: Fields) -> bytes:
 def _content(content: Any, where: str) -> tuple[str, Any]:
     """The text of a message, and its last picture as it was given."""
     if content is None or isinstance(content, str):
-        return content or "", None
+        return _short(content or "", where), None
     if not isinstance(content, list):
         raise invalid(where, "a text or a list of parts", content)
     texts, picture = [], None
@@ -213,10 +217,14 @@ def _content(content: Any, where: str) -> tuple[str, Any]:
                 raise invalid(f"{where}[{i}]", "an image_url with a data URL", part)
         else:
             raise invalid(f"{where}[{i}]", "a part of type text or image_url", part)
-    text = "\n".join(texts)
+    return _short("\n".join(texts), where), picture
+
+
+def _short(text: str, where: str) -> str:
+    """`text`, if it is no longer than a prompt may be."""
     if len(text) > limits.PROMPT_LIMIT_CHARACTERS:
         raise invalid(where, f"at most {limits.PROMPT_LIMIT_CHARACTERS} characters", f"a text of {len(text)}")
-    return text, picture
+    return text
 
 
 def _size(fields: Fields) -> tuple[int, int] | None:

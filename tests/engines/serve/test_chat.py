@@ -72,6 +72,7 @@ def test_an_answer_is_cut_where_it_was_asked_to_be(server):
         [user({"type": "image_url", "image_url": {}})],
         [user({"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "http://a/b.png"}})],
         [user({"type": "text", "text": "a" * 40_000})],
+        [{"role": "user", "content": "a" * 40_000}],
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -133,7 +133,7 @@ def test_an_address_gives_the_file_without_a_key(server):
         ({"prompt": "a", "seed": -1}, "seed"),
         ({"prompt": "a", "seed": 2**64}, "seed"),
         ({"prompt": "a", "seed": 1e300}, "seed"),
-        ({"prompt": "a", "guidance": 1e9}, "cfg"),
+        ({"prompt": "a", "guidance": 1e9}, "guidance"),
         ({"prompt": "a", "top_k": 0}, "top_k"),
         ({"prompt": "a", "top_p": 2}, "top_p"),
         ({"prompt": "a", "window": 17}, "window"),
