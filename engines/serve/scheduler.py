@@ -106,9 +106,9 @@ class Scheduler:
         return max(1, min(600, round(self.seconds_per_unit * max(1, len(self.waiting)) / 2)))
 
     def stop(self) -> None:
-        """Begin no more: what waits is refused, what is drawn may go on."""
+        """Begin no more: what waits is refused, what was begun may go on."""
         for unit in self.waiting.close():
-            unit.job.fail(stopping(begun=unit.job.started is not None))
+            unit.job.fail(stopping())
 
     def give_up(self) -> None:
         """End what is drawn, too, within a step."""

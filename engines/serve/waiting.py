@@ -43,15 +43,15 @@ class Waiting:
 
     def take(self, most: int) -> list[Unit]:
         """Wait for units, and take those that are next and can be drawn together, at most `most`; none when
-        the queue is closed.
+        the queue is closed and empty.
 
         The first one decides the group. Then each client in turn gives one of that group.
         """
         with self._changed:
-            while not self._clients and not self.closed:
+            while not self._clients:
+                if self.closed:
+                    return []
                 self._changed.wait()
-            if self.closed:
-                return []
             first = next(iter(self._clients.values())).popleft()
             taken = [first]
             self._to_the_end(first.job.client)
@@ -77,11 +77,15 @@ class Waiting:
             return sum(min(len(units), place + 1) for units in self._clients.values()) - 1
 
     def close(self) -> list[Unit]:
-        """Let nothing in any more. Returns what was waiting."""
+        """Let nothing in any more. Returns what was waiting, but for the rest of a job that was begun, which
+        may still be taken."""
         with self._changed:
             self.closed = True
-            left = [unit for units in self._clients.values() for unit in units]
-            self._clients.clear()
+            left = [unit for units in self._clients.values() for unit in units if unit.job.started is None]
+            for client, units in list(self._clients.items()):
+                self._clients[client] = deque(unit for unit in units if unit.job.started is not None)
+                if not self._clients[client]:
+                    del self._clients[client]
             self._changed.notify_all()
             return left
 

@@ -180,16 +180,16 @@ def test_a_stream_shows_signs_of_life_while_it_waits(monkeypatch):
 
 def test_stopping_finishes_what_is_drawn_and_refuses_what_waits():
     with holding(model={"step_s": 0.01}) as (server, model, send):
-        drawn = send({"prompt": "first"})
+        drawn = send({"prompt": "first", "n": 10})  # two of them wait for the next batch
         until(lambda: model.batches)
         waits = [send({"prompt": "a"}), send({"prompt": "b"})]
-        until(lambda: number(server, "star_waiting") == 2)
+        until(lambda: number(server, "star_waiting") == 4)
         server.stop()
         assert [one.result().status for one in waits] == [503, 503]
         assert all(one.result().error["code"] == "stopping" for one in waits)
         assert all("nothing was drawn" in one.result().error["where"] for one in waits)
         model.hold.set()
-        assert drawn.result().status == 200 and server.done.wait(10)
+        assert len(drawn.result().json["data"]) == 10 and server.done.wait(10)
     with pytest.raises(OSError):
         ask(server, "/health")
 

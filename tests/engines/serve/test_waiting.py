@@ -22,7 +22,7 @@ class Asked(Unit):
 
 
 def units(client: str, group: object = "g", count: int = 1) -> list[Unit]:
-    job = SimpleNamespace(client=client, group=group, given_up=False, fail_late=lambda: None)
+    job = SimpleNamespace(client=client, group=group, given_up=False, started=None, fail_late=lambda: None)
     return [Asked(job, i) for i in range(count)]
 
 
@@ -81,6 +81,15 @@ def test_a_closed_queue_hands_back_what_waits_and_lets_nothing_in():
     with pytest.raises(Refused) as caught:
         put(waiting, "a")
     assert caught.value.status == 503
+
+
+def test_a_closed_queue_keeps_the_rest_of_what_was_begun():
+    waiting = Waiting(10)
+    begun, other = put(waiting, "a", count=3), put(waiting, "b")
+    assert waiting.take(1) == begun[:1]
+    begun[0].job.started = 1.0
+    assert waiting.close() == other and len(waiting) == 2
+    assert waiting.take(8) == begun[1:] and waiting.take(8) == []
 
 
 def test_a_place_counts_who_comes_before():
