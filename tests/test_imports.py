@@ -24,7 +24,7 @@ HOST_ONLY = {
     "polygraphy",
 }
 RUNTIME = {"numpy", "PIL", "tokenizers", "jinja2", "tqdm"}
-SERVER = {"starlette", "uvicorn"}  # of the extra `serve`, in engines/serve alone
+SERVER = {"starlette", "uvicorn", "python_multipart"}  # of the extra `serve`, in engines/serve alone
 EXECUTORS = {
     "onnxruntime",
     "tensorrt",

@@ -101,7 +101,7 @@ async def fields_of(request: Request, data: bytes, *, forms: bool) -> Fields:
         415,
         "This kind of body is not read here",
         where=f"content-type: expected {wanted}, got {kind[:60] or 'none'}",
-        fix="set the header Content-Type",
+        fix=f"send such a body, with the header Content-Type: {wanted.partition(' ')[0]}",
         code="unsupported_media_type",
     )
 

@@ -138,13 +138,14 @@ class Guard:
     def _told(self, scope: Scope, error: Exception) -> Refused:
         """What the client is told of an error; the log has the traceback of a bug of ours."""
         if isinstance(error, HTTPException):
-            known = ", ".join(sorted(self.paths))
+            allowed = (error.headers or {}).get("Allow")
+            known = f"the method {allowed}" if allowed else f"one of {', '.join(sorted(self.paths))}"
             return Refused(
                 error.status_code,
-                "There is nothing here" if error.status_code == 404 else "This path takes another method",
-                where=f"{scope['method']} {scope['path'][:80]}: expected one of {known}",
+                "This path takes another method" if allowed else "There is nothing here",
+                where=f"{scope['method']} {scope['path'][:80]}: expected {known}",
                 fix="see docs/serve.md",
-                code="not_found",
+                code="method_not_allowed" if allowed else "not_found",
             )
         if not isinstance(error, StarError):
             self.log.say("".join(traceback.format_exception(error)).rstrip())
