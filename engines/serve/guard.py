@@ -7,6 +7,7 @@ page, must be ones that we know; with a key, whoever has it.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 import traceback
@@ -26,6 +27,7 @@ from .log import Log
 from .metrics import Metrics
 from .refusals import Refused, body_from_refusal, refusal
 from .settings import LOOPBACK, ServeSettings
+from .waiting import stopping
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -86,6 +88,12 @@ class Guard:
             await self.app(scope, receiving, sending)
         except (ClientGone, ClientDisconnect):
             status = GONE
+        except asyncio.CancelledError:  # the server ends at once
+            told = stopping(begun=True)
+            facts["error"] = told.code
+            if not begun:
+                await refuse(scope, None, sending, told)
+            raise
         except Exception as error:
             told = self._told(scope, error)
             facts["error"] = told.code

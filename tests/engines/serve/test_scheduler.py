@@ -205,6 +205,17 @@ def test_stopping_gives_up_after_its_grace():
         assert "begun and not finished" in drawn.result().error["where"]
 
 
+def test_who_asked_is_told_when_a_second_signal_ends_all_at_once():
+    with holding(model={"step_s": 1}) as (server, model, send):
+        model.hold.set()
+        drawn = send({"prompt": "first"})
+        until(lambda: model.batches)
+        server.stop()
+        server.stop()
+        assert drawn.result().status == 503 and drawn.result().error["code"] == "stopping"
+        assert server.done.wait(10)
+
+
 def test_a_bundle_that_changed_is_said_to_all_and_to_the_balancer():
     changed = threading.Event()
 
