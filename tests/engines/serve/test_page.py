@@ -105,6 +105,14 @@ def test_an_error_is_told_in_its_three_parts(page, server):
     assert "change it" in page.value("document.getElementById('message').textContent")
 
 
+def test_a_setting_that_is_no_number_is_told_and_not_sent(page, server):
+    page.go(server.url)
+    ask(page, "a cat", guidance="1,5")
+    page.until("document.getElementById('message').textContent.includes('guidance: expected a number')")
+    assert server.model.batches == []
+    page.value("document.getElementById('guidance').value = ''")
+
+
 def test_a_key_is_asked_for_where_one_is_needed(page):
     with serving(api_key="k" * 20) as server:
         page.go(server.url)
