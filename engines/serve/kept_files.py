@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import shutil
@@ -12,10 +13,19 @@ from collections import OrderedDict
 from pathlib import Path
 
 from ..bundle.files import reason
+from ..bundle.lock import is_held, locked
 from . import settings as limits
 from .refusals import Refused
 
 _NAME = re.compile(r"[\w-]{22}\.(png|jpeg|webp)")
+PREFIX, LOCK = "star-export-serve-", "lock"  # of a server's folder, and the file in it that the server holds
+
+
+def clear_abandoned() -> None:
+    """Remove the folders of servers that were killed."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        if not is_held(lock):
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 class KeptFiles:
@@ -32,7 +42,12 @@ class KeptFiles:
         limit_bytes: int = limits.FILES_LIMIT_BYTES,
         seconds: float = limits.FILES_SECONDS,
     ):
-        self.folder = folder or Path(tempfile.mkdtemp(prefix="star-export-serve-"))
+        self._held = contextlib.ExitStack()
+        if folder is None:
+            clear_abandoned()
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+            self._held.enter_context(locked(folder / LOCK, what="server"))
+        self.folder = folder
         self.limit, self.limit_bytes, self.seconds = limit, limit_bytes, seconds
         self._files: OrderedDict[str, tuple[float, int]] = OrderedDict()  # name -> (written, bytes)
         self._lock = threading.Lock()
@@ -71,6 +86,7 @@ class KeptFiles:
 
     def close(self) -> None:
         """Remove all files."""
+        self._held.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _make_room(self, size: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from engines.serve.kept_files import KeptFiles
+from engines.serve.kept_files import LOCK, PREFIX, KeptFiles
 from engines.serve.refusals import Refused
 from tests.helpers.served import ask, serving
 
@@ -57,3 +58,20 @@ def test_closing_removes_them():
     files.keep(b"a", "png")
     files.close()
     assert not files.folder.exists()
+
+
+def test_the_next_server_removes_what_a_killed_one_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / f"{PREFIX}killed"
+    left.mkdir()
+    (left / LOCK).touch()
+    (left / "image.png").touch()
+    (tmp_path / f"{PREFIX}of-something-else").mkdir()
+    running = KeptFiles()
+    name = running.keep(b"a", "png")
+    later = KeptFiles()
+    assert not left.exists() and (tmp_path / f"{PREFIX}of-something-else").is_dir()
+    assert running.read(name) == b"a"
+    for files in (running, later):
+        files.close()
+        assert not files.folder.exists()
