@@ -6,6 +6,8 @@ would succeed must never be refused; what cannot be found out is not checked.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import shutil
 import sys
 from collections.abc import Iterator
@@ -53,6 +55,17 @@ def lack_of_memory(error: BaseException) -> BaseException | None:
         link = link.__cause__ or link.__context__
     free = free_memory()
     return error if free is not None and free < NEARLY_NONE_BYTES else None
+
+
+def give_back_memory() -> None:
+    """Give the system what this process has freed: the C library of Linux keeps blocks of up to 32 MiB.
+
+    What loads a component frees as much as the component holds, and closing one frees that; kept, it would be
+    lost to whatever is loaded next. Does nothing where there is no such function (malloc_trim(3)).
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has none
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_disk(folder: str | Path) -> int | None:

@@ -21,6 +21,7 @@ from ..bundle.manifest import ComponentSpec, TensorSpec
 from ..bundle.reader import Bundle
 from ..bundle.tensors import check_binding, present_name
 from ..errors import InputError, MissingError, install
+from ..fit.machine import give_back_memory
 from . import ONE_PATH, Buffer, busy, closed, own_buffers
 from .fused import load, worth_keeping
 from .onnxruntime_buffers import ELEMENT_TYPES, DeviceBuffer, HostBuffer
@@ -91,6 +92,7 @@ class OnnxRuntimeSession:
                     self.inference_session, self.cuda_graph = captured, True
                 else:
                     self.inference_session = make(path)
+        give_back_memory()
         self._graphs = itertools.count()
         if PROVIDERS[device] not in self.inference_session.get_providers():
             raise _missing(device, "a provider that does not start (check driver, CUDA and cuDNN)")
@@ -144,6 +146,7 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         """Release the component's memory. Bound steps can no longer run."""
         self.inference_session = None
+        give_back_memory()
 
     def _check_open(self) -> None:
         if self.inference_session is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import subprocess
 import sys
@@ -121,3 +122,32 @@ def test_any_failure_is_one_of_memory_where_none_is_left(
         limits = {resource.RLIMIT_AS: 1024 * 10**6 + left, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
         monkeypatch.setattr(resource, "getrlimit", lambda kind, limits=limits: (limits[kind],) * 2)
         assert (machine.lack_of_memory(failed) is failed) == ran_out
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"),
+    reason="only the C library of Linux keeps what is freed",
+)
+def test_what_was_freed_is_given_back() -> None:
+    """In a process of its own: blocks that are freed between others that stay do not go back by themselves."""
+    program = """
+import ctypes, resource
+from pathlib import Path
+from engines.fit.machine import give_back_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, as it is after a block of 32 MiB was freed
+pages = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+blocks = [libc.malloc(4 << 20) for _ in range(64)]
+for block in blocks:
+    ctypes.memset(block, 1, 4 << 20)
+held = pages()
+for block in blocks[:-1]:
+    libc.free(block)
+kept = pages()
+give_back_memory()
+print(held, kept, pages())
+"""
+    held, kept, left = map(int, subprocess.check_output([sys.executable, "-c", program]).split())
+    assert held - kept < 64 and held - left > 200, (held, kept, left)
