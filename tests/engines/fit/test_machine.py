@@ -129,7 +129,7 @@ def test_any_failure_is_one_of_memory_where_none_is_left(
     reason="only the C library of Linux keeps what is freed",
 )
 def test_what_was_freed_is_given_back() -> None:
-    """In a process of its own: blocks that are freed between others that stay do not go back by themselves."""
+    """In a process of its own: what is freed below a block that stays does not go back by itself."""
     program = """
 import ctypes, resource
 from pathlib import Path
