@@ -9,7 +9,7 @@ import json
 import re
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import numpy as np
@@ -57,11 +57,24 @@ def mutated_request(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def send_to_a_server() -> Callable[[bytes], None]:
-    """A function that sends bytes to one server, started on the first call, and raises AssertionError unless
-    it answers as it should, and goes on."""
-    stack, bugs = contextlib.ExitStack(), list[str]()
+    """A function that sends bytes to one server, as `sending` does; it is started on the first call, and ends
+    with this process."""
+    stack, started = contextlib.ExitStack(), list[Callable[[bytes], None]]()
     atexit.register(stack.close)
-    running = []
+
+    def send(data: bytes) -> None:
+        if not started:
+            started.append(stack.enter_context(sending()))
+        started[0](data)
+
+    return send
+
+
+@contextlib.contextmanager
+def sending() -> Iterator[Callable[[bytes], None]]:
+    """A server, as a function that sends bytes to it, and raises AssertionError unless it answers as it
+    should, and goes on."""
+    bugs = list[str]()
 
     def note(self: Log, text: str) -> None:
         if "Traceback" in text:
@@ -69,16 +82,14 @@ def send_to_a_server() -> Callable[[bytes], None]:
 
     def send(data: bytes) -> None:
         warnings.simplefilter("ignore", ResourceWarning)  # a form that ends early leaves a file in memory
-        if not running:
-            stack.enter_context(mock.patch.object(Log, "line", note))
-            running.append(stack.enter_context(serving()))
-        answer = _answer(running[0].port, data)
+        answer = _answer(server.port, data)
         assert not bugs, bugs.pop()
         if answer:
             _check(answer)
-        assert _answer(running[0].port, ALIVE).startswith(b"HTTP/1.1 200"), "the server is gone"
+        assert _answer(server.port, ALIVE).startswith(b"HTTP/1.1 200"), "the server is gone"
 
-    return send
+    with mock.patch.object(Log, "line", note), serving() as server:
+        yield send
 
 
 def _answer(port: int, data: bytes) -> bytes:
