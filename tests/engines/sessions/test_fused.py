@@ -32,9 +32,9 @@ def loaded(monkeypatch):
     """The graphs that ONNX Runtime loads, and where it saves what it fuses, in order."""
     found, inner = [], module._inference_session
 
-    def spy(runtime, path, *rest, fused, save_to):
+    def spy(runtime, path, *rest, save_to, **options):
         found.append((path.resolve(), save_to))
-        return inner(runtime, path, *rest, fused=fused, save_to=save_to)
+        return inner(runtime, path, *rest, save_to=save_to, **options)
 
     monkeypatch.setattr(module, "_inference_session", spy)
     return found
@@ -167,11 +167,11 @@ def test_a_full_disk_only_costs_time(root, loaded, monkeypatch):
 def test_a_disk_that_fills_up_while_onnxruntime_writes_only_costs_time(root, monkeypatch):
     inner = module._inference_session
 
-    def full(runtime, path, *rest, fused, save_to):
+    def full(runtime, path, *rest, save_to, **options):
         if save_to:
             save_to.write_bytes(b"half a graph")
             raise InputError("ONNX Runtime cannot load this graph", where="no space left", fix="none")
-        return inner(runtime, path, *rest, fused=fused, save_to=save_to)
+        return inner(runtime, path, *rest, save_to=save_to, **options)
 
     monkeypatch.setattr(module, "_inference_session", full)
     step_of(opened(root))

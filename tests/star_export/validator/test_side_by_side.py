@@ -214,13 +214,13 @@ def test_the_command_prints_a_table_or_json(
 ) -> None:
     asked = []
 
-    def compare(bundles, *, backend, window, full, progress):
-        asked.append((bundles, backend, window, full))
+    def compare(bundles, *, backend, window, full, threads, progress):
+        asked.append((bundles, backend, window, full, threads))
         return columns
 
     monkeypatch.setattr(side_by_side, "compare_scores", compare)
-    line = ["score", "a", "--compare", "b", "c", "--full", "--window", "4", "--no-progress"]
-    assert main(line) == 0 and asked == [(["a", "b", "c"], "onnxruntime", 4, True)]
+    line = ["score", "a", "--compare", "b", "c", "--full", "--window", "4", "--threads", "1", "--no-progress"]
+    assert main(line) == 0 and asked == [(["a", "b", "c"], "onnxruntime", 4, True, 1)]
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == [column.bundle for column in columns]  # two folders have the same name
     cells = {row.partition("  ")[0] if row[0] != " " else row.split("  ")[1]: row for row in rows}

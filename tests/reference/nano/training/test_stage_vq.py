@@ -86,7 +86,7 @@ def test_the_vq_model_learns_images_by_heart(small_root: Path) -> None:
     star, _ = small_star(small_root)
     batch, device = scenes_of(0, batch=4), torch.device("cpu")
     found = {}
-    for name, steps in {"vq": 60, "local": 60, "decoder": 24}.items():
+    for name, steps in {"vq": 60, "local": 60, "decoder": 40}.items():
         trainer = VQ_TRAINERS[name](
             star, Stage(name, steps=steps, batch=4, learning_rate=3e-3, warmup=10), device
         )
