@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import StarError
+from ..fit.machine import give_back_memory
 from ..inputs.image_io import image_from_bytes
 from ..runtime.decode import Watch
 from .jobs import Answered, Finished, Job, Preview, Spoken, Unit
@@ -128,6 +129,7 @@ class Scheduler:
             except BaseException as error:  # a bug of ours must not end the thread
                 self._fail(units, error)
             self.drawing = []
+            give_back_memory()
             each = (time.monotonic() - started) / len(units)
             self.seconds_per_unit += 0.2 * (each - self.seconds_per_unit)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from engines.bundle.reader import Bundle
+from engines.errors import MissingError
 from engines.fit.memory import task_memory
 from engines.progress import silent
 from engines.runtime import gumbel
@@ -64,6 +65,17 @@ def test_whole_runs_are_left_out_where_they_would_take_nearly_all_memory(
     monkeypatch.setattr(rungs, "free_memory", lambda backend: held * 6 // 5)
     rows, note = whole_runs(tried, silent)
     assert rows == [] and "left out: There is too little memory to run the decoders together" in note
+
+
+def test_memory_that_ran_out_costs_the_fast_path_its_whole_runs_alone(
+    bundle_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sessions(self: Loaded, *components: str, use: object = None) -> None:
+        raise MissingError("There is too little memory", where="onnxruntime: 1 byte", fix="close programs")
+
+    monkeypatch.setattr(Loaded, "sessions", sessions)
+    rows, note = rungs.fast_path(Subject(Bundle.open(bundle_of("int4")), BACKEND, "fp32"), silent)
+    assert rows and note == "left out: whole runs: There is too little memory: onnxruntime: 1 byte"
 
 
 def accepts_every_guess(monkeypatch: pytest.MonkeyPatch) -> None:
