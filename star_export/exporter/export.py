@@ -27,7 +27,7 @@ from ..calibration.decodes import Decodes
 from ..calibration.effects import Effects
 from ..calibration.examples import PROMPTS, SHIPPED, read_material
 from ..calibration.run import Calibration, material_hash
-from ..choice import FORMATS_FILE, Formats, json_from_formats
+from ..choice import FORMATS_FILE, json_from_formats
 from ..components import COMPONENTS, PART_BYTES, Part, components_of, parts_of, whole
 from ..golden import record as golden
 from ..golden import runs as golden_runs
@@ -165,7 +165,8 @@ def export(
                 _forget_damaged(stage, effects.steps())
                 _run(stage, effects.steps(), progress)
                 formats = formats_of(config, budget, effects)
-                stage.step("formats of the layers", lambda: _write_formats(stage.bundle, formats))
+                found = {FORMATS_FILE: json_from_formats(formats).encode()}
+                stage.step("formats of the layers", lambda: _write_files(stage.bundle, found))
                 chosen = precision_of(config, formats)
             assert chosen
             job = Job(stage, config, tensors, chosen, names, part_bytes, rope_bf16, progress)
@@ -286,7 +287,7 @@ class Job:
     def _write_calibration(self) -> None:
         assert self.calibration
         text = json.dumps(self.calibration.table(), indent=1) + "\n"
-        (self.stage.bundle / CALIBRATION).write_bytes(text.encode())
+        _write_files(self.stage.bundle, {CALIBRATION: text.encode()})
 
     def table(self, name: str) -> Table:
         """The table of a component, which a graph that is stored whole may use too."""
@@ -331,10 +332,6 @@ def _forget_damaged(stage: Stage, steps: Mapping[str, tuple[Callable[[], None], 
     next_read = next((read for (_, read), ended in zip(steps.values(), done) if not ended), None)
     if done != sorted(done, reverse=True) or (next_read and not next_read.exists()):
         stage.forget(steps)
-
-
-def _write_formats(folder: Path, formats: Formats) -> None:
-    (folder / FORMATS_FILE).write_bytes(json_from_formats(formats).encode())
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
