@@ -18,6 +18,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ PROMPTS = (
     "two blue circles and a small red star on a yellow background",
 )
 TURNS = 4
-SEEDS, WARM_SECONDS, GROWTH_LIMIT_BYTES = 12, 60.0, 20_000_000
+SEEDS, GROWTH_LIMIT_BYTES = 12, 20_000_000
 GENERATE, EDIT, CHAT = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"
 
 
@@ -194,14 +195,13 @@ def main() -> int:
     finally:
         if server.process.poll() is None:
             server.process.kill()
-    warm = memory[min(len(memory) - 1, round(WARM_SECONDS))]
-    growth = memory[-1] - warm
+    minutes = [statistics.median(memory[i : i + 60]) for i in range(0, len(memory), 60)]
+    growth = minutes[-1] - minutes[0]
     print(f"{given.clients} clients for {seconds:.0f} s: {dict(load.counts)}, {rate:.2f} images/s")
     print(
-        f"memory: {warm / 1e6:.1f} MB after a minute, {memory[-1] / 1e6:.1f} MB at the end, "
-        f"{max(memory) / 1e6:.1f} MB at most; grown by {growth / 1e6:.1f} MB"
+        f"memory, the median of each minute, in MB: {' '.join(f'{size / 1e6:.0f}' for size in minutes)}; "
+        f"{max(memory) / 1e6:.0f} at most; grown by {growth / 1e6:.1f}"
     )
-    print("memory by the minute, in MB:", *(f"{size / 1e6:.0f}" for size in memory[::60]))
     print(f"open files at the end: {files}; exit code after SIGTERM: {code}")
     print(f"pictures asked for again and again: {len(load.images)}; faults: {len(load.faults)}")
     for fault in load.faults[:10]:

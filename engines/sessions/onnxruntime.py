@@ -134,14 +134,19 @@ class OnnxRuntimeSession:
     def _options_of_runs(self) -> Iterator[Any]:
         """The options of each run of one bound step.
 
-        The first run is plain, as a prefill never runs again, and the second one is captured. Only so many
-        steps of a session are, as each graph takes memory.
+        The first run may be a prefill, or a whole image, whose tensors are far larger than those of a step:
+        on the CPU the memory that it took goes back. With CUDA graphs it is plain, as a prefill never runs
+        again, and the second one is captured. Only so many steps of a session are, as each takes memory.
         """
+        if self._buffer is HostBuffer:
+            yield _run_options("memory.enable_memory_arena_shrinkage", "cpu:0")
         if not self.cuda_graph:
             yield from itertools.repeat(None)
-        yield _run_options(NO_GRAPH)
+        yield _run_options("gpu_graph_id", str(NO_GRAPH))
         number = next(self._graphs)
-        yield from itertools.repeat(_run_options(number if number < GRAPHS_LIMIT else NO_GRAPH))
+        yield from itertools.repeat(
+            _run_options("gpu_graph_id", str(number if number < GRAPHS_LIMIT else NO_GRAPH))
+        )
 
     def close(self) -> None:
         """Release the component's memory. Bound steps can no longer run."""
@@ -309,11 +314,11 @@ def _with_cuda_graph(
         return None
 
 
-def _run_options(graph: int) -> Any:
+def _run_options(key: str, value: str) -> Any:
     import onnxruntime
 
     options = onnxruntime.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(graph))
+    options.add_run_config_entry(key, value)
     return options
 
 

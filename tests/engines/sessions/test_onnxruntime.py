@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from engines.bundle.reader import Bundle
 from engines.errors import InputError, MissingError, UsageError, install
@@ -20,7 +21,7 @@ from engines.runtime.kv_cache import kv_cache_attention
 from engines.sessions import onnxruntime as module
 from engines.sessions import open_session, run
 from engines.sessions.onnxruntime_buffers import float32_from_bfloat16
-from tests.helpers.tiny_bundle import write_tiny_bundle
+from tests.helpers.tiny_bundle import model_from_nodes, write_component, write_manifest, write_tiny_bundle
 from tests.helpers.tiny_decoder import KV_HEADS, SIZE, boundary, decoder_buffers, write_decoder_bundle
 
 ROOT = Path(__file__).parents[3]
@@ -446,3 +447,37 @@ def test_weights_that_are_exchanged_and_put_back_while_they_load_change_nothing(
     monkeypatch.setattr(onnxruntime, "InferenceSession", loads)
     got = run(open_session(Bundle.open(root), "token_embedding"), {"input_ids": IDS})["inputs_embeds"]
     np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells what a process holds")
+def test_what_a_first_run_takes_goes_back(tmp_path):
+    """A prefill is far wider than a step, and what it took would be kept. In a process of its own."""
+    root = tmp_path / "b"
+    nodes = [
+        helper.make_node("Constant", [], ["repeats"], value_ints=[1, 5_000_000, 1]),
+        helper.make_node("Constant", [], ["axes"], value_ints=[1]),
+        helper.make_node("Gather", ["table", "input_ids"], ["row"]),
+        helper.make_node("Tile", ["row", "repeats"], ["wide"]),  # 240 MB
+        helper.make_node("Relu", ["wide"], ["positive"]),
+        helper.make_node("ReduceMax", ["positive", "axes"], ["largest"]),
+        helper.make_node("Add", ["row", "largest"], ["inputs_embeds"]),
+    ]
+    spec = Bundle.open(write_tiny_bundle(root)).component("token_embedding")
+    model = model_from_nodes(nodes, spec.inputs, spec.outputs, {"table": np.ones((8, 4), np.float32)})
+    component = write_component(root, "token_embedding", model, spec.inputs, spec.outputs)
+    write_manifest(root, {"token_embedding": component})
+    program = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from engines.bundle.reader import Bundle
+from engines.sessions import open_session, run
+session = open_session(Bundle.open(sys.argv[1]), "token_embedding")
+pages = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+before = pages()
+run(session, {"input_ids": np.array([[0, 3, 7]])})
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+print(before, peak, pages())
+"""
+    before, peak, after = map(int, subprocess.check_output([sys.executable, "-c", program, root]).split())
+    assert peak - before > 200 and after - before < 50, (before, peak, after)

@@ -21,9 +21,9 @@ def test_cuda_and_cudnn_are_loaded_from_pips_packages(monkeypatch: pytest.Monkey
 
 
 def test_a_step_is_captured_when_it_runs_again_and_only_so_many_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_run_options", lambda graph: graph)
+    monkeypatch.setattr(module, "_run_options", lambda key, value: int(value))
     session = object.__new__(module.OnnxRuntimeSession)
-    session.cuda_graph, session._graphs = True, itertools.count()
+    session.cuda_graph, session._graphs, session._buffer = True, itertools.count(), module.DeviceBuffer
     steps = [session._options_of_runs() for _ in range(module.GRAPHS_LIMIT + 2)]
     assert [next(step) for step in steps] == [-1] * len(steps)
     wanted = [*range(module.GRAPHS_LIMIT), -1, -1]
@@ -49,4 +49,4 @@ def test_a_graph_with_nodes_elsewhere_is_loaded_without_cuda_graphs(monkeypatch:
 
 
 def test_run_options_name_the_graph() -> None:
-    assert isinstance(module._run_options(3), onnxruntime.RunOptions)
+    assert isinstance(module._run_options("gpu_graph_id", "3"), onnxruntime.RunOptions)
