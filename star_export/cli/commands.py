@@ -209,7 +209,7 @@ def add_score(commands) -> None:
     c.add_argument(
         "--full",
         action="store_true",
-        help="run enough items for narrow intervals (default: a small fixed set)",
+        help="run enough items, and compare enough images, for narrow intervals (default: a small fixed set)",
     )
     c.add_argument(
         "--pictures",

@@ -113,8 +113,8 @@ def compare_scores(
         with Star(bundle, backend=backend, window=window, threads=threads) as star:
             painter = RuntimePainter(star)
             score = benchmark.measure(painter, SETS["full" if full else "small"], progress=part)
-            image_ids = identity.drawn_ids(painter)
-            logits = _fixed_set_logits(star, image_ids if first is None else first.image_ids, progress)
+            image_ids = identity.drawn_ids(painter, full=full)
+            logits = _fixed_set_logits(star, image_ids if first is None else first.image_ids, full, progress)
         drawn = Drawn(score, image_ids, logits)
         manifest = bundle.manifest
         size = sum(file.size for file in manifest.files.values())
@@ -179,10 +179,10 @@ def _check_runs(star: Star) -> None:
         )
 
 
-def _fixed_set_logits(star: Star, image_ids: np.ndarray, progress: Progress) -> np.ndarray:
+def _fixed_set_logits(star: Star, image_ids: np.ndarray, full: bool, progress: Progress) -> np.ndarray:
     """Logits float32 [n, T, V] for the fixed set of prompts, on the images `image_ids` [n, T]."""
     found = []
-    for i, (text, ids) in enumerate(zip(identity.prompts(), image_ids, strict=True)):
+    for i, (text, ids) in enumerate(zip(identity.prompts(full=full), image_ids, strict=True)):
         prompt = star.chat.generate_prompt(text, num_images=1)
         found.append(forced_logits(star, prompt, ids[None], guidance=star.model.sampling.generate.guidance))
         progress("compare distributions, in images", i + 1, len(image_ids))

@@ -1,7 +1,7 @@
 """Which images of a fixed set a painter draws id for id like another one from the same seeds.
 
 A score says how good images are; this says how near two precisions or executors are. The ids of the fp32
-reference are recorded beside its score.
+reference for the small set are recorded beside its score. The full set tells rates of 60 and 70 % apart.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy as np
 
 from .score import SEED, items
 
-PER_CATEGORY = 4  # prompts
+PER_CATEGORY, FULL_PER_CATEGORY = 4, 50  # prompts
 
 
-def prompts() -> list[str]:
+def prompts(*, full: bool = False) -> list[str]:
     """The fixed set."""
-    return [item.text for item in items("generate", PER_CATEGORY)]
+    return [item.text for item in items("generate", FULL_PER_CATEGORY if full else PER_CATEGORY)]
 
 
-def drawn_ids(painter: Any) -> np.ndarray:
+def drawn_ids(painter: Any, *, full: bool = False) -> np.ndarray:
     """The image ids int64 [n, T] that a painter draws for the fixed set, image i from seed SEED + i."""
-    return np.asarray(painter.draw_ids(prompts(), seed=SEED))
+    return np.asarray(painter.draw_ids(prompts(full=full), seed=SEED))
 
 
 def first_differences(got: np.ndarray, wanted: np.ndarray) -> list[int | None]:

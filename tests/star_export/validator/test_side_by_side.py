@@ -73,8 +73,8 @@ def compared(bundles: list[Path]) -> tuple[list[Column], Seen]:
     """A bundle, the same once more, and the rounded one, side by side."""
     seen, draw, forced = Seen(), identity.drawn_ids, side_by_side.forced_logits
 
-    def drawn_ids(painter):
-        seen.drawn.append(draw(painter))
+    def drawn_ids(painter, *, full):
+        seen.drawn.append(draw(painter, full=full))
         return seen.drawn[-1]
 
     def forced_logits(star, prompt, image_ids, *, guidance):
@@ -83,11 +83,13 @@ def compared(bundles: list[Path]) -> tuple[list[Column], Seen]:
         return forced(star, prompt, image_ids, guidance=guidance)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(scoring.SETS, "small", COUNTS)
-        patch.setattr(identity, "PER_CATEGORY", 1)
+        patch.setitem(scoring.SETS, "full", COUNTS)
+        patch.setattr(identity, "FULL_PER_CATEGORY", 1)
         patch.setattr(identity, "drawn_ids", drawn_ids)
         patch.setattr(side_by_side, "forced_logits", forced_logits)
-        columns = compare_scores([bundles[0], *bundles], progress=lambda *step: seen.steps.append(step))
+        columns = compare_scores(
+            [bundles[0], *bundles], full=True, progress=lambda *step: seen.steps.append(step)
+        )
     return columns, seen
 
 
