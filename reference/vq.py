@@ -6,44 +6,17 @@ Source: docs/star.md 1.5; MM-MVR/STAR, star/models/pixel_encoder/vq_model.py.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import VQConfig
+from .image_blocks import Downsample, GroupNorm, ResnetBlock, Upsample
 
 NORM_GROUPS = 32
-NORM_EPS = 1e-6
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group norm with 32 groups, computed in float32 whatever the dtype of x."""
-
-    def __init__(self, channels: int):
-        super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(x.dtype)
-
-
-class ResBlock(nn.Module):
-    """Norm, swish and 3x3 convolution, twice, with a shortcut (a 1x1 convolution where the number of channels
-    changes)."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.norm1 = GroupNorm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+norm = partial(GroupNorm, groups=NORM_GROUPS)
+resnet_block = partial(ResnetBlock, groups=NORM_GROUPS, shortcut="nin_shortcut")
 
 
 class AttentionBlock(nn.Module):
@@ -52,7 +25,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, *, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.norm = GroupNorm(channels)
+        self.norm = norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,29 +36,6 @@ class AttentionBlock(nn.Module):
         )
         attended = F.scaled_dot_product_attention(query, key, value)
         return x + self.proj_out(attended.transpose(2, 3).reshape(x.shape))
-
-
-class Downsample(nn.Module):
-    """Halves the size: a convolution of stride two after padding one row and column of zeros at the bottom
-    and right."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles the size: nearest-neighbour interpolation, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -103,7 +53,7 @@ class Level(nn.Module):
     ):
         super().__init__()
         self.res = nn.ModuleList(
-            ResBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(blocks)
+            resnet_block(in_channels if i == 0 else out_channels, out_channels) for i in range(blocks)
         )
         self.attn = nn.ModuleList(
             AttentionBlock(out_channels, num_heads=heads) for _ in range(blocks if heads else 0)
@@ -125,9 +75,9 @@ class Level(nn.Module):
 def middle(channels: int, num_heads: int) -> nn.Sequential:
     """The blocks at the lowest resolution, between the levels of an encoder or decoder and the latent."""
     return nn.Sequential(
-        ResBlock(channels, channels),
+        resnet_block(channels, channels),
         AttentionBlock(channels, num_heads=num_heads),
-        ResBlock(channels, channels),
+        resnet_block(channels, channels),
     )
 
 
@@ -151,7 +101,7 @@ class VQEncoder(nn.Module):
                 )
             )
         self.mid = middle(widths[-1], config.num_heads)
-        self.norm_out = GroupNorm(widths[-1])
+        self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.codebook = codebook
@@ -200,7 +150,7 @@ class VQDecoder(nn.Module):
                     resample=None if last else ("upsample", Upsample(width)),
                 )
             )
-        self.norm_out = GroupNorm(widths[-1])
+        self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, image_ids: Tensor) -> Tensor:

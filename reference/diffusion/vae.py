@@ -8,37 +8,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..image_blocks import Downsample, GroupNorm, ResnetBlock, Upsample
 from .config import VAEConfig
 
-NORM_EPS = 1e-6
 
-
-class GroupNorm(nn.GroupNorm):
-    """Group norm, computed in float32 whatever the dtype of x."""
-
-    def __init__(self, config: VAEConfig, channels: int):
-        super().__init__(config.norm_groups, channels, eps=NORM_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(x.dtype)
-
-
-class ResnetBlock(nn.Module):
-    """Norm, silu and 3x3 convolution, twice, with a shortcut (a 1x1 convolution where the number of channels
-    changes)."""
-
-    def __init__(self, config: VAEConfig, before: int, after: int):
-        super().__init__()
-        self.norm1, self.conv1 = GroupNorm(config, before), nn.Conv2d(before, after, 3, padding=1)
-        self.norm2, self.conv2 = GroupNorm(config, after), nn.Conv2d(after, after, 3, padding=1)
-        if before != after:
-            self.conv_shortcut = nn.Conv2d(before, after, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+def resnet_block(config: VAEConfig, before: int, after: int) -> ResnetBlock:
+    return ResnetBlock(before, after, groups=config.norm_groups, shortcut="conv_shortcut")
 
 
 class AttentionBlock(nn.Module):
@@ -49,7 +24,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, config: VAEConfig, channels: int):
         super().__init__()
-        self.group_norm = GroupNorm(config, channels)
+        self.group_norm = GroupNorm(channels, groups=config.norm_groups)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
@@ -66,34 +41,11 @@ class MiddleBlock(nn.Module):
 
     def __init__(self, config: VAEConfig, channels: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(config, channels, channels) for _ in range(2))
+        self.resnets = nn.ModuleList(resnet_block(config, channels, channels) for _ in range(2))
         self.attentions = nn.ModuleList([AttentionBlock(config, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
-
-class Downsample(nn.Module):
-    """Halves the size: a convolution of stride two after padding one row and column of zeros at the bottom
-    and right."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles the size: nearest-neighbour interpolation, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -102,7 +54,7 @@ class Level(nn.Module):
     def __init__(self, config: VAEConfig, before: int, after: int, *, blocks: int, last: bool, down: bool):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(config, after if i else before, after) for i in range(blocks)
+            resnet_block(config, after if i else before, after) for i in range(blocks)
         )
         if not last and down:
             self.downsamplers = nn.ModuleList([Downsample(after)])
@@ -137,7 +89,7 @@ class VAEEncoder(nn.Module):
             for level, (before, after) in enumerate(zip([widths[0], *widths], widths))
         )
         self.mid_block = MiddleBlock(config, widths[-1])
-        self.conv_norm_out = GroupNorm(config, widths[-1])
+        self.conv_norm_out = GroupNorm(widths[-1], groups=config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -167,7 +119,7 @@ class VAEDecoder(nn.Module):
             )
             for level, (before, after) in enumerate(zip([widths[0], *widths], widths))
         )
-        self.conv_norm_out = GroupNorm(config, widths[-1])
+        self.conv_norm_out = GroupNorm(widths[-1], groups=config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
