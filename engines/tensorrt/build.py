@@ -16,6 +16,7 @@ from pathlib import Path
 from .. import plugins
 from ..bundle.files import atomic_file, not_written, write_atomic
 from ..bundle.lock import locked
+from ..bundle.manifest import component_of
 from ..bundle.reader import Bundle
 from ..bundle.records import json_from_record
 from ..errors import InputError, UsageError
@@ -98,6 +99,7 @@ def build_plans(
     for target in chosen:
         check_buildable(target)
         check_precision(bundle, target)
+        check_types(bundle, target, names)
         for name in names:
             plugin_of(bundle, target, name, plans[name], tensorrt_of(target).__version__)
     check_room(bundle, chosen, names)
@@ -150,6 +152,25 @@ def check_precision(bundle: Bundle, target: Target) -> None:
             where=f"{bundle.path}: precision: expected one of {', '.join(target.precisions)}, "
             f"got {precision}",
         )
+
+
+def check_types(bundle: Bundle, target: Target, names: list[str]) -> None:
+    """Check that the target computes in the types of these graphs: in an fp16 bundle, the diffusion decoder's
+    compute in bf16.
+
+    Raises InputError naming the graphs that it cannot run.
+    """
+    components = bundle.manifest.components
+    wrong = [name for name in names if "bf16" in components[name].weights]
+    if not wrong or "bf16" in target.precisions:
+        return
+    others = dict.fromkeys(component_of(name) for name in components if name not in wrong)
+    raise InputError(
+        f"{target.name} does not compute in bf16, and some components do",
+        where=f"{bundle.path}: {', '.join(wrong)}: expected fp16, in which their weights would overflow, "
+        "got bf16",
+        fix=f"build without them: --components {','.join(others)}" if others else "use another target",
+    )
 
 
 def check_room(bundle: Bundle, targets: list[Target], names: list[str]) -> None:

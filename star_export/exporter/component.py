@@ -32,8 +32,8 @@ def write_component(
 ) -> None:
     """Set a traced graph's precision, lint it, and stream its weights into `folder/model.onnx.data`.
 
-    Then write the classic graph, if the classic dialect has all of the precision's formats, and for a 16-bit
-    graph the fp32 twin. They share the weights.
+    `precision` is that within the component. Then write the classic graph, if the classic dialect has all of
+    the precision's formats, and for a 16-bit graph the fp32 twin. They share the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     set_precision(model, precision.compute)
@@ -62,6 +62,7 @@ def write_component(
 
 def component_spec(part: Part, config: StarConfig, precision: Precision) -> ComponentSpec:
     """Build the manifest's entry of one graph."""
+    precision = precision.within(part.component)
     inputs, outputs = boundary(part, config, precision.dtype_name)
     twin = None if precision.compute == ir.DataType.FLOAT else f"{part.name}/twin.onnx"
     abi = plugins.ABI if any(present_name(t.name) for t in inputs) else None

@@ -293,12 +293,13 @@ class Job:
         """The table of a component, which a graph that is stored whole may use too."""
         weight = COMPONENTS[name].table or ""
         graphs = tuple(part.name for part in self.parts if part.layers is None)
-        return Table(name, weight, self.tensors[weight], self.precision, graphs)
+        return Table(name, weight, self.tensors[weight], self.precision.within(name), graphs)
 
     def _write_part(self, part: Part) -> None:
         model = graph_from_config(part, self.config, rope_bf16=self.rope_bf16)
         folder = self.stage.bundle / part.name
-        write_component(model, self.tensors, self.precision, folder, progress=self.progress)
+        precision = self.precision.within(part.component)
+        write_component(model, self.tensors, precision, folder, progress=self.progress)
 
     def _record(self, part: Part) -> None:
         before = self._before(part)

@@ -31,18 +31,25 @@ def streamed_star(
     precision: Precision,
     *,
     rope_bf16: bool,
-    dtype: torch.dtype = torch.float32,
+    narrow: bool = False,
 ) -> FoldedStar:
-    """The reference in `dtype`, on the CPU, with every weight of `tensors` rounded as `precision` stores it.
+    """The reference on the CPU, with every weight of `tensors` rounded as `precision` stores it.
 
-    Activations are rounded too before products with nvfp4 weights.
+    It computes in float32, or if `narrow` in the types that `precision` has for its components. Activations
+    are rounded too before products with nvfp4 weights.
 
     Its large weights are on the meta device except while the module that they belong to runs, or while it is
     `resident`. Running it raises CheckpointError for weights that are not finite.
     """
     with torch.device("meta"):
         star = FoldedStar(config, rope_bf16=rope_bf16)
-    star = star.to(dtype).eval().requires_grad_(False)
+    star = star.eval().requires_grad_(False)
+    types = {
+        name: precision.within(name).torch_dtype if narrow else torch.float32
+        for name, _ in star.named_children()
+    }
+    for component, dtype in types.items():
+        star.get_submodule(component).to(dtype)
     for name, value in star.constants().items():
         module, _, buffer = name.rpartition(".")
         setattr(star.get_submodule(module), buffer, value)
@@ -50,12 +57,13 @@ def streamed_star(
     def read(name: str) -> Tensor:
         tensor = tensors[name]
         stored = isinstance(tensor, StoredTensor)
-        return (tensor.load() if stored else precision.rounded(name, tensor.load())).to(dtype)
+        weight = tensor.load() if stored else precision.rounded(name, tensor.load())
+        return weight.to(types[name.partition(".")[0]])
 
     for prefix, module in star.named_modules():
         names = {key: f"{prefix}.{key}" for key, _ in module.named_parameters(recurse=False)}
         if isinstance(module, nn.Embedding):
-            _read_rows(module, names["weight"], tensors, precision, dtype)
+            _read_rows(module, names["weight"], tensors, precision, types[prefix])
             continue
         for key, name in names.items():
             if getattr(module, key).numel() <= KEPT:

@@ -50,13 +50,12 @@ def oracle_of(
     config: StarConfig, tensors: Mapping[str, LazyTensor], precision: Precision, *, rope_bf16: bool
 ) -> Oracle:
     """The oracle of an export in `precision`; it reads weights only while it runs."""
-    narrow = precision.torch_dtype
     wide = streamed_star(config, tensors, precision, rope_bf16=rope_bf16)
     return Oracle(
         wide,
         None
-        if narrow == torch.float32
-        else streamed_star(config, tensors, precision, rope_bf16=rope_bf16, dtype=narrow),
+        if precision.torch_dtype == torch.float32
+        else streamed_star(config, tensors, precision, rope_bf16=rope_bf16, narrow=True),
         precision,
         SPECS[sum(parameter.numel() for parameter in wide.parameters()) > LARGE],
     )

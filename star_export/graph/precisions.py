@@ -17,8 +17,16 @@ from .formats import FP8, INT4, INT8, NVFP4, Format
 
 DECODERS = ("base_ar", "stacked_ar")
 # Kernels beside the codebook and the pixels stay dense. In int8 they alone change 41 % of the ids that
-# STAR-Nano's VQ encoder finds, and all others 4 % (`python -m tests.bench_formats`).
-DENSE = ("vq_encoder.conv_out.weight", "vq_encoder.quant_conv.weight", "vq_decoder.conv_out.weight")
+# STAR-Nano's VQ encoder finds, and all others 4 % (`python -m tests.bench_formats`). So do both ends of the
+# diffusion transformer, 0.5 % of its weights (`python -m tests.bench_diffusion_precisions`).
+DENSE = (
+    *("vq_encoder.conv_out.weight", "vq_encoder.quant_conv.weight", "vq_decoder.conv_out.weight"),
+    "dit.x_embedder.weight",
+    "dit.time_caption_embed.timestep_embedder.linear_1.weight",
+    "dit.time_caption_embed.timestep_embedder.linear_2.weight",
+    "dit.time_caption_embed.caption_embedder.1.weight",
+    *("dit.norm_out.linear_1.weight", "dit.norm_out.linear_2.weight"),
+)
 # Weights by the first part of their names. The image table is left in 16 bits: its rows in int8 would change
 # draws as much as all of stacked_ar does.
 EVERY = (
@@ -29,7 +37,13 @@ EVERY = (
     "vision_encoder",
     "vq_encoder",
     "vq_decoder",
+    "text_embedding",
+    "text_encoder",
+    "dit",
 )
+# Trained weights of these are reported to overflow fp16 (docs/diffusion.md, "Low precision"). So they compute
+# in bf16 in every precision of 16 bits, as the release does.
+NEVER_FP16 = ("text_embedding", "text_encoder", "dit", "vae_encoder", "vae_decoder")
 
 
 TORCH_DTYPES = {
@@ -43,13 +57,21 @@ TORCH_DTYPES = {
 class Precision:
     """`compute` is the type of activations, caches, scales and dense weights.
 
-    `formats` maps the first part of a weight's name to its format; weights without one are dense. `chosen`
-    goes before it, by a weight's whole name.
+    `formats` maps the first part of a weight's name, or the first two, to its format; weights without one are
+    dense. `chosen` goes before it, by a weight's whole name. `never_fp16` are the components that compute in
+    bf16 where `compute` is fp16.
     """
 
     compute: ir.DataType
     formats: dict[str, Format] = field(default_factory=dict)
     chosen: Mapping[str, Format] = field(default_factory=dict)
+    never_fp16: tuple[str, ...] = NEVER_FP16
+
+    def within(self, component: str) -> Precision:
+        """This precision as it is in one component: with another compute type where fp16 would overflow."""
+        if self.compute == ir.DataType.FLOAT16 and component in self.never_fp16:
+            return replace(self, compute=ir.DataType.BFLOAT16)
+        return self
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -94,25 +116,27 @@ class Precision:
         """
         if len(shape) < 2 or name in DENSE:
             return None
-        found = self.chosen.get(name) or self.formats.get(name.partition(".")[0])
+        first, second = (*name.split("."), "")[:2]
+        found = self.chosen.get(name) or self.formats.get(f"{first}.{second}") or self.formats.get(first)
         if found is None or found.block(math.prod(shape[1:])):
             return found
         return INT8
 
     def rounded(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight` as the bundle stores it, widened to float32; it keeps the checkpoint's shape."""
-        found = self.format_of(name, tuple(weight.shape))
-        if found is None:
-            return weight.to(self.torch_dtype).float()
-        return found.rounded(weight, self.torch_dtype)
+        found, dtype = self.format_of(name, tuple(weight.shape)), self._of_weight(name).torch_dtype
+        return weight.to(dtype).float() if found is None else found.rounded(weight, dtype)
 
     def stored(self, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         """The name of the weight's format, and the bytes of each tensor that it is stored as."""
-        found = self.format_of(name, shape)
+        found, own = self.format_of(name, shape), self._of_weight(name)
         if found is None:
-            return self.dense_name, (int(math.prod(shape) * self.compute.itemsize),)
-        scale_bytes = int(self.compute.itemsize)
+            return own.dense_name, (int(math.prod(shape) * own.compute.itemsize),)
+        scale_bytes = int(own.compute.itemsize)
         return found.name, found.stored_bytes(shape[0], math.prod(shape[1:]), scale_bytes=scale_bytes)
+
+    def _of_weight(self, name: str) -> Precision:
+        return self.within(name.partition(".")[0])
 
 
 PRECISIONS = {
@@ -122,7 +146,8 @@ PRECISIONS = {
     "int8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8)),
     # Without stacked_ar, which bears other formats than int8 far worse than base_ar (docs/figures.md).
     "int4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | {"base_ar": INT4}),
-    "fp8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | {"base_ar": FP8}),
+    # The diffusion transformer's refiners bear fp8 worse than its layers, which are 90 % of its weights.
+    "fp8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | {"base_ar": FP8, "dit.layers": FP8}),
     "nvfp4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | {"base_ar": NVFP4}),
 }
 MIXED = "mixed"  # the precision whose decoders have a format for each layer

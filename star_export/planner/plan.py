@@ -12,7 +12,7 @@ from engines.bundle.reader import Bundle
 from engines.errors import UsageError
 from engines.fit import machine, work
 from engines.fit.arithmetic import Painting, paintings
-from engines.fit.memory import PROMPT_TOKENS, Use, task_memory, tasks_of, workspace_bytes
+from engines.fit.memory import PAINTED, PROMPT_TOKENS, Use, task_memory, tasks_of, workspace_bytes
 from engines.fit.sizes import Sizes, sizes_from_bundle
 from engines.fit.speed import CPU, Measured, Times, measured_on, times_at
 from engines.targets import Target, target_from_name
@@ -210,6 +210,8 @@ def _place(
     caches = sum(sizes.cache_bytes(d, rows=rows, capacity_tokens=capacity_tokens) for d in decoders)
     share = measured_on(device.name, sizes)
     bandwidth = device.bandwidth_bytes_per_s
+    paints = target is None or "bf16" in target.precisions  # the diffusion decoder's type in every precision
+    tasks = [task for task in tasks_of(sizes) if paints or task not in PAINTED]
     return Place(
         target=device.name,
         device=target.device if target else "this host's CPU",
@@ -219,7 +221,7 @@ def _place(
         weights_bytes=sizes.weights_bytes,
         caches_bytes=caches,
         workspace_bytes=workspace_bytes(sizes, use),
-        tasks=tuple(_task_fit(device, sizes, known, task, use) for task in tasks_of(sizes)),
+        tasks=tuple(_task_fit(device, sizes, known, task, use) for task in tasks),
         limit=_times(sizes, bandwidth, rows) if bandwidth else None,
         share=share,
         measured=_times(sizes, share.bandwidth_bytes_per_s * share.share, rows) if share else None,
@@ -227,7 +229,7 @@ def _place(
         build_memory_bytes=work.build_memory(sizes) if target else None,
         build_seconds=work.build_seconds(sizes) if target else None,
         paintings=paintings(sizes.model.transformer, target.operations_per_s if target else None)
-        if sizes.model.transformer
+        if sizes.model.transformer and paints
         else (),
     )
 

@@ -291,6 +291,7 @@ def test_a_target_without_a_float_format_says_what_it_runs(precision, target, ru
 
 def test_bf16_really_cannot_be_built_for_what_the_table_says_has_none(bundle, monkeypatch):
     monkeypatch.setattr(build, "check_precision", lambda bundle, target: None)
+    monkeypatch.setattr(build, "check_types", lambda bundle, target, names: None)
     with pytest.raises(InputError) as error:
         build.build_plans(bundle, ["rtx-2080-ti"], capacity_tokens=CAPACITY)
     assert "cannot build this graph for rtx-2080-ti" in str(error.value) and "b16" in str(error.value)

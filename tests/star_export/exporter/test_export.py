@@ -26,7 +26,7 @@ from star_export.exporter import publish
 from star_export.exporter.export import export
 from star_export.golden.oracle import KEPT, resident, streamed_star
 from star_export.graph import wrappers
-from star_export.graph.precisions import DENSE, PRECISIONS
+from star_export.graph.precisions import DENSE, PRECISIONS, TORCH_DTYPES, Precision
 from star_export.validator.ladder import validate
 
 AUTOREGRESSIVE = [name for name in COMPONENTS if name not in DIFFUSION]
@@ -190,7 +190,8 @@ def test_the_streamed_oracle_is_the_reference_with_rounded_weights(mini_checkpoi
     files = resolve_checkpoint(str(mini_checkpoint))
     star = load_star(files)
     tensors = named_tensors(files, star.config)
-    streamed = streamed_star(star.config, tensors, PRECISIONS["fp32"], rope_bf16=True, dtype=dtype)
+    precision = next(Precision(compute) for compute, found in TORCH_DTYPES.items() if found == dtype)
+    streamed = streamed_star(star.config, tensors, precision, rope_bf16=True, narrow=True)
     weight = "base_ar.layers.0.mlp.up_proj.weight"
     assert streamed.get_parameter(weight).is_meta
     with resident(streamed.base_ar.layers[0]):
