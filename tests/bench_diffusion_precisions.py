@@ -20,6 +20,7 @@ import argparse
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import onnx_ir as ir
 import torch
@@ -29,8 +30,9 @@ from reference.mini import write_checkpoint
 from reference.weights import CheckpointFiles, named_tensors, resolve_checkpoint
 from star_export.golden.activations import int8_activations
 from star_export.golden.oracle import streamed_star
+from star_export.graph import precisions as precisions_module
 from star_export.graph.formats import FORMATS
-from star_export.graph.precisions import PRECISIONS, Precision
+from star_export.graph.precisions import DENSE, PRECISIONS, Precision
 from star_export.graph.wrappers import FoldedStar
 from tests.helpers.magnitudes import COLUMNS, observed
 from tests.helpers.paintings import PARTS, Given, Painting, held, made_up, official, paint
@@ -40,11 +42,11 @@ TABLES = ("magnitudes", "arithmetic", "formats", "precisions")
 TYPES = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
 LARGEST = {"fp16": 65504.0, "fp8": 448.0}
 QUANTISED = ("int8", "fp8", "nvfp4", "int4")
+ENDS = "both ends, which bundles leave wide"
 # Groups of the transformer's weights, by what their names hold.
 GROUPS = {
-    "patches, time and caption": ("x_embedder", "time_caption_embed"),
-    "scales and gates": ("norm1.linear", "norm_out.linear_1"),
-    "projection to patches": ("norm_out.linear_2",),
+    ENDS: ("x_embedder", "time_caption_embed", "norm_out"),
+    "scales and gates": ("norm1.linear",),
     "refiners": ("noise_refiner", "context_refiner", "ori_inp_refiner"),
     "attention of the layers": ("dit.layers.", ".attn."),
     "feed-forward of the layers": ("dit.layers.", ".feed_forward."),
@@ -152,7 +154,8 @@ def formats(bench: Bench, names: list[str]) -> None:
                 and (all(w in weight for w in every) if every else any(w in weight for w in words))
             }
             star = bench.star_in(Precision(ir.DataType.FLOAT, chosen=chosen))
-            bench.row(f"{name}: {group}", {"dit": (star.dit, torch.float32)})
+            with mock.patch.object(precisions_module, "DENSE", () if group == ENDS else DENSE):
+                bench.row(f"{name}: {group}", {"dit": (star.dit, torch.float32)})
 
 
 def precisions(bench: Bench) -> None:

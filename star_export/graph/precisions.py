@@ -146,7 +146,7 @@ PRECISIONS = {
     "int8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8)),
     # Without stacked_ar, which bears other formats than int8 far worse than base_ar (docs/figures.md).
     "int4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | {"base_ar": INT4}),
-    # The diffusion transformer's refiners bear fp8 worse than its layers, which are 90 % of its weights.
+    # The diffusion transformer's refiners bear fp8 worse than its layers, which hold 86 % of its weights.
     "fp8": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | {"base_ar": FP8, "dit.layers": FP8}),
     "nvfp4": Precision(ir.DataType.BFLOAT16, dict.fromkeys(EVERY, INT8) | {"base_ar": NVFP4}),
 }
