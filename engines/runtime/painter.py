@@ -6,6 +6,7 @@ two: one for the rows without text, and one for those with it (docs/diffusion.md
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -117,7 +118,7 @@ class Painter:
         latents = noise = patches_from_map(noise)
         for done, (latents, clean) in enumerate(followed(noise, groups, steps, brush), start=1):  # noqa: B007
             if self.preview and done < brush.steps:
-                self.preview(done, self._decoded(clean))
+                self.preview(done, functools.partial(self._decoded, clean))
             progress("paint, in steps", done, brush.steps)
         return self._decoded(latents)
 

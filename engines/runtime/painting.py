@@ -17,6 +17,7 @@ RESOLUTIONS = range(64, 1024 + 1, FACTOR * PATCH)
 STEPS_LIMIT = 1000
 GUIDANCE_LIMIT = 1e3
 LATENTS = ("fp32", "bf16")
+Preview = Callable[[int, Callable[[], np.ndarray]], None]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Painting:
     `resolution` is in pixels. `noise` float32 [N, c, q, q], q an eighth of the resolution, replaces the noise
     that the seed gives, and in an edit `source_noise` [1, c, q, q] that of the source. `latents` is the type
     that they are held in between steps; the release's is bf16. `preview` is called after each step but the
-    last with its number, from 1 on, and the images to which it leads, uint8 [N, R, R, 3].
+    last with its number, from 1 on, and a function that decodes the images to which it leads, uint8 [N, R,
+    R, 3].
     """
 
     resolution: int = 1024
@@ -37,7 +39,7 @@ class Painting:
     noise: np.ndarray | None = None
     source_noise: np.ndarray | None = None
     latents: str = "fp32"
-    preview: Callable[[int, np.ndarray], None] | None = None
+    preview: Preview | None = None
 
 
 GENERATE = Painting(steps=40, text_guidance=4.5, image_guidance=1.05, vq_guidance=0.0)

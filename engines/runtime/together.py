@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from ..fit.memory import DRAW
+from ..fit.memory import DRAW, PAINTED
 from ..inputs.preprocess import MAX_PIXELS, MIN_PIXELS, ask_inputs, edit_inputs, images_from_decoded
 from ..inputs.prompt import Prompt
-from ..progress import silent
+from ..progress import Progress, silent
 from ..sessions import plan_rows, run
 from .decode import Watch
+from .painter import Painter
+from .painting import Painting, Preview
 from .star import Star
 
 CAPACITY_STEP = 64  # caches grow in steps: sums over a cache are then added in one order, whatever its size
@@ -29,12 +32,17 @@ SPARE_TOKENS = 64  # of a prompt's template and an answer, beside an image that 
 class Prepared:
     """The prompt of an image: float32 [2, L, H] with positions int64 [3, 2, L].
 
-    `answer` is what is drawn in place of the prompt, if the base model was asked first.
+    `answer` is what is drawn in place of the prompt, if the base model was asked first. Of an image that will
+    be painted, `painter` makes its painter for a seed and a preview, `cut_tokens` counts the ids at the
+    prompt's end that the diffusion decoder cannot read, and `task` is that of `engines.fit.memory`.
     """
 
     embeds: np.ndarray
     position_ids: np.ndarray
     answer: str | None = None
+    painter: Callable[[int, Preview | None], Painter] | None = None
+    cut_tokens: int = 0
+    task: str = "generate"
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,9 @@ class Together:
     def load(self, *, images: int) -> None:
         """Open every component for batches of `images`, unless a budget lets them take turns."""
         use = self.star.use("base_ar", rows=2 * images, length=1, tokens=self.model.image_tokens)
-        names = ("token_embedding", "vision_encoder", "vq_encoder", *DRAW, "text_head", "vq_decoder")
+        names = ["token_embedding", "vision_encoder", "vq_encoder", *DRAW, "text_head", "vq_decoder"]
+        if self.model.diffusion:
+            names += [name for stage in PAINTED["repaint"] for name in stage if name not in names]
         self.star.loaded.open_at_once(*names, use=use)
 
     def warm_up(self, *, images: int) -> None:
@@ -106,27 +116,31 @@ class Together:
         reason: bool = False,
         max_new_tokens: int = 256,
         on_token: Callable[[int], None] | None = None,
+        painting: Painting | None = None,
     ) -> Prepared:
         """Prepare an image of `prompt`, as `Star.generate` does. Raises InputError."""
         chat, answer = self.star.chat, None
+        painted = self._painted(painting, prompt)
         if reason:
             question = chat.question_prompt(prompt)
             answer = self._answered(question, max_new_tokens, on_token).text
             drawn = chat.reason_prompt(prompt, answer, num_images=1)
+            painted = self._painted(painting, prompt, answer=answer)
         else:
             drawn = chat.generate_prompt(prompt, num_images=1)
         self._check(drawn, image=0)
-        return Prepared(self.star.embedded(drawn), drawn.position_ids, answer)
+        return Prepared(self.star.embedded(drawn), drawn.position_ids, answer, **painted)
 
-    def editing(self, image: np.ndarray, instruction: str) -> Prepared:
+    def editing(self, image: np.ndarray, instruction: str, *, painting: Painting | None = None) -> Prepared:
         """Prepare an edit of `image`, uint8 [H, W, 3], as `Star.edit` does. Raises InputError."""
+        painted = self._painted(painting, instruction, image=image)
         text = len(self.star.chat.ids(instruction))
         pixels = self._pixels(text + 2 * self.model.image_tokens)
         vision, square = edit_inputs(image, self.model, max_pixels=pixels)
         prompt = self.star.chat.edit_prompt(instruction, grid_h=vision.grid_h, grid_w=vision.grid_w)
         self._check(prompt, image=vision.grid_h * vision.grid_w + self.model.image_tokens)
         embeds = self.star.embedded(prompt, vision=vision, square=square)
-        return Prepared(embeds, prompt.position_ids)
+        return Prepared(embeds, prompt.position_ids, **painted)
 
     def draw(
         self,
@@ -148,7 +162,7 @@ class Together:
         room = -(-(int(lengths.max()) + new) // CAPACITY_STEP) * CAPACITY_STEP - new
         tokens = self.model.image_tokens
         use = self.star.use("base_ar", rows=2 * len(prepared), length=room, tokens=tokens, window=window)
-        self.star.loaded.check("generate", use)
+        self.star.loaded.check(prepared[0].task, use)
         loop = self.star.image_loop(num_images=len(prepared), length=room, tokens=tokens, window=window)
         longest = int(lengths.max())
         embeds = np.concatenate([_padded(one.embeds, longest, axis=1) for one in prepared])
@@ -172,6 +186,22 @@ class Together:
     def images(self, image_ids: np.ndarray) -> np.ndarray:
         """The images uint8 [N, R, R, 3] of ids int64 [N, T]."""
         return images_from_decoded(run(self.star.session("vq_decoder"), {"image_ids": image_ids})["image"])
+
+    def paint(
+        self,
+        prepared: Prepared,
+        image_ids: np.ndarray,
+        *,
+        seed: int,
+        progress: Progress = silent,
+        preview: Preview | None = None,
+    ) -> np.ndarray:
+        """Paint ids int64 [1, T], with noise of `seed`, as was prepared: uint8 [1, R, R, 3].
+
+        What `progress`, called after each step, or `preview` raises ends it.
+        """
+        assert prepared.painter
+        return prepared.painter(seed, preview).paint(image_ids, progress)
 
     def answer(
         self,
@@ -199,6 +229,18 @@ class Together:
         answer = self.star.answered(prompt, most, silent, vision=vision, on_token=on_token)
         stopped = answer.ids[-1] in self.model.tokens.eos
         return Said(answer.text, answer.ids, prompt_tokens=length, stopped=bool(stopped))
+
+    def _painted(self, painting: Painting | None, prompt: str, **given: Any) -> dict[str, Any]:
+        """What `Prepared` has of a painting, checked; nothing without one."""
+        if painting is None:
+            return {}
+
+        def painter(seed: int, preview: Preview | None) -> Painter:
+            how = replace(painting, preview=preview)
+            return Painter(self.star.loaded, self.star.captions, how, prompt, seed=seed, **given)
+
+        checked = painter(0, None)
+        return {"painter": painter, "cut_tokens": checked.cut_tokens, "task": checked.task}
 
     def _check(self, prompt: Prompt, *, image: int) -> None:
         text, new = prompt.input_ids.shape[1] - image, self.model.image_tokens - 1

@@ -15,6 +15,7 @@ import numpy as np
 
 from .jobs import Answered, Finished, Preview
 from .kept_files import KeptFiles
+from .painting import SETTINGS
 from .pictures import file_from_image, sent_size
 from .requests import ChatRequest, ImageRequest
 
@@ -48,7 +49,8 @@ class ImageAnswer:
     def __init__(self, about: About, request: ImageRequest, *, edit: bool, files: KeptFiles, base_url: str):
         self.about, self.request, self.files, self.base_url = about, request, files, base_url
         self.kind = "image_edit" if edit else "image_generation"
-        self.side = sent_size(request.size, about.side)
+        self.drawn = request.painting.resolution if request.painting else about.side
+        self.side = sent_size(request.size, self.drawn)
         self.created, self.started = int(time.time()), time.monotonic()
 
     def file(self, image: np.ndarray) -> bytes:
@@ -113,12 +115,14 @@ class ImageAnswer:
         """What we say of a draw beyond OpenAI's fields."""
         tokens = sum(len(done.image_ids) for done in finished)
         forwards = sum(done.forwards for done in finished)
-        own, side = f"{self.about.side}x{self.about.side}", f"{self.side}x{self.side}"
+        own, side = f"{self.drawn}x{self.drawn}", f"{self.side}x{self.side}"
         notes = list(self.request.notes)
         asked = self.request.size
-        if asked is not None and asked != (self.about.side, self.about.side):
+        if asked is not None and asked != (self.drawn, self.drawn):
             asked_text = f"{asked[0]}x{asked[1]}"
             notes.append(f"size: asked for {asked_text}, drawn as {own}, sent as {side}")
+        if cut := finished[0].cut_tokens:
+            notes.append(f"prompt: the diffusion decoder did not read its last {cut} tokens")
         return {
             "seed": self.request.seed,
             "image_ids_sha256": [ids_sha256(done.image_ids) for done in finished],
@@ -129,9 +133,17 @@ class ImageAnswer:
             "tokens_per_forward": round(tokens / forwards, 3),
             "drawn_together": max(done.together for done in finished),
             "drawn_size": own,
-            "settings": {**self.request.draw, "greedy": self.request.seed is None},
+            "settings": self._settings(),
             "notes": notes,
         }
+
+    def _settings(self) -> dict[str, Any]:
+        request, painting = self.request, self.request.painting
+        settings = {**request.draw, "greedy": request.greedy, "decoder": "diffusion" if painting else "vq"}
+        if painting:
+            values = {name: getattr(painting, name) for name in SETTINGS}
+            settings |= {name: value for name, value in values.items() if value is not None}
+        return settings
 
     def _form(self) -> dict[str, Any]:
         return {

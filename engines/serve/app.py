@@ -6,11 +6,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
+from ..runtime.painting import TRAINED
 from . import page
 from .endpoints import Endpoints
 from .guard import FILES_PATH, Guard
 from .log import Log
 from .metrics import CONTENT_TYPE, Metrics
+from .painting import decoders_of
 from .refusals import Refused, body_from_refusal
 
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -19,6 +21,7 @@ MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 def application(endpoints: Endpoints, *, log: Log, metrics: Metrics) -> Guard:
     """The application of `endpoints`, behind its guard."""
     about, scheduler = endpoints.about, endpoints.scheduler
+    decoders = decoders_of(endpoints.model)
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model()]})
@@ -33,7 +36,13 @@ def application(endpoints: Endpoints, *, log: Log, metrics: Metrics) -> Guard:
             "object": "model",
             "created": 0,
             "owned_by": "star-export",
-            "star": {**facts, "backend": about.backend, "size": f"{about.side}x{about.side}"},
+            "star": {
+                **facts,
+                "backend": about.backend,
+                "size": f"{about.side}x{about.side}",
+                "decoders": decoders,
+                "resolutions": TRAINED if "diffusion" in decoders else (),
+            },
         }
 
     async def health(request: Request) -> Response:
@@ -44,7 +53,8 @@ def application(endpoints: Endpoints, *, log: Log, metrics: Metrics) -> Guard:
         if scheduler.waiting.closed:
             return JSONResponse({"status": "stopping"}, 503)
         waiting, drawing = len(scheduler.waiting), len(scheduler.drawing)
-        return JSONResponse({"status": "ok", "model": about.model, "waiting": waiting, "drawing": drawing})
+        work = {"waiting": waiting, "drawing": drawing}
+        return JSONResponse({"status": "ok", "model": about.model, **work, "decoders": decoders})
 
     async def numbers(request: Request) -> Response:
         gauges = {

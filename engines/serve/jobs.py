@@ -26,7 +26,7 @@ class Preview:
 @dataclass(frozen=True)
 class Finished:
     """The `index`-th image, uint8 [R, R, 3], of ids int64 [T], drawn in a batch of `together` images in
-    `forwards`."""
+    `forwards`. `cut_tokens` counts the ids of its prompt that the diffusion decoder could not read."""
 
     index: int
     image: np.ndarray
@@ -35,6 +35,7 @@ class Finished:
     together: int
     prompt_tokens: int
     answer: str | None
+    cut_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,13 @@ class Unit:
     index: int = 0
 
     @property
+    def seed(self) -> int | None:
+        """The seed of the image, None where nothing of it is drawn with noise."""
+        request = self.job.request
+        return request.seed_of(self.index) if isinstance(request, ImageRequest) else None
+
+    @property
     def group(self) -> tuple | None:
-        """What units must have in common to be drawn together; None for an answer, which is alone."""
+        """What units must have in common to be drawn together; None for what is drawn alone."""
         request = self.job.request
         return request.group if isinstance(request, ImageRequest) else None

@@ -13,6 +13,8 @@ _HELP = {
     "star_requests_total": ("counter", "requests by path and status"),
     "star_request_seconds": ("histogram", "seconds of a request, waiting included"),
     "star_images_total": ("counter", "images that were drawn"),
+    "star_paintings_total": ("counter", "images that the diffusion decoder painted"),
+    "star_painting_steps_total": ("counter", "steps of the diffusion decoder"),
     "star_image_tokens_total": ("counter", "image tokens that were drawn"),
     "star_forwards_total": ("counter", "forwards of the decoders"),
     "star_images_together": ("histogram", "images of a batch"),

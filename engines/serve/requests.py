@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bundle.manifest import ModelSpec
+from ..runtime.painting import Painting
 from ..runtime.sampler import GUIDANCE_LIMIT
 from ..runtime.settings import sampling_settings
 from . import settings as limits
 from .fields import Fields, invalid
+from .painting import painting_of
 from .refusals import Refused
 from .uploads import bytes_from_field
 
@@ -31,8 +33,9 @@ CHAT_WITHOUT_EFFECT = (
 class ImageRequest:
     """Images to draw, or to edit if there is a `picture`, the bytes of a file.
 
-    `draw` are the settings of the draw but for its seed, and `seeds` one per image, or None for arg-max. The
-    images are sent in `size` (width and height in pixels), or in the model's own.
+    `draw` are the settings of the draw but for its seed. The image tokens are drawn with noise of the `seed`,
+    or `greedy`, without; a `painting` has its own noise of the seed, which is None where nothing has any. The
+    images are sent in `size` (width and height in pixels), or as they are drawn.
     """
 
     prompt: str
@@ -40,6 +43,8 @@ class ImageRequest:
     count: int
     draw: dict[str, Any]
     seed: int | None
+    greedy: bool
+    painting: Painting | None
     size: tuple[int, int] | None
     file_format: str
     compression: int | None
@@ -52,9 +57,9 @@ class ImageRequest:
     notes: tuple[str, ...]
 
     @property
-    def group(self) -> tuple:
-        """What images must have in common to be drawn together."""
-        return (*sorted(self.draw.items()), self.seed is None, self.window)
+    def group(self) -> tuple | None:
+        """What images must have in common to be drawn together; None for a painting, which is alone."""
+        return None if self.painting else (*sorted(self.draw.items()), self.greedy, self.window)
 
     def seed_of(self, index: int) -> int | None:
         """The seed of one of the images: the request's, and the ones that follow it."""
@@ -103,19 +108,24 @@ def image_request(fields: Fields, model: ModelSpec, *, edit: bool) -> ImageReque
     stream, partials = fields.flag("stream"), fields.whole("partial_images", 0, limits.PARTIALS_LIMIT)
     compression, size = fields.whole("output_compression", 0, 100), _size(fields)
     as_url = fields.choice("response_format", ("url", "b64_json")) == "url"
+    painting = painting_of(fields, model, edit=edit, size=size)
     window, user = fields.whole("window", 1, model.image_tokens), fields.text("user", limit=500) or ""
     reason = not edit and fields.flag("reason")
     notes = [f"{name} has no effect" for name in fields.check_all_known(IMAGE_WITHOUT_EFFECT)]
     if background == "transparent":
         notes.append("background: the model draws opaque images only")
-    if seed is None and not greedy:
+    if greedy and not painting:
+        seed = None
+    elif seed is None:
         seed = secrets.randbelow(SEEDS)
     return ImageRequest(
         prompt=prompt,
         picture=picture,
         count=count,
         draw=draw,
-        seed=None if greedy else seed,
+        seed=seed,
+        greedy=greedy,
+        painting=painting,
         file_format="jpeg" if file_format == "jpg" else file_format,
         stream=stream,
         partials=limits.PARTIALS if partials is None else partials,

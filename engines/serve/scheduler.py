@@ -6,6 +6,7 @@ drawn once more by itself.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import traceback
@@ -17,7 +18,10 @@ import numpy as np
 from ..errors import StarError
 from ..fit.machine import give_back_memory
 from ..inputs.image_io import image_from_bytes
+from ..progress import Progress
 from ..runtime.decode import Watch
+from ..runtime.painting import Painting
+from ..runtime.painting import Preview as OnPreview
 from .jobs import Answered, Finished, Job, Preview, Spoken, Unit
 from .metrics import Metrics
 from .pictures import with_rows
@@ -32,10 +36,16 @@ class Model(Protocol):
     """What the thread asks of a model: `engines.runtime.together.Together`, or a test's stand-in."""
 
     def generation(
-        self, prompt: str, *, reason: bool = ..., max_new_tokens: int = ..., on_token: OnToken | None = ...
+        self,
+        prompt: str,
+        *,
+        reason: bool = ...,
+        max_new_tokens: int = ...,
+        on_token: OnToken | None = ...,
+        painting: Painting | None = ...,
     ) -> Any: ...
 
-    def editing(self, image: np.ndarray, instruction: str) -> Any: ...
+    def editing(self, image: np.ndarray, instruction: str, *, painting: Painting | None = ...) -> Any: ...
 
     def draw(
         self,
@@ -50,6 +60,16 @@ class Model(Protocol):
     ) -> Any: ...
 
     def images(self, image_ids: np.ndarray) -> np.ndarray: ...
+
+    def paint(
+        self,
+        prepared: Any,
+        image_ids: np.ndarray,
+        *,
+        seed: int,
+        progress: Progress = ...,
+        preview: OnPreview | None = ...,
+    ) -> np.ndarray: ...
 
     def answer(
         self,
@@ -158,11 +178,14 @@ class Scheduler:
             try:
                 if request.picture is None:
                     job.prepared = self.model.generation(
-                        request.prompt, reason=request.reason, on_token=lambda _: self._go_on([job])
+                        request.prompt,
+                        reason=request.reason,
+                        on_token=lambda _: self._go_on([job]),
+                        painting=request.painting,
                     )
                 else:
                     image = image_from_bytes(request.picture, where="image")
-                    job.prepared = self.model.editing(image, request.prompt)
+                    job.prepared = self.model.editing(image, request.prompt, painting=request.painting)
             except Exception as error:
                 self._fail([Unit(job)], error)
         return job.prepared is not None and not job.ended
@@ -171,7 +194,7 @@ class Scheduler:
         """Draw one image for each unit, and hand them over."""
         requests = [unit.job.request for unit in units if isinstance(unit.job.request, ImageRequest)]
         request = requests[0]
-        seeds = [request.seed + u.index for request, u in zip(requests, units) if request.seed is not None]
+        seeds = [u.seed for u in units if u.seed is not None and not request.greedy]
         try:
             drawn = self.model.draw(
                 [unit.job.prepared for unit in units],
@@ -181,7 +204,7 @@ class Scheduler:
                 watch=lambda known, ids: self._watch(units, known, ids),
             )
             # One by one: decoding takes more memory than drawing, and no less time for several at once.
-            images = [self.model.images(drawn.image_ids[i : i + 1])[0] for i in range(len(units))]
+            images = [self._image(unit, ids[None]) for unit, ids in zip(units, drawn.image_ids)]
         except GivenUp:
             self.metrics.add("star_draws_given_up_total")
             for unit in units:
@@ -199,12 +222,35 @@ class Scheduler:
         for unit, ids, image in zip(units, drawn.image_ids, images):
             self._finish(unit, ids, image, drawn.forwards, len(units))
 
+    def _image(self, unit: Unit, ids: np.ndarray) -> np.ndarray:
+        """The image of ids int64 [1, T]: decoded, or painted step by step."""
+        request = unit.job.request
+        assert isinstance(request, ImageRequest)
+        if request.painting is None:
+            return self.model.images(ids)[0]
+        seed, steps = unit.seed, request.painting.steps
+        assert seed is not None and steps is not None
+
+        def progress(what: str, done: int, total: int) -> None:
+            self.metrics.add("star_painting_steps_total")
+            self._go_on([unit.job])
+
+        def preview(done: int, images: Callable[[], np.ndarray]) -> None:
+            self._go_on([unit.job])
+            self._preview(unit, done, steps, lambda: images()[0])
+
+        shown = preview if request.stream and request.partials else None
+        (image,) = self.model.paint(unit.job.prepared, ids, seed=seed, progress=progress, preview=shown)
+        self.metrics.add("star_paintings_total")
+        return image
+
     def _finish(self, unit: Unit, ids: np.ndarray, image: np.ndarray, forwards: int, together: int) -> None:
         job = unit.job
         if job.ended:
             return
-        length, answer = job.prepared.embeds.shape[1], job.prepared.answer
-        job.tell(Finished(unit.index, image, ids, forwards, together, length, answer))
+        prepared = job.prepared
+        length, answer, cut = prepared.embeds.shape[1], prepared.answer, prepared.cut_tokens
+        job.tell(Finished(unit.index, image, ids, forwards, together, length, answer, cut))
         job.left -= 1
         if job.left == 0:  # never back to False: the endpoint may have ended it meanwhile
             job.ended = True
@@ -214,15 +260,26 @@ class Scheduler:
         self._go_on([unit.job for unit in units])
         for i, unit in enumerate(units):
             request = unit.job.request
-            if not isinstance(request, ImageRequest) or not request.stream or unit.job.given_up:
+            if not isinstance(request, ImageRequest) or not request.stream or request.painting:
                 continue
             total = ids().shape[1]
-            side, (sent, passed) = round(total**0.5), unit.job.previews.get(unit.index, (0, 0))
-            share = int(known[i] * (request.partials + 1) / total)  # in steps from preview to preview
-            if share > passed and side <= known[i] < total:
-                (image,) = self.model.images(ids()[i : i + 1])
-                unit.job.previews[unit.index] = sent + 1, share
-                unit.job.tell(Preview(unit.index, sent, with_rows(image, int(known[i]) // side / side)))
+            side, count = round(total**0.5), int(known[i])
+            if not unit.job.given_up and side <= count < total:
+                rows = functools.partial(self._rows, ids, i, count // side / side)
+                self._preview(unit, count, total, rows)
+
+    def _rows(self, ids: Callable[[], np.ndarray], index: int, share: float) -> np.ndarray:
+        (image,) = self.model.images(ids()[index : index + 1])
+        return with_rows(image, share)
+
+    def _preview(self, unit: Unit, done: int, total: int, image: Callable[[], np.ndarray]) -> None:
+        """Send a preview of an image of which `done` of `total` is done, if one is due."""
+        assert isinstance(unit.job.request, ImageRequest)
+        sent, passed = unit.job.previews.get(unit.index, (0, 0))
+        share = done * (unit.job.request.partials + 1) // total  # in steps from preview to preview
+        if share > passed:
+            unit.job.previews[unit.index] = sent + 1, share
+            unit.job.tell(Preview(unit.index, sent, image()))
 
     def _answer(self, job: Job, request: ChatRequest) -> None:
         ids: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +58,10 @@ def preview_into(name: str, *, force: bool):
             fix="choose another folder, or replace them with --force",
         )
 
-    def preview(step: int, images: np.ndarray) -> None:
+    def preview(step: int, images: Callable[[], np.ndarray]) -> None:
         from engines.inputs.image_io import write_image
 
-        for i, image in enumerate(images):
+        for i, image in enumerate(images()):
             write_image(folder / (f"step-{step:03}" + (f"-{i}" if i else "") + ".png"), image)
 
     return preview

@@ -9,14 +9,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from engines.bundle.manifest import DiffusionSpec, ModelSpec
 from engines.errors import InputError
 from engines.inputs.image_io import bytes_from_image
+from engines.progress import silent
 from engines.runtime.together import Drawn, Prepared, Said
 from engines.serve.answers import About
 from engines.serve.server import listen, serve_model
@@ -24,6 +26,12 @@ from engines.serve.settings import ServeSettings
 from tests.helpers.tiny_bundle import MODEL
 
 SIDE, TOKENS = MODEL.image_size, MODEL.image_tokens
+WITH_DIFFUSION = replace(
+    MODEL,
+    diffusion=DiffusionSpec(
+        (4, 6, 6), 16, 16, 0.3611, 0.1159, 6.0, bos=2, hidden_size=64, blocks=5, token_weights=1000
+    ),
+)
 ABOUT = About(model="fake", bundle_sha256="b" * 64, precision="fp32", backend="none", side=SIDE)
 
 
@@ -33,19 +41,23 @@ class FakeModel:
 
     step_s: float = 0.0
     batches: list[int] = field(default_factory=list)  # images of each batch
+    painted: int = 0  # steps
     steps: int = 0
     hold: threading.Event | None = None  # nothing is drawn before it is set
     raises: Exception | None = None  # by a batch with a prompt of "fail"
 
-    def generation(self, prompt, *, reason=False, max_new_tokens=256, on_token=None) -> Prepared:
+    def generation(
+        self, prompt, *, reason=False, max_new_tokens=256, on_token=None, painting: Any = None
+    ) -> Prepared:
         if prompt == "refuse":
             raise InputError("The prompt is refused", where="prompt: expected another one", fix="change it")
         code = np.frombuffer(prompt.encode("utf-8", "replace")[:8].ljust(8), np.uint8).astype(np.float32)
         answer = f"answer to {prompt}" if reason else None
-        return Prepared(np.tile(code, (2, 3, 1)), np.zeros((3, 2, 3), np.int64), answer)
+        cut = 7 if prompt == "long" else 0
+        return Prepared(np.tile(code, (2, 3, 1)), np.zeros((3, 2, 3), np.int64), answer, painting, cut)
 
-    def editing(self, image, instruction) -> Prepared:
-        return self.generation(f"{int(image.mean())} {instruction}")
+    def editing(self, image, instruction, *, painting=None) -> Prepared:
+        return self.generation(f"{int(image.mean())} {instruction}", painting=painting)
 
     def draw(self, prepared, seeds, *, guidance, top_k, top_p, window=None, watch=None) -> Drawn:
         self.batches.append(len(prepared))
@@ -73,6 +85,19 @@ class FakeModel:
         small = (image_ids % 256).astype(np.uint8).reshape(-1, side, side, 1)
         return small.repeat(SIDE // side, 1).repeat(SIDE // side, 2).repeat(3, 3)
 
+    def paint(self, prepared, image_ids, *, seed, progress=silent, preview=None) -> np.ndarray:
+        """Paints a square whose colour follows from ids and seed, and is a step's number before the last."""
+        painting: Any = prepared.painter
+        for done in range(1, painting.steps + 1):
+            time.sleep(self.step_s)
+            self.painted += 1
+            colour = done if done < painting.steps else (int(image_ids.sum()) + seed) % 256
+            image = np.full((1, painting.resolution, painting.resolution, 3), colour, np.uint8)
+            if preview and done < painting.steps:
+                preview(done, lambda image=image: image)
+            progress("paint, in steps", done, painting.steps)
+        return image
+
     def answer(self, image, question, *, max_new_tokens, on_token=None) -> Said:
         words = (f"{image.shape[1]}x{image.shape[0]}" if image is not None else "no picture", "is", question)
         text = " ".join(words)[:max_new_tokens]
@@ -87,7 +112,9 @@ class FakeModel:
 
 
 @contextlib.contextmanager
-def serving(model: Any = None, *, check=lambda: None, **settings) -> Iterator[SimpleNamespace]:
+def serving(
+    model: Any = None, *, check=lambda: None, spec: ModelSpec = MODEL, **settings
+) -> Iterator[SimpleNamespace]:
     """A running server: its `url`, its `model`, `stop` to ask it to end, and `done`, which is set at its
     end."""
     given = ServeSettings(**{"port": 0, **settings})
@@ -97,7 +124,7 @@ def serving(model: Any = None, *, check=lambda: None, **settings) -> Iterator[Si
     def run() -> None:
         with listening:
             serve_model(
-                model, MODEL, ABOUT, given, listening, check=check, ready=lambda *told: ready.put(told)
+                model, spec, ABOUT, given, listening, check=check, ready=lambda *told: ready.put(told)
             )
         done.set()
 

@@ -7,7 +7,7 @@ import base64
 import pytest
 
 from tests.helpers.browser import CHROMIUM, browser
-from tests.helpers.served import FakeModel, picture, serving
+from tests.helpers.served import WITH_DIFFUSION, FakeModel, picture, serving
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")
 DONE = "!document.getElementById('go').disabled"
@@ -73,6 +73,32 @@ def test_a_link_draws_the_same_image_again(page, server):
     page.key("Enter", code=13, control=True)
     page.until("document.querySelectorAll('#past li').length === 2 && " + DONE)
     assert page.value("document.querySelector('#pictures img').src") == first
+
+
+def test_a_bundle_with_two_decoders_lets_choose_and_a_link_repeats_the_choice(page, server):
+    page.go(server.url)
+    page.until("document.getElementById('about').textContent.includes('fake')")
+    assert page.value(
+        "document.getElementById('decoding').hidden && document.getElementById('painting').hidden"
+    )
+    with serving(FakeModel(), spec=WITH_DIFFUSION) as other:
+        page.go(other.url)
+        page.until("!document.getElementById('decoding').hidden")
+        page.value("document.querySelector('details').open = true")
+        page.value("$('decoder').value = 'diffusion', show()")
+        assert page.value("$('steps').checkVisibility() && !$('vq_guidance').checkVisibility()")
+        ask(page, "a cat", seed="9", size="512x512", steps="9", text_guidance="2.5")
+        page.until("document.querySelectorAll('#past li').length === 1 && " + DONE)
+        assert other.model.painted == 9
+        assert page.value("document.querySelector('#pictures img').naturalWidth") == 512
+        link = page.value("[...document.querySelectorAll('#past a')].at(-1).hash")
+        assert all(part in link for part in ("decoder=diffusion", "steps=9", "text_guidance=2.5", "seed=9"))
+        page.value("$('decoder').value = 'vq', $('steps').value = ''")
+        page.value("[...document.querySelectorAll('#past a')].at(-1).click()")
+        page.until("$('decoder').value === 'diffusion' && $('steps').value === '9'")
+        page.value("document.querySelector('[value=edit]').click()")
+        assert page.value("$('vq_guidance').checkVisibility()")
+        page.value("form.reset(), show()")
 
 
 def test_a_dropped_picture_is_edited_and_asked_about(page, server):
