@@ -107,6 +107,16 @@ class Painter:
 
     def paint(self, image_ids: np.ndarray, progress: Progress = silent) -> np.ndarray:
         """Paint image ids [N, T]: images uint8 [N, R, R, 3]."""
+        steps = self.brush.steps
+        for done, (latents, clean) in enumerate(self.followed(image_ids), start=1):  # noqa: B007
+            if self.preview and done < steps:
+                self.preview(done, functools.partial(self._images, clean))
+            progress("paint, in steps", done, steps)
+        return self._images(latents)
+
+    def followed(self, image_ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Paint image ids [N, T] step by step: the latents after each, and the clean ones to which they lead
+        from there, both in patches [N, T, 4, c]."""
         brush, noise = self.brush, self.brush.noise
         if noise is None:
             noise = self._noise(len(image_ids), PAINT)
@@ -115,16 +125,15 @@ class Painter:
         dit = self.loaded.sessions(*names)[0]
         groups = [Group(dit, caption, rows, self.spec) for caption, rows in by_caption]
         steps = schedule(brush.steps, shift=self.spec.time_shift, sigmas_bf16=self.rope_bf16)
-        latents = noise = patches_from_map(noise)
-        for done, (latents, clean) in enumerate(followed(noise, groups, steps, brush), start=1):  # noqa: B007
-            if self.preview and done < brush.steps:
-                self.preview(done, functools.partial(self._decoded, clean))
-            progress("paint, in steps", done, brush.steps)
-        return self._decoded(latents)
+        yield from followed(patches_from_map(noise), groups, steps, brush)
 
-    def _decoded(self, latents: np.ndarray) -> np.ndarray:
+    def decoded(self, latents: np.ndarray) -> np.ndarray:
+        """What the VAE makes of latents [N, c, q, q]: float32 [N, 3, R, R] around [-1, 1]."""
         (decoder,) = self.loaded.sessions("vae_decoder")
-        return images_from_painted(run(decoder, {"latents": map_from_patches(latents)})["image"])
+        return run(decoder, {"latents": latents})["image"]
+
+    def _images(self, patches: np.ndarray) -> np.ndarray:
+        return images_from_painted(self.decoded(map_from_patches(patches)))
 
     def _caption(self, ids: np.ndarray) -> np.ndarray:
         """What the text encoder makes of ids [1, L]: float32 [1, L, H]."""

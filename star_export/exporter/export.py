@@ -32,8 +32,6 @@ from ..components import COMPONENTS, PART_BYTES, Part, components_of, parts_of, 
 from ..golden import record as golden
 from ..golden import runs as golden_runs
 from ..golden.prepared import PREPARED, record_prepared
-from ..golden.record_tasks import record_tasks
-from ..golden.runs import HELD
 from ..graph.precisions import MIXED, PRECISIONS, Precision, mixed
 from ..graph.repeat import graph_from_config
 from ..graph.wrappers import TABLE
@@ -44,6 +42,7 @@ from .identity import VERSIONS, checkpoint_hashes, code_hash
 from .material import chat_of, check_calibration, decodes_of, drawn_material, recorded_texts, shipped_prompts
 from .model_spec import model_spec_from_checkpoint, score_files, tokenizer_files
 from .publish import Stage, filled, reserved, stage_path, write_manifest
+from .recordings import recordings
 from .tables import Table, stored_image_table, write_image_table
 
 CALIBRATION = "calibration.json"  # of a bundle: what each weight lost
@@ -174,11 +173,9 @@ def export(
                 assert decodes
                 job.calibrate(decodes)
             steps = job.steps()
-            if set(names) == set(every) and sum(math.prod(t.shape) for t in tensors.values()) <= HELD:
-                texts, chat = recorded_texts(files), chat_of(host_files, model)
-                steps["recorded tasks"] = lambda: record_tasks(
-                    job.oracle.star, chat, model, **texts, bundle=stage.bundle
-                )
+            if set(names) == set(every):
+                texts, oracle = recorded_texts(files), lambda: job.oracle
+                steps |= recordings(oracle, tensors, texts, host_files, model, stage.bundle)
             _run(stage, {name: (write, job.read_last.get(name)) for name, write in steps.items()}, progress)
             progress("publish", len(steps), len(steps))
             stage.step("files of the host", lambda: _write_files(stage.bundle, host_files))

@@ -102,21 +102,21 @@ NOISE, INT8 = "noise", "int8"  # of the compute type, and of int8 activations
 FP4 = "fp4"  # of activations that are not rounded where the reference rounds them
 
 
-def _arithmetic(kind: str, module: nn.Module, name: str, oracle: Oracle) -> contextlib.AbstractContextManager:
+def arithmetic(kind: str, module: nn.Module, name: str, oracle: Oracle) -> contextlib.AbstractContextManager:
     """The context in which `module`, called `name` in the model, computes results of `kind`."""
     if kind == INT8:
         return int8_activations(module, name, oracle.precision)
     return unrounded(module) if kind == FP4 else contextlib.nullcontext()
 
 
-def _stars(part: Part, oracle: Oracle) -> dict[str, wrappers.FoldedStar]:
+def stars_of(part: Part, oracle: Oracle) -> dict[str, wrappers.FoldedStar]:
     """Kind of results -> the model that computes them: in float32, and each kind of noise."""
     stars = {"": oracle.star}
     if oracle.narrow:
         stars[NOISE] = oracle.narrow
     formats = [
         oracle.precision.format_of(f"{name}.weight", tuple(linear.weight.shape))
-        for name, linear in _module(part, oracle.star).named_modules(prefix=part.component)
+        for name, linear in module_of(part, oracle.star).named_modules(prefix=part.component)
         if isinstance(linear, nn.Linear)
     ]
     if any(found and found.scale for found in formats):
@@ -126,23 +126,23 @@ def _stars(part: Part, oracle: Oracle) -> dict[str, wrappers.FoldedStar]:
     return stars
 
 
-def _module(part: Part, star: wrappers.FoldedStar) -> nn.Module:
+def module_of(part: Part, star: wrappers.FoldedStar) -> nn.Module:
     """The module of a component; an empty one for a table of `star` that is none of its modules."""
     return dict(star.named_children()).get(part.component, nn.Identity())
 
 
 def _at_once(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[[], None]) -> Results:
     found: dict[str, dict[str, Case]] = {}
-    for kind, star in _stars(part, oracle).items():
-        module = _module(part, star)
-        with _arithmetic(kind, module, part.component, oracle):
+    for kind, star in stars_of(part, oracle).items():
+        module = module_of(part, star)
+        with arithmetic(kind, module, part.component, oracle):
             found[kind] = {case: outputs_of(part, star, feeds) for case, feeds in cases.items()}
         tick()
     return found.pop(""), found
 
 
 def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[[], None]) -> Results:
-    stars = _stars(part, oracle)
+    stars = stars_of(part, oracle)
     found: dict[str, dict[str, Case]] = {kind: {case: {} for case in cases} for kind in stars}
     for layer in part.layers or ():
         one = Part(part.name, part.component, range(layer, layer + 1))
@@ -152,7 +152,7 @@ def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Ca
         with resident(*layers.values()):
             for kind, star in stars.items():
                 name = f"{part.component}.layers.{layer}"
-                with _arithmetic(kind, layers[kind], name, oracle):
+                with arithmetic(kind, layers[kind], name, oracle):
                     for case, feeds in cases.items():
                         results = found[kind][case]
                         stream = results.get("hidden_states", feeds["inputs_embeds"])

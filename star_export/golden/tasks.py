@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from engines.bundle.reader import Bundle
 from engines.bundle.records import strict, value_from_json
@@ -45,6 +46,14 @@ def tasks_of(bundle: Bundle) -> RecordedTasks | None:
     """
     if TASKS_FILE not in bundle.manifest.files:
         return None
-    text = bundle.read(TASKS_FILE).decode("utf-8", errors="replace")
-    where = f"{bundle.path}: {TASKS_FILE}"
+    return _tasks_from_json(bundle.read(TASKS_FILE), where=f"{bundle.path}: {TASKS_FILE}")
+
+
+def tasks_in(folder: Path) -> RecordedTasks:
+    """Those of a bundle that is being exported."""
+    return _tasks_from_json((folder / TASKS_FILE).read_bytes(), where=f"{folder}: {TASKS_FILE}")
+
+
+def _tasks_from_json(data: bytes, *, where: str) -> RecordedTasks:
+    text = data.decode("utf-8", errors="replace")
     return strict(RecordedTasks, value_from_json(text, where=where), where)

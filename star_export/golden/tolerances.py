@@ -57,23 +57,29 @@ def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray])
     in every type, except the ids that an encoder finds. Raises InputError for 16 bits without recorded noise.
     """
     row = COMPONENTS[component_of(component)]
-    table = row.tolerances
+    found = bounded_in(row.tolerances, compute, noise, where=component)
+    return found if compute in ("fp32", "int8", "fp4") else found | row.tolerances_16bit
+
+
+def bounded_in(
+    table: dict[str, float], compute: str, noise: Mapping[str, np.ndarray], *, where: str
+) -> dict[str, float]:
+    """The tolerances of `table`, which hold in float32, in another arithmetic of that `noise`.
+
+    Raises InputError for 16 bits without recorded noise.
+    """
     if compute == "fp32" or (compute in ("int8", "fp4") and not noise):  # no such products
         return table
     measured = {name for name, tolerance in table.items() if tolerance > 0}
     if missing := sorted(measured - noise.keys()):
         raise InputError(
             f"The golden set cannot prove anything in {compute}",
-            where=f"{component}: expected the reference's own noise in {compute} "
+            where=f"{where}: expected the reference's own noise in {compute} "
             f"of {', '.join(missing)}, got none",
             fix="export the bundle again",
         )
-    if compute == "fp4":
-        return table | {name: FP4_SHARE * float(noise[name]) for name in measured}
-    if compute == "int8":
-        return table | {name: MARGIN * float(noise[name]) for name in measured}
-    found = table | {name: MARGIN * float(noise[name]) for name in measured}
-    return found | row.tolerances_16bit
+    share = FP4_SHARE if compute == "fp4" else MARGIN
+    return table | {name: share * float(noise[name]) for name in measured}
 
 
 def largest_noise(cases: Iterable[Case], compute: str) -> dict[str, np.ndarray]:

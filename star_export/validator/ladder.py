@@ -39,6 +39,7 @@ from .dialects import dialects
 from .evidence import Evidence
 from .interpreted import interpreted
 from .other_ways import other_ways
+from .paintings import paintings
 from .prepared_inputs import prepared_inputs
 from .rungs import (
     decoder_steps,
@@ -187,6 +188,7 @@ RUNGS: dict[str, Callable[[Subject, Progress], tuple[list[Row], str]]] = {
     "dialects": dialects,
     "decoder steps": decoder_steps,
     "whole runs": whole_runs,
+    "paintings": paintings,
     "other ways": other_ways,
     "fast path": fast_path,
     "score": score_of_tasks,

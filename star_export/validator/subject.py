@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.bundle.reader import Bundle
-from engines.fit.memory import TASKS, task_memory
+from engines.fit.memory import task_memory, tasks_of
 from engines.runtime.star import Star
 
 from .evidence import Evidence
@@ -41,7 +41,7 @@ class Subject:
         """
         star = Star(self.bundle, backend=self.backend, window=window, threads=self.threads)
         use = star.loaded.use(rows=4, tokens=RUN_TOKENS, prompt_tokens=RUN_TOKENS)
-        taken = [task_memory(star.loaded.sizes, task, use) for task in TASKS]
+        taken = [task_memory(star.loaded.sizes, task, use) for task in tasks_of(star.loaded.sizes)]
         if not star.loaded.on_cpu or max(task.resident_bytes for task in taken) <= IN_TURN_BYTES:
             return star
         star.close()

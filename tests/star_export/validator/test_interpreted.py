@@ -204,6 +204,7 @@ def test_with_the_device_both_run(monkeypatch):
         "golden tensors",
         "decoder steps",
         "whole runs",
+        "paintings",
         "other ways",
     ]
     assert list(validate.rungs_of("onnxruntime", scored=True)) == [
@@ -212,6 +213,7 @@ def test_with_the_device_both_run(monkeypatch):
         "golden tensors",
         "decoder steps",
         "whole runs",
+        "paintings",
         "other ways",
         "score",
     ]
