@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from star_export.exporter.export import export
 from star_export.golden.cases import recorded_cases
 from star_export.golden.run_case import run_case
 from star_export.golden.tolerances import compute_of, compute_type, tolerances_of
-from star_export.planner.plan import plan
+from star_export.planner.plan import plan as planned
+from tests.helpers.plan_layers import compiled, written_out
 
 GRAPHS = ("text_encoder", "dit", "vae_encoder", "vae_decoder")
 ADDED = 3.0 * 2**-7  # what a planted fault adds to one scale, as a share of it
@@ -106,6 +108,21 @@ def test_a_scale_that_is_a_little_off_fails(stored_in, precision: str, weight: s
     assert float(np.abs(got - wanted).max() / wanted.std()) > limit
 
 
+def test_a_plan_reads_the_weights_of_the_layers_as_they_are_stored(stored_in, tmp_path: Path) -> None:
+    """TensorRT joins products of one input, and writes a joined weight out: of the two context refiners q, k
+    and v, and gate and up, and the scales and gates of all five other blocks with the last norm's scale."""
+    pytest.importorskip("tensorrt_rtx")
+    bundle = stored_in("fp8")
+    sizes = {"N": (1, 2, 4), "T": (16, 64, 256), "2T": (32, 128, 512), "L": (1, 32, 256)}
+    ranges = {
+        spec.name: [[sizes[d][i] if isinstance(d, str) else d for d in spec.shape] for i in range(3)]
+        for spec in bundle.component("dit").inputs
+    }
+    plan = compiled(bundle.graph("dit"), tmp_path, sm="SM89", ranges=ranges)
+    found = Counter(tensor.shape for tensor in written_out(plan, 64 * 32))
+    assert plan.size and found == {(64, 5 * 4 * 64 + 64): 1, (1, 64, 128): 2, (1, 64, 512): 2}
+
+
 def test_in_fp16_it_is_the_bundle_in_bf16(stored_in) -> None:
     fp16, bf16 = stored_in("fp16"), stored_in("bf16")
     for name in GRAPHS:
@@ -124,7 +141,7 @@ def test_a_target_without_bf16_is_told_before_the_build(stored_in) -> None:
 
 
 def test_a_plan_for_a_target_without_bf16_has_no_paintings(diffusion_checkpoint: Path) -> None:
-    found = plan(str(diffusion_checkpoint), targets=["rtx-2080-ti", "rtx-3090"], precisions=["fp16"])
+    found = planned(str(diffusion_checkpoint), targets=["rtx-2080-ti", "rtx-3090"], precisions=["fp16"])
     without, with_bf16 = found.places
     painted = {"paint", "repaint"}
     assert not painted & {task.task for task in without.tasks} and not without.paintings
