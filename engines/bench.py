@@ -78,7 +78,8 @@ class Benchmark:
 def bench(star: Star, *, repeats: int = REPEATS, progress: Progress = silent) -> Benchmark:
     """Measure `star`: one image of a short prompt under guidance (two rows), with the model's sampling."""
     progress("memory bandwidth", 0, repeats + 1)
-    device, bandwidth = device_bandwidth(star.backend, star.loaded.threads)
+    device = device_name(star.backend, star.loaded.threads)
+    bandwidth = device_bandwidth(star.backend, star.loaded.threads)
     prompt = star.chat.generate_prompt(PROMPT, num_images=1)
     length = prompt.input_ids.shape[1]
     loop = star.image_loop(num_images=1, length=length, tokens=star.model.image_tokens)
@@ -267,17 +268,23 @@ def timing(name: str, seconds: float, read_bytes: int, bandwidth: float) -> Timi
     return Timing(name, seconds * 1e3, read_bytes, read_bytes / bandwidth / seconds)
 
 
-def device_bandwidth(backend: str, threads: int | None = None) -> tuple[str, float]:
-    """(name of the device that `backend` runs on, its measured read bandwidth in bytes per second).
-
-    A CPU's is that of as many `threads`, by default one per core.
-    """
+def device_name(backend: str, threads: int | None = None) -> str:
+    """The name of the device that `backend` runs on; of a CPU, as many `threads`, by default one per core."""
     if backend in ON_CPU:
         cores = threads or os.cpu_count() or 1
-        return f"{cores} CPU core{'s' * (cores > 1)}", host_bandwidth(cores)
-    from .tensorrt.device import gpus, read_bandwidth
+        return f"{cores} CPU core{'s' * (cores > 1)}"
+    from .tensorrt.device import gpus
 
-    return gpus()[0].name, read_bandwidth()
+    return gpus()[0].name
+
+
+def device_bandwidth(backend: str, threads: int | None = None) -> float:
+    """The measured read bandwidth of that device, in bytes per second."""
+    if backend in ON_CPU:
+        return host_bandwidth(threads)
+    from .tensorrt.device import read_bandwidth
+
+    return read_bandwidth()
 
 
 def host_bandwidth(threads: int | None = None) -> float:

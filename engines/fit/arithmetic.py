@@ -28,9 +28,9 @@ class Painting:
     seconds: float | None
 
 
-def row_operations(transformer: Transformer, resolution: int) -> int:
+def row_operations(transformer: Transformer, resolution: int, *, caption_tokens: int = CAPTION_TOKENS) -> int:
     """Floating-point operations of one row in one step: two for each weight and token, and attention."""
-    tokens = 2 * (resolution // TOKEN_PIXELS) ** 2 + CAPTION_TOKENS
+    tokens = 2 * (resolution // TOKEN_PIXELS) ** 2 + caption_tokens
     products = 2 * transformer.token_weights * tokens
     return products + 4 * tokens**2 * transformer.hidden_size * transformer.blocks
 

@@ -120,12 +120,16 @@ class Painter:
         brush, noise = self.brush, self.brush.noise
         if noise is None:
             noise = self._noise(len(image_ids), PAINT)
+        groups = self.groups(image_ids)
+        steps = schedule(brush.steps, shift=self.spec.time_shift, sigmas_bf16=self.rope_bf16)
+        yield from followed(patches_from_map(noise), groups, steps, brush)
+
+    def groups(self, image_ids: np.ndarray) -> list[Group]:
+        """The rows of a painting of image ids [N, T], bound to the transformer, those of the prompt first."""
         by_caption = self._rows(image_ids)
         names = ("dit", "vae_decoder") if self.preview else ("dit",)
         dit = self.loaded.sessions(*names)[0]
-        groups = [Group(dit, caption, rows, self.spec) for caption, rows in by_caption]
-        steps = schedule(brush.steps, shift=self.spec.time_shift, sigmas_bf16=self.rope_bf16)
-        yield from followed(patches_from_map(noise), groups, steps, brush)
+        return [Group(dit, caption, rows, self.spec) for caption, rows in by_caption]
 
     def decoded(self, latents: np.ndarray) -> np.ndarray:
         """What the VAE makes of latents [N, c, q, q]: float32 [N, 3, R, R] around [-1, 1]."""
@@ -135,7 +139,7 @@ class Painter:
     def _images(self, patches: np.ndarray) -> np.ndarray:
         return images_from_painted(self.decoded(map_from_patches(patches)))
 
-    def _caption(self, ids: np.ndarray) -> np.ndarray:
+    def encoded(self, ids: np.ndarray) -> np.ndarray:
         """What the text encoder makes of ids [1, L]: float32 [1, L, H]."""
         embedding, encoder = self.loaded.sessions("text_embedding", "text_encoder")
         embeds = run(embedding, {"input_ids": ids})["inputs_embeds"]
@@ -150,13 +154,13 @@ class Painter:
         none = np.zeros_like(vq)
         no_source = np.zeros((*vq.shape[:3], self.spec.latent_channels), np.float32)
         seen = Row(vq, no_source) if self.image is None else Row(none, self._source(self.image))
-        caption, with_text = self._caption(self.caption_ids), {"t": seen}
+        caption, with_text = self.encoded(self.caption_ids), {"t": seen}
         if self.brush.text <= 1:
             return [(caption, with_text)]
         if self.image is not None:
             with_text["x"] = Row(vq, no_source)
         without = {"u": Row(none, no_source), "i": seen}
-        return [(caption, with_text), (self._caption(self.captions.empty), without)]
+        return [(caption, with_text), (self.encoded(self.captions.empty), without)]
 
     def _source(self, image: np.ndarray) -> np.ndarray:
         """The latent of an edit's image, in patches."""

@@ -70,8 +70,8 @@ def add_drawing(c: argparse.ArgumentParser) -> None:
     add_running(c, "the image token ids, int64 [N,T]")
 
 
-def add_painting(c: argparse.ArgumentParser, *, edit: bool) -> None:
-    """How the diffusion decoder paints; every option but the first is for it alone."""
+def add_decoder(c: argparse.ArgumentParser, *, steps: str) -> None:
+    """Which decoder makes an image, and the size of its paintings; `steps` is the default."""
     c.add_argument(
         "--decoder",
         default="vq",
@@ -85,8 +85,13 @@ def add_painting(c: argparse.ArgumentParser, *, edit: bool) -> None:
         help="side of a painted image in pixels, a multiple of 16 from 64 to 1024; the release was trained "
         "for 512 and 1024 (default: 1024)",
     )
-    steps, text, image = ("50", "3", "1.8") if edit else ("40", "4.5", "1.05")
     c.add_argument("--steps", type=count, metavar="N", help=f"steps of a painting (default: {steps})")
+
+
+def add_painting(c: argparse.ArgumentParser, *, edit: bool) -> None:
+    """How the diffusion decoder paints; every option but the first is for it alone."""
+    text, image = ("3", "1.8") if edit else ("4.5", "1.05")
+    add_decoder(c, steps="50" if edit else "40")
     c.add_argument(
         "--text-guidance",
         type=number(0, math.inf),

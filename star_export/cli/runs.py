@@ -7,6 +7,7 @@ import math
 from .arguments import (
     add_backend,
     add_command,
+    add_decoder,
     add_drawing,
     add_new_tokens,
     add_painting,
@@ -83,11 +84,13 @@ def add_bench(commands) -> None:
     c = add_command(
         commands,
         "bench",
-        "measure ms per step, and its share of this machine's memory bandwidth",
+        "measure ms per step, and its share of what this machine can do",
         "star-3b-bf16",
+        "star-3b-bf16 --decoder diffusion --resolution 512 --steps 4",
     )
     c.add_argument("bundle", metavar="BUNDLE")
     add_window(c)
+    add_decoder(c, steps="40")
     add_backend(c)
     add_progress(c)
 

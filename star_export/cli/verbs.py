@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from engines.bundle.reader import Bundle
 from engines.errors import MissingError, UsageError, install
 
+from .benching import bench
 from .completion import completion
-from .drawing import ask, edit, generate, open_star
+from .drawing import ask, edit, generate
 from .outputs import Outcome, table, text_from_bytes
 from .planning import plan
 from .progress_bar import ProgressBar
@@ -164,44 +165,6 @@ def _data_from_plan(plan: BuiltPlan) -> dict:
         "kv_cache_updates": plan.spec.kv_cache_updates,
         "skipped": plan.skipped,
     }
-
-
-def bench(
-    bundle: str,
-    *,
-    window: int | None = None,
-    backend: str = "onnxruntime",
-    threads: int | None = None,
-    progress: bool = True,
-) -> Outcome:
-    """Measure milliseconds per step and the share of the memory bandwidth with `engines.bench.bench`."""
-    from engines.bench import bench as measure
-
-    with (
-        open_star(bundle, backend, window=window, threads=threads) as star,
-        ProgressBar("bench", shown=progress) as bar,
-    ):
-        measured = measure(star, progress=bar)
-    lines = [
-        (
-            timing.name,
-            f"{timing.ms:.3f}",
-            text_from_bytes(timing.read_bytes) if timing.read_bytes else "",
-            f"{timing.share:.0%}" if timing.share else "",
-        )
-        for timing in measured.timings
-    ]
-    text = [
-        f"{measured.model}, {measured.precision}, {backend} on {measured.device}; "
-        f"measured read bandwidth {measured.bandwidth / 1e9:.1f} GB/s",
-        table(("stage", "ms", "must read", "of the limit"), lines),
-        f"one image of {measured.tokens} tokens: {measured.seconds_per_image:.3f} s; "
-        f"{measured.tokens_per_forward:.2f} tokens per forward at a window of {measured.window}",
-        f"loop: {measured.loop}",
-        *(f"per token: {count:.2f} {name}" for name, count in measured.per_token.items()),
-        *(f"decode step over {name}: {ratio:.2f}" for name, ratio in measured.ratios.items()),
-    ]
-    return Outcome(dataclasses.asdict(measured), "\n".join(text))
 
 
 def inspect(
