@@ -7,6 +7,7 @@ import math
 from .arguments import (
     add_backend,
     add_command,
+    add_decoder,
     add_progress,
     add_threads,
     add_window,
@@ -217,6 +218,7 @@ def add_score(commands) -> None:
         help="also write grids of what was drawn, edited, answered and reasoned",
     )
     add_window(c)
+    add_decoder(c, steps="40, of an edit 50")
     add_backend(c)
     add_progress(c)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engines.errors import UsageError
 
 from .outputs import Outcome, table, text_from_bytes
+from .painting import painting_from_options
 from .progress_bar import ProgressBar
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ def score(
     full: bool = False,
     pictures: str | None = None,
     window: int | None = None,
+    decoder: str = "vq",
+    resolution: int | None = None,
+    steps: int | None = None,
     backend: str = "onnxruntime",
     threads: int | None = None,
     progress: bool = True,
@@ -31,7 +35,8 @@ def score(
     """Run the task benchmark of STAR-Nano with `star_export.validator.score.score`.
 
     With `compare`, run it on these bundles too, with `star_export.validator.side_by_side.compare_scores`.
-    Raises UsageError for pictures of several bundles.
+    With `decoder` "diffusion", what it paints is judged. Raises UsageError for pictures or paintings of
+    several bundles.
     """
     from reference.nano.benchmark.score import json_from_score
 
@@ -44,6 +49,13 @@ def score(
             where="--pictures: expected no --compare beside it",
             fix=f"star-export score {bundle} --pictures {pictures}",
         )
+    painting = painting_from_options(decoder, force=False, resolution=resolution, steps=steps)
+    if compare is not None and painting:
+        raise UsageError(
+            "Paintings are scored for one bundle at a time",
+            where="--decoder: expected vq with --compare, got diffusion",
+            fix="score each bundle by itself",
+        )
     with ProgressBar("score", shown=progress) as bar:
         running: dict[str, Any] = {
             "backend": backend,
@@ -55,8 +67,9 @@ def score(
             bundles = [bundle, *compare]
             columns = compare_scores(bundles, full=full, **running)
             return Outcome(data_from_columns(columns), text_from_columns(columns))
-        measured = measure(bundle, full=full, images=pictures, **running)
+        measured = measure(bundle, full=full, images=pictures, painting=painting, **running)
     data = {
+        "decoder": decoder,
         "score": json_from_score(measured.score),
         "reference": measured.reference and json_from_score(measured.reference),
         "first_differences": measured.first_differences,

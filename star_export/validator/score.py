@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,15 +20,21 @@ from engines.bundle.typed_paths import output_folder
 from engines.errors import InputError
 from engines.inputs.preprocess import images_from_decoded
 from engines.progress import Progress, silent
+from engines.runtime.painting import Painting, checked_painting
 from engines.runtime.star import Star
 from engines.sessions import run
 from reference.nano.benchmark import identity
 from reference.nano.benchmark import score as benchmark
 from reference.nano.benchmark.gallery import write_gallery
 from reference.nano.recipe import NAME
+from reference.nano.world.world import SIDE_PIXELS
 
 from ..scores import SCORE, ids_from_score, score_of_kind
 
+PAINTED = (
+    "What is drawn, edited and reasoned was painted by the diffusion decoder, at {0} pixels, and judged at "
+    "{1}. Answers and reconstructions are not painted, and a reference's score is that of the VQ decoder."
+)
 PSNR_SHORTFALL = 0.5  # dB; 6 % more error in the image, which is invisible
 SETS = {"small": benchmark.SMALL, "full": benchmark.FULL}
 
@@ -50,30 +57,34 @@ class ScoreReport:
 class RuntimePainter:
     """The runtime behind the methods that the benchmark calls, with the bundle's sampling settings.
 
-    Images are uint8 [64, 64, 3].
+    Images are uint8 [64, 64, 3]. With a `painting`, those that are drawn and edited are the diffusion
+    decoder's, shrunk to that side.
     """
 
     batch = 4  # items between two reports of progress; they run one by one
 
-    def __init__(self, star: Star):
-        self.star = star
+    def __init__(self, star: Star, *, painting: Painting | None = None):
+        self.star, self.painting = star, painting
 
     def draw(self, prompts: Sequence[str], *, seed: int) -> list[np.ndarray]:
-        return [self.star.generate(prompt, seed=seed + i).images[0] for i, prompt in enumerate(prompts)]
+        return [
+            judged(self.star.generate(prompt, seed=seed + i, painting=self.painting).images[0])
+            for i, prompt in enumerate(prompts)
+        ]
 
     def draw_ids(self, prompts: Sequence[str], *, seed: int) -> list[np.ndarray]:
         return [self.star.generate(prompt, seed=seed + i).image_ids[0] for i, prompt in enumerate(prompts)]
 
     def reason(self, prompts: Sequence[str], *, seed: int) -> tuple[list[str], list[np.ndarray]]:
+        how: dict[str, Any] = {"max_new_tokens": benchmark.ANSWER_TOKENS, "painting": self.painting}
         made = [
-            self.star.generate(prompt, seed=seed + i, reason=True, max_new_tokens=benchmark.ANSWER_TOKENS)
-            for i, prompt in enumerate(prompts)
+            self.star.generate(prompt, seed=seed + i, reason=True, **how) for i, prompt in enumerate(prompts)
         ]
-        return [images.answer or "" for images in made], [images.images[0] for images in made]
+        return [images.answer or "" for images in made], [judged(images.images[0]) for images in made]
 
     def edit(self, images: Sequence[np.ndarray], texts: Sequence[str], *, seed: int) -> list[np.ndarray]:
         return [
-            self.star.edit(image, text, seed=seed + i).images[0]
+            judged(self.star.edit(image, text, seed=seed + i, painting=self.painting).images[0])
             for i, (image, text) in enumerate(zip(images, texts, strict=True))
         ]
 
@@ -94,6 +105,20 @@ class RuntimePainter:
         return made
 
 
+def judged(image: np.ndarray) -> np.ndarray:
+    """`image` uint8 [R, R, 3] at the side that the scorer reads.
+
+    By Pillow's bilinear filter, which blurs as it shrinks: the rule for the source of an edit
+    (docs/diffusion.md, "Images").
+    """
+    if len(image) == SIDE_PIXELS:
+        return image
+    from PIL import Image
+
+    side = (SIDE_PIXELS, SIDE_PIXELS)
+    return np.asarray(Image.fromarray(image).resize(side, Image.Resampling.BILINEAR))
+
+
 def score(
     bundle: str | Path | Bundle,
     *,
@@ -101,20 +126,24 @@ def score(
     window: int | None = None,
     full: bool = False,
     images: str | Path | None = None,
+    painting: Painting | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> ScoreReport:
     """Run the benchmark on `bundle`: a small fixed set, or with `full` enough items for narrow intervals.
 
-    `images` is a folder for grids of what was drawn, edited, answered and reasoned. Raises InputError for a
-    bundle of another model, and the errors of the runtime.
+    `images` is a folder for grids of what was drawn, edited, answered and reasoned. With a `painting`, the
+    diffusion decoder makes the images that are drawn and edited. Raises InputError for a bundle of another
+    model, and the errors of the runtime.
     """
     folder = None if images is None else output_folder(images)
     kind = "full" if full else "small"
     with Star(bundle, backend=backend, window=window, threads=threads) as star:
         check_model(star.bundle)
+        if painting:
+            checked_painting(painting, star.model, num_images=1, edit=False)
         reference = recorded_score(star.bundle, kind)
-        painter = RuntimePainter(star)
+        painter = RuntimePainter(star, painting=painting)
         measured = benchmark.measure(painter, SETS[kind], progress=progress)
         drawn = identity.drawn_ids(painter) if reference else None
         first = [] if drawn is None else identity.first_differences(drawn, recorded_ids(star.bundle))
@@ -122,6 +151,8 @@ def score(
         write_gallery(folder, measured.results)
     text = benchmark.table(measured, reference)
     text = f"{text}\n{identity.line(first)}" if first else text
+    if painting:
+        text = f"{text}\n{PAINTED.format(painting.resolution, SIDE_PIXELS)}"
     return ScoreReport(measured, reference, first, drawn, text)
 
 
