@@ -1,6 +1,6 @@
 """THE TABLE: boundary, dynamic axes, wrapper and tolerances of each component; all that differs between them.
 
-A decoder may be stored in parts of consecutive layers; `Part` names one graph of a bundle.
+A stack of layers may be stored in parts of consecutive layers; `Part` names one graph of a bundle.
 
 Axes: `N` images, `B` rows (2N under guidance), `S` new positions, `C` cache capacity, `P` vision patches; of
 the diffusion decoder `L` ids of a caption, `T` patches of an image, `Q` places along a side of a latent.
@@ -11,14 +11,15 @@ precision; only the caches have the compute type.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from engines.bundle.manifest import PART, TensorSpec
 from reference.config import DecoderConfig, StarConfig
 from reference.diffusion.config import TIME_FEATURES, DiffusionConfig
 
 TOP_K_LIMIT = 2048  # the candidates that `image_head` ranks; TensorRT's TopK accepts at most 3840
-PART_BYTES = 1 << 30  # a decoder whose weights take more is stored in parts
+PART_BYTES = 1 << 30  # a stack of layers whose weights take more is stored in parts
 # Largest share of an image's ids, or a teacher-forced run's ids, that may differ; measured: 0.0625 in bf16.
 FLIPPED_IDS = 0.25
 FLIPPED_IDS_NVFP4 = 0.5  # where 16 bits give activations other numbers of nvfp4; measured: 0.375
@@ -26,7 +27,7 @@ FLIPPED_IDS_NVFP4 = 0.5  # where 16 bits give activations other numbers of nvfp4
 
 @dataclass(frozen=True)
 class Part:
-    """One graph of a bundle: a component, or the `layers` of a decoder that the part `name` holds.
+    """One graph of a bundle: a component, or the `layers` of a stack that the part `name` holds.
 
     `layers` is None for a component that is stored whole because it cannot be divided.
     """
@@ -37,20 +38,51 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A component's equal layers, and what is around them.
+
+    `config` leads from the model's configuration to the one that has the number of layers. What comes before
+    the layers belongs to the first part, and `after`, a module of the component, to the last one; `before`
+    says how many layers weigh as much as what comes before them, or is None where nothing does.
+    """
+
+    config: tuple[str, ...]
+    after: str = ""
+    before: Callable[[StarConfig], int] | None = None
+
+    def layers(self, config: StarConfig) -> int:
+        """How many layers there are."""
+        found: Any = config
+        for name in self.config:
+            found = getattr(found, name)
+        return found.num_layers
+
+    def with_layers(self, config: StarConfig, layers: int) -> StarConfig:
+        """The same model with another number of layers."""
+
+        def changed(found: Any, path: tuple[str, ...]) -> Any:
+            if not path:
+                return replace(found, num_layers=layers)
+            return replace(found, **{path[0]: changed(getattr(found, path[0]), path[1:])})
+
+        return changed(config, self.config)
+
+
+@dataclass(frozen=True)
 class Component:
     """One row of the table.
 
-    `boundary(config, compute_type, layers)` returns (inputs, outputs); `layers` are those of a part.
-    `decoder` gives the configuration of a component that can be stored in parts. `table` is the weight whose
-    rows a component without a graph looks up. `tolerances` bound each output's difference in
-    units of the reference's standard deviation, or for ids the share that differs; `tolerances_16bit` replace
-    them for an executor that computes in 16 bits.
+    `boundary(config, compute_type, layers)` returns (inputs, outputs); `layers` are those of a part. `stack`
+    describes a component that can be stored in parts. `table` is the weight whose rows a component without a
+    graph looks up. `tolerances` bound each output's difference in units of the reference's standard
+    deviation, or for ids the share that differs; `tolerances_16bit` replace them for an executor that
+    computes in 16 bits.
     """
 
     wrapper: str
     boundary: Callable[[StarConfig, str, range | None], tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]
     tolerances: dict[str, float]
-    decoder: Callable[[StarConfig], DecoderConfig] | None = None
+    stack: Stack | None = None
     table: str | None = None
     tolerances_16bit: dict[str, float] = field(default_factory=dict)
 
@@ -158,21 +190,30 @@ def _text_encoder(config: StarConfig, compute: str, layers: range | None):
 
 def _dit(config: StarConfig, compute: str, layers: range | None):
     dit = diffusion_of(config).dit
-    places, angles = dit.patch_size**2, dit.head_dim // 2
-    return (
-        (
-            f32("latents", "N", "T", places, dit.latent_channels),
-            f32("source", "N", "T", places, dit.latent_channels),
-            f32("vq_map", "N", "T", places, dit.vq_channels),
-            f32("caption", 1, "L", dit.caption_size),
-            f32("time", 1, TIME_FEATURES),
-            f32("caption_cos", "L", angles),
-            f32("caption_sin", "L", angles),
-            f32("image_cos", "2T", angles),
-            f32("image_sin", "2T", angles),
-        ),
-        (f32("velocity", "N", "T", places, dit.latent_channels),),
+    places, angles, size = dit.patch_size**2, dit.head_dim // 2, dit.hidden_size
+    tables = (
+        f32("caption_cos", "L", angles),
+        f32("caption_sin", "L", angles),
+        f32("image_cos", "2T", angles),
+        f32("image_sin", "2T", angles),
     )
+    inputs: tuple[TensorSpec, ...] = (
+        f32("latents", "N", "T", places, dit.latent_channels),
+        f32("source", "N", "T", places, dit.latent_channels),
+        f32("vq_map", "N", "T", places, dit.vq_channels),
+        f32("caption", 1, "L", dit.caption_size),
+        f32("time", 1, TIME_FEATURES),
+    )
+    outputs: tuple[TensorSpec, ...] = (f32("velocity", "N", "T", places, dit.latent_channels),)
+
+    def streams(of: str) -> tuple[TensorSpec, ...]:
+        return f32(f"caption_{of}", "N", "L", size), f32(f"image_{of}", "N", "2T", size)
+
+    if layers and layers.start:
+        inputs = (*streams("embeds"), f32("time_embeds", 1, dit.time_size))
+    if layers and layers.stop < dit.num_layers:
+        outputs = streams("states") + (() if layers.start else (f32("time_states", 1, dit.time_size),))
+    return inputs + tables, outputs
 
 
 def _vae_encoder(config: StarConfig, compute: str, layers: range | None):
@@ -210,13 +251,13 @@ COMPONENTS: dict[str, Component] = {
         "BaseAR",
         lambda c, t, layers: _decoder(c.base_ar, t, layers),
         {"hidden_states": 2e-4, "present": 2e-4},
-        decoder=lambda c: c.base_ar,
+        stack=Stack(("base_ar",), after="norm"),
     ),
     "stacked_ar": Component(
         "StackedAR",
         lambda c, t, layers: _decoder(c.stacked_ar, t, layers),
         {"hidden_states": 2e-4, "present": 2e-4},
-        decoder=lambda c: c.stacked_ar,
+        stack=Stack(("stacked_ar",), after="norm"),
     ),
     "text_head": Component("TextHead", _text_head, {"logits": 2e-4}),
     "image_head": Component(
@@ -226,8 +267,20 @@ COMPONENTS: dict[str, Component] = {
     "text_embedding": Component(
         "TextEmbedding", _text_embedding, {"inputs_embeds": 0.0}, table="text_embedding.weight"
     ),
-    "text_encoder": Component("TextEncoder", _text_encoder, {"hidden_states": 2e-4}),
-    "dit": Component("DiT", _dit, {"velocity": 2e-4}),
+    "text_encoder": Component(
+        "TextEncoder",
+        _text_encoder,
+        {"hidden_states": 2e-4},
+        stack=Stack(("diffusion", "text_encoder"), before=lambda c: 0),
+    ),
+    "dit": Component(
+        "DiT",
+        _dit,
+        {"velocity": 2e-4, "caption_states": 2e-4, "image_states": 2e-4, "time_states": 2e-4},
+        stack=Stack(
+            ("diffusion", "dit"), after="norm_out", before=lambda c: 2 * diffusion_of(c).dit.num_refiners
+        ),
+    ),
     "vae_encoder": Component("VAEEncoder", _vae_encoder, {"moments": 2e-4}),
     "vae_decoder": Component("VAEDecoder", _vae_decoder, {"image": 2e-4}),
 }
@@ -248,26 +301,28 @@ def boundary(
 
 def whole(name: str, config: StarConfig) -> Part:
     """The component `name` as one graph or table."""
-    decoder = COMPONENTS[name].decoder
-    return Part(name, name, range(decoder(config).num_layers) if decoder else None)
+    stack = COMPONENTS[name].stack
+    return Part(name, name, range(stack.layers(config)) if stack else None)
 
 
 def parts_of(name: str, config: StarConfig, *, weight_bytes: int, part_bytes: int) -> list[Part]:
     """The graphs that component `name`, whose weights are stored in `weight_bytes`, is divided into.
 
-    A decoder above `part_bytes` becomes as few parts as keep below it, with equally many layers, but for the
-    last; a layer is never divided. Every other component stays whole.
+    A stack above `part_bytes` becomes as few parts as keep below it, with equally many layers, but for the
+    last, and for the first, which has what comes before the layers. A layer is never divided, and every other
+    component stays whole.
     """
-    part = whole(name, config)
-    if part.layers is None or weight_bytes <= part_bytes:
+    part, stack = whole(name, config), COMPONENTS[name].stack
+    if stack is None or part.layers is None or weight_bytes <= part_bytes:
         return [part]
-    layers = len(part.layers)
+    before = stack.before(config) if stack.before else 0
+    layers = len(part.layers) + before
     most = max(1, part_bytes * layers // weight_bytes)  # layers that fit
     each = -(-layers // -(-layers // most))
-    starts = range(0, layers, each)
+    starts = [0, *range(max(1, each - before), len(part.layers), each)]
     if len(starts) == 1:
         return [part]
     return [
-        Part(f"{name}{PART}{i}", name, range(start, min(start + each, layers)))
-        for i, start in enumerate(starts)
+        Part(f"{name}{PART}{i}", name, range(start, stop))
+        for i, (start, stop) in enumerate(zip(starts, [*starts[1:], len(part.layers)]))
     ]

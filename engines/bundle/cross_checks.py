@@ -6,7 +6,7 @@ import math
 from collections.abc import Container
 
 from ..errors import InputError
-from .manifest import Manifest, component_of
+from .manifest import PART, Manifest, component_of
 from .tensors import ITEM_BYTES, PAST
 
 TABLE_DTYPES = ("float32", "float16", "bfloat16")
@@ -15,7 +15,7 @@ CODES_DTYPE = "int8"  # of a quantised table, whose rows have scales
 
 def check_components(manifest: Manifest, *, where: str) -> None:
     """Raise InputError unless `files` lists every file that a component names and holds every table, and the
-    parts of a decoder are all there, in order."""
+    parts of each component are all there, in order."""
     named = [
         (f"components: {name}: {field}", getattr(spec, field))
         for name, spec in manifest.components.items()
@@ -30,6 +30,16 @@ def check_components(manifest: Manifest, *, where: str) -> None:
             raise InputError(
                 "A component names a file that the manifest does not list",
                 where=f"{where}: {key}: expected a key of files, got {relative!r}",
+                fix="export the bundle again",
+            )
+    for component in dict.fromkeys(map(component_of, manifest.components)):
+        parts = [name for name in manifest.components if component_of(name) == component]
+        ordered = [f"{component}{PART}{i}" for i in range(len(parts))]
+        if parts not in ([component], ordered):
+            raise InputError(
+                "A component's parts are not all there, in order",
+                where=f"{where}: components: expected {component}, or {component}{PART}0 and so on, "
+                f"got {', '.join(parts)}",
                 fix="export the bundle again",
             )
     for decoder, cache in manifest.model.cache.items():

@@ -217,7 +217,7 @@ class Manifest:
     """The contents of `manifest.json`.
 
     `components` maps a graph's name to its spec, the parts of a component in their order. `tables` are the
-    components without a graph. `part_bytes` is the size above which a decoder was stored in parts. `golden`
+    components without a graph. `part_bytes` is the size above which layers were stored in parts. `golden`
     says what was recorded, and `calibration` what the decoders were quantised for, if not rounded to nearest.
     `hub` maps each repository of the hub that the checkpoint came from to its commit. `files` lists all files
     but the manifest itself, plans and certificates.

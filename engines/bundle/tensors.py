@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,15 @@ from ..errors import InputError, listed
 from .manifest import ComponentSpec, TensorSpec
 
 PAST, PRESENT = "past_key_values.", "present."
+# Of a component in parts: output of a part -> the input of the parts after it that takes the same numbers.
+HANDED_ON = {
+    "hidden_states": "inputs_embeds",
+    "caption_states": "caption_embeds",
+    "image_states": "image_embeds",
+    "time_states": "time_embeds",
+}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
+A = TypeVar("A")
 _AXIS = re.compile(r"(\d*)([A-Z])(?:/(\d+))?")  # `B`, `2N`, `P/4`
 
 
@@ -33,6 +41,12 @@ class Shaped(Protocol):
 def present_name(past_name: str) -> str | None:
     """Name of the output that shares memory with the cache input `past_name`; None for any other input."""
     return PRESENT + past_name.removeprefix(PAST) if past_name.startswith(PAST) else None
+
+
+def handed_on(inputs: Mapping[str, A], outputs: Mapping[str, A]) -> dict[str, A]:
+    """What a part that took `inputs` and made `outputs` hands to the next one, by the names of its inputs."""
+    kept = {name: inputs[name] for name in HANDED_ON.values() if name in inputs}
+    return kept | {into: outputs[out] for out, into in HANDED_ON.items() if out in outputs}
 
 
 def check_binding(spec: ComponentSpec, tensors: Mapping[str, Shaped]) -> dict[str, int]:

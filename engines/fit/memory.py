@@ -1,7 +1,8 @@
 """Memory that a task takes: the components that it needs at the same time, their caches and their buffers.
 
-Loaded in turn, a task needs memory for its largest stage; resident, for all of its components at once. These
-are lower bounds: `workspace_bytes` estimates what an executor takes beyond them and decides nothing.
+Loaded in turn, a task needs memory for its largest stage; resident, for all of its components at once. Some
+components may even be loaded part by part. These are lower bounds: `workspace_bytes` estimates what an
+executor takes beyond them and decides nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PROMPT_TOKENS = 64  # a sentence in the chat template; the templates of an edit 
 CPU_HELD = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 1, "int4": 1, "fp8": 4, "nvfp4": 7}
 CPU_HELD_WIDE = CPU_HELD | {"int8": 4, "int4": 8}
 CONVOLUTIONS = ("vq_encoder", "vq_decoder", "vae_encoder", "vae_decoder")
+PART_BY_PART = ("text_encoder", "dit")  # whose parts may be loaded in turn: they run seldom, and for long
 IMAGE_WORKSPACE = 128  # estimate of the VQ model's working memory / bytes of an image in float32
 SCORES_WORKSPACE = 2  # attention scores of one layer that exist at a time, in float32
 
@@ -75,13 +77,25 @@ def tasks_of(sizes: Sizes) -> tuple[str, ...]:
 
 def weight_bytes(sizes: Sizes, component: str, *, on_cpu: bool, exact: bool = False) -> int:
     """Bytes that an executor holds of the component's weights; none of a table's."""
+    return sum(_held(sizes, component, on_cpu=on_cpu, exact=exact))
+
+
+def part_bytes(sizes: Sizes, component: str, *, on_cpu: bool, exact: bool = False) -> int:
+    """Bytes that it holds of the largest part of a component whose parts are loaded in turn."""
+    return max(_held(sizes, component, on_cpu=on_cpu, exact=exact), default=0)
+
+
+def _held(sizes: Sizes, component: str, *, on_cpu: bool, exact: bool) -> list[int]:
+    """The bytes of each part of a component."""
     if not on_cpu:
-        return sizes.weights.get(component, 0)
-    held = 0
+        return [size for graph, size in sizes.graphs.items() if component_of(graph) == component]
+    held = []
     for graph, formats in sizes.formats.items():
         if component_of(graph) == component:
             wide = component in CONVOLUTIONS or (exact and "int4" not in formats)
-            held += sum(size * (CPU_HELD_WIDE if wide else CPU_HELD)[name] for name, size in formats.items())
+            held.append(
+                sum(size * (CPU_HELD_WIDE if wide else CPU_HELD)[name] for name, size in formats.items())
+            )
     return held
 
 
@@ -103,8 +117,13 @@ def loop_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:
 
 
 def stage_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:
-    """Bytes that `components` take together: their weights, caches and buffers."""
-    weights = sum(weight_bytes(sizes, name, on_cpu=use.on_cpu, exact=use.exact) for name in components)
+    """Bytes that `components` take together, loaded in turn: their weights, caches and buffers."""
+    weights = sum(
+        (part_bytes if name in PART_BY_PART else weight_bytes)(
+            sizes, name, on_cpu=use.on_cpu, exact=use.exact
+        )
+        for name in components
+    )
     return weights + loop_bytes(sizes, components, use)
 
 

@@ -1,7 +1,8 @@
 """The components of a bundle that are loaded, within a budget of memory if there is one.
 
 Components are opened on first use and kept. With a budget, those that were used longest ago are given back
-when others need their memory, and are opened again when they are needed again. What cannot succeed is refused
+when others need their memory, and are opened again when they are needed again. Where even one of them is too
+large for the budget, its parts are loaded in turn, if it is one that may be. What cannot succeed is refused
 before anything is opened.
 """
 
@@ -12,10 +13,19 @@ from collections.abc import Iterable
 from ..bundle.reader import Bundle
 from ..errors import InputError, MissingError, UsageError
 from ..fit.machine import check_memory, sized
-from ..fit.memory import Use, loop_bytes, task_memory, weight_bytes
+from ..fit.memory import PART_BY_PART, Use, loop_bytes, part_bytes, task_memory, weight_bytes
 from ..fit.sizes import sizes_from_bundle
 from ..fit.window import window_for
-from ..sessions import EXACT, ON_CPU, ONE_PATH, Session, free_memory, open_sessions, plan_capacity
+from ..sessions import (
+    EXACT,
+    ON_CPU,
+    ONE_PATH,
+    Session,
+    free_memory,
+    open_in_turn,
+    open_sessions,
+    plan_capacity,
+)
 
 FIX = "use a bundle of a smaller precision, fewer images, a smaller window or a shorter prompt"
 
@@ -40,6 +50,7 @@ class Loaded:
         self.sizes, self.on_cpu = sizes_from_bundle(bundle), backend in ON_CPU
         self.exact = backend == EXACT or bundle.manifest.precision in ONE_PATH
         self.open: dict[str, Session] = {}  # the one used longest ago first
+        self.in_turn: set[str] = set()  # components whose parts are loaded in turn
         self.closed = False
 
     def close(self) -> None:
@@ -59,6 +70,7 @@ class Loaded:
                 fix="open the bundle again: Star(bundle)",
             )
         buffers = loop_bytes(self.sizes, components, use) if use else 0
+        self._choose(components, buffers)
         missing = [name for name in components if name not in self.open]
         missing.sort(key=lambda name: self._weights([name]), reverse=True)  # loading takes more for a moment
         if self.memory_bytes is not None:
@@ -68,7 +80,10 @@ class Loaded:
                     self._give_back([name] if name not in components else [])
         if missing:
             self._check_free(self._weights(missing) + buffers, f"load {', '.join(missing)}", FIX)
-        opened = open_sessions(self.bundle, missing, backend=self.backend, threads=self.threads)
+        at_once = [name for name in missing if name not in self.in_turn]
+        opened = open_sessions(self.bundle, at_once, backend=self.backend, threads=self.threads)
+        for name in self.in_turn.intersection(missing):
+            opened[name] = open_in_turn(self.bundle, name, backend=self.backend, threads=self.threads)
         for name in components:
             self.open[name] = opened.get(name) or self.open.pop(name)
         return list(map(self.open.__getitem__, components))
@@ -113,9 +128,21 @@ class Loaded:
             in_turn = f"load components in turn: --memory {taken.in_turn_bytes}, or {FIX}"
             self._check_free(taken.resident_bytes - held, task, in_turn)
 
+    def _choose(self, components: tuple[str, ...], buffers: int) -> None:
+        """Choose which of `components` are loaded part by part, and give back those that were not so."""
+        before = self.in_turn & set(components)
+        self.in_turn -= before
+        if self.memory_bytes is not None and self._weights(components) + buffers > self.memory_bytes:
+            self.in_turn |= {name for name in components if name in PART_BY_PART}
+        changed = before ^ (self.in_turn & set(components))
+        self._give_back([name for name in changed if name in self.open])
+
     def _weights(self, components: Iterable[str]) -> int:
         held = {"on_cpu": self.on_cpu, "exact": self.exact}
-        return sum(weight_bytes(self.sizes, name, **held) for name in components)
+        return sum(
+            (part_bytes if name in self.in_turn else weight_bytes)(self.sizes, name, **held)
+            for name in components
+        )
 
     def _give_back(self, names: list[str]) -> None:
         for name in names:

@@ -139,6 +139,21 @@ def open_sessions(
         pool.shutdown()
 
 
+def open_in_turn(bundle: Bundle, component: str, *, backend: str, threads: int | None = None) -> Session:
+    """A component in parts whose parts are loaded one after the other while a step runs; nothing is loaded
+    before. Raises what `open_session` does, some of it when a step runs."""
+    from .chain import TurnsSession
+
+    check_backend(backend)
+    check_threads(threads, backend=backend)
+    names = bundle.parts(component)
+    return TurnsSession(
+        component,
+        [bundle.component(name) for name in names],
+        lambda i: open_session(bundle, names[i], backend=backend, threads=threads),
+    )
+
+
 def plan_capacity(bundle: Bundle, graph: str, *, backend: str) -> int | None:
     """The slots that the plan of a graph has in its caches, from the plan's record: nothing is loaded.
 

@@ -233,20 +233,54 @@ class DiT(nn.Module):
         without padding, time [1, 256] (`time_features`), cos and sin of the caption [L, D/2] and of both
         halves of the image [2T, D/2] (`rotary_cos_sin`).
         """
+        angles = caption_angles, image_angles
+        text, image, time_embed = self.refined(latents, source, vq_map, caption, time, *angles)
+        text, image = self.through(range(len(self.layers)), text, image, time_embed, *angles)
+        return self.velocity(image, time_embed)
+
+    def refined(
+        self,
+        latents: Tensor,
+        source: Tensor,
+        vq_map: Tensor,
+        caption: Tensor,
+        time: Tensor,
+        caption_angles: tuple[Tensor, Tensor],
+        image_angles: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before the layers: caption [N, L, H], both halves of the image [N, 2T, H] and the
+        embedding of the time [1, time_size]."""
         time_embed = self.time_caption_embed.timestep_embedder(time)  # [1, time_size]
         halves = [torch.cat([half, vq_map], dim=-1).flatten(2) for half in (latents, source)]
         image = self.x_embedder(torch.cat(halves, dim=1))  # [N, 2T, H]
         text = self.time_caption_embed.caption_embedder(caption)  # [1, L, H]
-        images, length, half = image.shape[0], text.shape[1], latents.shape[1]
+        images, half = image.shape[0], latents.shape[1]
         for block in self.context_refiner:
             text = block(text, *(table[None] for table in caption_angles))
         seen = [table.expand(images, -1, -1) for table in image_angles]
         for block in self.noise_refiner:
             image = block(image, time_embed, *seen)
-        refined = self.ori_inp_refiner(image[:, half:])
-        x = torch.cat([text.expand(images, -1, -1), image[:, :half], refined], dim=1)
+        image = torch.cat([image[:, :half], self.ori_inp_refiner(image[:, half:])], dim=1)
+        return text.expand(images, -1, -1), image, time_embed
+
+    def through(
+        self,
+        layers: range,
+        text: Tensor,
+        image: Tensor,
+        time_embed: Tensor,
+        caption_angles: tuple[Tensor, Tensor],
+        image_angles: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """What `layers` make of caption [N, L, H] and both halves of the image [N, 2T, H]."""
+        images, length = text.shape[:2]
+        x = torch.cat([text, image], dim=1)
         both = [torch.cat(tables).expand(images, -1, -1) for tables in zip(caption_angles, image_angles)]
-        for block in self.layers:
-            x = block(x, time_embed, *both)
-        patches = self.norm_out(x[:, length : length + half], time_embed)
-        return patches.unflatten(2, (self.config.patch_size**2, -1))
+        for layer in layers:
+            x = self.layers[layer](x, time_embed, *both)
+        return x[:, :length], x[:, length:]
+
+    def velocity(self, image: Tensor, time_embed: Tensor) -> Tensor:
+        """What comes after the layers, of the upper half of the image: [N, T, 4, c]."""
+        upper = image.unflatten(1, (2, -1))[:, 0]
+        return self.norm_out(upper, time_embed).unflatten(2, (self.config.patch_size**2, -1))

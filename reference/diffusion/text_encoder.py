@@ -129,14 +129,18 @@ class TextEncoder(nn.Module):
         self.rotary = TextRotary(config, rope_bf16=rope_bf16)
         self.layers = nn.ModuleList(TextLayer(config, rotate=rotate) for _ in range(config.num_layers))
 
-    def forward(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, layers: range | None = None) -> Tensor:
         """inputs_embeds [B, S, H], position_ids [B, S] int64 counting from 0 -> hidden_states [B, S, H].
 
-        The rows have no padding. A token sees those before it and itself.
+        The rows have no padding. A token sees those before it and itself. `layers` runs only some of them;
+        those that begin with a later one take the residual stream as `inputs_embeds`.
         """
+        layers = range(len(self.layers)) if layers is None else layers
         cos, sin = (t.to(inputs_embeds.dtype) for t in self.rotary(position_ids))
         mask = (position_ids[:, None, :] <= position_ids[:, :, None]).unsqueeze(1)  # [B, 1, S, S]
-        x = (inputs_embeds.float() * math.sqrt(self.config.hidden_size)).to(inputs_embeds.dtype)
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask)
+        x = inputs_embeds
+        if not layers.start:
+            x = (x.float() * math.sqrt(self.config.hidden_size)).to(x.dtype)
+        for layer in layers:
+            x = self.layers[layer](x, cos, sin, mask)
         return x

@@ -98,7 +98,7 @@ def add_export(commands) -> None:
         "--part-bytes",
         type=count,
         metavar="N",
-        help="store a decoder of more bytes in parts of at most N (default: 1 GiB)",
+        help="store what has equal layers and more bytes in parts of at most N (default: 1 GiB)",
     )
     c.add_argument(
         "--rope",

@@ -81,8 +81,8 @@ def export(
     those of the folder `calibration` (`prompts.txt`, one per line, and images), or shipped ones.
     Precision `mixed` gives int8 to those layers of the decoders where it helps the draws most, and int4 to
     the others: at most so many `bits` per weight, or so that `generate` stays loaded on the device `target`.
-    `components` limits the export to some rows of the table. A decoder of more than `part_bytes` is stored in
-    parts of at most that size.
+    `components` limits the export to some rows of the table. A stack of layers (a decoder, the diffusion
+    transformer or its text encoder) of more than `part_bytes` is stored in parts of at most that size.
 
     A run that was killed goes on where it stopped when it is repeated. Raises UsageError for unknown names,
     InputError for an `out` that is not empty or cannot be written, and CheckpointError for invalid files.
@@ -200,15 +200,15 @@ def export(
 
 
 def check_room(config: StarConfig, precision: str, names: list[str], out: Path, *, part_bytes: int) -> None:
-    """Check that the disk holds the bundle's weights, and the memory the largest decoder weight in float32.
+    """Check that the disk holds the bundle's weights, and memory the largest weight of a stack in float32.
 
     Raises MissingError with the bytes needed and free.
     """
-    decoders = [name for name in names if COMPONENTS[name].decoder]
+    stacks = [name for name in names if COMPONENTS[name].stack]
     check_export(
         sizes_from_source(Source(config, copied_bytes=0), precision, names, part_bytes=part_bytes),
         out,
-        converted_bytes=largest_tensor_bytes(config, decoders),
+        converted_bytes=largest_tensor_bytes(config, stacks),
         staged=stage_path(out),
     )
 
@@ -307,7 +307,7 @@ class Job:
         )
 
     def _before(self, part: Part) -> Path | None:
-        """The folder of the part that hands its residual stream to `part`."""
+        """The folder of the part that hands its results to `part`."""
         chain = [other for other in self.parts if other.component == part.component]
         at = chain.index(part) if part in chain else 0
         return self.stage.bundle / chain[at - 1].name if at else None

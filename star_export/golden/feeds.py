@@ -201,12 +201,13 @@ def _caption_cases(
 
 
 def _dit_cases(config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, part: Part) -> dict[str, Case]:
+    """Captions from the empty one on. A later part's cases take the results of the part before."""
     dit, cases = diffusion_of(config).dit, {}
     plan = ((2, 6, 9, 0.7), (1, 4, 1, 0.0), (1, 2, 33, 0.96))  # images, patches a side, ids, time
     for images, side, length, time in plan[: spec.images]:
         shape = (images, side * side, dit.patch_size**2)
         cos, sin = (t.numpy() for t in rotary_cos_sin(dit, caption_tokens=length, side=side))
-        cases[f"{images}x{side}x{length}"] = {
+        case = cases[f"{images}x{side}x{length}"] = {
             "latents": _normal(rng, *shape, dit.latent_channels),
             "source": _normal(rng, *shape, dit.latent_channels),
             "vq_map": _normal(rng, *shape, dit.vq_channels) * np.float32(0.5),
@@ -217,6 +218,10 @@ def _dit_cases(config: StarConfig, rng: np.random.Generator, spec: GoldenSpec, p
             "image_cos": cos[length:],
             "image_sin": sin[length:],
         }
+        if part.layers and part.layers.start:
+            case["caption_embeds"] = _normal(rng, images, length, dit.hidden_size)
+            case["image_embeds"] = _normal(rng, images, 2 * side * side, dit.hidden_size)
+            case["time_embeds"] = _normal(rng, 1, dit.time_size)
     return cases
 
 

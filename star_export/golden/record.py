@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from engines.bundle.manifest import GoldenSpec
-from engines.bundle.tensors import PRESENT, present_name
+from engines.bundle.tensors import HANDED_ON, PRESENT, handed_on, present_name
 from reference.config import StarConfig
 from reference.containers import LazyTensor
 
@@ -73,9 +73,9 @@ def component_golden(
 
     For an oracle in 16 bits too, also record the noise of the same module when it computes in that type, and
     for quantised linear layers that of int8 activations; or, where activations are rounded, how far that
-    moves the results. The cases of a part take the residual stream from
-    the golden tensors of the part before it, at `before`. A decoder runs all cases layer by layer, so that
-    its weights are read once; `tick` is called after each.
+    moves the results. The cases of a part take what it is handed from the
+    golden tensors of the part before it, at `before`. A stack runs all cases layer by layer, so that its
+    weights are read once; `tick` is called after each.
     """
     config = oracle.star.config
     inputs, outputs = boundary(part, config, "float32")
@@ -83,7 +83,11 @@ def component_golden(
     if before is not None:
         stream = load_file(before)
         for case, feeds in cases.items():
-            feeds["inputs_embeds"] = stream[f"{case}/out/hidden_states"]
+            inputs_before, outputs_before = (
+                {key.removeprefix(side): array for key, array in stream.items() if key.startswith(side)}
+                for side in (f"{case}/in/", f"{case}/out/")
+            )
+            feeds |= handed_on(inputs_before, outputs_before)
     run = _layer_by_layer if part.layers else _at_once
     wide, others = run(part, oracle, cases, tick)
     recorded: Case = {}
@@ -144,6 +148,7 @@ def _at_once(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[
 def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Callable[[], None]) -> Results:
     stars = stars_of(part, oracle)
     found: dict[str, dict[str, Case]] = {kind: {case: {} for case in cases} for kind in stars}
+    stream: dict[tuple[str, str], Case] = {(kind, case): {} for kind in stars for case in cases}
     for layer in part.layers or ():
         one = Part(part.name, part.component, range(layer, layer + 1))
         layers = {
@@ -155,10 +160,19 @@ def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Ca
                 with arithmetic(kind, layers[kind], name, oracle):
                     for case, feeds in cases.items():
                         results = found[kind][case]
-                        stream = results.get("hidden_states", feeds["inputs_embeds"])
-                        results |= outputs_of(one, star, feeds | {"inputs_embeds": stream})
+                        stream[kind, case] |= _taken(results)
+                        results |= outputs_of(one, star, feeds | stream[kind, case])
         tick()
+    for (kind, case), taken in stream.items():  # what the first layer alone gives is handed on unchanged
+        for out in {spec.name for spec in boundary(part, oracle.star.config, "float32")[1]}:
+            if out not in found[kind][case]:
+                found[kind][case][out] = taken[HANDED_ON[out]]
     return found.pop(""), found
+
+
+def _taken(results: Case) -> Case:
+    """Take out of the results of a layer what it hands on, by the names under which the next one takes it."""
+    return {into: results.pop(out) for out, into in HANDED_ON.items() if out in results}
 
 
 def outputs_of(part: Part, star: wrappers.FoldedStar, feeds: Case) -> Case:

@@ -1,6 +1,6 @@
-"""A decoder traced with two layers -> the same decoder with any number of equal layers.
+"""A stack traced with two layers -> the same stack with any number of equal layers.
 
-Tracing costs seconds per layer, and all layers of a decoder are alike: only the names of their weights and
+Tracing costs seconds per layer, and all layers of a stack are alike: only the names of their weights and
 caches differ. So the second layer of a short trace is the pattern, and every further layer is a copy of it
 that reads its own weights and caches.
 """
@@ -19,31 +19,33 @@ from ..components import COMPONENTS, DIFFUSION, Part
 from .modules import MODULE
 from .trace import traced_graph
 
-TRACED_LAYERS = 2  # the first is fed by the embedding, the second by a layer, as all that follow
+TRACED_LAYERS = 2  # the first is fed by what comes before it, the second by a layer, as all that follow
 _LAYER = re.compile(rf"((?:^|\.)layers\.|^{re.escape(PAST)}|^{re.escape(PRESENT)})(\d+)\.")
 
 
 def graph_from_config(part: Part, config: StarConfig, *, rope_bf16: bool) -> ir.Model:
     """The graph of one part or component, with empty initializers; the caller may change it.
 
-    Of a decoder only two layers are traced, whatever the number of its layers: with the final norm for a part
-    that ends with the last layer, without it for all others.
+    Of a stack only two layers are traced, whatever the number of its layers: with what comes after them for a
+    part that ends with the last layer, and with what comes before them for one that begins with the first.
     """
     if part.component not in DIFFUSION:
         config = replace(config, diffusion=None)  # whose graphs are the same with one
-    decoder = COMPONENTS[part.component].decoder
-    if decoder is None or part.layers is None:
+    stack = COMPONENTS[part.component].stack
+    if stack is None or part.layers is None:
         return traced_graph(part, config, rope_bf16=rope_bf16)
     count = len(part.layers)
-    traced = range(min(count, TRACED_LAYERS))
-    final = part.layers.stop == decoder(config).num_layers
-    short = replace(decoder(config), num_layers=len(traced) + (not final))
+    first = int(stack.before is not None and part.layers.start > 0)  # without what comes before the layers
+    traced = range(first, first + min(count, TRACED_LAYERS))
+    final = part.layers.stop == stack.layers(config)
     model = traced_graph(
         Part(part.component, part.component, traced),
-        replace(config, **{part.component: short}),
+        stack.with_layers(config, traced.stop + (not final)),
         rope_bf16=rope_bf16,
     )
     model.graph.name = part.name
+    if first:
+        _move_layers(model, -first)
     if count > TRACED_LAYERS:
         repeat_layers(model, count)
     if part.layers.start:
@@ -52,12 +54,14 @@ def graph_from_config(part: Part, config: StarConfig, *, rope_bf16: bool) -> ir.
 
 
 def repeat_layers(model: ir.Model, layers: int) -> None:
-    """Extend a decoder of two layers, fresh from tracing, to `layers` of them, in place.
+    """Extend a stack of two layers, fresh from tracing, to `layers` of them, in place.
 
     The copies follow the second layer; what followed it is fed by the last copy. Raises ValueError when the
     two layers are not alike.
     """
     first, second, rest = _split(model)
+    stored = list(model.graph.initializers.values())
+    after = stored[1 + max(i for i, value in enumerate(stored) if layer_of(value.name) is not None) :]
     following = {before: after for a, b in zip(first, second) for before, after in zip(a.outputs, b.outputs)}
     own = [value for node in second for value in node.outputs]
     previous = {
@@ -66,6 +70,9 @@ def repeat_layers(model: ir.Model, layers: int) -> None:
     at = second[-1]
     for layer in range(TRACED_LAYERS, layers):
         made: dict[ir.Value, ir.Value] = {}
+        for weight in stored:
+            if layer_of(weight.name) == 1:
+                _leaf(model, weight, layer)  # in the order of the second layer's
         for node in second:
             inputs = [
                 None
@@ -92,7 +99,8 @@ def repeat_layers(model: ir.Model, layers: int) -> None:
             last = previous[value]
             name, value.name = value.name, in_layer(value.name, TRACED_LAYERS - 1)
             last.name, model.graph.outputs[i] = name, last
-    _move_last(model, [value for node in rest for value in node.inputs if value is not None])
+    for weight in after:
+        model.graph.initializers.add(model.graph.initializers.pop(weight.name))
 
 
 def _move_layers(model: ir.Model, by: int) -> None:
@@ -146,6 +154,8 @@ def _split(model: ir.Model) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]
         depth.update(dict.fromkeys(node.outputs, layer))
         by_layer.setdefault(layer, []).append(node)
     first, second = by_layer.get(0, []), by_layer.get(1, [])
+    if [_kind(node) for node in first] != [_kind(node) for node in second[: len(first)]]:
+        _begin_with_cast(model, first, second)
     second, rest = second[: len(first)], second[len(first) :]
     if max(by_layer) != 1 or not first or [_kind(node) for node in first] != [_kind(node) for node in second]:
         raise ValueError(
@@ -153,6 +163,22 @@ def _split(model: ir.Model) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]
             f"{', '.join(str(len(nodes)) for layer, nodes in sorted(by_layer.items()) if layer >= 0)} nodes"
         )
     return first, second, rest
+
+
+def _begin_with_cast(model: ir.Model, first: list[ir.Node], second: list[ir.Node]) -> None:
+    """Count the cast of a layer's results, with which the next layer begins, as that layer's: it comes before
+    any weight of its own. In the first layer what came before is cast."""
+    (use,) = first[-1].outputs[0].uses()
+    if first[-1].op_type != "Cast" or use.node not in second[: len(first)]:
+        return
+    before = first[second.index(use.node)].inputs[use.idx].producer()
+    if before is None or before.op_type != "Cast":
+        return
+    places = {node: i for i, node in enumerate(model.graph)}
+    cast = first.pop()
+    at = sum(places[node] < places[cast] for node in second)
+    second.insert(at, cast)
+    first.insert(at, before)
 
 
 def _layer_or_none(value: ir.Value) -> int:
@@ -200,13 +226,3 @@ def _copy(node: ir.Node, inputs: list[ir.Value | None], layer: int) -> ir.Node:
         if MODULE in value.metadata_props:
             made.metadata_props[MODULE] = _module_in_layer(value.metadata_props[MODULE], layer)
     return copy
-
-
-def _move_last(model: ir.Model, values: list[ir.Value]) -> None:
-    """Weights after the layers are stored after theirs, as in a whole trace."""
-    for value in values:
-        source = (
-            value.producer().inputs[0] if value.producer() and value.producer().op_type == "Cast" else value
-        )
-        if source.is_initializer() and source.const_value is None:
-            model.graph.initializers.add(model.graph.initializers.pop(source.name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import logging
 import warnings
@@ -21,7 +22,7 @@ from torch import nn
 from torch.export import Dim
 
 from engines.bundle.manifest import TensorSpec
-from engines.bundle.tensors import present_name, shape_from_symbols
+from engines.bundle.tensors import shape_from_symbols
 from engines.errors import InputError
 from reference.config import StarConfig
 
@@ -100,9 +101,9 @@ def _export(
         for spec in inputs
     )
     shapes = [{i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs]
-    # The caches come last, as the module's variadic arguments.
-    caches = sum(bool(present_name(spec.name)) for spec in inputs)
-    dynamic = (*shapes[:-caches], tuple(shapes[-caches:])) if caches else tuple(shapes)
+    parameters = inspect.signature(module.forward).parameters.values()
+    named = sum(parameter.kind != parameter.VAR_POSITIONAL for parameter in parameters)
+    dynamic = (*shapes[:named], tuple(shapes[named:])) if named < len(parameters) else tuple(shapes)
     try:
         with _quiet():
             program = torch.onnx.export(

@@ -180,26 +180,38 @@ class TextEmbedding(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    def __init__(self, star: FoldedStar):
+    def __init__(self, star: FoldedStar, layers: range):
         super().__init__()
-        self.encoder = star.text_encoder
+        self.encoder, self.layers = star.text_encoder, layers
 
     def forward(self, inputs_embeds, position_ids):  # [1,L,H], [1,L] -> [1,L,H]
         dtype = next(self.encoder.parameters()).dtype
-        return self.encoder(inputs_embeds.to(dtype), position_ids).float()
+        return self.encoder(inputs_embeds.to(dtype), position_ids, self.layers).float()
 
 
 class DiT(nn.Module):
-    def __init__(self, star: FoldedStar):
-        super().__init__()
-        self.dit = star.dit
+    """The diffusion transformer, or consecutive `layers` of it.
 
-    # [N,T,4,c] twice, [N,T,4,C], [1,L,H], [1,256], [L,D/2] twice, [2T,D/2] twice -> [N,T,4,c]
-    def forward(self, latents, source, vq_map, caption, time, caption_cos, caption_sin, image_cos, image_sin):
+    The first layers take latents and source [N,T,4,c], VQ map [N,T,4,C], caption [1,L,H] and time [1,256];
+    later ones caption [N,L,H], both halves of the image [N,2T,H] and the embedding of the time. All take the
+    rotary tables [L,D/2] twice and [2T,D/2] twice. The last ones give the velocity [N,T,4,c], and others what
+    later ones take.
+    """
+
+    def __init__(self, star: FoldedStar, layers: range):
+        super().__init__()
+        self.dit, self.layers = star.dit, layers
+
+    def forward(self, *inputs):
         dtype = next(self.dit.parameters()).dtype
-        given = (x.to(dtype) for x in (latents, source, vq_map, caption, time))
-        tables = [x.to(dtype) for x in (caption_cos, caption_sin, image_cos, image_sin)]
-        return self.dit(*given, tables[:2], tables[2:]).float()
+        *given, caption_cos, caption_sin, image_cos, image_sin = (x.to(dtype) for x in inputs)
+        angles = (caption_cos, caption_sin), (image_cos, image_sin)
+        made = () if self.layers.start else self.dit.refined(*given, *angles)
+        text, image, time_embed = made or given
+        text, image = self.dit.through(self.layers, text, image, time_embed, *angles)
+        if self.layers.stop == len(self.dit.layers):
+            return self.dit.velocity(image, time_embed).float()
+        return (text.float(), image.float(), *(x.float() for x in made[2:]))
 
 
 class VAEEncoder(nn.Module):

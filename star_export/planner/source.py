@@ -125,13 +125,18 @@ def shapes_of(part: Part, config: StarConfig) -> Shapes:
     shapes = {names[id(parameter)]: tuple(parameter.shape) for parameter in module.parameters()}
     if part.layers is None:
         return shapes
-    last = part.layers.stop == whole(part.component, config).layers.stop  # type: ignore[union-attr]
-    held = {name: layer_of(name) for name in shapes}
-    return {
-        name: shape
-        for name, shape in shapes.items()
-        if (last if held[name] is None else held[name] in part.layers)
-    }
+    return {name: shape for name, shape in shapes.items() if _holds(part, name, config)}
+
+
+def _holds(part: Part, name: str, config: StarConfig) -> bool:
+    """Whether the part of a stack holds the parameter `name` of its component."""
+    stack, layers = COMPONENTS[part.component].stack, part.layers
+    assert stack and layers
+    if (layer := layer_of(name)) is not None:
+        return layer in layers
+    if stack.after and name.startswith(f"{part.component}.{stack.after}."):
+        return layers.stop == stack.layers(config)
+    return layers.start == 0
 
 
 def stored_tensors(shapes: Shapes, precision: Precision) -> list[int]:

@@ -125,15 +125,17 @@ class Reference:
         self.bundle, self.name, self.star = bundle, name, star
         spec = bundle.component(name)
         component = component_of(name)
-        layers = [layer for t in spec.inputs if (layer := layer_of(t.name)) is not None]
-        decoder = COMPONENTS[component].decoder
-        held = range(min(layers), max(layers) + 1) if decoder else None
+        stack, held = COMPONENTS[component].stack, None
+        if stack:
+            stored = ir.load(bundle.graph(name)).graph.initializers
+            layers = [layer for weight in stored if (layer := layer_of(weight)) is not None]
+            held = range(min(layers), max(layers) + 1)
         self.part = Part(name, component, held)
         wanted = _signature(spec.inputs, spec.outputs)
         got = _signature(*boundary(self.part, star.config, "float32"))
         layers_of = bundle.manifest.model.cache.get(component)
-        if decoder and layers_of and layers_of.layers != decoder(star.config).num_layers:
-            wanted["layers"], got["layers"] = layers_of.layers, decoder(star.config).num_layers
+        if stack and layers_of and layers_of.layers != stack.layers(star.config):
+            wanted["layers"], got["layers"] = layers_of.layers, stack.layers(star.config)
         if differing := [key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)]:
             key = min(differing)
             raise _other_checkpoint(name, f"{key}: expected {wanted.get(key)}, got {got.get(key)}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engines.bundle.held import real_path
 from engines.bundle.manifest import component_of
-from engines.bundle.tensors import present_name
+from engines.bundle.tensors import HANDED_ON, handed_on, present_name
 from engines.errors import InputError, MissingError
 from engines.fit.machine import check_memory
 from engines.fit.memory import task_memory
@@ -146,9 +146,10 @@ def _handed_on(name: str, cases: dict[str, Case], before: dict[str, Case]) -> li
     """Compare what the part `name` was recorded with and what the part before it was recorded to hand on."""
     rows: list[Row] = []
     for case, recorded in cases.items():
-        given = {"inputs_embeds": recorded.inputs["inputs_embeds"]}
-        wanted = {"inputs_embeds": before[case].outputs["hidden_states"]} if case in before else {}
-        results = compare(given, wanted, tolerances={"inputs_embeds": 0.0})
+        taken = HANDED_ON.values()
+        given = {name: array for name, array in recorded.inputs.items() if name in taken}
+        wanted = handed_on(before[case].inputs, before[case].outputs) if case in before else {}
+        results = compare(given, wanted, tolerances=dict.fromkeys(taken, 0.0))
         rows += rows_from_results(name, f"case {case}, handed on", results)
     return rows
 

@@ -12,13 +12,14 @@ import pytest
 
 from reference.config import StarConfig, config_from_files
 from reference.weights import named_tensors, resolve_checkpoint
-from star_export.components import Part
+from star_export.components import COMPONENTS, Part
 from star_export.components import whole as whole_part
 from star_export.graph.modules import MODULE
 from star_export.graph.precisions import PRECISIONS
 from star_export.graph.quantize import attach_weights, set_precision
 from star_export.graph.repeat import TRACED_LAYERS, graph_from_config, in_layer, layer_of, repeat_layers
 from star_export.graph.trace import traced_graph
+from star_export.planner.source import shapes_of
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,29 @@ def test_the_graph_of_a_part_is_the_traced_one(config: StarConfig, layers: range
     whole, copied = (make(part, config, rope_bf16=True) for make in (traced_graph, graph_from_config))
     assert whole.graph.name == copied.graph.name == "base_ar/7"
     same_graph(whole, copied)
+
+
+@pytest.fixture(scope="module")
+def painting(diffusion_checkpoint: Path) -> StarConfig:
+    """The miniature with a diffusion decoder of four layers."""
+    files = resolve_checkpoint(str(diffusion_checkpoint))
+    config = config_from_files(files.config_json, files.qwen_folder, files.lumina_folder)
+    for name in ("dit", "text_encoder"):
+        config = COMPONENTS[name].stack.with_layers(config, 4)
+    return config
+
+
+@pytest.mark.parametrize("name", ["dit", "text_encoder"])
+@pytest.mark.parametrize("layers", [range(4), range(1), range(3), range(1, 4), range(2, 3)])
+def test_a_part_of_the_diffusion_decoder_is_the_traced_one(
+    painting: StarConfig, name: str, layers: range
+) -> None:
+    """What comes before and after the layers is in the first part and in the last."""
+    part = Part(f"{name}/7", name, layers)
+    whole, copied = (make(part, painting, rope_bf16=True) for make in (traced_graph, graph_from_config))
+    same_graph(whole, copied)
+    held = {v.name for v in copied.graph.initializers.values() if v.const_value is None}
+    assert held == set(shapes_of(part, painting))
 
 
 def same_graph(whole: ir.Model, copied: ir.Model) -> None:
