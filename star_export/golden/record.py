@@ -156,8 +156,7 @@ def _layer_by_layer(part: Part, oracle: Oracle, cases: dict[str, Case], tick: Ca
         }
         with resident(*layers.values()):
             for kind, star in stars.items():
-                name = f"{part.component}.layers.{layer}"
-                with arithmetic(kind, layers[kind], name, oracle):
+                with arithmetic(kind, module_of(part, star), part.component, oracle):
                     for case, feeds in cases.items():
                         results = found[kind][case]
                         stream[kind, case] |= _taken(results)

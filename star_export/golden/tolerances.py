@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from engines.bundle.manifest import PART, component_of
+from engines.bundle.manifest import component_of
 from engines.errors import InputError
 from engines.sessions import ON_CPU
 
@@ -53,12 +53,15 @@ def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray])
     """The tolerance of each output of `component`, or a part, when it computes in `compute`. Caches share
     `present`.
 
-    `noise` is one case's, or the `largest_noise` of all. A part's may lack outputs that only other parts
-    have, which keep the table's tolerance. Outputs whose tolerance in the table is 0 are exact
+    `noise` is one case's, or the `largest_noise` of all. Outputs that only other parts of the component
+    have are left out. Outputs whose tolerance in the table is 0 are exact
     in every type, except the ids that an encoder finds. Raises InputError for 16 bits without recorded noise.
     """
     row = COMPONENTS[component_of(component)]
-    found = bounded_in(row.tolerances, compute, noise, where=component)
+    table = row.tolerances
+    if noise and row.stack and row.stack.before:  # whose first and last parts have outputs of their own
+        table = {name: tolerance for name, tolerance in table.items() if name in noise}
+    found = bounded_in(table, compute, noise, where=component)
     return found if compute in ("fp32", "int8", "fp4") else found | row.tolerances_16bit
 
 
@@ -72,8 +75,6 @@ def bounded_in(
     if compute == "fp32" or (compute in ("int8", "fp4") and not noise):  # no such products
         return table
     measured = {name for name, tolerance in table.items() if tolerance > 0}
-    if PART in component and measured & noise.keys():
-        measured &= noise.keys()
     if missing := sorted(measured - noise.keys()):
         raise InputError(
             f"The golden set cannot prove anything in {compute}",
