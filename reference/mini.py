@@ -249,6 +249,7 @@ def star_json() -> dict:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m reference.mini FOLDER")
-    write_checkpoint(Path(sys.argv[1]))
+    given = [argument for argument in sys.argv[1:] if argument != "--diffusion"]
+    if len(given) != 1 or given[0].startswith("-"):
+        sys.exit("usage: python -m reference.mini [--diffusion] FOLDER")
+    write_checkpoint(Path(given[0]), diffusion=len(given) < len(sys.argv) - 1)
