@@ -53,9 +53,9 @@ def tolerances_of(component: str, compute: str, noise: Mapping[str, np.ndarray])
     """The tolerance of each output of `component`, or a part, when it computes in `compute`. Caches share
     `present`.
 
-    `noise` is one case's, or the `largest_noise` of all. Outputs that only other parts of the component
-    have are left out. Outputs whose tolerance in the table is 0 are exact
-    in every type, except the ids that an encoder finds. Raises InputError for 16 bits without recorded noise.
+    `noise` is one case's, or the `largest_noise` of all. Outputs that only other parts of the component have
+    are left out. Outputs whose tolerance in the table is 0 are exact in every type, except the ids that an
+    encoder finds. Raises InputError for 16 bits without recorded noise.
     """
     row = COMPONENTS[component_of(component)]
     table = row.tolerances
@@ -70,7 +70,7 @@ def bounded_in(
 ) -> dict[str, float]:
     """The tolerances of `table`, which hold in float32, in another arithmetic of that `noise`.
 
-    Raises InputError for 16 bits without recorded noise.
+    None becomes smaller than in float32: what a coarser arithmetic leaves alone has no noise at all. Raises InputError for 16 bits without recorded noise.
     """
     if compute == "fp32" or (compute in ("int8", "fp4") and not noise):  # no such products
         return table
@@ -83,7 +83,7 @@ def bounded_in(
             fix="export the bundle again",
         )
     share = FP4_SHARE if compute == "fp4" else MARGIN
-    return table | {name: share * float(noise[name]) for name in measured}
+    return table | {name: max(table[name], share * float(noise[name])) for name in measured}
 
 
 def largest_noise(cases: Iterable[Case], compute: str) -> dict[str, np.ndarray]:
