@@ -70,7 +70,8 @@ def bounded_in(
 ) -> dict[str, float]:
     """The tolerances of `table`, which hold in float32, in another arithmetic of that `noise`.
 
-    None becomes smaller than in float32: what a coarser arithmetic leaves alone has no noise at all. Raises InputError for 16 bits without recorded noise.
+    None becomes smaller than in float32: what a coarser arithmetic leaves alone has no noise at all. Raises
+    InputError for 16 bits without recorded noise.
     """
     if compute == "fp32" or (compute in ("int8", "fp4") and not noise):  # no such products
         return table
