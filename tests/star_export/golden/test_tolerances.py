@@ -71,7 +71,8 @@ def test_the_limit_is_the_margin_times_the_noise_of_the_case() -> None:
 
 def test_what_a_coarser_arithmetic_leaves_alone_is_held_as_in_float32() -> None:
     """The embedding of the time has no products with activations in int8, so its recorded noise is 0."""
-    noise = dict.fromkeys(("caption_states", "image_states"), np.float32(0.02)) | {"time_states": np.float32(0)}
+    noise = {name: np.float32(0.02) for name in ("caption_states", "image_states")}
+    noise["time_states"] = np.float32(0)
     wanted = {"caption_states": 0.06, "image_states": 0.06, "time_states": 2e-4}
     assert tolerances_of("dit/0", "int8", noise) == pytest.approx(wanted)
 
