@@ -32,9 +32,10 @@ SPARE_TOKENS = 64  # of a prompt's template and an answer, beside an image that 
 class Prepared:
     """The prompt of an image: float32 [2, L, H] with positions int64 [3, 2, L].
 
-    `answer` is what is drawn in place of the prompt, if the base model was asked first. Of an image that will
-    be painted, `painter` makes its painter for a seed and a preview, `cut_tokens` counts the ids at the
-    prompt's end that the diffusion decoder cannot read, and `task` is that of `engines.fit.memory`.
+    `picture_tokens` of its L are of a picture. `answer` is what is drawn in place of the prompt, if the base
+    model was asked first. Of an image that will be painted, `painter` makes its painter for a seed and a
+    preview, `cut_tokens` counts the ids at the prompt's end that the diffusion decoder cannot read, and
+    `task` is that of `engines.fit.memory`.
     """
 
     embeds: np.ndarray
@@ -43,6 +44,7 @@ class Prepared:
     painter: Callable[[int, Preview | None], Painter] | None = None
     cut_tokens: int = 0
     task: str = "generate"
+    picture_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Together:
         else:
             drawn = chat.generate_prompt(prompt, num_images=1)
         self._check(drawn, image=0)
-        return Prepared(self.star.embedded(drawn), drawn.position_ids, answer, **painted)
+        return Prepared(self.star.embedded(drawn), drawn.position_ids, answer=answer, **painted)
 
     def editing(self, image: np.ndarray, instruction: str, *, painting: Painting | None = None) -> Prepared:
         """Prepare an edit of `image`, uint8 [H, W, 3], as `Star.edit` does. Raises InputError."""
@@ -138,9 +140,10 @@ class Together:
         pixels = self._pixels(text + 2 * self.model.image_tokens)
         vision, square = edit_inputs(image, self.model, max_pixels=pixels)
         prompt = self.star.chat.edit_prompt(instruction, grid_h=vision.grid_h, grid_w=vision.grid_w)
-        self._check(prompt, image=vision.grid_h * vision.grid_w + self.model.image_tokens)
+        tokens = vision.grid_h * vision.grid_w + self.model.image_tokens
+        self._check(prompt, image=tokens)
         embeds = self.star.embedded(prompt, vision=vision, square=square)
-        return Prepared(embeds, prompt.position_ids, **painted)
+        return Prepared(embeds, prompt.position_ids, picture_tokens=tokens, **painted)
 
     def draw(
         self,

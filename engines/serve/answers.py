@@ -156,13 +156,13 @@ class ImageAnswer:
         return {"created_at": self.created, "quality": "auto", **self._form()}
 
     def _usage(self, finished: Sequence[Finished]) -> dict[str, Any]:
-        read = finished[0].prompt_tokens
+        read, picture = finished[0].prompt_tokens, finished[0].picture_tokens
         drawn = sum(len(done.image_ids) for done in finished)
         return {
             "input_tokens": read,
             "output_tokens": drawn,
             "total_tokens": read + drawn,
-            "input_tokens_details": {"text_tokens": read, "image_tokens": 0},
+            "input_tokens_details": {"text_tokens": read - picture, "image_tokens": picture},
             "output_tokens_details": {"text_tokens": 0, "image_tokens": drawn},
         }
 

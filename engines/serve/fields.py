@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .refusals import Refused
+
+NUMBER = re.compile(r"[-+.0-9eE]{1,40}")  # Python's own numbers have underscores, and digits of all scripts
 
 
 class Fields:
@@ -90,7 +93,7 @@ class Fields:
         value = self.take(name)
         if self.of_form and isinstance(value, str):
             try:
-                value = kind(value) if len(value) <= 40 else value
+                value = kind(value) if NUMBER.fullmatch(value) else value
             except ValueError:
                 raise invalid(name, expected, value) from None
         if value is None:

@@ -154,6 +154,7 @@ class Guard:
                 where=f"{scope['method']} {scope['path'][:80]}: expected {known}",
                 fix="see docs/serve.md",
                 code="method_not_allowed" if allowed else "not_found",
+                allow=allowed,
             )
         if not isinstance(error, StarError):
             self.log.say("".join(traceback.format_exception(error)).rstrip())
@@ -181,6 +182,8 @@ async def refuse(scope: Scope, receive: Receive | None, send: Send, error: Refus
     """Answer with an error, and then `receive` what its client still sends, if it does, so that it comes to
     read the answer."""
     headers = {"retry-after": str(error.retry_after_s)} if error.retry_after_s else {}
+    if error.allow:
+        headers["allow"] = error.allow
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     if receive is not None and scope["method"] == "POST":

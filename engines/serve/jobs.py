@@ -26,7 +26,8 @@ class Preview:
 @dataclass(frozen=True)
 class Finished:
     """The `index`-th image, uint8 [R, R, 3], of ids int64 [T], drawn in a batch of `together` images in
-    `forwards`. `cut_tokens` counts the ids of its prompt that the diffusion decoder could not read."""
+    `forwards`. `picture_tokens` of its `prompt_tokens` are of a picture. `cut_tokens` counts the ids of its
+    prompt that the diffusion decoder could not read."""
 
     index: int
     image: np.ndarray
@@ -34,6 +35,7 @@ class Finished:
     forwards: int
     together: int
     prompt_tokens: int
+    picture_tokens: int
     answer: str | None
     cut_tokens: int = 0
 

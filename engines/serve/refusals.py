@@ -17,7 +17,7 @@ _TYPES = {
 
 class Refused(StarError):
     """A request that is answered with the HTTP `status`: `param` is the field that is wrong, `code` a word
-    for programs. `retry_after_s` says when to come again."""
+    for programs. `retry_after_s` says when to come again, and `allow` which methods a path takes."""
 
     def __init__(
         self,
@@ -29,9 +29,11 @@ class Refused(StarError):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
+        allow: str | None = None,
     ):
         super().__init__(what, where=where, fix=fix)
-        self.status, self.param, self.code, self.retry_after_s = status, param, code, retry_after_s
+        self.status, self.param, self.code = status, param, code
+        self.retry_after_s, self.allow = retry_after_s, allow
 
 
 def refusal(error: BaseException) -> Refused:

@@ -249,8 +249,19 @@ class Scheduler:
         if job.ended:
             return
         prepared = job.prepared
-        length, answer, cut = prepared.embeds.shape[1], prepared.answer, prepared.cut_tokens
-        job.tell(Finished(unit.index, image, ids, forwards, together, length, answer, cut))
+        job.tell(
+            Finished(
+                unit.index,
+                image,
+                ids,
+                forwards,
+                together,
+                prompt_tokens=prepared.embeds.shape[1],
+                picture_tokens=prepared.picture_tokens,
+                answer=prepared.answer,
+                cut_tokens=prepared.cut_tokens,
+            )
+        )
         job.left -= 1
         if job.left == 0:  # never back to False: the endpoint may have ended it meanwhile
             job.ended = True

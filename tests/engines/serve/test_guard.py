@@ -88,6 +88,7 @@ def test_every_answer_has_strict_headers(server):
     assert ask(server, "/nothing").error["code"] == "not_found"
     reply = ask(server, GENERATE, method="GET")
     assert reply.status == 405 and reply.error["where"].endswith("expected the method POST")
+    assert reply.headers["allow"] == "POST"
 
 
 def test_the_page_runs_its_own_script_and_nothing_of_another_host(server):

@@ -207,6 +207,13 @@ def test_a_picture_is_edited_from_a_form_and_from_base64(server):
     assert other.json["data"] != replies[0].json["data"]
 
 
+@pytest.mark.parametrize("seed", ["1_0", "\u0661", " 7", "0x7", "nan", ""])
+def test_a_forms_numbers_are_plain(server, seed):
+    body, kind = form([("prompt", "blue"), ("seed", seed), ("image", picture())])
+    reply = ask(server, EDIT, body, kind=kind)
+    assert reply.status == 400 and reply.error["param"] == "seed", reply.data
+
+
 def test_an_edit_streams_events_of_its_own(server):
     body, kind = form([("prompt", "blue"), ("stream", "true"), ("partial_images", "1"), ("image", picture())])
     found = events(ask(server, EDIT, body, kind=kind).data)

@@ -76,6 +76,8 @@ def test_images_are_those_of_the_runtime_whatever_they_are_drawn_with(server, mi
         reply = ask(server, EDIT, {"prompt": "blue", "seed": 5, "image": base64.b64encode(data).decode()})
         edited = star.edit(image_from_bytes(data, where="test"), "blue", seed=5)
         np.testing.assert_array_equal(image(reply.json["data"][0]), edited.images[0])
+        tokens = reply.json["usage"]["input_tokens_details"]
+        assert tokens["image_tokens"] > star.model.image_tokens and tokens["text_tokens"] > 0
         options = {"cfg": 2.0, "top_k": 5, "top_p": 0.7}
         body = {"prompt": "a cat", "guidance": 2.0, "top_k": 5, "top_p": 0.7, "seed": 3, "window": 2}
         drawn = star.generate("a cat", seed=3, **options).image_ids[0]
