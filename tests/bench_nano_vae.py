@@ -32,7 +32,7 @@ ALLOWED_BYTES, BYTES_PER_NUMBER = 20_000_000, 2
 CONFIG = VAEConfig(
     channels=(8, 16, 16, 16), blocks_per_level=1, norm_groups=4, latent_channels=16, scale=1.0, shift=0.0
 )
-BATCH, PEAK_RATE, WARM_SHARE, HELD_OUT = 16, 3e-3, 0.02, 300
+BATCH, PEAK_RATE, WARM_SHARE, HELD_OUT = 4, 3e-3, 0.02, 300
 
 
 def main() -> None:
