@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import replace
 
 from ..bundle.manifest import ModelSpec
-from ..runtime.painting import STEPS_LIMIT, TRAINED, Painting, checked_painting
+from ..runtime.painting import RESOLUTIONS, STEPS_LIMIT, TRAINED, Painting, checked_painting
 from .fields import Fields
 from .refusals import Refused
 
@@ -29,7 +29,7 @@ def painting_of(
     range.
     """
     decoder = fields.choice("decoder", DECODERS)
-    resolution = fields.whole("resolution", 1, max(TRAINED))
+    resolution = fields.whole("resolution", RESOLUTIONS.start, RESOLUTIONS[-1])
     asked = Painting(
         resolution or resolution_for(size),
         steps=fields.whole("steps", 1, STEPS_LIMIT),

@@ -140,6 +140,11 @@ def test_a_bad_field_is_refused_by_name(server, body, param):
     assert reply.status == 400 and reply.error["param"] == param
 
 
+def test_the_range_of_a_resolution_is_told(server):
+    told = ask(server, GENERATE, PAINT | {"resolution": 2048}).error["where"]
+    assert told == "resolution: expected a whole number from 64 to 1024, got 2048"
+
+
 def test_a_bundle_without_it_says_so_and_lists_what_it_has(server):
     star = ask(server, "/v1/models").json["data"][0]["star"]
     assert star["decoders"] == ["vq", "diffusion"] and star["resolutions"] == [512, 1024]
