@@ -85,7 +85,7 @@ def compared(
     tolerances = bounded_in(table, subject.compute, noise, where=f"{PAINTINGS}: {name}")
     results = []
     for step, latents in enumerate(wanted["latents"], start=1):
-        ours = dict.fromkeys(["latents"] * (step <= len(got["latents"])), got["latents"][step - 1])
+        ours = {"latents": got["latents"][step - 1]} if step <= len(got["latents"]) else {}
         found = compare(ours, {"latents": latents}, tolerances=tolerances)
         results += [replace(result, place=f"step {step}") for result in found]
     return results + compare({"image": got["image"]}, {"image": wanted["image"]}, tolerances=tolerances)

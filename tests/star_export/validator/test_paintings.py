@@ -139,6 +139,14 @@ def test_in_16_bits_the_recorded_noise_decides(star: Star) -> None:
         assert all(result.passed for result in results) == passes
 
 
+def test_a_painting_of_fewer_steps_fails(star: Star) -> None:
+    one = paintings_of(star.bundle)["paint"]
+    got = painted(star, one)
+    got["latents"] = got["latents"][:-1]
+    *_, last, _ = compared(Subject(star.bundle, star.backend, "fp32"), "paint", one, got)
+    assert (last.place, last.tensor, last.passed) == ("step 4", "latents", False)
+
+
 def test_other_image_tokens_fail_by_name(diffusion_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Star.generate
     monkeypatch.setattr(Star, "generate", lambda self, prompt, seed: right(self, prompt, seed=seed + 1))
