@@ -267,7 +267,7 @@ class Bundle:
             raise UsageError(
                 "The bundle has no such component",
                 where=f"{self.path}: expected one of {', '.join(self.manifest.components)}, got {name!r}",
-                fix="use one of these names",
+                fix="use one of these names, or a bundle that was exported with all components",
             )
         return name
 

@@ -35,8 +35,10 @@ def row_operations(transformer: Transformer, resolution: int, *, caption_tokens:
     return products + 4 * tokens**2 * transformer.hidden_size * transformer.blocks
 
 
-def paintings(transformer: Transformer, operations_per_s: float | None) -> tuple[Painting, ...]:
-    """What each task takes at each resolution, with the release's steps."""
+def paintings(transformer: Transformer | None, operations_per_s: float | None) -> tuple[Painting, ...]:
+    """What each task takes at each resolution, with the release's steps; nothing without a transformer."""
+    if transformer is None:
+        return ()
     found = []
     for task, (steps, rows, last) in STEPS.items():
         for resolution in PAINTED_RESOLUTIONS:

@@ -71,8 +71,12 @@ class TaskMemory:
 
 
 def tasks_of(sizes: Sizes) -> tuple[str, ...]:
-    """The tasks of a model: those that paint only if it has a diffusion decoder."""
-    return (*TASKS, *(PAINTED if "dit" in sizes.weights else ()))
+    """The tasks whose components are all there: only a model with a diffusion decoder paints, and a bundle
+    that was exported with some components only does less."""
+    there = {*sizes.weights, *sizes.tables}
+    return tuple(
+        task for task, stages in (TASKS | PAINTED).items() if all(there.issuperset(stage) for stage in stages)
+    )
 
 
 def weight_bytes(sizes: Sizes, component: str, *, on_cpu: bool, exact: bool = False) -> int:

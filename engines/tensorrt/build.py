@@ -160,15 +160,17 @@ def check_types(bundle: Bundle, target: Target, names: list[str]) -> None:
 
     Raises InputError naming the graphs that it cannot run.
     """
-    components = bundle.manifest.components
-    wrong = [name for name in names if "bf16" in components[name].weights]
-    if not wrong or "bf16" in target.precisions:
+    if "bf16" in target.precisions:
         return
-    others = dict.fromkeys(component_of(name) for name in components if name not in wrong)
+    in_bf16 = {name for name, spec in bundle.manifest.components.items() if "bf16" in spec.weights}
+    wrong = [name for name in names if name in in_bf16]
+    if not wrong:
+        return
+    others = dict.fromkeys(component_of(name) for name in bundle.manifest.components if name not in in_bf16)
     raise InputError(
         f"{target.name} does not compute in bf16, and some components do",
-        where=f"{bundle.path}: {', '.join(wrong)}: expected fp16, in which their weights would overflow, "
-        "got bf16",
+        where=f"{bundle.path}: {', '.join(wrong)}: expected components that compute in fp16, got bf16, "
+        "because fp16 may overflow in them",
         fix=f"build without them: --components {','.join(others)}" if others else "use another target",
     )
 

@@ -66,9 +66,10 @@ class Place:
     """A precision on a device. `reason` tells why the device cannot run it at all, if so.
 
     `limit` are the times at the device's bandwidth (None where that is unknown), `measured` the times at the
-    share of it that was last measured, `share` (None where none was). `plans_bytes`, `build_memory_bytes` and
-    `build_seconds` are those of its plans, None where it needs none. `paintings` are those of a model with a
-    diffusion decoder, at the device's limit of arithmetic in 16 bits.
+    share of it that was last measured, `share` (None where none was); a bundle that was exported with some
+    components only has times if it draws and answers. `plans_bytes`, `build_memory_bytes` and `build_seconds`
+    are those of its plans, None where it needs none. `paintings` are those of a model with a diffusion
+    decoder, at the device's limit of arithmetic in 16 bits.
     """
 
     target: str
@@ -206,12 +207,14 @@ def _place(
     device: _Device, sizes: Sizes, known: dict[str, Sizes], *, rows: int, capacity_tokens: int
 ) -> Place:
     target, use = device.target, _use(device, rows=rows, capacity_tokens=capacity_tokens)
-    decoders = sizes.model.cache
+    decoders = [name for name in sizes.model.cache if name in sizes.weights]
     caches = sum(sizes.cache_bytes(d, rows=rows, capacity_tokens=capacity_tokens) for d in decoders)
-    share = measured_on(device.name, sizes)
     bandwidth = device.bandwidth_bytes_per_s
     paints = target is None or "bf16" in target.precisions  # the diffusion decoder's type in every precision
     tasks = [task for task in tasks_of(sizes) if paints or task not in PAINTED]
+    timed = "reason" in tasks  # it needs all that draws and answers
+    share = measured_on(device.name, sizes) if timed else None
+    painted = paintings(sizes.model.transformer, target.operations_per_s if target else None)
     return Place(
         target=device.name,
         device=target.device if target else "this host's CPU",
@@ -222,15 +225,13 @@ def _place(
         caches_bytes=caches,
         workspace_bytes=workspace_bytes(sizes, use),
         tasks=tuple(_task_fit(device, sizes, known, task, use) for task in tasks),
-        limit=_times(sizes, bandwidth, rows) if bandwidth else None,
+        limit=_times(sizes, bandwidth, rows) if bandwidth and timed else None,
         share=share,
         measured=_times(sizes, share.bandwidth_bytes_per_s * share.share, rows) if share else None,
         plans_bytes=work.plans_bytes(sizes) if target else None,
         build_memory_bytes=work.build_memory(sizes) if target else None,
         build_seconds=work.build_seconds(sizes) if target else None,
-        paintings=paintings(sizes.model.transformer, target.operations_per_s if target else None)
-        if sizes.model.transformer and paints
-        else (),
+        paintings=tuple(painting for painting in painted if painting.task in tasks),
     )
 
 

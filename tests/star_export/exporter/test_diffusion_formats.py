@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,8 +137,29 @@ def test_a_target_without_bf16_is_told_before_the_build(stored_in) -> None:
     bundle = stored_in("fp16")
     with pytest.raises(InputError, match="rtx-2080-ti does not compute in bf16") as error:
         check_types(bundle, TARGETS["rtx-2080-ti"], [*bundle.manifest.components])
-    assert "text_encoder, dit, vae_encoder, vae_decoder: expected fp16" in error.value.where
+    assert "text_encoder, dit, vae_encoder, vae_decoder: expected components that" in error.value.where
     check_types(bundle, TARGETS["rtx-3090"], [*bundle.manifest.components])
+
+
+def test_a_target_without_bf16_is_told_only_of_components_that_it_can_build(
+    diffusion_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(diffusion_bundle)
+    components = bundle.manifest.components
+    in_bf16 = {name: replace(components[name], weights={"bf16": 1}) for name in GRAPHS}
+    monkeypatch.setattr(bundle, "manifest", replace(bundle.manifest, components=components | in_bf16))
+    with pytest.raises(InputError) as error:
+        check_types(bundle, TARGETS["rtx-2080-ti"], ["dit"])
+    assert error.value.where.endswith(
+        "dit: expected components that compute in fp16, got bf16, because fp16 may overflow in them"
+    )
+    named = error.value.fix.rpartition(" ")[2].split(",")
+    assert named == [name for name in components if name not in GRAPHS]
+
+
+def test_a_bundle_with_some_components_only_is_planned_without_tasks_and_times(stored_in) -> None:
+    (found,) = planned(str(stored_in("fp16").path), targets=["rtx-4090"]).places
+    assert found.tasks == () and found.limit is None and found.paintings == () and found.caches_bytes == 0
 
 
 def test_a_plan_for_a_target_without_bf16_has_no_paintings(diffusion_checkpoint: Path) -> None:
