@@ -27,9 +27,15 @@ SHOWN_CHARACTERS = 200  # of a path in a message
 def typed_path(path: str | Path) -> Path:
     """`path` with `~` expanded, whether there is anything or not.
 
-    Raises InputError where the system cannot even look: a name that is too long, a folder without access,
-    links in a circle.
+    Raises InputError for an empty name, which would be the working folder, and where the system cannot even
+    look: a name that is too long, a folder without access, links in a circle.
     """
+    if not str(path):
+        raise InputError(
+            "This path cannot be used",
+            where="path: expected a name, got an empty text",
+            fix="name a file or a folder; the working folder is .",
+        )
     try:
         found = Path(path).expanduser()
         found.stat()

@@ -30,6 +30,10 @@ PAINTED: dict[str, tuple[tuple[str, ...], ...]] = {
     "paint": (EMBED, DRAW, *PAINT),
     "repaint": (*TASKS["edit"][:-1], ("vae_encoder",), *PAINT),
 }
+# The same with previews, which keep what paints and what decodes loaded together.
+PREVIEWED = {
+    f"{task} with previews": (*stages[:-2], (*stages[-2], *stages[-1])) for task, stages in PAINTED.items()
+}
 PROMPT_TOKENS = 64  # a sentence in the chat template; the templates of an edit are longer
 # Bytes that ONNX Runtime's CPU provider holds of a weight for each byte stored: on loading it widens 16-bit
 # weights to float32, those in fp8 and nvfp4, and all those of convolutions; with exact arithmetic also those
@@ -133,7 +137,7 @@ def stage_bytes(sizes: Sizes, components: tuple[str, ...], use: Use) -> int:
 
 def task_memory(sizes: Sizes, task: str, use: Use) -> TaskMemory:
     """What `task` takes resident and loaded in turn."""
-    stages = (TASKS | PAINTED)[task]
+    stages = (TASKS | PAINTED | PREVIEWED)[task]
     largest = max(stages, key=lambda stage: stage_bytes(sizes, stage, use))
     names = tuple(dict.fromkeys(name for stage in stages for name in stage))
     weights = sum(weight_bytes(sizes, name, on_cpu=use.on_cpu, exact=use.exact) for name in names)

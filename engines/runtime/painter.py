@@ -102,6 +102,7 @@ class Painter:
         assert model.diffusion and captions
         self.loaded, self.spec, self.captions, self.seed = loaded, model.diffusion, captions, seed
         self.task = "paint" if image is None else "repaint"  # as `engines.fit.memory` knows it
+        self.task += " with previews" if painting.preview else ""
         self.preview, self.rope_bf16, self.image = painting.preview, model.rope_bf16, image
         self.caption_ids, self.cut_tokens = captions.ids(prompt, answer=answer)
 

@@ -113,7 +113,7 @@ def _weight(name: str, value: float | None) -> float:
     if value is None or not abs(value) <= GUIDANCE_LIMIT:
         raise UsageError(
             f"{name} is out of range",
-            where=f"{name}: expected at most {GUIDANCE_LIMIT:g}, got {value}",
+            where=f"{name}: expected a number from {-GUIDANCE_LIMIT:g} to {GUIDANCE_LIMIT:g}, got {value}",
             fix="omit it to use the default",
         )
     return float(value)
@@ -122,12 +122,16 @@ def _weight(name: str, value: float | None) -> float:
 def _noise(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
     if array is None:
         return None
-    if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
-        finite = "" if array.dtype.kind != "f" or np.isfinite(array).all() else " with NaN or Inf"
+    floats = array.dtype.kind == "f"
+    with np.errstate(over="ignore"):
+        noise = array.astype(np.float32) if floats else array
+    finite = not floats or bool(np.isfinite(noise).all())
+    if not floats or not finite or array.shape != shape:
+        more = "" if finite else " with NaN or Inf in float32"
         raise InputError(
             "This noise does not fit the painting",
             where=f"{name}: expected finite floats{list(shape)} (images, channels, and twice resolution / "
-            f"{FACTOR}), got {array.dtype}{list(array.shape)}{finite}",
+            f"{FACTOR}), got {array.dtype}{list(array.shape)}{more}",
             fix="give noise of this shape, or leave it out: the seed gives some",
         )
-    return array.astype(np.float32)
+    return noise

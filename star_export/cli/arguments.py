@@ -94,7 +94,7 @@ def add_painting(c: argparse.ArgumentParser, *, edit: bool) -> None:
     add_decoder(c, steps="50" if edit else "40")
     c.add_argument(
         "--text-guidance",
-        type=number(0, math.inf),
+        type=number(-math.inf, math.inf),
         metavar="W",
         help=f"weight of the text; at most 1 turns all guidance of the painting off (default: {text})",
     )
@@ -232,7 +232,7 @@ def _integer(text: str, low: int, high: int) -> int:
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
-    """A type of finite numbers above `low` and at most `high`."""
+    """A type of finite numbers above `low` and at most `high`, neither of which counts if it is infinite."""
 
     def number(text: str) -> float:
         try:
@@ -240,8 +240,9 @@ def number(low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not (low < value <= high and math.isfinite(value)):
-            wanted = f"above {low} and at most {high}" if math.isfinite(high) else f"above {low}"
-            raise argparse.ArgumentTypeError(f"expected a number {wanted}, got {text!r:.40}")
+            bounds = [("above", low), ("at most", high)]
+            wanted = " and ".join(f"{word} {bound}" for word, bound in bounds if math.isfinite(bound))
+            raise argparse.ArgumentTypeError(f"expected a number {wanted or 'such as 1.5'}, got {text!r:.40}")
         return value
 
     return number

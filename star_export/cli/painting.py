@@ -41,9 +41,9 @@ def painting_from_options(decoder: str, *, force: bool, **options: Any) -> Paint
         return None
     from engines.runtime.painting import Painting
 
-    if folder := given.pop("previews", None):
+    if (folder := given.pop("previews", None)) is not None:
         given["preview"] = preview_into(folder, force=force)
-    if file := given.pop("noise", None):
+    if (file := given.pop("noise", None)) is not None:
         given |= noise_from_file(file)
     return Painting(**given)
 

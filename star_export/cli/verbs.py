@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.bundle.reader import Bundle
+from engines.bundle.typed_paths import typed_path
 from engines.errors import MissingError, UsageError, install
 
 from .benching import bench
@@ -179,19 +180,20 @@ def inspect(
     """
     from .inspect import describe, describe_networks, fault_of, files_for_polygraphy, text_from_description
 
-    if bool(target) + bool(polygraphy) != 1 and (component or polygraphy):
+    wanted = [name for name in (target, polygraphy) if name is not None]
+    if len(wanted) == 2 or (component and not wanted):
         raise UsageError(
             "This needs either a target or a folder",
             where="inspect: expected one of --target and --polygraphy, got "
-            + ("both" if target else "--component alone"),
+            + ("both" if wanted else "--component alone"),
             fix=f"star-export inspect {path} --target T --component A, "
             f"or star-export inspect {path} --polygraphy FOLDER --component A",
         )
-    if polygraphy:
-        data = files_for_polygraphy(Path(path), Path(polygraphy), component)
+    if polygraphy is not None:
+        data = files_for_polygraphy(Path(path), typed_path(polygraphy), component)
         lines = [(case["component"], case["case"], case["command"]) for case in data["cases"]]
         return Outcome(data, table(("component", "case", "command"), lines))
-    data = describe_networks(Path(path), target, component) if target else describe(Path(path))
+    data = describe_networks(Path(path), target, component) if target is not None else describe(Path(path))
     return Outcome(data, text_from_description(data), error=fault_of(data, path))
 
 

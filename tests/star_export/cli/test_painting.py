@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from engines import Painting, Star, UsageError
+from engines import MissingError, Painting, Star, UsageError
+from engines.fit.memory import stage_bytes, task_memory
 from star_export.cli.parser import main
 from tests.helpers.official import CASES as SOURCES
 from tests.helpers.official_diffusion import CASES, arrays, check_image
@@ -138,7 +140,8 @@ def refused(capsys: pytest.CaptureFixture, code: int, *words: str) -> str:
         (["--steps", "0"], "from 1"),
         (["--steps", "1001"], "1 to 1000"),
         (["--text-guidance", "1e30"], "text_guidance"),
-        (["--image-guidance", "nan"], "number"),
+        (["--text-guidance", "-1001"], "expected a number from -1000 to 1000, got -1001"),
+        (["--image-guidance", "nan"], "expected a number such as 1.5, got 'nan'"),
         (["--latents", "fp8"], "bf16"),
         (["--vq-guidance", "1"], "vq-guidance"),
     ],
@@ -149,6 +152,15 @@ def test_settings_out_of_range_are_told_before_the_work(
     out = ["-o", str(tmp_path / "a.png"), "--decoder", "diffusion"]
     assert told in refused(capsys, 2, "generate", str(diffusion_bundle), "a cat", *out, *words)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_name_is_not_taken_for_none(
+    diffusion_bundle: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    words = ["generate", str(diffusion_bundle), "a cat", "-o", str(tmp_path / "a.png"), "--previews", ""]
+    assert "an empty text" in refused(
+        capsys, 3, *words, "--decoder", "diffusion", "--resolution", "64", "--steps", "1"
+    )
 
 
 def test_options_of_the_other_decoder_are_told(
@@ -170,6 +182,7 @@ def test_a_bundle_without_a_diffusion_decoder_is_told(
     [
         ({"noise": np.zeros((1, 16, 10, 10), np.float32)}, "[1, 16, 8, 8]"),
         ({"noise": np.full((1, 16, 8, 8), np.nan, np.float32)}, "NaN or Inf"),
+        ({"noise": np.full((1, 16, 8, 8), 1e300)}, "float64[1, 16, 8, 8] with NaN or Inf in float32"),
         ({"noise": np.zeros((1, 16, 8, 8), np.int64)}, "int64"),
         ({"source_noise": np.zeros((1, 16, 8, 8), np.float32)}, "an array `noise`"),
         ({"noise": np.array([None])}, "Object arrays"),
@@ -191,6 +204,19 @@ def test_memory_that_cannot_hold_a_part_is_told(
     words = ["generate", str(diffusion_bundle), "a cat", "-o", str(tmp_path / "a.png"), "--memory", "100K"]
     told = refused(capsys, 5, *words, "--decoder", "diffusion", "--resolution", "64")
     assert "memory: expected at least" in told
+
+
+def test_previews_that_memory_cannot_hold_are_told_before_anything_is_drawn(diffusion_bundle: Path) -> None:
+    with Star(diffusion_bundle) as star:
+        use = star.use("base_ar", rows=2, length=64, tokens=star.model.image_tokens)
+        budget = stage_bytes(star.loaded.sizes, ("dit", "vae_decoder"), use) - 1
+        assert task_memory(star.loaded.sizes, "paint", use).in_turn_bytes <= budget
+    painting = Painting(64, steps=2, preview=lambda step, images: None)
+    with Star(diffusion_bundle, memory=budget) as star:
+        with pytest.raises(MissingError, match="budget") as told:
+            star.generate("a cat", painting=painting)
+        assert "for dit, vae_decoder" in told.value.where and not star.loaded.open
+        star.generate("a cat", painting=replace(painting, preview=None))
 
 
 def test_the_library_refuses_what_the_command_line_does(diffusion_bundle: Path) -> None:
