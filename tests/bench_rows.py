@@ -18,7 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines import Painting, Star
-from engines.inputs.latents import Schedule, patches_from_map, schedule, time_features
+from engines.inputs.latents import (
+    Schedule,
+    images_from_painted,
+    map_from_patches,
+    patches_from_map,
+    schedule,
+    time_features,
+)
 from engines.runtime.painter import Group, Painter, guided
 from tests.helpers.official_diffusion import CASES, arrays
 
@@ -90,16 +97,14 @@ def table(star: Star, case: str) -> None:
     own = {name: f"{case}.{name}" for name in ("noise", "source_noise")}
     settings |= {name: given[key] for name, key in own.items() if key in given}
     painting, image = Painting(c["resolution"], **settings), given.get(f"{case}.image")
-    painter = star._painter(painting, c["prompt"], seed=0, image=image)
-    (dit,) = star.loaded.sessions("dit")
-    by_caption = painter._rows(given[f"{case}.codes"].astype(np.int64))
-    groups = [Group(dit, caption, rows, painter.spec) for caption, rows in by_caption]
+    painter = Painter(star.loaded, star.captions, painting, c["prompt"], seed=0, image=image)
+    groups = painter.groups(given[f"{case}.codes"].astype(np.int64))
     steps = schedule(c["steps"], shift=painter.spec.time_shift, sigmas_bf16=painter.rope_bf16)
     print(f"\n{case}: {c['steps']} steps\n\n| | rows | of all | PSNR, dB |\n|---|---|---|---|")
     whole, all_rows = np.zeros(0), 0
     for variant in (ALL, *VARIANTS):
         latents, rows = painted(painter, groups, steps, given[f"{case}.noise"], variant)
-        drawn = painter._decoded(latents)
+        drawn = images_from_painted(painter.decoded(map_from_patches(latents)))
         if variant is ALL:
             whole, all_rows = drawn, rows
         print(f"| {variant.name} | {rows} | {rows / all_rows:.2f} | {psnr(drawn, whole):.1f} |", flush=True)
