@@ -72,12 +72,7 @@ class Model(Protocol):
     ) -> np.ndarray: ...
 
     def answer(
-        self,
-        image: np.ndarray | None,
-        question: str,
-        *,
-        max_new_tokens: int,
-        on_token: OnToken | None = ...,
+        self, image: np.ndarray | None, question: str, *, max_new_tokens: int, on_token: OnToken | None = ...
     ) -> Any: ...
 
     def text(self, ids: Sequence[int]) -> str: ...
