@@ -69,8 +69,6 @@ def preview_into(name: str, *, force: bool):
 
 def noise_from_file(name: str) -> dict[str, np.ndarray]:
     """The arrays `noise` and, if it is there, `source_noise` of an .npz file. Raises InputError."""
-    import numpy as np
-
     path = typed_path(name)
     data = read_regular(path, limit_bytes=FILE_BYTES, where="noise")
     found = {}
@@ -81,10 +79,12 @@ def noise_from_file(name: str) -> dict[str, np.ndarray]:
                 key = entry.filename.removesuffix(".npy")
                 if key not in ("noise", "source_noise"):
                     continue
+                if key in found:
+                    raise _refusal(path, f"one array {key}", "several of this name")
                 limit = HEADER_BYTES + NUMBERS * 8
                 if entry.file_size > limit:  # before a byte is unpacked
                     raise _refusal(path, f"at most {limit} bytes of {key}", str(entry.file_size))
-                array = np.lib.format.read_array(io.BytesIO(archive.read(entry)), allow_pickle=False)
+                array = array_from_npy(archive.read(entry))
                 if math.prod(array.shape) > NUMBERS:
                     raise _refusal(path, f"at most {NUMBERS} numbers of {key}", str(list(array.shape)))
                 found[key] = array
@@ -96,6 +96,24 @@ def noise_from_file(name: str) -> dict[str, np.ndarray]:
     if "noise" not in found:
         raise _refusal(path, "an array `noise`", ", ".join(map(repr, names[:8])) or "none")
     return found
+
+
+def array_from_npy(data: bytes) -> np.ndarray:
+    """The array of an .npy file. What its header states is held against `data` before room is made for it.
+
+    Raises ValueError, also for objects, which are pickled.
+    """
+    import numpy as np
+
+    file, header = io.BytesIO(data), np.lib.format
+    version = header.read_magic(file)
+    read = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
+    shape, _, dtype = read(file)
+    stated, left = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if not dtype.hasobject and stated > left:
+        raise ValueError(f"a header of {stated} bytes before {left}")
+    file.seek(0)
+    return header.read_array(file, allow_pickle=False)
 
 
 def _refusal(path: Path, expected: str, got: str) -> InputError:

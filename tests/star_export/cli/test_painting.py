@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,6 +198,31 @@ def test_noise_that_does_not_fit_is_told(
     path.write_bytes(b"PK nothing") if arrays_of is None else np.savez(path, **arrays_of)
     words = ["generate", str(diffusion_bundle), "a cat", "-o", str(tmp_path / "a.png"), "--noise", str(path)]
     assert told in refused(capsys, 3, *words, "--decoder", "diffusion", "--resolution", "64")
+
+
+def npy(shape: str) -> bytes:
+    """An .npy file whose header states float32 of `shape`, before 4096 bytes."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(4096)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "told"),
+    [
+        (["(1099511627776,)"], "a header of 4398046511104 bytes before 4096"),
+        (["(1, 16, 8, 8)", "(1, 16, 8, 8)"], "one array noise, got several"),
+    ],
+)
+def test_noise_of_a_false_header_takes_no_memory_and_none_stands_twice(
+    diffusion_bundle: Path, capsys: pytest.CaptureFixture, tmp_path: Path, shapes: list[str], told: str
+) -> None:
+    path = tmp_path / "noise.npz"
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+        warnings.simplefilter("ignore")
+        for shape in shapes:
+            archive.writestr("noise.npy", npy(shape))
+    words = ["generate", str(diffusion_bundle), "a cat", "-o", str(tmp_path / "a.png"), "--noise", str(path)]
+    assert told in refused(capsys, 3, *words, "--decoder", "diffusion", "--resolution", "64", "--steps", "1")
 
 
 def test_memory_that_cannot_hold_a_part_is_told(
