@@ -70,7 +70,7 @@ def validate(
     lines = [
         (
             rung.name,
-            "passed",
+            "left out" if rung.left_out else "passed",
             f"{sum(row.compared for row in rung.rows)} tensors" if rung.rows else "",
             f"{rung.seconds:.1f} s",
             _nearest(rung) or rung.note,

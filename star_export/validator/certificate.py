@@ -52,6 +52,11 @@ class Rung:
     def passed(self) -> bool:
         return all(row.worst.passed for row in self.rows)
 
+    @property
+    def left_out(self) -> bool:
+        """Whether nothing was compared, and the note says why."""
+        return not self.rows and self.note.startswith("left out")
+
 
 @dataclass(frozen=True)
 class Certificate:

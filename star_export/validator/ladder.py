@@ -101,7 +101,8 @@ def run_ladder(subject: Subject, progress: Progress) -> Certificate:
     """Run all rungs up to the first that fails."""
     rungs: list[Rung] = []
     scored = {SCORE, RUNS} <= set(subject.bundle.manifest.files)
-    for name, rung in rungs_of(subject.backend, scored=scored).items():
+    paints = subject.bundle.manifest.model.diffusion is not None
+    for name, rung in rungs_of(subject.backend, scored=scored, paints=paints).items():
         started = time.monotonic()
         rows, note = rung(subject, progress)
         rungs.append(Rung(name, tuple(rows), round(time.monotonic() - started, 3), note))
@@ -110,11 +111,11 @@ def run_ladder(subject: Subject, progress: Progress) -> Certificate:
     return new_certificate(subject.bundle, subject.backend, subject.compute, tuple(rungs))
 
 
-def rungs_of(backend: str, *, scored: bool) -> Mapping[str, Callable]:
+def rungs_of(backend: str, *, scored: bool, paints: bool) -> Mapping[str, Callable]:
     """The rungs of a validation on `backend`, by name.
 
     Networks are interpreted for a target; without its device, nothing else can run. Tasks are `scored` if the
-    bundle holds the reference's score.
+    bundle holds the reference's score, and it `paints` if it has a diffusion decoder.
     """
     if backend.startswith("interpreter"):
         return {name: RUNGS[name] for name in ("files and graphs", "prepared inputs", "interpreted")}
@@ -123,6 +124,7 @@ def rungs_of(backend: str, *, scored: bool) -> Mapping[str, Callable]:
         "dialects": backend != "onnxruntime-exact",
         "fast path": backend != "onnxruntime-exact",
         "score": not scored,
+        "paintings": not paints,
     }
     return {name: rung for name, rung in RUNGS.items() if not left_out.get(name)}
 

@@ -79,11 +79,11 @@ def html_from_certificate(
 def _covers(certificate: Certificate) -> str:
     """The verdict in words, and what it covers."""
     rows = [row for rung in certificate.rungs for row in rung.rows]
+    names = ", ".join(rung.name for rung in certificate.rungs if rung.rows)
     tensors, components = sum(row.compared for row in rows), {row.component for row in rows} - {"runtime"}
     compared = (
-        f"{tensors} tensors of {len(components)} components and tables, in the rungs "
-        f"{', '.join(rung.name for rung in certificate.rungs)}, were compared with what the reference "
-        "computed from the same inputs and the same rounded weights."
+        f"{tensors} tensors of {len(components)} components and tables, in the rungs {names}, were compared "
+        "with what the reference computed from the same inputs and the same rounded weights."
     )
     if not certificate.passed:
         row = max((row for row in rows if not row.worst.passed), key=lambda row: excess(row.worst))
@@ -111,7 +111,8 @@ def _rung(rung: Rung) -> str:
     table = (
         f'<div class="scroll"><table>{head}{"".join(map(_row, rung.rows))}</table></div>' if rung.rows else ""
     )
-    title = f"{_verdict(rung.passed)}: {_text(rung.name)} ({rung.seconds:.1f} s, {len(rung.rows)} rows)"
+    word = "left out" if rung.left_out else _verdict(rung.passed)
+    title = f"{word}: {_text(rung.name)} ({rung.seconds:.1f} s, {len(rung.rows)} rows)"
     return f"<details{'' if rung.passed else ' open'}><summary>{title}</summary>{note}{table}</details>"
 
 

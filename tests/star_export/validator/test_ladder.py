@@ -41,7 +41,6 @@ def test_every_precision_passes_at_rounding_level(
         "dialects",
         "decoder steps",
         "whole runs",
-        "paintings",
         "other ways",
         "fast path",
     ]

@@ -42,7 +42,6 @@ def test_every_rung_passes(bundle: Path) -> None:
         "dialects",
         "decoder steps",
         "whole runs",
-        "paintings",
         "other ways",
         "fast path",
         "score",

@@ -154,11 +154,6 @@ def test_other_image_tokens_fail_by_name(diffusion_bundle: Path, monkeypatch: py
     assert (row.check, row.worst.tensor) == ("paint: image tokens", "image_ids")
 
 
-def test_a_bundle_without_a_diffusion_decoder_says_so(mini_bundle: Path) -> None:
-    assert paintings(subject_of(mini_bundle), silent) == ([], "this bundle has no diffusion decoder")
-    assert paintings_of(Bundle.open(mini_bundle)) == {}
-
-
 def test_a_bundle_without_recorded_paintings_says_how_to_get_them(
     diffusion_bundle: Path, tmp_path: Path
 ) -> None:

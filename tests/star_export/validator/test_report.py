@@ -151,6 +151,17 @@ def test_what_a_bundle_did_not_record_is_said(certificate: Certificate) -> None:
     assert page.count("<svg") == 1
 
 
+def test_a_rung_that_compared_nothing_is_not_said_to_have_compared(certificate: Certificate) -> None:
+    short = Rung("whole runs", (), 0.2, "left out: There is too little memory")
+    counted = Rung("files and graphs", (), 0.1, "51 files match their SHA-256")
+    page = html_from_certificate(
+        replace(certificate, rungs=(counted, *certificate.rungs, short)), evidence(), bundle="b"
+    )
+    assert "in the rungs golden tensors, were compared" in page
+    assert "<summary>left out: whole runs (0.2 s, 0 rows)" in page
+    assert '<span class="pass">passed</span>: files and graphs (0.1 s, 0 rows)' in page
+
+
 def test_a_failure_is_the_first_thing_said(certificate: Certificate) -> None:
     wrong = Row("vq_decoder", "case 1", Comparison("image", math.nan, 1e-3, "expected finite numbers"), 1)
     rung = replace(certificate.rungs[0], rows=(*certificate.rungs[0].rows, wrong))
