@@ -35,7 +35,7 @@ from star_export.calibration.decodes import Decodes
 from star_export.calibration.examples import Example, decoded, read_material
 from star_export.calibration.folding import channel_exponents
 from star_export.calibration.gptq import feedback_of, quantised
-from star_export.calibration.layers import moments_of
+from star_export.calibration.layers import moments_of, rows_of
 from star_export.exporter.export import shipped_prompts
 from star_export.exporter.model_spec import model_spec_from_checkpoint, tokenizer_files
 from star_export.exporter.tables import stored_image_table, write_image_table
@@ -85,7 +85,7 @@ def main() -> int:
         else:
             print(f"{library} is not installed, and is left out")
     for case in cases(tuple(options.cases)):
-        moments, others = moments_of(case.inputs), moments_of(case.held_out)
+        moments, others = (moments_of(rows_of(found)) for found in (case.inputs, case.held_out))
         for format in (FORMATS[name] for name in options.formats):
             block = format.block(case.weights[0].shape[1])
             print(f"\n{case.name}: {format.name} in blocks of {block}")
@@ -197,12 +197,12 @@ def nearest(case: Case, format: Format) -> list[Tensor]:
 
 
 def gptq(case: Case, format: Format) -> list[Tensor]:
-    feedback = feedback_of(moments_of(case.inputs))
+    feedback = feedback_of(moments_of(rows_of(case.inputs)))
     return [quantised(weight, feedback, format, torch.bfloat16).decode() for weight in case.weights]
 
 
 def awq_gptq(case: Case, format: Format) -> list[Tensor]:
-    feedback = feedback_of(moments_of(case.inputs))
+    feedback = feedback_of(moments_of(rows_of(case.inputs)))
     factors = channel_exponents(case.weights, feedback.power, format, torch.bfloat16).float().exp2()
     scaled = feedback.scaled(factors)
     return [quantised(w * factors, scaled, format, torch.bfloat16).decode() / factors for w in case.weights]

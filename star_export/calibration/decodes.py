@@ -66,6 +66,8 @@ class Decodes:
         for i, example in enumerate(examples):
             kind = f"{i}.{'image' if example.image else 'text'}"
             tensors |= {f"{kind}.embeds": example.embeds, f"{kind}.positions": example.positions}
+            if example.exact is not None:
+                tensors[f"{kind}.exact"] = example.exact
         save_tensors({key: value.contiguous() for key, value in tensors.items()}, self.path(name))
 
     def read(self, name: str) -> list[Example]:
@@ -73,5 +75,6 @@ class Decodes:
         found, tensors = [], load_file(self.path(name))
         for key in sorted((k for k in tensors if k.endswith(".embeds")), key=lambda k: int(k.split(".")[0])):
             kind = key.removesuffix(".embeds")
-            found.append(Example(tensors[key], tensors[f"{kind}.positions"], kind.endswith("image")))
+            positions, exact = tensors[f"{kind}.positions"], tensors.get(f"{kind}.exact")
+            found.append(Example(tensors[key], positions, kind.endswith("image"), exact))
         return found

@@ -58,12 +58,14 @@ class Material:
 class Example:
     """What a decode fed the base decoder: embeds float32 [B, L, H] at positions int64 [3, B, L].
 
-    An `image` goes on through the stacked decoder.
+    An `image` goes on through the stacked decoder. Behind layers that were rounded, `exact` is what `embeds`
+    would be without any rounding.
     """
 
     embeds: Tensor
     positions: Tensor
     image: bool
+    exact: Tensor | None = None
 
 
 def read_material(folder: Path | None, shipped: Path, count: int, *, fewer: bool = False) -> Material:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..graph.formats import TRIED, Encoded, Format, codes_from_numbers
 
 COLUMNS = 128  # that are rounded before their errors go to all others
+TOGETHER = 2048  # rows that are rounded at once
 PIECE = 1 << 18  # numbers whose scales are searched at once
 SAMPLED = 256  # rows that an error is measured on
 DAMPING = 0.01  # of the mean of H's diagonal, which is added to it
@@ -49,6 +50,17 @@ class Feedback:
         in_order = factors[self.order]
         return Feedback(self.order, self.shares * in_order / in_order[:, None], self.power / factors.square())
 
+    def solved(self, cross: Tensor) -> Tensor:
+        """cross [rows, K] times the inverse of the damped moments, from the right."""
+        power = self.power[self.order]
+        solved = torch.linalg.solve_triangular(  # shares have zeros where the factor has ones
+            self.shares, cross[:, self.order].T, upper=True, unitriangular=True
+        ).T.div_(power)
+        solved = torch.linalg.solve_triangular(
+            self.shares, solved, upper=True, unitriangular=True, left=False
+        )
+        return solved[:, self.order.argsort()]
+
 
 def feedback_of(moments: Tensor) -> Feedback:
     """The feedback of inputs with the second moments H = `moments` [K, K]. Raises SingularError.
@@ -72,13 +84,31 @@ def feedback_of(moments: Tensor) -> Feedback:
 
 
 def quantised(weight: Tensor, feedback: Feedback, format: Format, dtype: torch.dtype) -> Encoded:
-    """Quantise `weight` [rows, K] for inputs of that feedback; scales that have no type are in `dtype`."""
-    weight, order = weight.float(), feedback.order
+    """Quantise `weight` [rows, K] for inputs of that feedback; scales that have no type are in `dtype`.
+
+    Where a row has one scale, searched ones hardly differ from the largest, and which of both leaves less of
+    a row's errors is chance: both are tried.
+    """
+    weight = weight.float()
     scales, whole = best_scales(weight, feedback.power, format, dtype)
-    steps = steps_of(scales, whole, weight.shape[1])
-    numbers = _rounded(weight[:, order], steps[:, order], feedback.shares, format)
-    codes = codes_from_numbers(numbers[:, order.argsort()], format.code)
+    pieces = zip(weight.split(TOGETHER), scales.split(TOGETHER), strict=True)
+    found = [_encoded(rows, given, whole, feedback, format) for rows, given in pieces]
+    codes, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Encoded(codes, scales, format.code, None if whole is None else whole.to(dtype))
+
+
+def _encoded(
+    weight: Tensor, scales: Tensor, whole: Tensor | None, feedback: Feedback, format: Format
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of some rows, whose searched scales are given."""
+    order = feedback.order
+    numbers, lost = _rounded(weight[:, order], scales, whole, feedback, format)
+    if not format.blocks:
+        largest = (weight.abs().amax(1, keepdim=True) / format.top).to(scales.dtype)
+        others, others_lost = _rounded(weight[:, order], largest, None, feedback, format)
+        better = (others_lost < lost)[:, None]
+        scales, numbers = torch.where(better, largest, scales), torch.where(better, others, numbers)
+    return codes_from_numbers(numbers[:, order.argsort()], format.code), scales
 
 
 def best_scales(
@@ -126,19 +156,30 @@ def error_of(weight: Tensor, stored: Tensor, moments: Tensor) -> float:
     return float((change @ moments * change).sum()) / products if products else 0.0
 
 
-def _rounded(weight: Tensor, steps: Tensor, shares: Tensor, format: Format) -> Tensor:
-    """Numbers of the code's type in float32 [rows, K], the columns in the order in which they are rounded."""
+def _rounded(
+    weight: Tensor, scales: Tensor, whole: Tensor | None, feedback: Feedback, format: Format
+) -> tuple[Tensor, Tensor]:
+    """Numbers of the code's type in float32 [rows, K] for `weight` [rows, K] with its columns in order, and
+    the mean square of the errors of each row's products [rows]."""
+    shares, power = feedback.shares, feedback.power[feedback.order]
+    all_steps = steps_of(scales, whole, weight.shape[1])[:, feedback.order]
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    lost = torch.zeros(len(weight))
     for start in range(0, weight.shape[1], COLUMNS):
         stop = min(start + COLUMNS, weight.shape[1])
         exact = weight[:, start:stop]
-        wanted = exact + errors[:, :start] @ shares[:start, start:stop]
+        before = exact + errors[:, :start] @ shares[:start, start:stop]
         # Columns are read and written one at a time, so they lie in rows here.
-        part, step, near = wanted.T.contiguous(), steps[:, start:stop].T.contiguous(), exact.T.contiguous()
+        part, step, near = (
+            before.T.contiguous(),
+            all_steps[:, start:stop].T.contiguous(),
+            exact.T.contiguous(),
+        )
         for i in range(stop - start):
             code = format.nearest_(part[i] / step[i])
             near[i] -= code * step[i]
+            lost += power[start + i] * (part[i] - code * step[i]).square()
             part[i + 1 :].addr_(shares[start + i, start + i + 1 : stop], near[i])
             part[i] = code
         codes[:, start:stop], errors[:, start:stop] = part.T, near.T
-    return codes
+    return codes, lost

@@ -30,9 +30,18 @@ from ..graph.precisions import DECODERS, Precision
 from ..graph.quantize import CODES, SCALES, WHOLE, StoredTensor
 from ..tensor_files import save_tensors
 from .decodes import DECODE, EXAMPLES, Decodes
-from .examples import Example, Material
+from .examples import Material
 from .gptq import SingularError, feedback_of
-from .layers import Calibrated, calibrate_layer, moments_of, quantise
+from .layers import (
+    Calibrated,
+    both_streams,
+    calibrate_layer,
+    moments_of,
+    quantise,
+    rows_of,
+    through_norm,
+    wanted,
+)
 
 HEAD = "image_head"
 CALIBRATED = (*DECODERS, HEAD)
@@ -101,30 +110,31 @@ class Calibration:
         block = decoder.layers[layer]
         stream = [example for example in started if example.image or name == "base_ar"]
         with torch.inference_mode(), resident(block), _singular(prefix):
-            made, outputs = calibrate_layer(decoder, layer, stream, prefix=prefix, precision=self.precision)
+            made, stream = calibrate_layer(decoder, layer, stream, prefix=prefix, precision=self.precision)
             if layer == len(decoder.layers) - 1:
-                outputs = [decoder.norm(x) for x in outputs]
-        if bad := [i for i, x in enumerate(outputs) if not torch.isfinite(x).all()]:
+                stream = through_norm(decoder.norm, stream, prefix=f"{name}.norm", precision=self.precision)
+        if bad := [i for i, example in enumerate(stream) if not torch.isfinite(example.embeds).all()]:
             raise InputError(
                 "The activations of the calibration are not finite",
                 where=f"{prefix}: expected finite numbers, got NaN or infinity in {len(bad)} of "
-                f"{len(outputs)} examples, the first of them {bad[0]}",
+                f"{len(stream)} examples, the first of them {bad[0]}",
                 fix="check the checkpoint",
             )
         self._write_weights(prefix, made)
-        handed_on = [Example(x, e.positions, e.image) for x, e in zip(outputs, stream, strict=True)]
-        self.decodes.write(prefix, handed_on)
+        self.decodes.write(prefix, stream)
 
     def _calibrate_head(self, before: str) -> None:
         """Quantise the image head for the positions that it draws from."""
         weight, tokens = f"{HEAD}.weight", self.decodes.config.vq.image_tokens
-        inputs = [example.embeds[:, -tokens:] for example in self.decodes.read(before)]
         tensor, made = self.decodes.tensors[weight], Calibrated()
         if format := self.precision.format_of(weight, tuple(tensor.shape)):
+            stream = self.decodes.read(before)
+            inputs, exact = (rows_of([x[:, -tokens:] for x in found]) for found in both_streams(stream))
             with torch.inference_mode(), _singular(weight):
                 moments = moments_of(inputs)
                 feedback = feedback_of(moments)
-                quantise(made, weight, tensor.load().float(), moments, feedback, format, self.precision)
+                (nearest,) = wanted([tensor.load()], inputs, exact, feedback)
+                quantise(made, weight, nearest, moments, feedback, format, self.precision)
         self._write_weights(HEAD, made)
 
     def _write_weights(self, prefix: str, made: Calibrated) -> None:

@@ -46,7 +46,7 @@ from .recordings import recordings
 from .tables import Table, stored_image_table, write_image_table
 
 CALIBRATION = "calibration.json"  # of a bundle: what each weight lost
-INPUTS = 10_000  # of a weight, that a calibration has by default
+INPUTS = 13_000  # of a weight, that a calibration has by default
 
 
 def export(

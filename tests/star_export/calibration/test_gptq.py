@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from star_export.calibration.gptq import (
+    DAMPING,
     RATIOS,
     SingularError,
     best_scales,
@@ -157,3 +158,11 @@ def test_feedback_for_scaled_weights_gives_the_same_products() -> None:
     damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(FEATURES)
     wanted = (damped / factors / factors[:, None])[order][:, order]
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.diagonal().mean()))
+
+
+def test_what_is_solved_is_multiplied_by_the_inverse_of_the_damped_moments() -> None:
+    moments, cross = correlated_moments(), random(ROWS, FEATURES)
+    damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(FEATURES)
+    got = feedback_of(moments).solved(cross)
+    torch.testing.assert_close(got @ damped, cross, rtol=0, atol=1e-3)
+    assert float((got @ moments - cross).abs().max()) > 1e-2
