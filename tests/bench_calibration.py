@@ -1,11 +1,12 @@
 """Calibration at a released width: seconds and memory of a layer and of all, and what each weight loses.
 
-    python -m tests.bench_calibration [--source star-3b] [--precision int4] [--prompts 8] [--layers 2]
+    python -m tests.bench_calibration [--source star-3b] [--precision int4] [--prompts 12] [--layers 2]
 
 The layer has the released shapes, and noise for weights; its inputs are noise with the strong channels that
-trained models have. Prompts are as long as the shipped ones, with all tokens of their images and both rows of
-guidance. The minutes of the whole model are those of a layer times their number, so they leave out the decode
-of the examples. This is a benchmark, not a test: it asserts nothing.
+trained models have, and a small change as by layers before. Prompts are as long as the shipped ones, with all
+tokens of their images and both rows of guidance. The minutes of the whole model are those of a layer times
+their number, so they leave out the decode of the examples. This is a benchmark, not a test: it asserts
+nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from star_export.graph.precisions import PRECISIONS
 from star_export.planner.source import find_source
 
 PROMPT_TOKENS = 32
+ROUNDING = 0.01  # what the layers before changed of their outputs, in standard deviations
 STRONG, STRONG_TIMES = 0.01, 20.0  # share of channels with strong inputs, and how strong they are
 
 
@@ -34,7 +36,7 @@ def main() -> int:
     )
     parser.add_argument("--source", default="star-3b", choices=("star-3b", "star-7b"))
     parser.add_argument("--precision", default="int4", choices=("int8", "int4"))
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--layers", type=int, default=2)
     options = parser.parse_args()
     config = find_source(options.source).config
@@ -52,14 +54,12 @@ def main() -> int:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
                 elif name.endswith("weight"):
                     parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
-            stream = [
-                Example(
-                    torch.randn(2, length, hidden, generator=generator) * strength,
-                    torch.arange(length).expand(3, 2, -1),
-                    image=True,
-                )
-                for _ in range(options.prompts)
-            ]
+            stream = []
+            for _ in range(options.prompts):
+                exact = torch.randn(2, length, hidden, generator=generator) * strength
+                rounded = exact + torch.randn(exact.shape, generator=generator) * strength * ROUNDING
+                positions = torch.arange(length).expand(3, 2, -1)
+                stream.append(Example(rounded, positions, image=True, exact=exact))
             started, cpu = time.monotonic(), time.process_time()
             found, _ = calibrate_layer(
                 decoder, 0, stream, prefix="base_ar.layers.0", precision=PRECISIONS[options.precision]

@@ -27,7 +27,6 @@ from .folding import channel_exponents
 from .gptq import Feedback, error_of, feedback_of, quantised
 
 OPERATIONS = 5e11  # of the moments of a weight, which limits the inputs that they are taken from
-TAKEN_BACK = 0.75  # of the errors of the layers before: not all, as a part of them is chance of these inputs
 GROUPS = (  # linear weights that share inputs, and the norm that these come from
     (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
     (("self_attn.o_proj",), None),
@@ -168,15 +167,15 @@ def wanted(weights: Sequence[Tensor], inputs: Tensor, exact: Tensor, feedback: F
 
     The layers before have been rounded, so a weight W meets inputs X where it would meet Y. Of all weights,
     W + W (Y - X)^T X (X^T X)^-1 gives the products nearest to those of W with Y, and rounding it for X loses
-    what it would have lost of W. TAKEN_BACK of this is added.
+    what it would have lost of W. n / (n + K) of this is added, since n inputs tell K numbers only so well.
 
     Source: Li et al., GPTAQ, 2025 (arXiv 2504.02692), which does both column by column.
     """
-    counts = [len(weight) for weight in weights]
+    counts, (known, features) = [len(weight) for weight in weights], inputs.shape
     stacked, off = torch.cat([weight.float() for weight in weights]), exact - inputs
-    fewer = len(stacked) < stacked.shape[1]  # of two orders of the same product, the one that takes less
+    fewer = len(stacked) < features  # of two orders of the same product, the one that takes less
     cross = (off @ stacked.T).T @ inputs if fewer else stacked @ (off.T @ inputs)
-    return list((stacked + TAKEN_BACK * feedback.solved(cross.div_(len(inputs)))).split(counts))
+    return list((stacked + feedback.solved(cross.div_(known + features))).split(counts))
 
 
 def quantise(

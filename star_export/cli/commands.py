@@ -86,7 +86,7 @@ def add_export(commands) -> None:
         const=0,
         metavar="N",
         help="quantise the decoders for what the model computes when it draws N prompts, edits and answers "
-        "(default N: as many as give 10,000 inputs), and not by rounding to nearest",
+        "(default N: as many as give 13,000 inputs), and not by rounding to nearest",
     )
     c.add_argument(
         "--calibration",
