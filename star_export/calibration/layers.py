@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from reference.decoder import Decoder, DecoderLayer
 
-from ..golden.activations import round_activations, rounded_to_nvfp4
 from ..graph.formats import Encoded, Format
 from ..graph.precisions import Precision
 from .examples import Example
@@ -60,7 +59,6 @@ def calibrate_layer(
     block = cast(DecoderLayer, decoder.layers[layer])
     found, as_it_was = Calibrated(), copy.deepcopy(block, {id(p): p for p in block.parameters()})
     _round_dense(block, prefix, precision)
-    round_activations(block, precision, prefix)
     blocks, streams = (block, as_it_was), both_streams(stream)
     ours, exact = (_passed(decoder, b, x, stream) for b, x in zip(blocks, streams, strict=True))
     for linears, norm in GROUPS:
@@ -144,13 +142,11 @@ def _quantise(
         found.norms[f"{prefix}.{norm}.weight"] = cast(Tensor, before.weight)
     if not chosen:
         return
-    rounds = any(format.scale for format in chosen.values())
-    if rounds:
-        inputs = rounded_to_nvfp4(inputs)
     moments = moments_of(inputs)
     feedback = feedback_of(moments)
     weights = wanted([names[name].weight for name in chosen], inputs, exact, feedback)
-    if before is not None and len(chosen) == len(names) and not rounds:
+    folded = len(chosen) == len(names) and not any(format.scale for format in chosen.values())
+    if before is not None and folded:
         exponents = channel_exponents(weights, feedback.power, next(iter(chosen.values())), dtype)
         factors = exponents.float().exp2()
         before.weight = nn.Parameter(cast(Tensor, before.weight) / factors, requires_grad=False)

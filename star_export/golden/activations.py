@@ -53,17 +53,14 @@ def rounded_to_int8(x: Tensor, block: int) -> Tensor:
     return rounded.flatten(-2)[..., : x.shape[-1]]
 
 
-def round_activations(module: nn.Module, precision: Precision, prefix: str = "") -> None:
-    """From now on, round the inputs of those linear layers of `module` whose weights `precision` stores in
-    nvfp4, except within `unrounded`.
-
-    `prefix` is the module's name in `reference.model.Star`, of which it may be the whole.
-    """
+def round_activations(star: nn.Module, precision: Precision) -> None:
+    """From now on, round the inputs of those linear layers of `star` whose weights `precision` stores in
+    nvfp4, except within `unrounded`."""
 
     def hook(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return None if getattr(module, "unrounded", False) else (rounded_to_nvfp4(given[0]), *given[1:])
 
-    for name, linear in module.named_modules(prefix=prefix):
+    for name, linear in star.named_modules():
         if isinstance(linear, nn.Linear):
             found = precision.format_of(f"{name}.weight", tuple(linear.weight.shape))
             if found is not None and found.scale is not None:
