@@ -166,3 +166,23 @@ def test_what_is_solved_is_multiplied_by_the_inverse_of_the_damped_moments() -> 
     got = feedback_of(moments).solved(cross)
     torch.testing.assert_close(got @ damped, cross, rtol=0, atol=1e-3)
     assert float((got @ moments - cross).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("found", [INT8, FP8], ids=lambda f: f.name)
+def test_a_row_with_one_scale_keeps_the_largest_one_where_it_loses_less(
+    found: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, feedback = random(ROWS, FEATURES), feedback_of(correlated_moments())
+    largest = (weight.abs().amax(1, keepdim=True) / found.top).bfloat16()
+    bad = torch.arange(ROWS) % 2 == 0
+
+    def searched(rows: Tensor, *_: object) -> tuple[Tensor, None]:
+        good, _ = best_scales(rows, feedback.power, found, torch.bfloat16)
+        return torch.where(bad[:, None], good / 64, good), None
+
+    wanted = quantised(weight, feedback, found, torch.bfloat16)
+    monkeypatch.setattr("star_export.calibration.gptq.best_scales", searched)
+    got = quantised(weight, feedback, found, torch.bfloat16)
+    assert torch.equal(got.scales[bad], largest[bad])  # not those that clip nearly everything
+    assert torch.equal(got.scales[~bad], wanted.scales[~bad])
+    assert torch.equal(got.codes[~bad], wanted.codes[~bad])
